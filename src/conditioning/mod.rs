@@ -1,0 +1,5 @@
+//! The conditioning domain.
+
+pub mod instructor;
+pub mod interface;
+mod workers;

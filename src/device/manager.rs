@@ -1,0 +1,5 @@
+//! The open device.
+
+/// Keeps the open device.
+#[derive(Default)]
+pub struct DeviceManager {}

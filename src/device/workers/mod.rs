@@ -1,0 +1,1 @@
+//! Probing devices and their memory.

@@ -1,0 +1,248 @@
+//! The one error type. Every variant has a stable code; the code is the contract, the message is for people.
+
+use std::path::PathBuf;
+
+use crate::units::Bytes;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, as the caller of the worker sees it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the line is not valid JSON: {message}")]
+    InvalidJson { message: String },
+    #[error("the line is not valid UTF-8 at byte {offset}")]
+    InvalidUtf8 { offset: usize },
+    #[error("the line is longer than {limit} bytes")]
+    LineTooLong { limit: usize },
+    #[error("{message}")]
+    InvalidRequest { message: String, pointer: Option<String>, hint: Option<String> },
+    #[error("`{worker_type}` has no operation `{operation}`")]
+    UnknownOperation { worker_type: String, operation: String, hint: Option<String> },
+    /// A field of `data` whose value cannot be used. `field` is its JSON name or path below `data`.
+    #[error("`{field}` {message}")]
+    InvalidParameter { field: String, message: String, hint: Option<String> },
+    #[error("unknown {kind} `{name}`")]
+    UnknownName { kind: &'static str, name: String, nearest: Option<String>, field: Option<String> },
+    #[error("{what} is not supported by this worker")]
+    UnsupportedFeature { what: String, hint: Option<String>, field: Option<String> },
+    #[error("request id `{request_id}` is already in flight")]
+    DuplicateRequestId { request_id: String },
+    #[error("the queue already holds {limit} requests")]
+    QueueFull { limit: usize },
+    #[error("the worker is draining and takes no new work")]
+    Draining,
+    #[error("the deadline passed")]
+    DeadlineExceeded,
+    #[error("the request was cancelled")]
+    Cancelled,
+    #[error("no model `{name}`")]
+    ModelNotFound { name: String, hint: Option<String> },
+    #[error("`{}`: {message}", path.display())]
+    ModelCorrupt { path: PathBuf, message: String },
+    #[error("`{name}` cannot be used: {message}")]
+    ModelUnsupported { name: String, message: String },
+    #[error("`{}` is a pickle file, which can run code when it is read", path.display())]
+    UnsafeFormat { path: PathBuf },
+    #[error("`{}` lies outside the configured roots", path.display())]
+    PathNotAllowed { path: PathBuf },
+    #[error("{what} needs the network, and downloads are off")]
+    Offline { what: String },
+    #[error("download failed: {message}")]
+    DownloadFailed { message: String },
+    #[error("the image cannot be decoded: {message}")]
+    ImageDecodeFailed { message: String },
+    #[error("the image is too large: {message}")]
+    ImageTooLarge { message: String },
+    #[error("out of memory in {stage}: {needed} needed, {free} free")]
+    OutOfMemory { stage: &'static str, needed: Bytes, free: Bytes, fits: Option<String> },
+    #[error("device `{device}` is not available: {message}")]
+    DeviceUnavailable { device: String, message: String },
+    #[error("device `{device}` was lost: {message}")]
+    DeviceLost { device: String, message: String },
+    #[error("{stage} gave numbers that are not finite")]
+    Numerical { stage: &'static str, hint: Option<String> },
+    #[error("the image was blocked by the safety check")]
+    SafetyBlocked,
+    #[error("`{}` exists already", path.display())]
+    OutputExists { path: PathBuf },
+    #[error("`{}` cannot be written: {message}", path.display())]
+    OutputWriteFailed { path: PathBuf, message: String },
+    /// A tensor operation failed; `stage` says in which part of the work.
+    #[error("{stage}: {source}")]
+    Compute { stage: &'static str, source: candle_core::Error },
+    /// Something that can only be a mistake in the worker itself.
+    #[error("internal error: {message}")]
+    Bug { message: String },
+}
+
+impl Error {
+    /// Every code, in the order of the protocol page.
+    pub const CODES: &'static [&'static str] = &[
+        "invalid_json",
+        "invalid_utf8",
+        "line_too_long",
+        "invalid_request",
+        "unknown_operation",
+        "invalid_parameter",
+        "unknown_name",
+        "unsupported_feature",
+        "duplicate_request_id",
+        "queue_full",
+        "draining",
+        "deadline_exceeded",
+        "cancelled",
+        "model_not_found",
+        "model_corrupt",
+        "model_unsupported",
+        "unsafe_format",
+        "path_not_allowed",
+        "offline",
+        "download_failed",
+        "image_decode_failed",
+        "image_too_large",
+        "out_of_memory",
+        "device_unavailable",
+        "device_lost",
+        "numerical_error",
+        "safety_blocked",
+        "output_exists",
+        "output_write_failed",
+        "internal",
+    ];
+
+    /// The stable code of the wire.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::InvalidJson { .. } => "invalid_json",
+            Self::InvalidUtf8 { .. } => "invalid_utf8",
+            Self::LineTooLong { .. } => "line_too_long",
+            Self::InvalidRequest { .. } => "invalid_request",
+            Self::UnknownOperation { .. } => "unknown_operation",
+            Self::InvalidParameter { .. } => "invalid_parameter",
+            Self::UnknownName { .. } => "unknown_name",
+            Self::UnsupportedFeature { .. } => "unsupported_feature",
+            Self::DuplicateRequestId { .. } => "duplicate_request_id",
+            Self::QueueFull { .. } => "queue_full",
+            Self::Draining => "draining",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::Cancelled => "cancelled",
+            Self::ModelNotFound { .. } => "model_not_found",
+            Self::ModelCorrupt { .. } => "model_corrupt",
+            Self::ModelUnsupported { .. } => "model_unsupported",
+            Self::UnsafeFormat { .. } => "unsafe_format",
+            Self::PathNotAllowed { .. } => "path_not_allowed",
+            Self::Offline { .. } => "offline",
+            Self::DownloadFailed { .. } => "download_failed",
+            Self::ImageDecodeFailed { .. } => "image_decode_failed",
+            Self::ImageTooLarge { .. } => "image_too_large",
+            Self::OutOfMemory { .. } => "out_of_memory",
+            Self::DeviceUnavailable { .. } => "device_unavailable",
+            Self::DeviceLost { .. } => "device_lost",
+            Self::Numerical { .. } => "numerical_error",
+            Self::SafetyBlocked => "safety_blocked",
+            Self::OutputExists { .. } => "output_exists",
+            Self::OutputWriteFailed { .. } => "output_write_failed",
+            Self::Compute { .. } | Self::Bug { .. } => "internal",
+        }
+    }
+
+    /// Whether the same request may succeed when it is sent again later.
+    #[must_use]
+    pub fn retryable(&self) -> bool {
+        matches!(
+            self,
+            Self::QueueFull { .. }
+                | Self::Draining
+                | Self::DeadlineExceeded
+                | Self::DownloadFailed { .. }
+                | Self::OutOfMemory { .. }
+                | Self::DeviceLost { .. }
+                | Self::OutputWriteFailed { .. }
+        )
+    }
+
+    /// What to do about it, if that can be said.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::InvalidRequest { hint, .. }
+            | Self::UnknownOperation { hint, .. }
+            | Self::InvalidParameter { hint, .. }
+            | Self::UnsupportedFeature { hint, .. }
+            | Self::ModelNotFound { hint, .. }
+            | Self::Numerical { hint, .. } => hint.clone(),
+            Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
+            Self::UnsafeFormat { .. } => Some("convert it to safetensors".to_owned()),
+            Self::OutOfMemory { fits, .. } => fits.clone(),
+            _ => None,
+        }
+    }
+
+    /// JSON pointer to the part of the line that is at fault.
+    #[must_use]
+    pub fn pointer(&self) -> Option<String> {
+        match self {
+            Self::InvalidRequest { pointer, .. } => pointer.clone(),
+            Self::UnknownOperation { .. } => Some("/operation".to_owned()),
+            Self::InvalidParameter { field, .. } => Some(format!("/data/{}", field.replace('.', "/"))),
+            Self::UnknownName { field: Some(field), .. } | Self::UnsupportedFeature { field: Some(field), .. } => {
+                Some(format!("/data/{}", field.replace('.', "/")))
+            }
+            _ => None,
+        }
+    }
+
+    /// A value of `data` that cannot be used: ``invalid("width", "must be a multiple of 8, got 1001")``.
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::InvalidParameter { field: field.into(), message: message.into(), hint: None }
+    }
+
+    /// The same error, naming the field of `data` in which the unknown name stood.
+    #[must_use]
+    pub fn at(self, field: &str) -> Self {
+        match self {
+            Self::UnknownName { kind, name, nearest, .. } => {
+                Self::UnknownName { kind, name, nearest, field: Some(field.to_owned()) }
+            }
+            Self::UnsupportedFeature { what, hint, .. } => {
+                Self::UnsupportedFeature { what, hint, field: Some(field.to_owned()) }
+            }
+            other => other,
+        }
+    }
+
+    pub fn bug(message: impl Into<String>) -> Self {
+        Self::Bug { message: message.into() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(source: candle_core::Error) -> Self {
+        Self::Compute { stage: "compute", source }
+    }
+}
+
+/// Names the part of the work in which a tensor operation failed.
+pub trait Stage<T> {
+    fn stage(self, stage: &'static str) -> Result<T>;
+}
+
+impl<T> Stage<T> for candle_core::Result<T> {
+    fn stage(self, stage: &'static str) -> Result<T> {
+        self.map_err(|source| Error::Compute { stage, source })
+    }
+}
+
+/// The name among `known` that is closest to `name`, if it is close enough to be what was meant.
+#[must_use]
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    let lower = name.to_lowercase();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(&lower, &candidate.to_lowercase()), candidate))
+        .filter(|(likeness, _)| *likeness >= 0.8)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate.to_owned())
+}

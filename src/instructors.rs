@@ -1,0 +1,1 @@
+//! The one match over domains.

@@ -1,0 +1,279 @@
+//! The compute seam: linear, convolution, attention, norms. Networks are written against this module, never against a
+//! device. A kernel picks its implementation from the device and dtype; [`plain`] runs everywhere, and every other
+//! implementation is tested against it.
+//!
+//! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Weights may be kept in a narrower dtype than the
+//! activations (f32 activations with f16 or bf16 weights): each weight is widened exactly where it is used.
+//!
+//! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
+
+pub mod plain;
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+/// What is applied to the result of a linear layer or convolution while it is still at hand, in this order:
+/// bias, `per_sample`, `activation`, `residual`.
+#[derive(Clone, Copy, Default)]
+pub struct Epilogue<'a> {
+    /// `[B, O]`, added to every position of its sample: the time embedding.
+    pub per_sample: Option<&'a Tensor>,
+    pub activation: Option<Activation>,
+    /// Of the result's own shape.
+    pub residual: Option<&'a Tensor>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// `x · Φ(x)`, by erf
+    Gelu,
+    /// `x · sigmoid(1.702 x)`, as CLIP ViT-L has it
+    QuickGelu,
+}
+
+impl Activation {
+    /// Elementwise, in f32, cast back to the input's dtype.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        plain::activation(self, x)
+    }
+}
+
+/// `y = x · Wᵀ + b` over the last axis.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// `[O, I]`
+    weight: Tensor,
+    /// `[O]`, f32
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `weight` is `[O, I]`, `bias` `[O]`.
+    ///
+    /// # Errors
+    /// Those of the cast of the bias to f32.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        Ok(Self { weight: weight.contiguous()?, bias })
+    }
+
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
+        Self::new(vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?))
+    }
+
+    /// Reads `weight` alone.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
+        Self::new(vb.get((outputs, inputs), "weight")?, None)
+    }
+
+    /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_with(x, Epilogue::default())
+    }
+
+    /// [`Self::forward`] with what follows it fused.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
+        plain::linear(x, &self.weight, self.bias.as_ref(), epilogue)
+    }
+
+    /// The feed-forward gate of SDXL's transformers: the first half of the outputs times erf-GELU of the second.
+    /// `x` is `[.., I]`; gives `[.., O/2]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_geglu(&self, x: &Tensor) -> Result<Tensor> {
+        plain::geglu(&self.forward(x)?)
+    }
+}
+
+/// Geometry of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvShape {
+    pub inputs: usize,
+    pub outputs: usize,
+    /// `K`: the kernel is `K × K`.
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: Padding,
+}
+
+/// Rows and columns of zeros around the feature map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Padding {
+    pub top: usize,
+    pub bottom: usize,
+    pub left: usize,
+    pub right: usize,
+}
+
+impl Padding {
+    #[must_use]
+    pub const fn same(p: usize) -> Self {
+        Self { top: p, bottom: p, left: p, right: p }
+    }
+}
+
+/// A convolution over `[B, H, W, C]`.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    /// `[O, K, K, C]`
+    weight: Tensor,
+    /// `[O]`, f32
+    bias: Option<Tensor>,
+    shape: ConvShape,
+}
+
+impl Conv2d {
+    /// `weight` as files have it: `[O, C, K, K]`; it is re-laid here.
+    ///
+    /// # Errors
+    /// Those of the re-layout.
+    pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
+        let weight = weight.permute((0, 2, 3, 1))?.contiguous()?; // [O, K, K, C]
+        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        Ok(Self { weight, bias, shape })
+    }
+
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
+        let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
+        Self::new(&weight, Some(vb.get(shape.outputs, "bias")?), shape)
+    }
+
+    /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_with(x, Epilogue::default())
+    }
+
+    /// [`Self::forward`] with what follows it fused.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
+        plain::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)
+    }
+}
+
+/// Normalisation over groups of channels and all positions, in f32.
+#[derive(Clone, Debug)]
+pub struct GroupNorm {
+    /// `[C]`, f32
+    weight: Tensor,
+    /// `[C]`, f32
+    bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
+        let read = |name| vb.get(channels, name)?.to_dtype(DType::F32);
+        Ok(Self { weight: read("weight")?, bias: read("bias")?, groups, eps })
+    }
+
+    /// `x` is `[B, .., C]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        plain::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)
+    }
+
+    /// [`Self::forward`], then SiLU.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        Activation::Silu.apply(&self.forward(x)?)
+    }
+}
+
+/// Normalisation over the last axis, in f32.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    /// `[C]`, f32
+    weight: Tensor,
+    /// `[C]`, f32
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
+        let read = |name| vb.get(channels, name)?.to_dtype(DType::F32);
+        Ok(Self { weight: read("weight")?, bias: read("bias")?, eps })
+    }
+
+    /// `x` is `[.., C]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        plain::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// Which keys a query may see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    None,
+    /// Key `j` only where `j <= i`.
+    Causal,
+}
+
+/// `softmax(q kᵀ / √D) v` per head, f32 inside; the whole score matrix is never in memory.
+/// `q` is `[B, Lq, heads·D]`, `k` and `v` `[B, Lk, heads·D]`; gives `[B, Lq, heads·D]`.
+///
+/// # Errors
+/// Shapes that do not fit, or the device's own.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
+    plain::attention(q, k, v, heads, mask)
+}
+
+/// Nearest-neighbour upscaling of `[B, H, W, C]` to `[B, height, width, C]`, as torch's `interpolate` picks rows.
+///
+/// # Errors
+/// The device's own.
+pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    plain::upsample_nearest(x, height, width)
+}
+
+/// Joins feature maps along their channels.
+///
+/// # Errors
+/// Shapes that do not fit, or the device's own.
+pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Tensor::cat(&[a, b], a.rank() - 1)
+}

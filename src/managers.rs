@@ -1,0 +1,1 @@
+//! Every manager as a plain field.

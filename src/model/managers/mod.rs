@@ -1,0 +1,1 @@
+//! Long-lived weights, one manager a network.

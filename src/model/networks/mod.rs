@@ -1,0 +1,1 @@
+//! The networks of SDXL: both text encoders, UNet, VAE.

@@ -1,0 +1,4 @@
+//! Seeded Gaussian noise.
+
+/// One stream of noise per image.
+pub struct NoiseSource {}

@@ -1,0 +1,1 @@
+//! RGB images and tensors.

@@ -1,0 +1,5 @@
+//! The postprocessing domain.
+
+pub mod instructor;
+pub mod interface;
+mod workers;

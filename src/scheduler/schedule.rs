@@ -1,0 +1,4 @@
+//! Sigma tables.
+
+/// Everything a sampler needs to know, decided.
+pub struct SamplingPlan {}

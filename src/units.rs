@@ -1,0 +1,78 @@
+//! Quantities with their units in the type: bytes, image sides, step counts.
+
+use std::fmt;
+use std::num::NonZeroU16;
+
+use serde::{Deserialize, Serialize};
+
+/// A number of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    pub const KIB: u64 = 1 << 10;
+    pub const MIB: u64 = 1 << 20;
+    pub const GIB: u64 = 1 << 30;
+
+    #[must_use]
+    pub fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl std::ops::Add for Bytes {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+}
+
+impl std::iter::Sum for Bytes {
+    fn sum<I: Iterator<Item = Self>>(items: I) -> Self {
+        items.fold(Self(0), |a, b| a + b)
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", bytesize::ByteSize(self.0).display().iec())
+    }
+}
+
+impl std::str::FromStr for Bytes {
+    type Err = String;
+
+    /// Reads `1024MB`, `7 GiB`, `512`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size: bytesize::ByteSize = text.parse()?;
+        Ok(Self(size.as_u64()))
+    }
+}
+
+/// A number of denoising steps, 1 to 1000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steps(NonZeroU16);
+
+impl Steps {
+    pub const MAX: u16 = 1000;
+
+    /// `None` outside 1..=1000.
+    #[must_use]
+    pub fn new(steps: u32) -> Option<Self> {
+        let steps = u16::try_from(steps).ok().filter(|&s| s <= Self::MAX)?;
+        NonZeroU16::new(steps).map(Self)
+    }
+
+    #[must_use]
+    pub fn get(self) -> usize {
+        usize::from(self.0.get())
+    }
+}
+
+/// Width and height of an image in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSize {
+    pub width: usize,
+    pub height: usize,
+}
