@@ -29,3 +29,9 @@ impl Interface for Postprocessing {
     type Request = Request;
     type Response = Response;
 }
+
+/// Where the image goes, and in which format.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+#[schemars(deny_unknown_fields)]
+pub struct OutputWish {}
