@@ -113,7 +113,16 @@ impl Context {
         preview: Option<PreviewWish>,
         sink: Box<dyn Fn(Progress)>,
     ) -> Self {
-        Self { request_id, cancel, deadline, preview, sink, timings: RefCell::default(), warnings: RefCell::default() }
+        Self {
+            request_id,
+            cancel,
+            deadline,
+            preview,
+            sink,
+            timings: RefCell::default(),
+            warnings: RefCell::default(),
+            engine: RefCell::default(),
+        }
     }
 
     /// A context that is never cancelled and tells nobody: for tests and benches.
