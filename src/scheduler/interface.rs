@@ -5,9 +5,18 @@ use serde::{Deserialize, Serialize};
 use crate::layers::{Domain, Interface, Nothing};
 
 /// The section `workers.instructors.scheduler` of the configuration.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Settings {}
+pub struct Settings {
+    /// Sampler of requests that name none; `auto` takes the checkpoint's own.
+    pub default_scheduler: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { default_scheduler: "ddim".to_owned() }
+    }
+}
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
