@@ -6,6 +6,7 @@ use crate::device::interface::Dtype;
 use crate::layers::{Domain, Interface};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
+use crate::scheduler::schedule::Prediction;
 
 /// The section `workers.instructors.inference` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
@@ -65,9 +66,9 @@ pub struct GenerateRequest {
     /// A schedule of one's own: falling timesteps, 999 to 0. In place of `steps` and `scheduler`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timesteps: Option<Vec<f64>>,
-    /// `epsilon`, `v_prediction` or `sample`. Default: the checkpoint's own.
+    /// What the network predicts. Default: the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prediction_type: Option<String>,
+    pub prediction_type: Option<Prediction>,
     /// Rescale the training schedule to end at pure noise. Default: the checkpoint's own.
     #[serde(alias = "rescale_betas_zero_snr", skip_serializing_if = "Option::is_none")]
     pub zero_terminal_snr: Option<bool>,
