@@ -27,6 +27,8 @@ pub enum Call {
     Conditioning(conditioning::Request),
     Postprocessing(postprocessing::Request),
     Inference(inference::Request),
+    /// What a generation would cost; not made.
+    Estimate(Box<inference::GenerateRequest>),
 }
 
 impl Call {
@@ -35,9 +37,12 @@ impl Call {
     pub fn needs_compute(&self) -> bool {
         match self {
             Self::Inference(_) => true,
-            Self::Device(_) | Self::Scheduler(_) | Self::Postprocessing(_) | Self::Model(_) | Self::Conditioning(_) => {
-                false
-            }
+            Self::Device(_)
+            | Self::Scheduler(_)
+            | Self::Postprocessing(_)
+            | Self::Model(_)
+            | Self::Conditioning(_)
+            | Self::Estimate(_) => false,
         }
     }
 }
@@ -64,6 +69,18 @@ pub struct Instructors {
 
 impl Instructors {
     /// # Errors
+    /// A setting that names what this worker does not have.
+    pub fn new(settings: &crate::config::Instructors) -> Result<Self> {
+        Ok(Self {
+            device: DeviceInstructor::new(settings.device.clone()),
+            scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
+            model: ModelInstructor { settings: settings.model.clone() },
+            conditioning: ConditioningInstructor { settings: settings.conditioning.clone() },
+            postprocessing: PostprocessingInstructor::new(settings.postprocessing.clone()),
+        })
+    }
+
+    /// # Errors
     /// Those of the instructor that is called.
     pub fn dispatch(&self, call: Call, managers: &mut Managers, ctx: &Context) -> Result<Reply> {
         Ok(match call {
@@ -73,6 +90,13 @@ impl Instructors {
             Call::Conditioning(request) => Reply::Conditioning(self.conditioning.instruct(request, &mut (), ctx)?),
             Call::Postprocessing(request) => {
                 Reply::Postprocessing(self.postprocessing.instruct(request, &mut (), ctx)?)
+            }
+            Call::Estimate(_) => {
+                return Err(crate::error::Error::UnsupportedFeature {
+                    what: "`communication.estimate`".to_owned(),
+                    hint: None,
+                    field: None,
+                });
             }
             Call::Inference(_) => return Err(crate::error::Error::bug("no inference yet")),
         })

@@ -33,7 +33,10 @@ pub enum Event {
     Ready,
     /// They cannot be built; the lane has ended.
     Unusable(Error),
-    Progress { request_id: String, progress: Progress },
+    Progress {
+        request_id: String,
+        progress: Progress,
+    },
     Done(Box<Done>),
 }
 
@@ -66,11 +69,7 @@ pub struct Lane {
 impl Lane {
     /// # Errors
     /// The system's, when it has no thread to give.
-    pub fn spawn(
-        name: &str,
-        build: Build,
-        tell: impl Fn(Event) + Send + Sync + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn spawn(name: &str, build: Build, tell: impl Fn(Event) + Send + Sync + 'static) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::channel();
         let snapshot = Arc::new(Mutex::new(Snapshot::default()));
         let bench = Bench { build, tell: Arc::new(tell), snapshot: Arc::clone(&snapshot) };
@@ -146,8 +145,7 @@ impl Bench {
             Ok(result) => (result, true),
             Err(panic) => (Err(bug(panic.as_ref())), false),
         };
-        let done =
-            Done { request_id, result, timings: ctx.timings(), warnings: ctx.warnings(), engine: ctx.engine() };
+        let done = Done { request_id, result, timings: ctx.timings(), warnings: ctx.warnings(), engine: ctx.engine() };
         (done, sound)
     }
 

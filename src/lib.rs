@@ -23,3 +23,4 @@ pub mod managers;
 pub mod instructors;
 pub mod lane;
 pub mod communication;
+pub mod arguments;

@@ -6,3 +6,11 @@ use crate::device::manager::DeviceManager;
 pub struct Managers {
     pub device: DeviceManager,
 }
+
+impl Managers {
+    /// What they keep, all together.
+    #[must_use]
+    pub fn resident(&self) -> Vec<crate::layers::Resident> {
+        Vec::new()
+    }
+}

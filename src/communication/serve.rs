@@ -10,12 +10,13 @@ use tokio::sync::mpsc;
 
 use super::floor::{Floor, Parts, Post};
 use super::instructor::{CommunicationInstructor, queue_depth};
-use super::interface::{OnEof, PROTOCOL, Settings};
+use super::interface::PROTOCOL;
 use super::lines::{Engine, Event, Timings};
 use super::manager::{Ledger, Terminal};
 use super::workers::codec::{Ask, Decoded, Fault};
 use super::workers::reader::{self, Input};
 use super::workers::writer::{self, Note, Outbox};
+use crate::config::{MainInterface, OnEof};
 use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
 use crate::lane::{self, Build, Lane};
@@ -53,7 +54,7 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// What the loop needs of its maker.
 pub struct Setup {
-    pub settings: Settings,
+    pub settings: MainInterface,
     /// The private descriptor of the protocol.
     pub stdout: File,
     pub build: Build,
@@ -85,7 +86,6 @@ async fn run(setup: Setup) -> io::Result<Exit> {
     let say = tell.clone();
     // A word that nobody hears any more is one said while the process ends.
     writer::spawn(stdout, outbox.clone(), move |note| drop(say.send(Word::Writer(note))))?;
-    reader::spawn(settings.max_line_bytes, move |input| give.blocking_send(input).is_ok())?;
     let lane = |name, post| {
         let say = tell.clone();
         Lane::spawn(name, build.clone(), move |event| drop(say.send(Word::Lane(post, event))))
@@ -97,6 +97,7 @@ async fn run(setup: Setup) -> io::Result<Exit> {
         desk: lane("desk", Post::Desk)?,
         settings,
     });
+    reader::spawn(floor.line_limit(), move |input| give.blocking_send(input).is_ok())?;
     let mut heartbeat = tokio::time::interval(Duration::from_millis(floor.settings.heartbeat_ms.max(1)));
     let mut state = State { input_open: true, signals: 0, gone: None };
     loop {
