@@ -2,30 +2,111 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::schedule::Prediction;
 use crate::layers::{Domain, Interface, Nothing};
 
 /// The section `workers.instructors.scheduler` of the configuration.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Settings {}
+pub struct Settings {
+    /// The sampler of requests that name none; `auto` takes the checkpoint's own. Default `ddim`.
+    pub default_scheduler: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { default_scheduler: "ddim".to_owned() }
+    }
+}
+
+/// What a request may say of sampling. Everything left out is decided by [`super::instructor::SchedulerInstructor`].
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct SamplingWish {
+    /// The sampler: a name of `scheduler.list`, AUTOMATIC1111's or diffusers' ("DPM++ 2M Karras",
+    /// `EulerDiscreteScheduler`). A schedule at the end of the name counts as `scheduler`. Default: the configured one.
+    #[serde(default)]
+    pub sampler_name: Option<String>,
+    /// The schedule: a name of `scheduler.list` or AUTOMATIC1111's. Default: the checkpoint's, or `leading`.
+    #[serde(default)]
+    pub scheduler: Option<String>,
+    /// Number of steps, 1 to 1000. Default 25, or as many as `sigmas` or `timesteps` give.
+    #[serde(default, alias = "num_inference_steps")]
+    pub steps: Option<i64>,
+    /// Share of fresh noise, 0 to 1, for samplers that have one. Default 0 for `ddim`, 0.3 for `tcd`, 1 for others.
+    #[serde(default)]
+    pub eta: Option<f64>,
+    /// Noise levels of the run instead of a schedule's, falling; 0 is added at the end where it is missing.
+    #[serde(default)]
+    pub sigmas: Option<Vec<f64>>,
+    /// Timesteps of the run instead of a schedule's, falling, 0 to 999.
+    #[serde(default)]
+    pub timesteps: Option<Vec<f64>>,
+    /// What the network predicts. Default: what the checkpoint says.
+    #[serde(default)]
+    pub prediction_type: Option<Prediction>,
+    /// Rescale the noise schedule so that the last timestep has no signal left. Default: what the checkpoint says.
+    #[serde(default)]
+    pub zero_terminal_snr: Option<bool>,
+}
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
+    /// The samplers and schedules of this worker.
     List(Nothing),
+    /// The plan that a wish leads to, with the noise schedule of SDXL base.
+    Describe(SamplingWish),
+}
+
+/// A sampler or a schedule.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Listed {
+    pub name: &'static str,
+    /// The name in AUTOMATIC1111, where it has one.
+    pub label: &'static str,
+    pub aliases: &'static [&'static str],
+    pub about: &'static str,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Listing {
+    pub samplers: Vec<Listed>,
+    pub schedules: Vec<Listed>,
+}
+
+/// A plan of sampling.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Description {
+    pub sampler_name: &'static str,
+    /// The schedule, or `sigmas` or `timesteps` where the request brought its own.
+    pub scheduler: &'static str,
+    pub steps: usize,
+    /// How many times the network will be evaluated, guidance not counted.
+    pub evaluations: usize,
+    pub eta: f64,
+    pub prediction_type: Prediction,
+    pub zero_terminal_snr: bool,
+    /// Unit noise times this is where sampling starts.
+    pub init_scale: f64,
+    /// One for each step, and last where the run ends.
+    pub sigmas: Vec<f64>,
+    /// What the network is told at the start of each step.
+    pub timesteps: Vec<f64>,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum Response {
-    Nothing(Nothing),
+    List(Listing),
+    Describe(Description),
 }
 
 pub struct Scheduler;
 
 impl Interface for Scheduler {
     const DOMAIN: Domain = Domain::Scheduler;
-    const OPERATIONS: &'static [&'static str] = &["list"];
+    const OPERATIONS: &'static [&'static str] = &["list", "describe"];
     type Request = Request;
     type Response = Response;
 }

@@ -1,6 +1,8 @@
 //! Noise schedules and samplers.
 
-pub mod instructor;
 pub mod interface;
 pub mod schedule;
 pub mod workers;
+mod route;
+mod names;
+pub mod instructor;

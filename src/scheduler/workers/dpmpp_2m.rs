@@ -1,0 +1,55 @@
+//! DPM-Solver++(2M): Lu et al. 2022, <https://arxiv.org/abs/2211.01095>, algorithm 2, midpoint
+
+use candle_core::Tensor;
+
+use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::context::Context;
+use crate::error::Result;
+use crate::layers::Worker;
+
+/// Fewer steps than this end with a first-order step wherever they end.
+pub(super) const FEW_STEPS: usize = 15;
+
+pub(super) struct Dpmpp2m;
+
+impl Algorithm for Dpmpp2m {
+    fn profile(&self) -> &'static Profile {
+        &Profile {
+            label: "DPM++ 2M",
+            about: "Second order from the step before, one model call a step",
+            aliases: &["k_dpmpp_2m", "sample_dpmpp_2m", "DPMSolverMultistepScheduler"],
+            grid: Grid::Padded,
+            middle: Middle::Landing,
+            end: End::Checkpoint,
+            calls: Calls::One,
+            eta: None,
+        }
+    }
+}
+
+impl Worker<SampleTask<'_>> for Dpmpp2m {
+    type Output = Tensor;
+
+    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let mut before: Option<(Tensor, Level)> = None;
+        for (i, step) in plan.walk() {
+            ctx.checkpoint()?;
+            let x0 = denoiser(&x, step.at)?;
+            let shrink = step.to.ratio() / step.at.ratio(); // e^(−h)
+            let kept = step.to.sigma / step.at.sigma;
+            let taken = step.to.alpha * (1.0 - shrink);
+            let last = i + 1 == plan.path.len() && (step.to.sigma == 0.0 || plan.path.len() < FEW_STEPS);
+            x = match &before {
+                Some((x0_before, level)) if !last => {
+                    let half = 0.5 * step.span() / (step.at.lambda() - level.lambda()); // 1 / 2r
+                    blend(&[(kept, &x), (taken * (1.0 + half), &x0), (-taken * half, x0_before)])?
+                }
+                _ => blend(&[(kept, &x), (taken, &x0)])?,
+            };
+            observe(i + 1 - plan.run.start, &x0)?;
+            before = Some((x0, step.at));
+        }
+        Ok(x)
+    }
+}

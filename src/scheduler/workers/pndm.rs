@@ -1,0 +1,85 @@
+//! Pseudo linear multistep, order 4, the first step corrected by a second model call:
+//! Liu et al. 2022, <https://arxiv.org/abs/2202.09778>, equations 9 and 11
+
+use std::collections::VecDeque;
+
+use candle_core::Tensor;
+
+use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::context::Context;
+use crate::error::Result;
+use crate::layers::Worker;
+use crate::scheduler::schedule::Prediction;
+
+pub(super) struct Pndm;
+
+impl Algorithm for Pndm {
+    fn profile(&self) -> &'static Profile {
+        &Profile {
+            label: "PLMS",
+            about: "Fourth order from earlier steps, one model call a step and one more at first",
+            aliases: &["k_plms", "PNDMScheduler"],
+            grid: Grid::Whole,
+            middle: Middle::Raised,
+            end: End::FirstAlpha,
+            calls: Calls::TwoAtFirst,
+            eta: None,
+        }
+    }
+}
+
+impl Worker<SampleTask<'_>> for Pndm {
+    type Output = Tensor;
+
+    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let v = plan.prediction == Prediction::VPrediction;
+        // Network outputs, newest first. Of the two in the first step only the first is kept.
+        let mut outputs: VecDeque<Tensor> = VecDeque::with_capacity(4);
+        for (i, step) in plan.walk() {
+            ctx.checkpoint()?;
+            let mut x0 = denoiser(&x, step.at)?;
+            outputs.truncate(3);
+            outputs.push_front(output(&x, &x0, step.at, v)?);
+            let weights: &[f64] = match outputs.len() {
+                1 => &[1.0],
+                2 => &[1.5, -0.5],
+                3 => &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
+                _ => &[55.0 / 24.0, -59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0],
+            };
+            let mixed = blend(&weights.iter().copied().zip(&outputs).collect::<Vec<_>>())?;
+            let next = moved(&x, &mixed, step.at, step.to, v)?;
+            x = match plan.path.get(i + 1) {
+                Some(second) if i == plan.run.start && plan.corrects_first() => {
+                    ctx.checkpoint()?;
+                    x0 = denoiser(&next, second.at)?;
+                    let mean = blend(&[(0.5, &output(&next, &x0, second.at, v)?), (0.5, &mixed)])?;
+                    moved(&x, &mean, step.middle, second.at, v)?
+                }
+                _ => next,
+            };
+            observe(i + 1 - plan.run.start, &x0)?;
+        }
+        Ok(x)
+    }
+}
+
+/// What the network said: ε or v, from the x₀ that was made of it.
+fn output(x: &Tensor, x0: &Tensor, at: Level, v: bool) -> Result<Tensor> {
+    let per = 1.0 / at.sigma;
+    match v {
+        true => blend(&[(at.alpha * per, x), (-per, x0)]),
+        false => blend(&[(per, x), (-at.alpha * per, x0)]),
+    }
+}
+
+/// Equation 11, the transfer from one level to another along ε.
+fn moved(x: &Tensor, output: &Tensor, at: Level, to: Level, v: bool) -> Result<Tensor> {
+    let (a, b) = (at.alpha * at.alpha, to.alpha * to.alpha);
+    let along = -(b - a) / (a * to.sigma + at.alpha * at.sigma * to.alpha);
+    let kept = to.alpha / at.alpha;
+    match v {
+        true => blend(&[(kept + along * at.sigma, x), (along * at.alpha, output)]),
+        false => blend(&[(kept, x), (along, output)]),
+    }
+}
