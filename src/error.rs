@@ -57,7 +57,7 @@ pub enum Error {
     #[error("out of memory in {stage}: {needed} needed, {free} free")]
     OutOfMemory { stage: &'static str, needed: Bytes, free: Bytes, fits: Option<String> },
     #[error("device `{device}` is not available: {message}")]
-    DeviceUnavailable { device: String, message: String },
+    DeviceUnavailable { device: String, message: String, hint: Option<String> },
     #[error("device `{device}` was lost: {message}")]
     DeviceLost { device: String, message: String },
     #[error("{stage} gave numbers that are not finite")]
@@ -172,6 +172,7 @@ impl Error {
             | Self::InvalidParameter { hint, .. }
             | Self::UnsupportedFeature { hint, .. }
             | Self::ModelNotFound { hint, .. }
+            | Self::DeviceUnavailable { hint, .. }
             | Self::Numerical { hint, .. } => hint.clone(),
             Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
             Self::UnsafeFormat { .. } => Some("convert it to safetensors".to_owned()),

@@ -5,9 +5,18 @@ use serde::{Deserialize, Serialize};
 use crate::layers::{Domain, Interface, Nothing};
 
 /// The section `workers.instructors.conditioning` of the configuration.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Settings {}
+pub struct Settings {
+    /// Whether the embeddings of prompts are kept for the next request.
+    pub cache_embeddings: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { cache_embeddings: true }
+    }
+}
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]

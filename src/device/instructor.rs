@@ -1,20 +1,190 @@
 //! Decides which device computes, and in which dtype.
 
-use super::interface::{Device, Request, Response, Settings};
-use super::manager::DeviceManager;
+use super::interface::{
+    Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Request, Response, Settings,
+};
+use super::manager::{DeviceManager, Opened};
+use super::workers::{cuda, host, metal};
 use crate::context::Context;
-use crate::error::Result;
-use crate::layers::{Instructor, Nothing};
+use crate::error::{Error, Result};
+use crate::layers::Instructor;
+
+/// Where one request computes, decided.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    pub device: candle_core::Device,
+    /// `cpu`, `cuda:0`, `metal`.
+    pub name: String,
+    /// Text encoders and UNet.
+    pub compute: Dtype,
+    /// The VAE, which overflows in f16.
+    pub vae: Dtype,
+}
 
 pub struct DeviceInstructor {
-    pub settings: Settings,
+    settings: Settings,
+}
+
+impl DeviceInstructor {
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self { settings }
+    }
+
+    /// The device of this worker, opened if it is not yet, and the dtypes for a request that wishes for `wish`.
+    /// Only the compute thread may call this: CUDA's stream belongs to the thread that opened it.
+    ///
+    /// # Errors
+    /// `device_unavailable`; `unknown_name` for a device in the configuration that is none; `unsupported_feature` for
+    /// a dtype the device does not have.
+    pub fn place(&self, crew: &mut DeviceManager, wish: Option<Dtype>) -> Result<Placement> {
+        let opened = self.open(crew)?;
+        let dtypes = Dtypes::choose(opened.id, opened.capability, wish.or(self.settings.dtype))?;
+        Ok(Placement {
+            device: opened.device.clone(),
+            name: opened.id.to_string(),
+            compute: dtypes.compute,
+            vae: dtypes.vae,
+        })
+    }
+
+    fn wish(&self) -> Result<DeviceWish> {
+        match &self.settings.device {
+            Some(name) => name.parse(),
+            None if self.settings.auto_detect => Ok(DeviceWish::Auto),
+            None => Ok(DeviceWish::Exactly(DeviceId::Cpu)),
+        }
+    }
+
+    fn open<'a>(&self, crew: &'a mut DeviceManager) -> Result<&'a Opened> {
+        let id = match (self.wish()?, crew.opened()) {
+            (DeviceWish::Exactly(id), _) => id,
+            (DeviceWish::Auto, Some(opened)) => opened.id,
+            (DeviceWish::Auto, None) => first_that_opens(crew),
+        };
+        crew.open(id)
+    }
+
+    fn list(&self, crew: &DeviceManager) -> Result<DeviceList> {
+        let entry = |id: DeviceId, description| DeviceEntry {
+            name: id.to_string(),
+            description,
+            available: true,
+            reason: None,
+            chosen: false,
+        };
+        let absent = |name: &str, reason: String| DeviceEntry {
+            name: name.to_owned(),
+            description: None,
+            available: false,
+            reason: Some(reason),
+            chosen: false,
+        };
+        let mut devices = match cuda::gpus() {
+            Ok(gpus) => gpus.into_iter().enumerate().map(|(n, gpu)| entry(DeviceId::Cuda(n), gpu.name)).collect(),
+            Err(reason) => vec![absent("cuda", reason)],
+        };
+        devices.push(match metal::open() {
+            Ok(opened) => entry(DeviceId::Metal, opened.description),
+            Err(reason) => absent("metal", reason),
+        });
+        devices.push(entry(DeviceId::Cpu, host::cpu().model));
+
+        let chosen = match (self.wish()?, crew.opened()) {
+            (DeviceWish::Exactly(id), _) => Some(id.to_string()),
+            (DeviceWish::Auto, Some(opened)) => Some(opened.id.to_string()),
+            (DeviceWish::Auto, None) => {
+                devices.iter().find(|device| device.available).map(|device| device.name.clone())
+            }
+        };
+        for device in &mut devices {
+            device.chosen = device.available && Some(&device.name) == chosen.as_ref();
+        }
+        Ok(DeviceList { devices })
+    }
+
+    fn info(&self, crew: &mut DeviceManager) -> Result<DeviceInfo> {
+        let opened = self.open(crew)?;
+        let dtypes = Dtypes::choose(opened.id, opened.capability, self.settings.dtype)?;
+        let cpu = host::cpu();
+        let allowed = |dtype: &Dtype| Dtypes::choose(opened.id, opened.capability, Some(*dtype)).is_ok();
+        Ok(DeviceInfo {
+            name: opened.id.to_string(),
+            description: match opened.id {
+                DeviceId::Cpu => cpu.model.clone(),
+                DeviceId::Cuda(_) | DeviceId::Metal => opened.description.clone(),
+            },
+            compute_capability: opened.capability.map(|(major, minor)| format!("{major}.{minor}")),
+            dtype: dtypes.compute,
+            vae_dtype: dtypes.vae,
+            dtypes: [Dtype::F32, Dtype::Bf16, Dtype::F16].into_iter().filter(allowed).collect(),
+            cores: host::cores(),
+            cpu,
+        })
+    }
 }
 
 impl Instructor for DeviceInstructor {
     type Interface = Device;
     type Crew = DeviceManager;
 
-    fn instruct(&self, _request: Request, _crew: &mut DeviceManager, _ctx: &Context) -> Result<Response> {
-        Ok(Response::Nothing(Nothing {}))
+    fn instruct(&self, request: Request, crew: &mut DeviceManager, _ctx: &Context) -> Result<Response> {
+        Ok(match request {
+            Request::List(_) => Response::List(self.list(crew)?),
+            Request::Info(_) => Response::Info(self.info(crew)?),
+            Request::Memory(_) => {
+                Response::Memory(MemoryReport { host: host::memory(), process: host::process(), device: crew.memory() })
+            }
+        })
     }
+}
+
+/// What a device computes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dtypes {
+    pub compute: Dtype,
+    pub vae: Dtype,
+}
+
+impl Dtypes {
+    /// `wish`, or the fastest dtype that is safe on the device: f32 on the CPU, bf16 on CUDA from compute capability
+    /// 8.0, f16 before that and on Metal. The VAE never computes in f16, in which it overflows: it takes bf16 where
+    /// the GPU has it, else f32.
+    ///
+    /// # Errors
+    /// `unsupported_feature` for bf16 on a GPU before compute capability 8.0.
+    pub fn choose(id: DeviceId, capability: Option<(u32, u32)>, wish: Option<Dtype>) -> Result<Self> {
+        let gpu_has_bf16 = matches!(id, DeviceId::Cuda(_)) && capability.is_some_and(|capability| capability >= (8, 0));
+        let compute = wish.unwrap_or(match id {
+            DeviceId::Cpu => Dtype::F32,
+            DeviceId::Cuda(_) if gpu_has_bf16 => Dtype::Bf16,
+            DeviceId::Cuda(_) | DeviceId::Metal => Dtype::F16,
+        });
+        if compute == Dtype::Bf16 && matches!(id, DeviceId::Cuda(_)) && !gpu_has_bf16 {
+            return Err(Error::UnsupportedFeature {
+                what: format!("bf16 on `{id}`, which came before compute capability 8.0,"),
+                hint: Some("ask for f16 or f32".to_owned()),
+                field: Some("dtype".to_owned()),
+            });
+        }
+        let vae = match compute {
+            Dtype::F16 if gpu_has_bf16 => Dtype::Bf16,
+            Dtype::F16 => Dtype::F32,
+            other => other,
+        };
+        Ok(Self { compute, vae })
+    }
+}
+
+/// CUDA before Metal before the CPU, which always opens. A GPU that is there but does not open is logged.
+fn first_that_opens(crew: &mut DeviceManager) -> DeviceId {
+    for id in [DeviceId::Cuda(0), DeviceId::Metal] {
+        match crew.open(id) {
+            Ok(_) => return id,
+            // A build without the device's code has a hint to say so; then there is nothing to worry about.
+            Err(error) if error.hint().is_some() => tracing::debug!(%error, "auto detection passes over `{id}`"),
+            Err(error) => tracing::warn!(%error, "auto detection passes over `{id}`"),
+        }
+    }
+    DeviceId::Cpu
 }

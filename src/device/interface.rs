@@ -1,11 +1,17 @@
 //! What can be asked of the devices.
 
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, nearest};
 use crate::layers::{Domain, Interface, Nothing};
+use crate::units::Bytes;
 
 /// Number format of activations and arithmetic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     F32,
@@ -33,8 +39,59 @@ impl Dtype {
     }
 }
 
+/// A device by name: `cpu`, `cuda:0`, `metal`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceId {
+    Cpu,
+    /// The GPU's number as the CUDA driver counts, from 0.
+    Cuda(usize),
+    Metal,
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Metal => f.write_str("metal"),
+        }
+    }
+}
+
+/// What `--device` and the configuration's `device` say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceWish {
+    /// The first of CUDA, Metal and CPU that works.
+    Auto,
+    Exactly(DeviceId),
+}
+
+impl FromStr for DeviceWish {
+    type Err = Error;
+
+    /// Reads `cpu`, `cuda`, `cuda:1`, `metal` and `auto`.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let unknown = || Error::UnknownName {
+            kind: "device",
+            name: text.to_owned(),
+            nearest: nearest(text, ["cpu", "cuda", "cuda:0", "metal", "auto"]),
+            field: None,
+        };
+        Ok(match text {
+            "auto" => Self::Auto,
+            "cpu" => Self::Exactly(DeviceId::Cpu),
+            "metal" => Self::Exactly(DeviceId::Metal),
+            "cuda" => Self::Exactly(DeviceId::Cuda(0)),
+            _ => match text.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(ordinal)) => Self::Exactly(DeviceId::Cuda(ordinal)),
+                _ => return Err(unknown()),
+            },
+        })
+    }
+}
+
 /// The section `workers.instructors.device` of the configuration.
-#[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Take the best device that works. `false`: the CPU, unless `device` names another.
@@ -51,7 +108,7 @@ impl Default for Settings {
     }
 }
 
-#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     List(Nothing),
@@ -59,10 +116,93 @@ pub enum Request {
     Memory(Nothing),
 }
 
-#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Response {
-    Nothing(Nothing),
+    List(DeviceList),
+    Info(DeviceInfo),
+    Memory(MemoryReport),
+}
+
+/// The answer to `list`.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct DeviceList {
+    pub devices: Vec<DeviceEntry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct DeviceEntry {
+    /// `cpu`, `cuda:0`, `metal`; `cuda` stands for all of CUDA where it is not available.
+    pub name: String,
+    /// The product's name, where it can be read.
+    pub description: Option<String>,
+    pub available: bool,
+    /// Why it is not available.
+    pub reason: Option<String>,
+    /// Whether this worker computes on it.
+    pub chosen: bool,
+}
+
+/// The answer to `info`: the device that computes.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct DeviceInfo {
+    /// `cpu`, `cuda:0`, `metal`.
+    pub name: String,
+    /// The product's name, where it can be read.
+    pub description: Option<String>,
+    /// CUDA's compute capability, such as `9.0`.
+    pub compute_capability: Option<String>,
+    /// What the networks compute in unless a request says otherwise.
+    pub dtype: Dtype,
+    /// What the VAE computes in.
+    pub vae_dtype: Dtype,
+    /// What a request may ask for.
+    pub dtypes: Vec<Dtype>,
+    /// CPU threads that this process may use at once.
+    pub cores: usize,
+    pub cpu: CpuInfo,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct CpuInfo {
+    /// As the system names it, where it does.
+    pub model: Option<String>,
+    /// Those of the instruction sets that matter here which the CPU has, as Linux spells them.
+    pub instruction_sets: Vec<String>,
+}
+
+/// The answer to `memory`. What a system does not tell is `null`.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct MemoryReport {
+    pub host: HostMemory,
+    pub process: ProcessMemory,
+    /// The GPU's own memory, once the device is open; `null` where computing is on the host.
+    pub device: Option<DeviceMemory>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct HostMemory {
+    /// Bytes this process may use at most: the machine's, or its control group's limit if that is less.
+    pub total: Option<Bytes>,
+    /// Bytes that can be had without swapping, within that limit.
+    pub available: Option<Bytes>,
+    /// Whether a control group sets the limit.
+    pub limited_by_cgroup: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct ProcessMemory {
+    /// Bytes resident now.
+    pub rss: Option<Bytes>,
+    /// The most bytes that were ever resident.
+    pub peak_rss: Option<Bytes>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct DeviceMemory {
+    pub name: String,
+    pub total: Bytes,
+    pub free: Bytes,
 }
 
 pub struct Device;

@@ -1,1 +1,3 @@
 //! Generation of images.
+
+pub mod interface;

@@ -1,5 +1,8 @@
-//! The postprocessing domain.
+//! What happens to finished images: encoding, metadata, files.
 
 pub mod instructor;
 pub mod interface;
+pub mod metadata;
 mod workers;
+
+pub use workers::encode::{EncodeTask, Encoder, FORMATS, Format};

@@ -1,0 +1,98 @@
+//! CUDA devices. The libraries are looked for before they are used: candle panics where libcuda is missing.
+
+use crate::device::manager::Opened;
+
+/// A GPU as the driver names it; its place in the list is its ordinal.
+pub(in crate::device) struct Gpu {
+    pub(in crate::device) name: Option<String>,
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(in crate::device) const HINT: Option<&str> = Some("build the worker with `--features cuda`");
+#[cfg(feature = "cuda")]
+pub(in crate::device) const HINT: Option<&str> = None;
+
+#[cfg(not(feature = "cuda"))]
+mod backend {
+    use super::{Gpu, Opened};
+
+    const ABSENT: &str = "this worker was built without CUDA";
+
+    pub(in crate::device) fn gpus() -> Result<Vec<Gpu>, String> {
+        Err(ABSENT.to_owned())
+    }
+
+    pub(in crate::device) fn open(_ordinal: usize) -> Result<Opened, String> {
+        Err(ABSENT.to_owned())
+    }
+
+    pub(in crate::device) fn memory(_device: &candle_core::Device) -> Option<(u64, u64)> {
+        None
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod backend {
+    use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
+
+    use super::{Gpu, Opened};
+    use crate::device::interface::DeviceId;
+    use crate::device::workers::guarded;
+
+    /// What candle opens at run time: the driver, and CUDA 13's matrix and random number libraries.
+    const LIBRARIES: [&str; 3] = ["libcuda.so.1", "libcublas.so.13", "libcurand.so.10"];
+
+    /// The GPUs the driver shows, in its order.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    pub(in crate::device) fn gpus() -> Result<Vec<Gpu>, String> {
+        libraries()?;
+        guarded(|| {
+            let count = CudaContext::device_count().map_err(|error| format!("the driver does not start: {error}"))?;
+            if count == 0 {
+                return Err("the driver shows no GPU".to_owned());
+            }
+            let name = |ordinal| result::device::get(ordinal).and_then(result::device::get_name).ok();
+            Ok((0..count).map(|ordinal| Gpu { name: name(ordinal) }).collect())
+        })
+    }
+
+    /// Opens a GPU for the calling thread: candle makes its stream here.
+    ///
+    /// # Errors
+    /// Why it cannot be opened, in words.
+    pub(in crate::device) fn open(ordinal: usize) -> Result<Opened, String> {
+        let count = gpus()?.len();
+        if ordinal >= count {
+            return Err(format!("the driver shows {count} GPU(s), counted from 0"));
+        }
+        guarded(move || {
+            let device = candle_core::Device::new_cuda(ordinal).map_err(|error| error.to_string())?;
+            let context = device.as_cuda_device().map_err(|error| error.to_string())?.cuda_stream().context().clone();
+            let (major, minor) = context.compute_capability().map_err(|error| error.to_string())?;
+            let capability = u32::try_from(major).ok().zip(u32::try_from(minor).ok());
+            Ok(Opened { id: DeviceId::Cuda(ordinal), description: context.name().ok(), capability, device })
+        })
+    }
+
+    /// Bytes in total and free.
+    pub(in crate::device) fn memory(device: &candle_core::Device) -> Option<(u64, u64)> {
+        let stream = device.as_cuda_device().ok()?.cuda_stream();
+        let (free, total) = stream.context().mem_get_info().ok()?;
+        Some((total as u64, free as u64))
+    }
+
+    #[expect(unsafe_code, reason = "opening a shared library runs its initialisers")]
+    fn libraries() -> Result<(), String> {
+        for name in LIBRARIES {
+            // SAFETY: NVIDIA's libraries may be opened at any time from any thread; nothing is called through the handle.
+            let library = unsafe { libloading::Library::new(name) };
+            // Kept open for good: candle opens the same library next.
+            library.map(std::mem::forget).map_err(|_| format!("`{name}` cannot be loaded"))?;
+        }
+        Ok(())
+    }
+}
+
+pub(in crate::device) use backend::{gpus, memory, open};

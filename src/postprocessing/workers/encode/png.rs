@@ -1,0 +1,41 @@
+//! PNG: lossless, with the text in chunks: `tEXt` where Latin-1 holds it, `iTXt` in UTF-8 otherwise.
+//! PNG Specification (Third Edition), 11.3.3, <https://www.w3.org/TR/png-3/#11textinfo>
+
+use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
+
+use super::EncodeTask;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::layers::Worker;
+
+/// The keyword under which AUTOMATIC1111 and its relatives look.
+pub(in crate::postprocessing) const PARAMETERS: &str = "parameters";
+/// The keyword of the request as JSON.
+pub(in crate::postprocessing) const REQUEST: &str = "sdxl_worker";
+
+pub(super) struct Png;
+
+impl<'a> Worker<EncodeTask<'a>> for Png {
+    type Output = Vec<u8>;
+
+    fn run(&self, task: EncodeTask<'a>, _ctx: &Context) -> Result<Vec<u8>> {
+        let (width, height) = task.image.sides()?;
+        let failed = |error: EncodingError| Error::bug(format!("png: {error}"));
+        let mut bytes = Vec::new();
+        let mut encoder = Encoder::new(&mut bytes, width, height);
+        encoder.set_color(ColorType::Rgb);
+        encoder.set_depth(BitDepth::Eight);
+        encoder.set_compression(Compression::Balanced);
+        for (keyword, text) in task.text.iter().flat_map(|t| [(PARAMETERS, &t.parameters), (REQUEST, &t.request)]) {
+            // A text chunk ends where a NUL stands.
+            let text = text.replace('\0', "\u{fffd}");
+            let latin1 = text.chars().all(|c| u8::try_from(u32::from(c)).is_ok());
+            let add = if latin1 { Encoder::add_text_chunk } else { Encoder::add_itxt_chunk };
+            add(&mut encoder, keyword.to_owned(), text).map_err(failed)?;
+        }
+        let mut writer = encoder.write_header().map_err(failed)?;
+        writer.write_image_data(&task.image.data).map_err(failed)?;
+        writer.finish().map_err(failed)?;
+        Ok(bytes)
+    }
+}
