@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::demo;
 use super::families::Family;
 use super::folder::{Folder, Found, Roots};
+use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::UnetConfig;
 use super::networks::vae::VaeConfig;
@@ -21,6 +22,8 @@ use crate::units::{Bytes, ImageSize};
 const CONFIG_LIMIT: u64 = 4 * Bytes::MIB;
 /// Longest index of a sharded network.
 const INDEX_LIMIT: u64 = 64 * Bytes::MIB;
+/// Rows and columns of latents where `unet/config.json` does not say: SDXL was trained at 1024 pixels.
+const USUAL_LATENTS: usize = 128;
 /// Variants whose files carry the name of their number format.
 const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 
@@ -144,8 +147,13 @@ impl Checkpoint {
     /// The shape of the images it was trained on, in pixels.
     #[must_use]
     pub fn default_size(&self) -> ImageSize {
-        let side = self.unet.sample_size.saturating_mul(8);
-        ImageSize { width: side, height: side }
+        let sides = self.unet.sample_size.as_ref().map_or(&[][..], PerBlock::values);
+        let scale = self.vae.reduction();
+        let side = |place: usize| {
+            let latents = sides.get(place).or(sides.first()).copied().unwrap_or(USUAL_LATENTS);
+            latents.saturating_mul(scale)
+        };
+        ImageSize { width: side(1), height: side(0) }
     }
 
     /// Whether it brings tokenizers of its own.
@@ -201,7 +209,7 @@ impl Checkpoint {
                 return Err(unsupported(format!("it has no `{}`, and every SDXL model has one", part.name())));
             }
         }
-        let unet = typed(folder, Part::Unet, &mut files)?;
+        let unet: UnetConfig = typed(folder, Part::Unet, &mut files)?;
         let first = has(&index.text_encoder);
         let family = Family::detect(first, unet.in_channels).ok_or_else(|| {
             unsupported(format!(
@@ -212,7 +220,7 @@ impl Checkpoint {
         })?;
         let text_encoder = if first { Some(typed(folder, Part::TextEncoder, &mut files)?) } else { None };
         let text_encoder_2 = typed(folder, Part::TextEncoder2, &mut files)?;
-        let vae = typed(folder, Part::Vae, &mut files)?;
+        let vae: VaeConfig = typed(folder, Part::Vae, &mut files)?;
         for (part, encoder) in [(Part::TextEncoder, text_encoder.as_ref()), (Part::TextEncoder2, Some(&text_encoder_2))] {
             encoder.map_or(Ok(()), |config: &ClipConfig| config.check(&format!("{name}/{}", part.name())))?;
         }

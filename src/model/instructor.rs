@@ -133,7 +133,8 @@ impl ModelInstructor {
             pipeline: checkpoint.pipeline.clone(),
             components,
             prediction_type: scheduler.prediction_type,
-            default_size: checkpoint.default_size().width,
+            default_width: checkpoint.default_size().width,
+            default_height: checkpoint.default_size().height,
             scheduler: SchedulerFacts {
                 class_name: scheduler.class_name.clone(),
                 timestep_spacing: scheduler.timestep_spacing.map(|spacing| spacing.name()),
@@ -142,9 +143,8 @@ impl ModelInstructor {
             force_zeros_for_empty_prompt: checkpoint.force_zeros_for_empty_prompt,
             unet: UnetFacts {
                 in_channels: checkpoint.unet.in_channels,
-                sample_size: checkpoint.unet.sample_size,
                 block_channels: checkpoint.unet.block_out_channels.clone(),
-                context: checkpoint.unet.cross_attention_dim,
+                context: checkpoint.unet.context_channels(),
             },
             vae: VaeFacts {
                 scaling_factor: checkpoint.vae.scaling_factor,

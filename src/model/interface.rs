@@ -118,8 +118,10 @@ pub struct Inspection {
     pub pipeline: String,
     pub components: Vec<ComponentFacts>,
     pub prediction_type: Prediction,
-    /// Width in pixels of an image whose request names none; its height is the same.
-    pub default_size: usize,
+    /// Width in pixels of an image whose request names none.
+    pub default_width: usize,
+    /// Height in pixels of an image whose request names none.
+    pub default_height: usize,
     /// Class and timestep spacing of the checkpoint's own scheduler.
     pub scheduler: SchedulerFacts,
     /// Whether a missing negative prompt means zeros rather than the encoded empty text.
@@ -155,8 +157,6 @@ pub struct SchedulerFacts {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct UnetFacts {
     pub in_channels: usize,
-    /// Rows and columns of the latents it was trained on.
-    pub sample_size: usize,
     pub block_channels: Vec<usize>,
     /// Width of the text embeddings.
     pub context: usize,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::networks::clip::ClipTextModel;
@@ -46,8 +46,8 @@ impl EncoderManager {
         }
         ctx.stage(Stage::Load, || {
             let open = |part| Opened::new(checkpoint, part, placement, dtype, ctx);
-            let first = checkpoint.text_encoder.as_ref().map(|config| Ok((config, open(Part::TextEncoder)?)));
-            let first = first.transpose()?;
+            let with_config = |config| Ok::<_, Error>((config, open(Part::TextEncoder)?));
+            let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
             let second = open(Part::TextEncoder2)?;
             self.shelf.reserve(first.as_ref().map_or(Bytes(0), |(_, opened)| opened.bytes()) + second.bytes());
             let tensor = dtype.tensor();

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use candle_nn::VarBuilder;
 
 pub use encoder::{EncoderManager, TextEncoders};
-pub use tokenizer::{ClipTokenizer, TokenizerManager, Tokenizers};
+pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
-pub use vae::VaeManager;
+pub use vae::{Vae, VaeManager};
 
 use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::workers::open::Weights;

@@ -34,7 +34,7 @@ impl UnetManager {
         ctx.stage(Stage::Load, || {
             let opened = Opened::new(checkpoint, Part::Unet, placement, dtype, ctx)?;
             self.shelf.reserve(opened.bytes());
-            let (unet, bytes) = opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet, dtype.tensor()))?;
+            let (unet, bytes) = opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet))?;
             Ok(self.shelf.insert(key, &checkpoint.name, bytes, unet))
         })
     }

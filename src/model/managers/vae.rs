@@ -2,14 +2,28 @@
 
 use std::sync::Arc;
 
+use candle_nn::VarBuilder;
+
 use super::{Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::networks::vae::Vae;
+use crate::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use crate::units::Bytes;
+
+/// Both halves of the autoencoder.
+pub struct Vae {
+    pub encoder: VaeEncoder,
+    pub decoder: VaeDecoder,
+}
+
+impl Vae {
+    fn load(vb: &VarBuilder, config: &VaeConfig) -> Result<Self> {
+        Ok(Self { encoder: VaeEncoder::load(vb, config)?, decoder: VaeDecoder::load(vb, config)? })
+    }
+}
 
 pub struct VaeManager {
     pub(in crate::model) shelf: Shelf<Vae>,
@@ -34,7 +48,7 @@ impl VaeManager {
         ctx.stage(Stage::Load, || {
             let opened = Opened::new(checkpoint, Part::Vae, placement, dtype, ctx)?;
             self.shelf.reserve(opened.bytes());
-            let (vae, bytes) = opened.load(ctx, |vb| Vae::load(vb, &checkpoint.vae, dtype.tensor()))?;
+            let (vae, bytes) = opened.load(ctx, |vb| Vae::load(vb, &checkpoint.vae))?;
             Ok(self.shelf.insert(key, &checkpoint.name, bytes, vae))
         })
     }
