@@ -4,10 +4,12 @@ use serde::Serialize;
 
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::conditioning::interface as conditioning;
+use crate::config;
 use crate::context::Context;
 use crate::device::instructor::DeviceInstructor;
 use crate::device::interface as device;
 use crate::error::Result;
+use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface as inference;
 use crate::layers::Instructor;
 use crate::managers::Managers;
@@ -27,8 +29,6 @@ pub enum Call {
     Conditioning(conditioning::Request),
     Postprocessing(postprocessing::Request),
     Inference(inference::Request),
-    /// What a generation would cost; not made.
-    Estimate(Box<inference::GenerateRequest>),
 }
 
 impl Call {
@@ -37,12 +37,9 @@ impl Call {
     pub fn needs_compute(&self) -> bool {
         match self {
             Self::Inference(_) => true,
-            Self::Device(_)
-            | Self::Scheduler(_)
-            | Self::Postprocessing(_)
-            | Self::Model(_)
-            | Self::Conditioning(_)
-            | Self::Estimate(_) => false,
+            Self::Model(request) => request.needs_compute(),
+            Self::Conditioning(request) => request.needs_compute(),
+            Self::Device(_) | Self::Scheduler(_) | Self::Postprocessing(_) | Self::Estimate(_) => false,
         }
     }
 }
@@ -59,46 +56,53 @@ pub enum Reply {
     Inference(inference::Response),
 }
 
+/// One instructor a domain. Inference leads the others.
 pub struct Instructors {
-    pub device: DeviceInstructor,
-    pub scheduler: SchedulerInstructor,
-    pub model: ModelInstructor,
-    pub conditioning: ConditioningInstructor,
-    pub postprocessing: PostprocessingInstructor,
+    pub inference: InferenceInstructor,
 }
 
 impl Instructors {
     /// # Errors
     /// A setting that names what this worker does not have.
-    pub fn new(settings: &crate::config::Instructors) -> Result<Self> {
+    pub fn new(settings: &config::Instructors) -> Result<Self> {
         Ok(Self {
-            device: DeviceInstructor::new(settings.device.clone()),
-            scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
-            model: ModelInstructor { settings: settings.model.clone() },
-            conditioning: ConditioningInstructor { settings: settings.conditioning.clone() },
-            postprocessing: PostprocessingInstructor::new(settings.postprocessing.clone()),
+            inference: InferenceInstructor {
+                settings: settings.inference.clone(),
+                device: DeviceInstructor::new(settings.device.clone()),
+                scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
+                model: ModelInstructor,
+                conditioning: ConditioningInstructor::new(settings.conditioning.clone()),
+                postprocessing: PostprocessingInstructor::new(settings.postprocessing.clone()),
+            },
         })
     }
 
     /// # Errors
     /// Those of the instructor that is called.
     pub fn dispatch(&self, call: Call, managers: &mut Managers, ctx: &Context) -> Result<Reply> {
-        Ok(match call {
-            Call::Device(request) => Reply::Device(self.device.instruct(request, &mut managers.device, ctx)?),
-            Call::Scheduler(request) => Reply::Scheduler(self.scheduler.instruct(request, &mut (), ctx)?),
-            Call::Model(request) => Reply::Model(self.model.instruct(request, &mut (), ctx)?),
-            Call::Conditioning(request) => Reply::Conditioning(self.conditioning.instruct(request, &mut (), ctx)?),
+        let compute = call.needs_compute();
+        // Beside the compute thread the managers are empty, and what it holds is read from what it published.
+        managers.model.published = (!compute).then(|| managers.published.residents());
+        let lead = &self.inference;
+        let reply = match call {
+            Call::Device(request) => lead.device.instruct(request, &mut managers.device, ctx).map(Reply::Device),
+            Call::Scheduler(request) => lead.scheduler.instruct(request, &mut (), ctx).map(Reply::Scheduler),
+            Call::Model(request) => {
+                if compute {
+                    managers.model.placement = Some(lead.device.place(&mut managers.device, None)?);
+                }
+                lead.model.instruct(request, &mut managers.model, ctx).map(Reply::Model)
+            }
+            Call::Conditioning(request) => lead.encode(request, managers, ctx).map(Reply::Conditioning),
             Call::Postprocessing(request) => {
-                Reply::Postprocessing(self.postprocessing.instruct(request, &mut (), ctx)?)
+                lead.postprocessing.instruct(request, &mut (), ctx).map(Reply::Postprocessing)
             }
-            Call::Estimate(_) => {
-                return Err(crate::error::Error::UnsupportedFeature {
-                    what: "`communication.estimate`".to_owned(),
-                    hint: None,
-                    field: None,
-                });
-            }
-            Call::Inference(_) => return Err(crate::error::Error::bug("no inference yet")),
-        })
+            Call::Inference(request) => lead.instruct(request, managers, ctx).map(Reply::Inference),
+            Call::Estimate(request) => lead.estimate(&request, managers, ctx).map(Reply::Inference),
+        };
+        if compute {
+            managers.publish();
+        }
+        reply
     }
 }

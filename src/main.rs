@@ -13,7 +13,8 @@ use sdxl_worker::communication::{schema, workers::descriptor};
 use sdxl_worker::config::LogLevel;
 use sdxl_worker::error::Error;
 use sdxl_worker::instructors::Instructors;
-use sdxl_worker::managers::Managers;
+use sdxl_worker::lane::Build;
+use sdxl_worker::managers::{Managers, Published};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{filter::LevelFilter, fmt, reload};
@@ -55,8 +56,20 @@ fn main() -> ExitCode {
             handle.reload(level(wanted)).map_err(|e| Error::bug(format!("the log level stays: {e}")))
         }),
     };
-    let build = Arc::new(move || Ok((Instructors::new(&instructors)?, Managers::default())));
-    match serve(Setup { settings: config.workers.main_interface, stdout, build, instructor, begun }) {
+    let published = Arc::new(Published::default());
+    let seen = Arc::clone(&published);
+    let make = move || {
+        let managers = Managers::new(&instructors.model, Arc::clone(&seen));
+        Ok((Instructors::new(&instructors)?, managers))
+    };
+    let desk: Build = Arc::new(make.clone());
+    let compute: Build = Arc::new(move || {
+        let (instructors, mut managers) = make()?;
+        instructors.inference.device.place(&mut managers.device, None)?;
+        Ok((instructors, managers))
+    });
+    let settings = config.workers.main_interface;
+    match serve(Setup { settings, stdout, compute, desk, published, instructor, begun }) {
         // Threads that still wait on descriptors end with the process.
         Ok(exit) => std::process::exit(exit.code()),
         Err(error) => {

@@ -1,5 +1,6 @@
 //! The floor between the wire and the lanes: admission, the two queues, deadlines, cancellation, and what lanes say.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -15,6 +16,7 @@ use crate::context::{CancelToken, PreviewWish, Progress, Stage};
 use crate::error::Error;
 use crate::instructors::Call;
 use crate::lane::{self, Done, Job, Lane};
+use crate::managers::Published;
 
 /// Which of the two threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,7 @@ pub struct Floor {
     /// A lane could not be built, or its device is lost.
     pub broken: Option<Error>,
     pub bar: Bar,
+    pub published: Arc<Published>,
     last_step: Option<Instant>,
 }
 
@@ -66,12 +69,13 @@ pub struct Parts {
     pub ledger: Ledger,
     pub compute: Lane,
     pub desk: Lane,
+    pub published: Arc<Published>,
 }
 
 impl Floor {
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { settings, begun, ledger, compute, desk } = parts;
+        let Parts { settings, begun, ledger, compute, desk, published } = parts;
         let limit = settings.queue_limit;
         Self {
             settings,
@@ -83,6 +87,7 @@ impl Floor {
             ending: false,
             broken: None,
             bar: Bar::on_stderr(),
+            published,
             last_step: None,
         }
     }

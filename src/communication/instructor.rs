@@ -180,12 +180,7 @@ fn status(floor: &Floor) -> Status {
     };
     let mut queue = waiting(&floor.compute);
     queue.extend(waiting(&floor.desk));
-    Status {
-        draining: floor.draining,
-        queue,
-        running: running(floor),
-        residents: floor.compute.lane.snapshot().residents,
-    }
+    Status { draining: floor.draining, queue, running: running(floor), residents: floor.published.residents() }
 }
 
 fn running(floor: &Floor) -> Vec<Running> {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::value::to_raw_value;
@@ -21,6 +22,7 @@ use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
 use crate::lane::{self, Build, Lane};
 use crate::layers::Instructor;
+use crate::managers::Published;
 
 /// How the process ends; the numbers are the protocol's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +59,12 @@ pub struct Setup {
     pub settings: MainInterface,
     /// The private descriptor of the protocol.
     pub stdout: File,
-    pub build: Build,
+    /// Makes what the compute thread owns, its device opened.
+    pub compute: Build,
+    /// Makes what the desk owns.
+    pub desk: Build,
+    /// What the compute thread lets others see.
+    pub published: Arc<Published>,
     pub instructor: CommunicationInstructor,
     pub begun: Instant,
 }
@@ -77,7 +84,7 @@ pub fn serve(setup: Setup) -> io::Result<Exit> {
 }
 
 async fn run(setup: Setup) -> io::Result<Exit> {
-    let Setup { settings, stdout, build, instructor, begun } = setup;
+    let Setup { settings, stdout, compute, desk, published, instructor, begun } = setup;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tell, mut words) = mpsc::unbounded_channel();
@@ -86,15 +93,16 @@ async fn run(setup: Setup) -> io::Result<Exit> {
     let say = tell.clone();
     // A word that nobody hears any more is one said while the process ends.
     writer::spawn(stdout, outbox.clone(), move |note| drop(say.send(Word::Writer(note))))?;
-    let lane = |name, post| {
+    let lane = |name, post, build| {
         let say = tell.clone();
-        Lane::spawn(name, build.clone(), move |event| drop(say.send(Word::Lane(post, event))))
+        Lane::spawn(name, build, move |event| drop(say.send(Word::Lane(post, event))))
     };
     let mut floor = Floor::new(Parts {
         begun,
         ledger: Ledger::new(outbox.clone()),
-        compute: lane("compute", Post::Compute)?,
-        desk: lane("desk", Post::Desk)?,
+        compute: lane("compute", Post::Compute, compute)?,
+        desk: lane("desk", Post::Desk, desk)?,
+        published,
         settings,
     });
     reader::spawn(floor.line_limit(), move |input| give.blocking_send(input).is_ok())?;

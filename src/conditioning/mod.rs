@@ -1,5 +1,8 @@
-//! The conditioning domain.
+//! The conditioning domain: from words to the tensors that guide the UNet.
 
 pub mod instructor;
 pub mod interface;
+pub mod manager;
 mod workers;
+
+pub use workers::encode::Embeddings;

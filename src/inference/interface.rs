@@ -7,6 +7,7 @@ use crate::layers::{Domain, Interface};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
+use crate::units::Bytes;
 
 /// The section `workers.instructors.inference` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
@@ -192,11 +193,31 @@ pub struct GeneratedBatch {
     pub results: Vec<Generated>,
 }
 
+/// What a generation will need.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct Estimate {
+    /// Bytes of the model's weight files.
+    pub weights: Bytes,
+    /// Bytes beyond the weights at the largest moment, roughly.
+    pub activations: Bytes,
+    /// Bytes still to be had: weights that are not in memory yet, and activations.
+    pub needed: Bytes,
+    /// Bytes free now on the device, where that can be read.
+    pub free: Option<Bytes>,
+    /// Whether `needed` is free.
+    pub fits: Option<bool>,
+    /// Evaluations of the UNet, each of both passes where guidance is on.
+    pub evaluations: usize,
+    /// Seconds from the model being loaded to the image; null until this process has made an image with it.
+    pub seconds: Option<f64>,
+}
+
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum Response {
     Generated(Generated),
     Batch(GeneratedBatch),
+    Estimate(Estimate),
 }
 
 pub struct Inference;

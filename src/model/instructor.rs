@@ -1,19 +1,239 @@
-//! Decides for the model domain.
+//! Decides for the model domain: what a name stands for, what is loaded, kept and freed.
 
-use super::interface::{Model, Request, Response, Settings};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::catalog::Catalog;
+use super::checkpoint::Checkpoint;
+use super::interface::{
+    ComponentFacts, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request, Response,
+    SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
+};
+use super::managers::{EncoderManager, TokenizerManager, UnetManager, VaeManager};
 use crate::context::Context;
-use crate::error::Result;
-use crate::layers::{Instructor, Nothing};
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result};
+use crate::layers::{Instructor, Manager, Resident};
+use crate::units::Bytes;
 
-pub struct ModelInstructor {
-    pub settings: Settings,
+/// What the model domain draws on. `list` and `inspect` need only the catalog; they read what is in memory from
+/// `published` where the managers are another thread's.
+pub struct ModelCrew {
+    pub catalog: Catalog,
+    pub tokenizers: TokenizerManager,
+    pub encoders: EncoderManager,
+    pub unets: UnetManager,
+    pub vaes: VaeManager,
+    /// Where `load` and `pin` load to. `None` beside the compute thread.
+    pub placement: Option<Placement>,
+    /// What is in memory on the compute thread; `None` on the compute thread itself.
+    pub published: Option<Vec<Resident>>,
+}
+
+impl ModelCrew {
+    #[must_use]
+    pub fn new(settings: &Settings) -> Self {
+        let capacity = settings.cache_size;
+        Self {
+            catalog: Catalog::new(settings),
+            tokenizers: TokenizerManager::default(),
+            encoders: EncoderManager::new(capacity),
+            unets: UnetManager::new(capacity),
+            vaes: VaeManager::new(capacity),
+            placement: None,
+            published: None,
+        }
+    }
+
+    /// Everything of the model domain that is in memory.
+    #[must_use]
+    pub fn resident(&self) -> Vec<Resident> {
+        let own = || {
+            let managers: [&dyn Manager; 4] = [&self.tokenizers, &self.encoders, &self.unets, &self.vaes];
+            managers.into_iter().flat_map(Manager::resident).collect()
+        };
+        self.published.clone().unwrap_or_else(own)
+    }
+
+    fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {
+        let key = checkpoint.key;
+        [self.encoders.shelf.bytes_of(key), self.unets.shelf.bytes_of(key), self.vaes.shelf.bytes_of(key)]
+            .into_iter()
+            .sum()
+    }
+
+    fn pin(&mut self, checkpoint: &Checkpoint, pinned: bool) {
+        self.encoders.shelf.pin(checkpoint.key, pinned);
+        self.unets.shelf.pin(checkpoint.key, pinned);
+        self.vaes.shelf.pin(checkpoint.key, pinned);
+    }
+}
+
+pub struct ModelInstructor;
+
+impl ModelInstructor {
+    fn list(&self, crew: &mut ModelCrew, ctx: &Context) -> Result<ModelList> {
+        let resident = crew.resident();
+        let mut models = Vec::new();
+        for listed in crew.catalog.list() {
+            ctx.checkpoint()?;
+            let opened = crew.catalog.checkpoint(&listed);
+            let here: Vec<&Resident> =
+                resident.iter().filter(|r| r.name == listed.name && r.kind != "tokenizer").collect();
+            let mut loaded: Vec<&'static str> = here.iter().map(|r| r.kind).collect();
+            loaded.sort_unstable();
+            loaded.dedup();
+            let dtype = |checkpoint: &Arc<Checkpoint>| {
+                let weights = checkpoint.open(super::checkpoint::Part::Unet, ctx)?;
+                let wide = weights.tensors().map(|(_, stored)| (stored.range.end - stored.range.start, stored.dtype));
+                Ok::<_, Error>(wide.max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype.name()))
+            };
+            let dtype = opened.as_ref().map(|checkpoint| dtype(checkpoint));
+            models.push(ModelEntry {
+                name: listed.name,
+                family: opened.as_ref().ok().map(|checkpoint| checkpoint.family.name),
+                bytes: opened.as_ref().map_or(Bytes(0), |checkpoint| checkpoint.file_bytes()),
+                dtype: dtype.as_ref().ok().and_then(|dtype| dtype.as_ref().ok().copied().flatten()),
+                loaded,
+                pinned: here.iter().any(|r| r.pinned),
+                problem: match (&opened, &dtype) {
+                    (Err(error), _) => Some(error.to_string()),
+                    (Ok(_), Ok(Err(error))) => Some(error.to_string()),
+                    (Ok(_), _) => None,
+                },
+            });
+        }
+        Ok(ModelList { models, default: crew.catalog.default_name().to_owned() })
+    }
+
+    fn inspect(&self, checkpoint: &Checkpoint, ctx: &Context) -> Result<Inspection> {
+        let mut components = Vec::new();
+        for part in checkpoint.parts() {
+            let weights = checkpoint.open(part, ctx)?;
+            let mut dtypes: Vec<_> = weights.tensors().map(|(_, stored)| stored.dtype).collect();
+            dtypes.sort_unstable();
+            dtypes.dedup();
+            let elements = |shape: &[usize]| shape.iter().map(|&side| side as u64).product::<u64>();
+            components.push(ComponentFacts {
+                name: part.name(),
+                files: checkpoint.file_count(part),
+                tensors: weights.tensors().count(),
+                parameters: weights.tensors().map(|(_, stored)| elements(&stored.shape)).sum(),
+                bytes: weights.tensors().map(|(_, s)| Bytes(s.range.end - s.range.start)).sum(),
+                dtypes: dtypes.into_iter().map(|dtype| dtype.name()).collect(),
+            });
+        }
+        let encoders =
+            [("text_encoder", checkpoint.text_encoder.as_ref()), ("text_encoder_2", Some(&checkpoint.text_encoder_2))];
+        let facts = |(name, config): (&'static str, Option<&super::networks::clip::ClipConfig>)| {
+            config.map(|config| TextEncoderFacts { name, layers: config.num_hidden_layers, width: config.hidden_size })
+        };
+        let scheduler = &checkpoint.scheduler;
+        Ok(Inspection {
+            model: checkpoint.name.clone(),
+            family: checkpoint.family.name,
+            pipeline: checkpoint.pipeline.clone(),
+            components,
+            prediction_type: scheduler.prediction_type,
+            default_width: checkpoint.default_size().width,
+            default_height: checkpoint.default_size().height,
+            scheduler: SchedulerFacts {
+                class_name: scheduler.class_name.clone(),
+                timestep_spacing: scheduler.timestep_spacing.map(|spacing| spacing.name()),
+                zero_terminal_snr: scheduler.rescale_betas_zero_snr.unwrap_or(false),
+            },
+            force_zeros_for_empty_prompt: checkpoint.force_zeros_for_empty_prompt,
+            unet: UnetFacts {
+                in_channels: checkpoint.unet.in_channels,
+                block_channels: checkpoint.unet.block_out_channels.clone(),
+                context: checkpoint.unet.context_channels(),
+            },
+            vae: VaeFacts {
+                scaling_factor: checkpoint.vae.scaling_factor,
+                latent_channels: checkpoint.vae.latent_channels,
+                force_upcast: checkpoint.vae.force_upcast,
+            },
+            text_encoders: encoders.into_iter().filter_map(facts).collect(),
+            own_tokenizers: checkpoint.own_tokenizers(),
+        })
+    }
+
+    fn load(&self, checkpoint: &Checkpoint, crew: &mut ModelCrew, ctx: &Context) -> Result<Loaded> {
+        let placement =
+            crew.placement.clone().ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
+        let start = Instant::now();
+        let mut components = Vec::new();
+        let mut component = |name, before: Bytes, after: Bytes, start: Instant| {
+            let ms = millis(start);
+            components.push(LoadedComponent { name, bytes: after, ms, cached: before == after && after > Bytes(0) });
+        };
+        let key = checkpoint.key;
+        let (begun, before) = (Instant::now(), crew.encoders.shelf.bytes_of(key));
+        crew.encoders.acquire(checkpoint, &placement, ctx)?;
+        component("encoder", before, crew.encoders.shelf.bytes_of(key), begun);
+        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_of(key));
+        crew.unets.acquire(checkpoint, &placement, ctx)?;
+        component("unet", before, crew.unets.shelf.bytes_of(key), begun);
+        let (begun, before) = (Instant::now(), crew.vaes.shelf.bytes_of(key));
+        crew.vaes.acquire(checkpoint, &placement, ctx)?;
+        component("vae", before, crew.vaes.shelf.bytes_of(key), begun);
+        crew.tokenizers.acquire(checkpoint)?;
+        let bytes = components.iter().map(|c| c.bytes).sum();
+        Ok(Loaded { model: checkpoint.name.clone(), components, bytes, ms: millis(start) })
+    }
+
+    fn unload(&self, checkpoint: Option<&Checkpoint>, crew: &mut ModelCrew) -> Unloaded {
+        let key = checkpoint.map(|checkpoint| checkpoint.key);
+        let names = |crew: &ModelCrew| -> Vec<String> {
+            crew.resident().into_iter().filter(|r| r.kind != "tokenizer").map(|r| r.name).collect()
+        };
+        let before = names(crew);
+        let freed = [
+            crew.encoders.shelf.remove(key),
+            crew.unets.shelf.remove(key),
+            crew.vaes.shelf.remove(key),
+            crew.tokenizers.remove(key),
+        ];
+        let after = names(crew);
+        let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();
+        models.sort();
+        models.dedup();
+        Unloaded { models, freed: freed.into_iter().sum() }
+    }
 }
 
 impl Instructor for ModelInstructor {
     type Interface = Model;
-    type Crew = ();
+    type Crew = ModelCrew;
 
-    fn instruct(&self, _request: Request, _crew: &mut (), _ctx: &Context) -> Result<Response> {
-        Ok(Response::Nothing(Nothing {}))
+    fn instruct(&self, request: Request, crew: &mut ModelCrew, ctx: &Context) -> Result<Response> {
+        Ok(match request {
+            Request::List(_) => Response::List(self.list(crew, ctx)?),
+            Request::Inspect(wish) => {
+                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
+            }
+            Request::Load(wish) => {
+                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                Response::Load(self.load(&checkpoint, crew, ctx)?)
+            }
+            Request::Unload(wish) => {
+                let checkpoint = wish.model.as_deref().map(|name| crew.catalog.resolve(Some(name))).transpose()?;
+                Response::Unload(self.unload(checkpoint.as_deref(), crew))
+            }
+            Request::Pin(wish) => {
+                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let pinned = wish.pin.unwrap_or(true);
+                if pinned {
+                    self.load(&checkpoint, crew, ctx)?;
+                }
+                crew.pin(&checkpoint, pinned);
+                Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: crew.bytes_of(&checkpoint) })
+            }
+        })
     }
+}
+
+fn millis(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{Domain, Interface, Nothing};
+use crate::scheduler::schedule::Prediction;
 use crate::units::Bytes;
 
 /// The section `workers.instructors.model` of the configuration.
@@ -28,20 +29,199 @@ impl Default for Settings {
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
+    /// Every model that can be named.
     List(Nothing),
+    /// What a model's files say; its weights are not read.
+    Inspect(ModelWish),
+    /// Reads a model's weights into memory ahead of the request that needs them.
+    Load(ModelWish),
+    /// Frees a model's weights.
+    Unload(ModelWish),
+    /// Keeps a model in memory until it is unloaded, or ends that.
+    Pin(PinWish),
+}
+
+impl Request {
+    /// Whether it must run where the weights are. What needs none is answered while an image is made.
+    #[must_use]
+    pub fn needs_compute(&self) -> bool {
+        match self {
+            Self::List(_) | Self::Inspect(_) => false,
+            Self::Load(_) | Self::Unload(_) | Self::Pin(_) => true,
+        }
+    }
+}
+
+/// Names a model.
+#[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct ModelWish {
+    /// A name that `list` gives, or a path beneath the configured roots. Left out: the default model; for `unload`,
+    /// every model.
+    #[serde(default)]
+    pub model: Option<String>,
+}
+
+/// Names a model that shall stay.
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct PinWish {
+    /// A name that `list` gives, or a path beneath the configured roots. Left out: the default model.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// `true` (the default) loads the model and keeps it; `false` lets it go when its place is needed.
+    #[serde(default)]
+    pub pin: Option<bool>,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum Response {
-    Nothing(Nothing),
+    List(ModelList),
+    Inspect(Box<Inspection>),
+    Load(Loaded),
+    Unload(Unloaded),
+    Pin(Pinned),
+}
+
+/// The answer to `list`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct ModelList {
+    pub models: Vec<ModelEntry>,
+    /// The model of requests that name none.
+    pub default: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct ModelEntry {
+    /// What requests call it: its path beneath its root, or `demo`.
+    pub name: String,
+    /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`; `null` if it cannot be used.
+    pub family: Option<&'static str>,
+    /// Bytes of its weight files.
+    pub bytes: Bytes,
+    /// Number format of the UNet's weights as they are stored.
+    pub dtype: Option<&'static str>,
+    /// Parts that are in memory now.
+    pub loaded: Vec<&'static str>,
+    pub pinned: bool,
+    /// Why it cannot be used.
+    pub problem: Option<String>,
+}
+
+/// The answer to `inspect`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Inspection {
+    pub model: String,
+    pub family: &'static str,
+    /// `_class_name` of `model_index.json`.
+    pub pipeline: String,
+    pub components: Vec<ComponentFacts>,
+    pub prediction_type: Prediction,
+    /// Width in pixels of an image whose request names none.
+    pub default_width: usize,
+    /// Height in pixels of an image whose request names none.
+    pub default_height: usize,
+    /// Class and timestep spacing of the checkpoint's own scheduler.
+    pub scheduler: SchedulerFacts,
+    /// Whether a missing negative prompt means zeros rather than the encoded empty text.
+    pub force_zeros_for_empty_prompt: bool,
+    pub unet: UnetFacts,
+    pub vae: VaeFacts,
+    pub text_encoders: Vec<TextEncoderFacts>,
+    /// Whether the checkpoint brings its tokenizers, or uses the built-in vocabulary.
+    pub own_tokenizers: bool,
+}
+
+/// Weights of one part.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct ComponentFacts {
+    /// `text_encoder`, `text_encoder_2`, `unet`, `vae`
+    pub name: &'static str,
+    pub files: usize,
+    pub tensors: usize,
+    pub parameters: u64,
+    pub bytes: Bytes,
+    /// Number formats of the tensors.
+    pub dtypes: Vec<&'static str>,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct SchedulerFacts {
+    pub class_name: Option<String>,
+    /// `leading`, `trailing` or `linspace`; `null` if the checkpoint does not say.
+    pub timestep_spacing: Option<&'static str>,
+    pub zero_terminal_snr: bool,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct UnetFacts {
+    pub in_channels: usize,
+    pub block_channels: Vec<usize>,
+    /// Width of the text embeddings.
+    pub context: usize,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct VaeFacts {
+    pub scaling_factor: f64,
+    pub latent_channels: usize,
+    /// Whether it must not run in f16.
+    pub force_upcast: bool,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct TextEncoderFacts {
+    pub name: &'static str,
+    pub layers: usize,
+    pub width: usize,
+}
+
+/// The answer to `load`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Loaded {
+    pub model: String,
+    pub components: Vec<LoadedComponent>,
+    /// Bytes of the model in memory.
+    pub bytes: Bytes,
+    /// Milliseconds that it took.
+    pub ms: u64,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct LoadedComponent {
+    /// `encoder` (both text encoders), `unet`, `vae`
+    pub name: &'static str,
+    /// Bytes in memory.
+    pub bytes: Bytes,
+    pub ms: u64,
+    /// Whether it was in memory before.
+    pub cached: bool,
+}
+
+/// The answer to `unload`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Unloaded {
+    /// Names of the models that were in memory.
+    pub models: Vec<String>,
+    /// Bytes that were freed.
+    pub freed: Bytes,
+}
+
+/// The answer to `pin`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Pinned {
+    pub model: String,
+    pub pinned: bool,
+    /// Bytes that are kept.
+    pub bytes: Bytes,
 }
 
 pub struct Model;
 
 impl Interface for Model {
     const DOMAIN: Domain = Domain::Model;
-    const OPERATIONS: &'static [&'static str] = &["list"];
+    const OPERATIONS: &'static [&'static str] = &["list", "inspect", "load", "unload", "pin"];
     type Request = Request;
     type Response = Response;
 }

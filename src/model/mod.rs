@@ -1,7 +1,14 @@
 //! Checkpoints, weights and networks.
 
+pub mod catalog;
+pub mod checkpoint;
+pub mod demo;
+pub mod families;
+mod folder;
 pub mod instructor;
 pub mod interface;
 pub mod managers;
 pub mod networks;
 mod workers;
+
+pub use folder::Roots;

@@ -1,1 +1,4 @@
 //! Workers of the conditioning domain.
+
+pub(super) mod encode;
+pub(super) mod prompt;

@@ -1,1 +1,159 @@
-//! Long-lived weights, one manager a network.
+//! Long-lived weights, one manager a network, and the shelf on which each keeps them.
+
+mod encoder;
+mod tokenizer;
+mod unet;
+mod vae;
+
+use std::sync::Arc;
+
+use candle_nn::VarBuilder;
+
+pub use encoder::{EncoderManager, TextEncoders};
+pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
+pub use unet::UnetManager;
+pub use vae::{Vae, VaeManager};
+
+use super::checkpoint::{Checkpoint, CheckpointKey, Part};
+use super::workers::open::Weights;
+use super::workers::read::{Read, ReadTask, kept_bytes};
+use crate::context::Context;
+use crate::device::instructor::Placement;
+use crate::device::interface::Dtype;
+use crate::error::Result;
+use crate::layers::{Manager, Resident};
+use crate::units::Bytes;
+
+/// What tells one network on a shelf from another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShelfKey {
+    pub checkpoint: CheckpointKey,
+    pub dtype: Dtype,
+    /// `cpu`, `cuda:0`, `metal`
+    pub device: String,
+}
+
+/// Networks of one kind, least recently used first. The one that is wanted now is always kept, however large; others
+/// stay as long as all of them fit the capacity.
+pub struct Shelf<T> {
+    kind: &'static str,
+    capacity: Bytes,
+    entries: Vec<Entry<T>>,
+}
+
+struct Entry<T> {
+    key: ShelfKey,
+    name: String,
+    bytes: Bytes,
+    pinned: bool,
+    item: Arc<T>,
+}
+
+impl<T> Shelf<T> {
+    #[must_use]
+    pub fn new(kind: &'static str, capacity: Bytes) -> Self {
+        Self { kind, capacity, entries: Vec::new() }
+    }
+
+    /// The item, now the most recently used.
+    pub fn get(&mut self, key: &ShelfKey) -> Option<Arc<T>> {
+        let place = self.entries.iter().position(|entry| entry.key == *key)?;
+        let entry = self.entries.remove(place);
+        let item = Arc::clone(&entry.item);
+        self.entries.push(entry);
+        Some(item)
+    }
+
+    /// Makes place for an item before it is loaded, so that the old and the new need not fit together.
+    pub fn reserve(&mut self, bytes: Bytes) {
+        let excess = (self.bytes() + bytes).saturating_sub(self.capacity);
+        if excess > Bytes(0) {
+            self.evict(excess);
+        }
+    }
+
+    /// Keeps the item as the most recently used, and drops others while all do not fit the capacity.
+    pub fn insert(&mut self, key: ShelfKey, name: &str, bytes: Bytes, item: T) -> Arc<T> {
+        self.entries.retain(|entry| entry.key != key);
+        self.reserve(bytes);
+        let item = Arc::new(item);
+        self.entries.push(Entry { key, name: name.to_owned(), bytes, pinned: false, item: Arc::clone(&item) });
+        item
+    }
+
+    /// Drops every item of a checkpoint, pinned or not; `None` drops all. Gives the bytes that were held.
+    pub fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
+        let before = self.bytes();
+        self.entries.retain(|entry| checkpoint.is_some_and(|key| key != entry.key.checkpoint));
+        before.saturating_sub(self.bytes())
+    }
+
+    /// Whether items of a checkpoint may be evicted.
+    pub fn pin(&mut self, checkpoint: CheckpointKey, pinned: bool) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
+            entry.pinned = pinned;
+        }
+    }
+
+    /// Bytes that are held for one checkpoint.
+    #[must_use]
+    pub fn bytes_of(&self, checkpoint: CheckpointKey) -> Bytes {
+        self.entries.iter().filter(|entry| entry.key.checkpoint == checkpoint).map(|entry| entry.bytes).sum()
+    }
+
+    /// Bytes that are held for all.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        self.entries.iter().map(|entry| entry.bytes).sum()
+    }
+}
+
+impl<T> Manager for Shelf<T> {
+    fn resident(&self) -> Vec<Resident> {
+        let resident = |entry: &Entry<T>| Resident {
+            kind: self.kind,
+            name: entry.name.clone(),
+            bytes: entry.bytes,
+            pinned: entry.pinned,
+        };
+        self.entries.iter().map(resident).collect()
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        let mut freed = Bytes(0);
+        self.entries.retain(|entry| {
+            let stays = entry.pinned || freed >= want;
+            if !stays {
+                freed = freed + entry.bytes;
+            }
+            stays
+        });
+        freed
+    }
+}
+
+/// A part of a checkpoint whose header was read and whose weights were not.
+struct Opened<'a> {
+    part: Part,
+    weights: Weights,
+    placement: &'a Placement,
+    dtype: Dtype,
+}
+
+impl<'a> Opened<'a> {
+    fn new(checkpoint: &Checkpoint, part: Part, placement: &'a Placement, dtype: Dtype, ctx: &Context) -> Result<Self> {
+        Ok(Self { part, weights: checkpoint.open(part, ctx)?, placement, dtype })
+    }
+
+    /// Bytes that the weights will take.
+    fn bytes(&self) -> Bytes {
+        kept_bytes(&self.weights, self.dtype, &self.placement.device)
+    }
+
+    /// Reads the weights and builds the network from them. Gives it with the bytes that it holds.
+    fn load<T>(&self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
+        let task =
+            ReadTask { part: self.part, weights: &self.weights, compute: self.dtype, device: &self.placement.device };
+        ctx.perform(&Read, task)?.build(load)
+    }
+}

@@ -1,1 +1,4 @@
 //! Workers of the model domain.
+
+pub(super) mod open;
+pub(super) mod read;

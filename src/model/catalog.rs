@@ -1,0 +1,199 @@
+//! Which models can be named, and what a name stands for. Holds no weights, so that it works beside the compute thread.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use super::checkpoint::Checkpoint;
+use super::demo;
+use super::folder::Roots;
+use super::interface::Settings;
+use crate::error::{Error, Result, nearest};
+
+/// Folders that one look for models may visit, and how far below a root it goes.
+const FOLDERS: usize = 10_000;
+const DEPTH: usize = 5;
+/// Checkpoints whose small files stay understood.
+const KEPT: usize = 16;
+
+/// Finds checkpoints beneath the configured roots.
+pub struct Catalog {
+    roots: Roots,
+    default: Option<String>,
+    /// Those that were asked for, least recently first.
+    known: Vec<Arc<Checkpoint>>,
+}
+
+/// A model that can be named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub name: String,
+    /// `None` for the embedded model.
+    path: Option<PathBuf>,
+}
+
+impl Catalog {
+    #[must_use]
+    pub fn new(settings: &Settings) -> Self {
+        Self { roots: Roots::new(settings.roots.clone()), default: settings.default.clone(), known: Vec::new() }
+    }
+
+    /// The name of the model of requests that name none.
+    #[must_use]
+    pub fn default_name(&self) -> &str {
+        self.default.as_deref().unwrap_or(demo::NAME)
+    }
+
+    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, or an absolute path that lies beneath one.
+    /// `None` is the default model. A checkpoint whose files have changed since is understood anew.
+    ///
+    /// # Errors
+    /// `path_not_allowed` outside the roots and for `..`, `model_not_found` with the nearest name, `unsafe_format`,
+    /// `model_unsupported` and `model_corrupt` for what is found but cannot be used.
+    pub fn resolve(&mut self, name: Option<&str>) -> Result<Arc<Checkpoint>> {
+        let name = name.unwrap_or(self.default_name()).to_owned();
+        let listed = self.locate(&name)?;
+        self.checkpoint(&listed)
+    }
+
+    /// Every model that can be named, `demo` first, the others by name.
+    #[must_use]
+    pub fn list(&self) -> Vec<Listed> {
+        let mut found = Vec::new();
+        let mut seen = HashSet::new();
+        for root in self.roots.paths() {
+            let mut waiting = vec![(root.clone(), 0)];
+            while let Some((folder, depth)) = waiting.pop() {
+                let Ok(Some(real)) = self.roots.admit(&folder) else { continue };
+                if seen.len() >= FOLDERS || !seen.insert(real) {
+                    continue;
+                }
+                if folder.join("model_index.json").is_file() {
+                    found.push(Listed { name: self.name_of(&folder), path: Some(folder) });
+                } else if depth < DEPTH {
+                    let folders = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+                    waiting.extend(folders.filter(|path| path.is_dir()).map(|path| (path, depth + 1)));
+                }
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None });
+        found
+    }
+
+    /// The checkpoint of a listed model.
+    ///
+    /// # Errors
+    /// Those of [`Self::resolve`].
+    pub fn checkpoint(&mut self, listed: &Listed) -> Result<Arc<Checkpoint>> {
+        // The embedded files do not change, so they are understood once.
+        let known = self.known.iter().find(|known| known.name == demo::NAME).filter(|_| listed.path.is_none());
+        if let Some(known) = known {
+            return Ok(Arc::clone(known));
+        }
+        let fresh = match &listed.path {
+            None => Checkpoint::demo()?,
+            Some(path) => Checkpoint::open_folder(&listed.name, path, &self.roots)?,
+        };
+        let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
+        let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));
+        self.known.push(Arc::clone(&checkpoint));
+        let excess = self.known.len().saturating_sub(KEPT);
+        self.known.drain(..excess);
+        Ok(checkpoint)
+    }
+
+    fn locate(&self, name: &str) -> Result<Listed> {
+        if name == demo::NAME {
+            return Ok(Listed { name: name.to_owned(), path: None });
+        }
+        if name.trim().is_empty() || name.contains('\0') {
+            return Err(Error::invalid("model", "must be the name of a model or a path, got neither"));
+        }
+        let path = Path::new(name);
+        if path.components().any(|part| part == Component::ParentDir) {
+            return Err(Error::PathNotAllowed { path: path.to_owned() });
+        }
+        let mut refused = None;
+        for candidate in self.candidates(path) {
+            match self.roots.admit(&candidate) {
+                Ok(Some(real)) if real.is_dir() => {
+                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate) });
+                }
+                Ok(Some(_)) => return Err(not_a_folder(name, &candidate)),
+                Ok(None) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        // Whether anything lies outside the roots is nobody's business.
+        if path.is_absolute() && !self.roots.paths().iter().any(|root| beneath(root, path)) {
+            return Err(Error::PathNotAllowed { path: path.to_owned() });
+        }
+        match refused {
+            Some(error) => Err(error),
+            None => Err(self.not_found(name)),
+        }
+    }
+
+    /// Where a name may lead: beneath each root, to the root of that name, or from the working directory into a root.
+    fn candidates(&self, path: &Path) -> Vec<PathBuf> {
+        if path.is_absolute() {
+            return vec![path.to_owned()];
+        }
+        let roots = self.roots.paths();
+        let mut candidates: Vec<PathBuf> = roots.iter().map(|root| root.join(path)).collect();
+        candidates.extend(roots.iter().filter(|root| root.file_name() == Some(path.as_os_str())).cloned());
+        candidates.extend(roots.iter().any(|root| beneath(root, path)).then(|| path.to_owned()));
+        candidates
+    }
+
+    /// The path beneath the first root, if that name leads here; otherwise the whole path.
+    fn name_of(&self, folder: &Path) -> String {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let folder = absolute(folder);
+        for root in self.roots.paths() {
+            let root = absolute(root);
+            let Ok(below) = folder.strip_prefix(&root) else { continue };
+            let name = if below.as_os_str().is_empty() { root.file_name().map(Path::new) } else { Some(below) };
+            let Some(name) = name else { continue };
+            let leads_here = self.candidates(name).iter().find(|path| path.exists()).map(|path| absolute(path));
+            if leads_here.as_ref() == Some(&folder) && name != Path::new(demo::NAME) {
+                return name.to_string_lossy().into_owned();
+            }
+        }
+        folder.to_string_lossy().into_owned()
+    }
+
+    fn not_found(&self, name: &str) -> Error {
+        let listed = self.list();
+        let close = nearest(name, listed.iter().map(|listed| listed.name.as_str()));
+        let hint = match close {
+            Some(close) => format!("did you mean `{close}`?"),
+            None => "`model.list` names every model beneath the configured roots".to_owned(),
+        };
+        Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }
+    }
+}
+
+fn beneath(root: &Path, path: &Path) -> bool {
+    match (std::path::absolute(root), std::path::absolute(path)) {
+        (Ok(root), Ok(path)) => path.starts_with(root),
+        _ => false,
+    }
+}
+
+fn not_a_folder(name: &str, path: &Path) -> Error {
+    let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
+    match end.as_str() {
+        "ckpt" | "pt" | "pth" | "bin" => Error::UnsafeFormat { path: path.to_owned() },
+        "safetensors" => Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is a single file, and this worker reads models in the diffusers folder layout".to_owned(),
+        },
+        _ => Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is a file, and a model is a folder in the diffusers layout".to_owned(),
+        },
+    }
+}

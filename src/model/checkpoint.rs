@@ -1,0 +1,335 @@
+//! A checkpoint in the diffusers folder layout, understood from its small files; its weights are not read here.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde::Deserialize;
+
+use super::demo;
+use super::families::Family;
+use super::folder::{Folder, Found, Roots};
+use super::networks::PerBlock;
+use super::networks::clip::ClipConfig;
+use super::networks::unet::UnetConfig;
+use super::networks::vae::VaeConfig;
+use super::workers::open::{Open, OpenTask, Weights};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::scheduler::schedule::SchedulerConfig;
+use crate::units::{Bytes, ImageSize};
+
+/// Longest configuration file.
+const CONFIG_LIMIT: u64 = 4 * Bytes::MIB;
+/// Longest index of a sharded network.
+const INDEX_LIMIT: u64 = 64 * Bytes::MIB;
+/// Rows and columns of latents where `unet/config.json` does not say: SDXL was trained at 1024 pixels.
+const USUAL_LATENTS: usize = 128;
+/// Variants whose files carry the name of their number format.
+const VARIANTS: [&str; 2] = ["fp16", "bf16"];
+
+/// What tells one state of one checkpoint from every other: where it lies, and the length and time of every file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CheckpointKey(u64);
+
+/// The networks of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    TextEncoder,
+    TextEncoder2,
+    Unet,
+    Vae,
+}
+
+impl Part {
+    pub const ALL: [Self; 4] = [Self::TextEncoder, Self::TextEncoder2, Self::Unet, Self::Vae];
+
+    /// The name of its folder and on the wire.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
+            Self::Unet => "unet",
+            Self::Vae => "vae",
+        }
+    }
+
+    /// How its weight files begin.
+    fn stem(self) -> &'static str {
+        match self {
+            Self::TextEncoder | Self::TextEncoder2 => "model",
+            Self::Unet | Self::Vae => "diffusion_pytorch_model",
+        }
+    }
+}
+
+/// A complete SDXL checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What requests call it.
+    pub name: String,
+    pub key: CheckpointKey,
+    pub family: &'static Family,
+    /// `_class_name` of `model_index.json`.
+    pub pipeline: String,
+    /// Whether a missing negative prompt means zeros rather than the encoded empty text.
+    pub force_zeros_for_empty_prompt: bool,
+    /// CLIP ViT-L; the refiner has none.
+    pub text_encoder: Option<ClipConfig>,
+    /// OpenCLIP ViT-bigG.
+    pub text_encoder_2: ClipConfig,
+    pub unet: UnetConfig,
+    pub vae: VaeConfig,
+    pub scheduler: SchedulerConfig,
+    pub(super) tokenizers: [Option<TokenizerFiles>; 2],
+    weights: Vec<(Part, WeightFiles)>,
+}
+
+/// The vocabulary of one tokenizer.
+#[derive(Clone, Debug)]
+pub(super) struct TokenizerFiles {
+    pub(super) vocab: Found,
+    pub(super) merges: Found,
+    /// `tokenizer_config.json`
+    pub(super) config: Option<Found>,
+}
+
+#[derive(Debug)]
+struct WeightFiles {
+    files: Vec<Found>,
+    /// Tensor name → file name, for a sharded network.
+    index: Option<HashMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct ModelIndex {
+    #[serde(rename = "_class_name")]
+    class_name: String,
+    #[serde(default = "yes")]
+    force_zeros_for_empty_prompt: bool,
+    text_encoder: Option<Component>,
+    text_encoder_2: Option<Component>,
+    unet: Option<Component>,
+    vae: Option<Component>,
+}
+
+/// Library and class; both null for a part that the pipeline goes without.
+type Component = (Option<String>, Option<String>);
+
+/// diffusers' default of `force_zeros_for_empty_prompt`.
+fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// The embedded demonstration model.
+    ///
+    /// # Errors
+    /// None, unless the binary was built from damaged assets.
+    pub fn demo() -> Result<Self> {
+        Self::read(demo::NAME, &Folder::Embedded)
+    }
+
+    /// Understands the folder `path`, which lies beneath `roots`; requests call it `name`.
+    ///
+    /// # Errors
+    /// `model_unsupported` for what is not SDXL, `unsafe_format` for pickle weights, `model_corrupt` for missing or
+    /// broken files, `path_not_allowed` for links out of the roots.
+    pub fn open_folder(name: &str, path: &std::path::Path, roots: &Roots) -> Result<Self> {
+        Self::read(name, &Folder::Disk { path: path.to_owned(), roots: roots.clone() })
+    }
+
+    /// The shape of the images it was trained on, in pixels.
+    #[must_use]
+    pub fn default_size(&self) -> ImageSize {
+        let sides = self.unet.sample_size.as_ref().map_or(&[][..], PerBlock::values);
+        let scale = self.vae.reduction();
+        let side = |place: usize| {
+            let latents = sides.get(place).or(sides.first()).copied().unwrap_or(USUAL_LATENTS);
+            latents.saturating_mul(scale)
+        };
+        ImageSize { width: side(1), height: side(0) }
+    }
+
+    /// Whether it brings tokenizers of its own.
+    #[must_use]
+    pub fn own_tokenizers(&self) -> bool {
+        self.name != demo::NAME && self.tokenizers.iter().any(Option::is_some)
+    }
+
+    /// Bytes of its weight files.
+    #[must_use]
+    pub fn file_bytes(&self) -> Bytes {
+        self.weights.iter().flat_map(|(_, files)| &files.files).map(|found| Bytes(found.stamp().0)).sum()
+    }
+
+    /// The networks that it has.
+    pub fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+        self.weights.iter().map(|(part, _)| *part)
+    }
+
+    /// How many files hold the weights of a part.
+    #[must_use]
+    pub fn file_count(&self, part: Part) -> usize {
+        self.weights.iter().find(|(known, _)| *known == part).map_or(0, |(_, files)| files.files.len())
+    }
+
+    /// Opens the weights of a part and checks their headers.
+    ///
+    /// # Errors
+    /// `model_corrupt` with the file at fault; `cancelled`, `deadline_exceeded`.
+    pub fn open(&self, part: Part, ctx: &Context) -> Result<Weights> {
+        let (_, files) = self.weights.iter().find(|(known, _)| *known == part).ok_or_else(|| {
+            Error::ModelUnsupported { name: self.name.clone(), message: format!("it has no `{}`", part.name()) }
+        })?;
+        ctx.perform(&Open, OpenTask { files: &files.files, index: files.index.as_ref() })
+    }
+
+    fn read(name: &str, folder: &Folder) -> Result<Self> {
+        let unsupported = |message: String| Error::ModelUnsupported { name: name.to_owned(), message };
+        let mut files = Vec::new();
+        let Some(found) = folder.find("model_index.json")? else {
+            return Err(unsupported(
+                "it is no model in the diffusers folder layout: `model_index.json` is missing".into(),
+            ));
+        };
+        let index: ModelIndex = found.json(CONFIG_LIMIT)?;
+        files.push(found);
+        if !Family::knows(&index.class_name) {
+            return Err(unsupported(format!("it is a `{}`, and this worker runs SDXL", index.class_name)));
+        }
+        let has = |component: &Option<Component>| matches!(component, Some((_, Some(_))));
+        for (part, component) in
+            [(Part::TextEncoder2, &index.text_encoder_2), (Part::Unet, &index.unet), (Part::Vae, &index.vae)]
+        {
+            if !has(component) {
+                return Err(unsupported(format!("it has no `{}`, and every SDXL model has one", part.name())));
+            }
+        }
+        let unet: UnetConfig = typed(folder, Part::Unet, &mut files)?;
+        let first = has(&index.text_encoder);
+        let family = Family::detect(first, unet.in_channels).ok_or_else(|| {
+            unsupported(format!(
+                "its UNet takes {} channels, and this worker knows {}",
+                unet.in_channels,
+                super::families::FAMILIES
+                    .iter()
+                    .map(|(n, f)| format!("{n} ({})", f.channels))
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ))
+        })?;
+        let text_encoder = if first { Some(typed(folder, Part::TextEncoder, &mut files)?) } else { None };
+        let text_encoder_2 = typed(folder, Part::TextEncoder2, &mut files)?;
+        let vae: VaeConfig = typed(folder, Part::Vae, &mut files)?;
+        for (part, encoder) in [(Part::TextEncoder, text_encoder.as_ref()), (Part::TextEncoder2, Some(&text_encoder_2))]
+        {
+            encoder.map_or(Ok(()), |config: &ClipConfig| config.check(&format!("{name}/{}", part.name())))?;
+        }
+        unet.check(&format!("{name}/{}", Part::Unet.name()))?;
+        vae.check(&format!("{name}/{}", Part::Vae.name()))?;
+        let scheduler = folder.need("scheduler/scheduler_config.json")?;
+        files.push(scheduler.clone());
+        let mut weights = Vec::new();
+        for part in Part::ALL.into_iter().filter(|part| *part != Part::TextEncoder || first) {
+            let found = weight_files(folder, part)?;
+            files.extend(found.files.iter().cloned());
+            weights.push((part, found));
+        }
+        let tokenizers = [tokenizer_files(folder, "tokenizer")?, tokenizer_files(folder, "tokenizer_2")?];
+        for tokenizer in tokenizers.iter().flatten() {
+            files.extend([&tokenizer.vocab, &tokenizer.merges].into_iter().chain(&tokenizer.config).cloned());
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            key: key(folder, &files),
+            family,
+            pipeline: index.class_name,
+            force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
+            text_encoder,
+            text_encoder_2,
+            unet,
+            vae,
+            scheduler: scheduler.json(CONFIG_LIMIT)?,
+            tokenizers,
+            weights,
+        })
+    }
+}
+
+fn typed<T: serde::de::DeserializeOwned>(folder: &Folder, part: Part, files: &mut Vec<Found>) -> Result<T> {
+    let found = folder.need(&format!("{}/config.json", part.name()))?;
+    let config = found.json(CONFIG_LIMIT)?;
+    files.push(found);
+    Ok(config)
+}
+
+fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
+    let mut hasher = DefaultHasher::new();
+    folder.path("").hash(&mut hasher);
+    for found in files {
+        found.path().hash(&mut hasher);
+        found.stamp().hash(&mut hasher);
+    }
+    CheckpointKey(hasher.finish())
+}
+
+/// The files of a part. The one without a variant's name is preferred, as diffusers prefers it.
+fn weight_files(folder: &Folder, part: Part) -> Result<WeightFiles> {
+    let (dir, stem) = (part.name(), part.stem());
+    let mut candidates = vec![(format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"))];
+    for variant in VARIANTS {
+        candidates.push((format!("{stem}.{variant}.safetensors"), format!("{stem}.safetensors.index.{variant}.json")));
+    }
+    for (single, index) in &candidates {
+        if let Some(found) = folder.find(&format!("{dir}/{single}"))? {
+            return Ok(WeightFiles { files: vec![found], index: None });
+        }
+        if let Some(found) = folder.find(&format!("{dir}/{index}"))? {
+            return sharded(folder, dir, &found);
+        }
+    }
+    let names = folder.names(dir);
+    let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth"].iter().any(|end| name.to_lowercase().ends_with(end));
+    match names.iter().find(pickle) {
+        Some(name) => Err(Error::UnsafeFormat { path: folder.path(&format!("{dir}/{name}")) }),
+        None => Err(Error::ModelCorrupt {
+            path: folder.path(dir),
+            message: format!("has no weights: `{stem}.safetensors` is missing"),
+        }),
+    }
+}
+
+fn sharded(folder: &Folder, dir: &str, found: &Found) -> Result<WeightFiles> {
+    let corrupt = |message: String| Error::ModelCorrupt { path: found.path().to_owned(), message };
+    let ShardIndex { weight_map } = found.json(INDEX_LIMIT)?;
+    let names: HashSet<&String> = weight_map.values().collect();
+    let mut names: Vec<_> = names.into_iter().collect();
+    names.sort();
+    if names.is_empty() {
+        return Err(corrupt("names no files".to_owned()));
+    }
+    let mut files = Vec::with_capacity(names.len());
+    for name in names {
+        if name.contains(['/', '\\', '\0']) || !name.ends_with(".safetensors") {
+            return Err(corrupt(format!("must name safetensors files of its own folder, and names `{name}`")));
+        }
+        files.push(folder.need(&format!("{dir}/{name}"))?);
+    }
+    Ok(WeightFiles { files, index: Some(weight_map) })
+}
+
+fn tokenizer_files(folder: &Folder, dir: &str) -> Result<Option<TokenizerFiles>> {
+    let vocab = folder.find(&format!("{dir}/vocab.json"))?;
+    let merges = folder.find(&format!("{dir}/merges.txt"))?;
+    let config = folder.find(&format!("{dir}/tokenizer_config.json"))?;
+    Ok(match (vocab, merges) {
+        (Some(vocab), Some(merges)) => Some(TokenizerFiles { vocab, merges, config }),
+        _ => None,
+    })
+}

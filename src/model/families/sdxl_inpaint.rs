@@ -1,0 +1,6 @@
+//! The base model with mask and masked image as further input channels.
+
+use super::Family;
+
+pub(super) const FAMILY: Family =
+    Family { name: "sdxl_inpaint", pipelines: &["StableDiffusionXLInpaintPipeline"], first_encoder: true, channels: 9 };

@@ -1,0 +1,73 @@
+//! Keeps text encoders: those of a checkpoint together, as a prompt needs both.
+
+use std::sync::Arc;
+
+use super::{Opened, Shelf, ShelfKey};
+use crate::context::{Context, Stage};
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result};
+use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::networks::clip::ClipTextModel;
+use crate::units::Bytes;
+
+/// The text encoders of one checkpoint.
+pub struct TextEncoders {
+    /// CLIP ViT-L; the refiner has none.
+    pub first: Option<ClipTextModel>,
+    /// OpenCLIP ViT-bigG, with the projection that gives the pooled embedding.
+    pub second: ClipTextModel,
+}
+
+pub struct EncoderManager {
+    pub(in crate::model) shelf: Shelf<TextEncoders>,
+}
+
+impl EncoderManager {
+    #[must_use]
+    pub fn new(capacity: Bytes) -> Self {
+        Self { shelf: Shelf::new("encoder", capacity) }
+    }
+
+    /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not here.
+    ///
+    /// # Errors
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    pub fn acquire(
+        &mut self,
+        checkpoint: &Checkpoint,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<TextEncoders>> {
+        let dtype = placement.compute;
+        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        if let Some(encoders) = self.shelf.get(&key) {
+            return Ok(encoders);
+        }
+        ctx.stage(Stage::Load, || {
+            let open = |part| Opened::new(checkpoint, part, placement, dtype, ctx);
+            let with_config = |config| Ok::<_, Error>((config, open(Part::TextEncoder)?));
+            let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
+            let second = open(Part::TextEncoder2)?;
+            self.shelf.reserve(first.as_ref().map_or(Bytes(0), |(_, opened)| opened.bytes()) + second.bytes());
+            let tensor = dtype.tensor();
+            let first = first
+                .map(|(config, opened)| opened.load(ctx, |vb| ClipTextModel::load(vb, config, false, tensor)))
+                .transpose()?;
+            let (first, first_bytes) = first.map_or((None, Bytes(0)), |(network, bytes)| (Some(network), bytes));
+            let config = &checkpoint.text_encoder_2;
+            let (second, bytes) = second.load(ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
+            Ok(self.shelf.insert(key, &checkpoint.name, first_bytes + bytes, TextEncoders { first, second }))
+        })
+    }
+}
+
+impl Manager for EncoderManager {
+    fn resident(&self) -> Vec<Resident> {
+        self.shelf.resident()
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        self.shelf.evict(want)
+    }
+}

@@ -1,0 +1,51 @@
+//! Keeps UNets.
+
+use std::sync::Arc;
+
+use super::{Opened, Shelf, ShelfKey};
+use crate::context::{Context, Stage};
+use crate::device::instructor::Placement;
+use crate::error::Result;
+use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::networks::unet::Unet;
+use crate::units::Bytes;
+
+pub struct UnetManager {
+    pub(in crate::model) shelf: Shelf<Unet>,
+}
+
+impl UnetManager {
+    #[must_use]
+    pub fn new(capacity: Bytes) -> Self {
+        Self { shelf: Shelf::new("unet", capacity) }
+    }
+
+    /// The UNet of a checkpoint in the placement's compute dtype, loaded if it is not here.
+    ///
+    /// # Errors
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Unet>> {
+        let dtype = placement.compute;
+        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        if let Some(found) = self.shelf.get(&key) {
+            return Ok(found);
+        }
+        ctx.stage(Stage::Load, || {
+            let opened = Opened::new(checkpoint, Part::Unet, placement, dtype, ctx)?;
+            self.shelf.reserve(opened.bytes());
+            let (unet, bytes) = opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet))?;
+            Ok(self.shelf.insert(key, &checkpoint.name, bytes, unet))
+        })
+    }
+}
+
+impl Manager for UnetManager {
+    fn resident(&self) -> Vec<Resident> {
+        self.shelf.resident()
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        self.shelf.evict(want)
+    }
+}

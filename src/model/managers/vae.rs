@@ -1,0 +1,65 @@
+//! Keeps VAEs.
+
+use std::sync::Arc;
+
+use candle_nn::VarBuilder;
+
+use super::{Opened, Shelf, ShelfKey};
+use crate::context::{Context, Stage};
+use crate::device::instructor::Placement;
+use crate::error::Result;
+use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
+use crate::units::Bytes;
+
+/// Both halves of the autoencoder.
+pub struct Vae {
+    pub encoder: VaeEncoder,
+    pub decoder: VaeDecoder,
+}
+
+impl Vae {
+    fn load(vb: &VarBuilder, config: &VaeConfig) -> Result<Self> {
+        Ok(Self { encoder: VaeEncoder::load(vb, config)?, decoder: VaeDecoder::load(vb, config)? })
+    }
+}
+
+pub struct VaeManager {
+    pub(in crate::model) shelf: Shelf<Vae>,
+}
+
+impl VaeManager {
+    #[must_use]
+    pub fn new(capacity: Bytes) -> Self {
+        Self { shelf: Shelf::new("vae", capacity) }
+    }
+
+    /// The VAE of a checkpoint in the placement's vae dtype, loaded if it is not here.
+    ///
+    /// # Errors
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Vae>> {
+        let dtype = placement.vae;
+        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        if let Some(found) = self.shelf.get(&key) {
+            return Ok(found);
+        }
+        ctx.stage(Stage::Load, || {
+            let opened = Opened::new(checkpoint, Part::Vae, placement, dtype, ctx)?;
+            self.shelf.reserve(opened.bytes());
+            let (vae, bytes) = opened.load(ctx, |vb| Vae::load(vb, &checkpoint.vae))?;
+            Ok(self.shelf.insert(key, &checkpoint.name, bytes, vae))
+        })
+    }
+}
+
+impl Manager for VaeManager {
+    fn resident(&self) -> Vec<Resident> {
+        self.shelf.resident()
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        self.shelf.evict(want)
+    }
+}

@@ -1,0 +1,149 @@
+//! Attention within feature maps: the UNet's transformers.
+//!
+//! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens of the text, `D` width of a token.
+
+use candle_core::{Result as CandleResult, Tensor};
+use candle_nn::VarBuilder;
+
+use super::Check;
+use crate::error::{Result, Stage};
+use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
+
+/// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
+const GROUP_NORM_EPS: f64 = 1e-6;
+const LAYER_NORM_EPS: f64 = 1e-5;
+
+/// A linear layer over channels, with bias, whose weight may be stored as that of a 1×1 convolution.
+///
+/// # Errors
+/// A missing tensor, or one of another shape.
+pub(super) fn load_projection(vb: &VarBuilder, inputs: usize, outputs: usize) -> CandleResult<Linear> {
+    let weight = vb.get((outputs, inputs), "weight").or_else(|first| {
+        let weight = vb.get((outputs, inputs, 1, 1), "weight").map_err(|_| first)?;
+        weight.reshape((outputs, inputs))
+    })?;
+    Linear::new(weight, Some(vb.get(outputs, "bias")?))
+}
+
+/// Sizes of one attention layer or transformer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AttentionShape {
+    pub(super) channels: usize,
+    pub(super) heads: usize,
+    /// `D`: channels of the text.
+    pub(super) context: usize,
+}
+
+/// Queries from the feature map, keys and values from it or from the text.
+#[derive(Clone, Debug)]
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    heads: usize,
+}
+
+impl Attention {
+    fn load(vb: &VarBuilder, channels: usize, heads: usize, keys: usize) -> CandleResult<Self> {
+        Ok(Self {
+            to_q: Linear::load_no_bias(&vb.pp("to_q"), channels, channels)?,
+            to_k: Linear::load_no_bias(&vb.pp("to_k"), keys, channels)?,
+            to_v: Linear::load_no_bias(&vb.pp("to_v"), keys, channels)?,
+            to_out: Linear::load(&vb.pp("to_out").pp("0"), channels, channels)?,
+            heads,
+        })
+    }
+
+    /// `residual + attention(x, source)`; `x` and `residual` are `[B, HW, C]`.
+    fn forward(&self, x: &Tensor, source: &Tensor, residual: &Tensor) -> CandleResult<Tensor> {
+        let q = self.to_q.forward(x)?;
+        let k = self.to_k.forward(source)?;
+        let v = self.to_v.forward(source)?;
+        let y = attention(&q, &k, &v, self.heads, Mask::None)?;
+        drop((q, k, v));
+        self.to_out.forward_with(&y, Epilogue { residual: Some(residual), ..Epilogue::default() })
+    }
+}
+
+/// Self-attention, cross-attention and a gated feed-forward layer, each with its norm before and a residual around.
+#[derive(Clone, Debug)]
+struct TransformerBlock {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    gate: Linear,
+    narrow: Linear,
+}
+
+impl TransformerBlock {
+    fn load(vb: &VarBuilder, shape: AttentionShape) -> CandleResult<Self> {
+        let AttentionShape { channels, heads, context } = shape;
+        let norm = |name: &str| LayerNorm::load(&vb.pp(name), channels, LAYER_NORM_EPS);
+        let net = vb.pp("ff").pp("net");
+        Ok(Self {
+            norm1: norm("norm1")?,
+            attn1: Attention::load(&vb.pp("attn1"), channels, heads, channels)?,
+            norm2: norm("norm2")?,
+            attn2: Attention::load(&vb.pp("attn2"), channels, heads, context)?,
+            norm3: norm("norm3")?,
+            gate: Linear::load(&net.pp("0").pp("proj"), channels, 8 * channels)?,
+            narrow: Linear::load(&net.pp("2"), 4 * channels, channels)?,
+        })
+    }
+
+    /// `x` is `[B, HW, C]`, `context` `[B, L, D]`.
+    fn forward(&self, x: &Tensor, context: &Tensor) -> CandleResult<Tensor> {
+        let normal = self.norm1.forward(x)?;
+        let x = self.attn1.forward(&normal, &normal, x)?;
+        let x = self.attn2.forward(&self.norm2.forward(&x)?, context, &x)?;
+        let gated = self.gate.forward_geglu(&self.norm3.forward(&x)?)?; // [B, HW, 4C]
+        self.narrow.forward_with(&gated, Epilogue { residual: Some(&x), ..Epilogue::default() })
+    }
+}
+
+/// A stack of transformer blocks over the positions of a feature map.
+#[derive(Clone, Debug)]
+pub(super) struct SpatialTransformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Linear,
+}
+
+impl SpatialTransformer {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
+        let blocks = vb.pp("transformer_blocks");
+        Ok(Self {
+            norm: GroupNorm::load(&vb.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,
+            proj_in: load_projection(&vb.pp("proj_in"), shape.channels, shape.channels)?,
+            blocks: (0..depth).map(|i| TransformerBlock::load(&blocks.pp(i), shape)).collect::<CandleResult<_>>()?,
+            proj_out: load_projection(&vb.pp("proj_out"), shape.channels, shape.channels)?,
+        })
+    }
+
+    /// `x` is `[B, H, W, C]`, `context` `[B, L, D]`; gives the shape of `x`.
+    ///
+    /// # Errors
+    /// That of `check`, called before each block; shapes that do not fit, or the device's own.
+    pub(super) fn forward(&self, x: &Tensor, context: &Tensor, check: Check) -> Result<Tensor> {
+        const STAGE: &str = "unet";
+        let enter = || -> CandleResult<(Tensor, Tensor)> {
+            let (batch, height, width, channels) = x.dims4()?;
+            let residual = x.reshape((batch, height * width, channels))?;
+            let tokens = self.proj_in.forward(&self.norm.forward(&residual)?)?;
+            Ok((residual, tokens))
+        };
+        let (residual, mut tokens) = enter().stage(STAGE)?;
+        for block in &self.blocks {
+            check()?;
+            tokens = block.forward(&tokens, context).stage(STAGE)?;
+        }
+        let epilogue = Epilogue { residual: Some(&residual), ..Epilogue::default() };
+        self.proj_out.forward_with(&tokens, epilogue).and_then(|y| y.reshape(x.shape())).stage(STAGE)
+    }
+}

@@ -1,0 +1,256 @@
+//! CLIP text encoders: ViT-L and OpenCLIP ViT-bigG as transformers stores them (Radford et al. 2021).
+//!
+//! Legend: `B` batch, `L` tokens (77), `C` hidden size, `P` projected size.
+
+use candle_core::{D, DType, Result as CandleResult, Tensor};
+use candle_nn::VarBuilder;
+use serde::Deserialize;
+
+use super::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
+use crate::error::{Error, Result, Stage};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+
+const STAGE: &str = "text encoder";
+
+/// The `eos_token_id` of configurations written before the right one was; it means the highest id of the text.
+const LEGACY_EOS: u32 = 2;
+
+/// `config.json` of a text encoder; what is left out has transformers' defaults.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct ClipConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub projection_dim: Option<usize>,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub max_position_embeddings: usize,
+    pub hidden_act: String,
+    pub layer_norm_eps: f64,
+    pub eos_token_id: Option<PerBlock<u32>>,
+}
+
+impl Default for ClipConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            projection_dim: Some(512),
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: "quick_gelu".to_owned(),
+            layer_norm_eps: 1e-5,
+            eos_token_id: Some(PerBlock::Same(49407)),
+        }
+    }
+}
+
+impl ClipConfig {
+    /// # Errors
+    /// `model_unsupported` for a value that this network cannot compute.
+    pub fn check(&self, name: &str) -> Result<()> {
+        let judge = Judge { name };
+        judge.within("vocab_size", self.vocab_size, 1..=1 << 22)?;
+        judge.channels("hidden_size", self.hidden_size)?;
+        judge.within("intermediate_size", self.intermediate_size, 1..=8 * MAX_CHANNELS)?;
+        judge.within("num_hidden_layers", self.num_hidden_layers, 1..=2 * MAX_LAYERS)?;
+        judge.divides("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
+        judge.within("max_position_embeddings", self.max_position_embeddings, 1..=1 << 16)?;
+        judge.epsilon("layer_norm_eps", self.layer_norm_eps)?;
+        self.activation(judge)?;
+        self.eos(judge)?;
+        match self.projection_dim {
+            Some(projected) => judge.channels("projection_dim", projected),
+            None => Ok(()),
+        }
+    }
+
+    fn activation(&self, judge: Judge) -> Result<Activation> {
+        judge.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
+        Ok(if self.hidden_act == "gelu" { Activation::Gelu } else { Activation::QuickGelu })
+    }
+
+    fn eos(&self, judge: Judge) -> Result<u32> {
+        match self.eos_token_id.as_ref().map(PerBlock::values) {
+            Some(&[id]) => Ok(id),
+            _ => Err(judge.refuse("`eos_token_id` must be one id")),
+        }
+    }
+}
+
+/// What an encoder says of a text.
+#[derive(Clone, Debug)]
+pub struct ClipOutput {
+    /// `[B, L, C]`: the states after the chosen layer, without the final norm.
+    pub hidden: Tensor,
+    /// `[B, P]`: the projected end-of-text state. `None` without a projection.
+    pub pooled: Option<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+struct EncoderLayer {
+    layer_norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: usize,
+    activation: Activation,
+}
+
+impl EncoderLayer {
+    fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
+        let (size, inner) = (config.hidden_size, config.intermediate_size);
+        let (attn, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
+        let norm = |name: &str| LayerNorm::load(&vb.pp(name), size, config.layer_norm_eps);
+        let projection = |name: &str| Linear::load(&attn.pp(name), size, size);
+        Ok(Self {
+            layer_norm1: norm("layer_norm1")?,
+            q_proj: projection("q_proj")?,
+            k_proj: projection("k_proj")?,
+            v_proj: projection("v_proj")?,
+            out_proj: projection("out_proj")?,
+            layer_norm2: norm("layer_norm2")?,
+            fc1: Linear::load(&mlp.pp("fc1"), size, inner)?,
+            fc2: Linear::load(&mlp.pp("fc2"), inner, size)?,
+            heads: config.num_attention_heads,
+            activation,
+        })
+    }
+
+    /// `[B, L, C]` to `[B, L, C]`.
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let normal = self.layer_norm1.forward(x)?;
+        let q = self.q_proj.forward(&normal)?;
+        let k = self.k_proj.forward(&normal)?;
+        let v = self.v_proj.forward(&normal)?;
+        let seen = attention(&q, &k, &v, self.heads, Mask::Causal)?;
+        let x = self.out_proj.forward_with(&seen, Epilogue { residual: Some(x), ..Epilogue::default() })?;
+        let normal = self.layer_norm2.forward(&x)?;
+        let activation = Some(self.activation);
+        let inner = self.fc1.forward_with(&normal, Epilogue { activation, ..Epilogue::default() })?;
+        self.fc2.forward_with(&inner, Epilogue { residual: Some(&x), ..Epilogue::default() })
+    }
+}
+
+/// What the pooled output needs beyond the layers.
+#[derive(Clone, Debug)]
+struct Pooling {
+    final_layer_norm: LayerNorm,
+    text_projection: Linear,
+}
+
+/// A text encoder.
+#[derive(Clone, Debug)]
+pub struct ClipTextModel {
+    /// `[vocabulary, C]` and `[positions, C]`, in the dtype of the file.
+    token_embedding: Tensor,
+    position_embedding: Tensor,
+    layers: Vec<EncoderLayer>,
+    pooling: Option<Pooling>,
+    eos: u32,
+    compute: DType,
+}
+
+impl ClipTextModel {
+    /// Reads the weights, whether or not their names begin with `text_model.`. With `with_projection` the pooled
+    /// output is made too, as SDXL's second encoder does. Activations are of dtype `compute`.
+    ///
+    /// # Errors
+    /// `model_unsupported` for a configuration or weights that are not a text encoder's; those of the device.
+    pub fn load(vb: &VarBuilder, config: &ClipConfig, with_projection: bool, compute: DType) -> Result<Self> {
+        config.check(STAGE)?;
+        let judge = Judge { name: STAGE };
+        let (activation, eos) = (config.activation(judge)?, config.eos(judge)?);
+        let projected = match (with_projection, config.projection_dim) {
+            (false, _) => None,
+            (true, Some(size)) => Some(size),
+            (true, None) => return Err(judge.refuse("`projection_dim` is null, but the pooled output is wanted")),
+        };
+        let prefixed = vb.pp("text_model");
+        let model = if prefixed.contains_tensor("embeddings.token_embedding.weight") { &prefixed } else { vb };
+        let read = || -> CandleResult<Self> {
+            let size = config.hidden_size;
+            let embeddings = model.pp("embeddings");
+            let table = |name: &str, rows: usize| embeddings.pp(name).get((rows, size), "weight");
+            let layers = model.pp("encoder").pp("layers");
+            let pooling = projected.map(|projected| -> CandleResult<Pooling> {
+                Ok(Pooling {
+                    final_layer_norm: LayerNorm::load(&model.pp("final_layer_norm"), size, config.layer_norm_eps)?,
+                    text_projection: Linear::load_no_bias(&vb.pp("text_projection"), size, projected)?,
+                })
+            });
+            Ok(Self {
+                token_embedding: table("token_embedding", config.vocab_size)?,
+                position_embedding: table("position_embedding", config.max_position_embeddings)?,
+                layers: (0..config.num_hidden_layers)
+                    .map(|i| EncoderLayer::load(&layers.pp(i), config, activation))
+                    .collect::<CandleResult<_>>()?,
+                pooling: pooling.transpose()?,
+                eos,
+                compute,
+            })
+        };
+        read().map_err(loading(STAGE))
+    }
+
+    /// `ids` is `[B, L]`, u32, `L` at most the number of positions. `skip` is how many further layers are left out
+    /// before `hidden` is taken: 0 gives `hidden_states[-2]`, as SDXL has it.
+    ///
+    /// Layers that no output needs are not computed.
+    ///
+    /// # Errors
+    /// `invalid_parameter` for a `skip` that leaves nothing; ids outside the vocabulary; those of the device.
+    pub fn forward(&self, ids: &Tensor, skip: usize) -> Result<ClipOutput> {
+        let Some(wanted) = self.layers.len().checked_sub(1).and_then(|last| last.checked_sub(skip)) else {
+            let most = self.layers.len().saturating_sub(1);
+            return Err(Error::invalid("clip_skip", format!("must be at most {most} for this model, got {skip}")));
+        };
+        let rows = ids.to_vec2::<u32>().stage(STAGE)?;
+        let length = rows.first().map_or(0, Vec::len);
+        let (vocabulary, positions) = (self.token_embedding.dims(), self.position_embedding.dims());
+        if length == 0 || positions.first().is_none_or(|&most| length > most) {
+            return Err(Error::bug(format!("a text of {length} tokens for {positions:?} positions")));
+        }
+        if let Some(id) = rows.iter().flatten().find(|&&id| vocabulary.first().is_none_or(|&n| id as usize >= n)) {
+            let message = format!("its vocabulary has no token {id}, which the tokenizer gave");
+            return Err(Judge { name: STAGE }.refuse(message));
+        }
+        self.run(ids, &rows, wanted).stage(STAGE)
+    }
+
+    fn run(&self, ids: &Tensor, rows: &[Vec<u32>], wanted: usize) -> CandleResult<ClipOutput> {
+        let (batch, length) = ids.dims2()?;
+        let tokens = self.token_embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(self.compute)?;
+        let tokens = tokens.reshape((batch, length, self.token_embedding.dim(D::Minus1)?))?; // [B, L, C]
+        let places = self.position_embedding.narrow(0, 0, length)?.to_dtype(self.compute)?;
+        let mut x = tokens.broadcast_add(&places)?;
+        for layer in &self.layers[..wanted] {
+            x = layer.forward(&x)?;
+        }
+        let hidden = x.clone();
+        let Some(pooling) = &self.pooling else { return Ok(ClipOutput { hidden, pooled: None }) };
+        for layer in &self.layers[wanted..] {
+            x = layer.forward(&x)?;
+        }
+        let ends = rows.iter().enumerate().map(|(i, row)| {
+            let state = x.narrow(0, i, 1)?.narrow(1, self.end_of_text(row), 1)?; // [1, 1, C]
+            state.squeeze(1)
+        });
+        let ends = Tensor::cat(&ends.collect::<CandleResult<Vec<_>>>()?, 0)?; // [B, C]
+        let pooled = pooling.text_projection.forward(&pooling.final_layer_norm.forward(&ends)?)?;
+        Ok(ClipOutput { hidden, pooled: Some(pooled) })
+    }
+
+    /// The position whose state stands for the whole text; the first if the text has no end.
+    fn end_of_text(&self, row: &[u32]) -> usize {
+        let wanted = if self.eos == LEGACY_EOS { row.iter().max().copied() } else { Some(self.eos) };
+        row.iter().position(|&id| Some(id) == wanted).unwrap_or(0)
+    }
+}

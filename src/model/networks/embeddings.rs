@@ -1,0 +1,91 @@
+//! Embeddings of numbers: diffusion time and SDXL's size conditions.
+//!
+//! Legend: `B` batch, `N` numbers per sample, `D` width of one number's embedding, `T` width of the time embedding.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::kernels::{Activation, Epilogue, Linear};
+
+/// The longest wavelength of a sinusoidal embedding, over 2π (Vaswani et al. 2017, section 3.5).
+const MAX_PERIOD: f64 = 10_000.0;
+
+/// Sines and cosines of a number at `D / 2` frequencies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sinusoid {
+    /// `D`; the last value is zero where `D` is odd.
+    pub width: usize,
+    /// Cosines before sines.
+    pub flip_sin_to_cos: bool,
+    /// Frequency `i` is `10000^(-i / (D/2 - freq_shift))`. Must be below `D / 2`.
+    pub freq_shift: f64,
+}
+
+impl Sinusoid {
+    /// Gives `[B, N · D]` in f32 for `B` rows of `N` numbers.
+    ///
+    /// Angles are f32, as torch's are: at timestep 999 that is 6e-5 from the real angle, and the network was trained so.
+    ///
+    /// # Errors
+    /// Rows of unequal length, or the device's own.
+    pub fn embed<'a>(self, rows: impl IntoIterator<Item = &'a [f64]>, device: &Device) -> Result<Tensor> {
+        let half = self.width / 2;
+        let log_period = -MAX_PERIOD.ln() as f32;
+        let span = (half as f64 - self.freq_shift) as f32;
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| {
+                let exponent = log_period * i as f32 / span;
+                f64::from(exponent).exp() as f32
+            })
+            .collect();
+        let mut values = Vec::new();
+        let mut batch = 0;
+        for row in rows {
+            batch += 1;
+            for &number in row {
+                let angles = || frequencies.iter().map(|frequency| f64::from(number as f32 * frequency));
+                let sines = angles().map(|angle| angle.sin() as f32);
+                let cosines = angles().map(|angle| angle.cos() as f32);
+                if self.flip_sin_to_cos {
+                    values.extend(cosines.chain(sines));
+                } else {
+                    values.extend(sines.chain(cosines));
+                }
+                if self.width % 2 == 1 {
+                    values.push(0.0);
+                }
+            }
+        }
+        let width = values.len() / batch.max(1);
+        Tensor::from_vec(values, (batch, width), device)
+    }
+}
+
+/// Two linear layers with SiLU between them.
+#[derive(Clone, Debug)]
+pub struct TimestepEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+}
+
+impl TimestepEmbedding {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::load(&vb.pp("linear_1"), inputs, outputs)?,
+            linear_2: Linear::load(&vb.pp("linear_2"), outputs, outputs)?,
+        })
+    }
+
+    /// `[B, I]` to `[B, T]`, in f32.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let activated =
+            self.linear_1.forward_with(&x, Epilogue { activation: Some(Activation::Silu), ..Epilogue::default() })?;
+        self.linear_2.forward(&activated)
+    }
+}

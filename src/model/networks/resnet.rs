@@ -1,0 +1,126 @@
+//! The convolutional parts that UNet and VAE share: the residual block, and the steps between resolutions.
+//!
+//! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `O` output channels, `T` width of the time embedding.
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::kernels::{Conv2d, ConvShape, Epilogue, GroupNorm, Linear, Padding, upsample_nearest};
+
+/// A convolution that keeps height and width. `kernel` is odd.
+///
+/// # Errors
+/// A missing tensor, or one of another shape.
+pub(super) fn load_same_conv(vb: &VarBuilder, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv2d> {
+    let padding = Padding::same(kernel.saturating_sub(1) / 2);
+    Conv2d::load(vb, ConvShape { inputs, outputs, kernel, stride: 1, padding })
+}
+
+/// Sizes of a residual block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ResnetShape {
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    pub(super) groups: usize,
+    pub(super) eps: f64,
+    /// `T`; `None` in the VAE, which knows no time.
+    pub(super) time: Option<usize>,
+}
+
+/// Norm, SiLU, convolution, twice, with the time embedding added between and the input around.
+#[derive(Clone, Debug)]
+pub(super) struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, shape: ResnetShape) -> Result<Self> {
+        let ResnetShape { inputs, outputs, groups, eps, time } = shape;
+        let shortcut = (inputs != outputs).then(|| load_same_conv(&vb.pp("conv_shortcut"), inputs, outputs, 1));
+        Ok(Self {
+            norm1: GroupNorm::load(&vb.pp("norm1"), groups, inputs, eps)?,
+            conv1: load_same_conv(&vb.pp("conv1"), inputs, outputs, 3)?,
+            time_emb_proj: time.map(|t| Linear::load(&vb.pp("time_emb_proj"), t, outputs)).transpose()?,
+            norm2: GroupNorm::load(&vb.pp("norm2"), groups, outputs, eps)?,
+            conv2: load_same_conv(&vb.pp("conv2"), outputs, outputs, 3)?,
+            conv_shortcut: shortcut.transpose()?,
+        })
+    }
+
+    /// `x` is `[B, H, W, C]`; gives `[B, H, W, O]`. `time` is `[B, T]`, SiLU already applied, in the dtype of `x`.
+    ///
+    /// At most three feature maps are alive at a time, if the caller keeps none of its own: `x` is given away.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub(super) fn forward(&self, x: Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        let per_sample = match (&self.time_emb_proj, time) {
+            (Some(projection), Some(time)) => Some(projection.forward(time)?), // [B, O]
+            _ => None,
+        };
+        let normal = self.norm1.forward_silu(&x)?;
+        let epilogue = Epilogue { per_sample: per_sample.as_ref(), ..Epilogue::default() };
+        let hidden = self.conv1.forward_with(&normal, epilogue)?;
+        drop(normal);
+        let residual = match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(&x)?,
+            None => x.clone(),
+        };
+        drop(x);
+        let normal = self.norm2.forward_silu(&hidden)?;
+        drop(hidden);
+        self.conv2.forward_with(&normal, Epilogue { residual: Some(&residual), ..Epilogue::default() })
+    }
+}
+
+/// Halves height and width by a strided convolution.
+#[derive(Clone, Debug)]
+pub(super) struct Downsample {
+    conv: Conv2d,
+}
+
+impl Downsample {
+    /// The UNet pads every side by one, the VAE's encoder the bottom and the right alone.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, channels: usize, padding: Padding) -> Result<Self> {
+        let shape = ConvShape { inputs: channels, outputs: channels, kernel: 3, stride: 2, padding };
+        Ok(Self { conv: Conv2d::load(&vb.pp("conv"), shape)? })
+    }
+
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.conv.forward(x)
+    }
+}
+
+/// Enlarges to a given size by repeating pixels, then convolves.
+#[derive(Clone, Debug)]
+pub(super) struct Upsample {
+    conv: Conv2d,
+}
+
+impl Upsample {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, channels: usize) -> Result<Self> {
+        Ok(Self { conv: load_same_conv(&vb.pp("conv"), channels, channels, 3)? })
+    }
+
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub(super) fn forward(&self, x: Tensor, height: usize, width: usize) -> Result<Tensor> {
+        let enlarged = upsample_nearest(&x, height, width)?;
+        drop(x);
+        self.conv.forward(&enlarged)
+    }
+}

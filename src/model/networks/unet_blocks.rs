@@ -1,0 +1,193 @@
+//! The blocks of the UNet: down, middle, up, and the skip connections between them.
+//!
+//! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `T` width of the time embedding, `L` tokens of the text,
+//! `D` their width.
+
+use candle_core::{Result as CandleResult, Tensor};
+use candle_nn::VarBuilder;
+
+use super::Check;
+use super::attention::{AttentionShape, SpatialTransformer};
+use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
+use super::unet_config::{BlockPlan, MidPlan, Shared};
+use crate::error::{Error, Result, Stage};
+use crate::kernels::{Padding, concat_channels};
+
+const STAGE: &str = "unet";
+
+/// What every block is told beside its feature map.
+#[derive(Clone, Copy)]
+pub(super) struct Conditions<'a> {
+    /// `[B, T]`, SiLU already applied.
+    pub(super) time: &'a Tensor,
+    /// `[B, L, D]`
+    pub(super) context: &'a Tensor,
+    pub(super) check: Check<'a>,
+}
+
+/// Feature maps of the way down, waiting for the way up; each is freed when it is taken.
+pub(super) struct Skips<'a> {
+    kept: Vec<Tensor>,
+    /// A ControlNet's additions, one for each feature map, in the order of the way down.
+    residuals: Option<&'a [Tensor]>,
+}
+
+impl<'a> Skips<'a> {
+    pub(super) fn new(residuals: Option<&'a [Tensor]>) -> Self {
+        Self { kept: Vec::new(), residuals }
+    }
+
+    pub(super) fn keep(&mut self, x: &Tensor) {
+        self.kept.push(x.clone());
+    }
+
+    /// The latest one, with its addition.
+    fn take(&mut self) -> Result<Tensor> {
+        let Some(skip) = self.kept.pop() else {
+            return Err(Error::bug("the way up takes more than the way down left"));
+        };
+        let Some(residuals) = self.residuals else { return Ok(skip) };
+        let Some(residual) = residuals.get(self.kept.len()) else {
+            return Err(Error::bug(format!("{} residuals are too few", residuals.len())));
+        };
+        residual.to_dtype(skip.dtype()).and_then(|residual| skip + residual).stage(STAGE)
+    }
+
+    /// Height and width of the next one. Latents whose sides are not multiples of the network's total reduction come
+    /// back to their size by it.
+    fn next_size(&self) -> Result<(usize, usize)> {
+        match self.kept.last().map(Tensor::dims) {
+            Some(&[_, height, width, _]) => Ok((height, width)),
+            _ => Err(Error::bug("no feature map is left for the next level")),
+        }
+    }
+}
+
+/// A residual block, and a transformer where the level has them.
+#[derive(Clone, Debug)]
+struct Layer {
+    resnet: ResnetBlock,
+    attention: Option<SpatialTransformer>,
+}
+
+impl Layer {
+    fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
+        (given.check)()?;
+        let x = self.resnet.forward(x, Some(given.time)).stage(STAGE)?;
+        match &self.attention {
+            Some(attention) => attention.forward(&x, given.context, given.check),
+            None => Ok(x),
+        }
+    }
+}
+
+fn load_layers(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Vec<Layer>> {
+    let Shared { groups, eps, time, context } = shared;
+    let outputs = plan.outputs;
+    let shape = AttentionShape { channels: outputs, heads: plan.heads, context };
+    let (resnets, attentions) = (vb.pp("resnets"), vb.pp("attentions"));
+    let layer = |(i, layer): (usize, &super::unet_config::LayerPlan)| -> CandleResult<Layer> {
+        let resnet = ResnetShape { inputs: layer.inputs, outputs, groups, eps, time: Some(time) };
+        let attention = layer.depth.map(|depth| SpatialTransformer::load(&attentions.pp(i), shape, groups, depth));
+        Ok(Layer { resnet: ResnetBlock::load(&resnets.pp(i), resnet)?, attention: attention.transpose()? })
+    };
+    plan.layers.iter().enumerate().map(layer).collect()
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct DownBlock {
+    layers: Vec<Layer>,
+    downsampler: Option<Downsample>,
+}
+
+impl DownBlock {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+        let downsampler = plan
+            .resamples
+            .then(|| Downsample::load(&vb.pp("downsamplers").pp("0"), plan.outputs, Padding::same(1)))
+            .transpose()?;
+        Ok(Self { layers: load_layers(vb, plan, shared)?, downsampler })
+    }
+
+    pub(super) fn skips(&self) -> usize {
+        self.layers.len() + usize::from(self.downsampler.is_some())
+    }
+
+    pub(super) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {
+        for layer in &self.layers {
+            x = layer.forward(x, given)?;
+            skips.keep(&x);
+        }
+        if let Some(downsampler) = &self.downsampler {
+            x = downsampler.forward(&x).stage(STAGE)?;
+            skips.keep(&x);
+        }
+        Ok(x)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct MidBlock {
+    before: ResnetBlock,
+    after: Option<(SpatialTransformer, ResnetBlock)>,
+}
+
+impl MidBlock {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, plan: MidPlan, shared: Shared) -> CandleResult<Self> {
+        let MidPlan { channels, heads, depth } = plan;
+        let Shared { groups, eps, time, context } = shared;
+        let shape = ResnetShape { inputs: channels, outputs: channels, groups, eps, time: Some(time) };
+        let resnet = |i: usize| ResnetBlock::load(&vb.pp("resnets").pp(i), shape);
+        let after = depth.map(|depth| -> CandleResult<_> {
+            let shape = AttentionShape { channels, heads, context };
+            Ok((SpatialTransformer::load(&vb.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
+        });
+        Ok(Self { before: resnet(0)?, after: after.transpose()? })
+    }
+
+    pub(super) fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
+        (given.check)()?;
+        let x = self.before.forward(x, Some(given.time)).stage(STAGE)?;
+        let Some((attention, resnet)) = &self.after else { return Ok(x) };
+        let x = attention.forward(&x, given.context, given.check)?;
+        resnet.forward(x, Some(given.time)).stage(STAGE)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct UpBlock {
+    layers: Vec<Layer>,
+    upsampler: Option<Upsample>,
+}
+
+impl UpBlock {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+        let upsampler =
+            plan.resamples.then(|| Upsample::load(&vb.pp("upsamplers").pp("0"), plan.outputs)).transpose()?;
+        Ok(Self { layers: load_layers(vb, plan, shared)?, upsampler })
+    }
+
+    pub(super) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {
+        for layer in &self.layers {
+            let joined = {
+                let skip = skips.take()?;
+                concat_channels(&x, &skip).stage(STAGE)?
+            };
+            drop(x);
+            x = layer.forward(joined, given)?;
+        }
+        match &self.upsampler {
+            Some(upsampler) => {
+                let (height, width) = skips.next_size()?;
+                upsampler.forward(x, height, width).stage(STAGE)
+            }
+            None => Ok(x),
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! `unet/config.json`, and the sizes of every layer that follow from it.
+
+use serde::Deserialize;
+
+use super::{Judge, MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock};
+use crate::error::Result;
+
+/// `config.json` of a `UNet2DConditionModel`; what is left out has diffusers' defaults, and keys that do not change
+/// what SDXL's blocks compute are not read.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct UnetConfig {
+    /// Height and width in latent pixels that the network was trained at.
+    pub sample_size: Option<PerBlock<usize>>,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub center_input_sample: bool,
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub down_block_types: Vec<String>,
+    pub mid_block_type: Option<String>,
+    pub up_block_types: Vec<String>,
+    pub only_cross_attention: PerBlock<bool>,
+    pub block_out_channels: Vec<usize>,
+    pub layers_per_block: PerBlock<usize>,
+    pub downsample_padding: usize,
+    pub mid_block_scale_factor: f64,
+    pub act_fn: String,
+    pub norm_num_groups: Option<usize>,
+    pub norm_eps: f64,
+    pub cross_attention_dim: PerBlock<usize>,
+    /// Per block, or per layer of each block.
+    pub transformer_layers_per_block: PerBlock<PerBlock<usize>>,
+    /// The same for the way up, in its order. Without it the way up mirrors the way down.
+    pub reverse_transformer_layers_per_block: Option<Vec<PerBlock<usize>>>,
+    pub encoder_hid_dim: Option<usize>,
+    pub encoder_hid_dim_type: Option<String>,
+    /// The *number* of heads, whatever it is called, unless `num_attention_heads` is given.
+    pub attention_head_dim: PerBlock<usize>,
+    pub num_attention_heads: Option<PerBlock<usize>>,
+    pub dual_cross_attention: bool,
+    pub class_embed_type: Option<String>,
+    pub addition_embed_type: Option<String>,
+    pub addition_time_embed_dim: Option<usize>,
+    pub num_class_embeds: Option<usize>,
+    pub resnet_time_scale_shift: String,
+    pub time_embedding_type: String,
+    pub time_embedding_dim: Option<usize>,
+    pub time_embedding_act_fn: Option<String>,
+    pub timestep_post_act: Option<String>,
+    pub time_cond_proj_dim: Option<usize>,
+    pub conv_in_kernel: usize,
+    pub conv_out_kernel: usize,
+    pub projection_class_embeddings_input_dim: Option<usize>,
+    pub attention_type: String,
+    pub class_embeddings_concat: bool,
+}
+
+impl Default for UnetConfig {
+    fn default() -> Self {
+        let names = |names: [&str; 4]| names.map(str::to_owned).to_vec();
+        let (cross, plain) = ("CrossAttnDownBlock2D", "DownBlock2D");
+        let (up_cross, up_plain) = ("CrossAttnUpBlock2D", "UpBlock2D");
+        Self {
+            sample_size: None,
+            in_channels: 4,
+            out_channels: 4,
+            center_input_sample: false,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            down_block_types: names([cross, cross, cross, plain]),
+            mid_block_type: Some("UNetMidBlock2DCrossAttn".to_owned()),
+            up_block_types: names([up_plain, up_cross, up_cross, up_cross]),
+            only_cross_attention: PerBlock::Same(false),
+            block_out_channels: vec![320, 640, 1280, 1280],
+            layers_per_block: PerBlock::Same(2),
+            downsample_padding: 1,
+            mid_block_scale_factor: 1.0,
+            act_fn: "silu".to_owned(),
+            norm_num_groups: Some(32),
+            norm_eps: 1e-5,
+            cross_attention_dim: PerBlock::Same(1280),
+            transformer_layers_per_block: PerBlock::Same(PerBlock::Same(1)),
+            reverse_transformer_layers_per_block: None,
+            encoder_hid_dim: None,
+            encoder_hid_dim_type: None,
+            attention_head_dim: PerBlock::Same(8),
+            num_attention_heads: None,
+            dual_cross_attention: false,
+            class_embed_type: None,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            num_class_embeds: None,
+            resnet_time_scale_shift: "default".to_owned(),
+            time_embedding_type: "positional".to_owned(),
+            time_embedding_dim: None,
+            time_embedding_act_fn: None,
+            timestep_post_act: None,
+            time_cond_proj_dim: None,
+            conv_in_kernel: 3,
+            conv_out_kernel: 3,
+            projection_class_embeddings_input_dim: None,
+            attention_type: "default".to_owned(),
+            class_embeddings_concat: false,
+        }
+    }
+}
+
+impl UnetConfig {
+    /// # Errors
+    /// `model_unsupported` for a value that this network cannot compute.
+    pub fn check(&self, name: &str) -> Result<()> {
+        self.plan(name).map(drop)
+    }
+
+    /// How many time ids there are beside a pooled text of `pooled` channels: 6 for the base, 5 for the refiner.
+    /// `None` if the two do not belong together.
+    #[must_use]
+    pub fn time_ids(&self, pooled: usize) -> Option<usize> {
+        let (whole, each) = (self.projection_class_embeddings_input_dim?, self.addition_time_embed_dim?);
+        let rest = whole.checked_sub(pooled)?;
+        (each > 0 && rest > 0 && rest.is_multiple_of(each)).then(|| rest / each)
+    }
+
+    /// Channels of the text that cross-attention expects; 0 in a configuration that `check` refuses.
+    #[must_use]
+    pub fn context_channels(&self) -> usize {
+        self.cross_attention_dim.values().first().copied().unwrap_or(0)
+    }
+
+    /// Refuses what would be computed otherwise than diffusers does, and what no real network has.
+    pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
+        let judge = Judge { name };
+        self.refuse_variants(judge)?;
+        let blocks = self.block_out_channels.len();
+        judge.within("block_out_channels", blocks, 1..=MAX_BLOCKS)?;
+        for (key, length) in
+            [("down_block_types", self.down_block_types.len()), ("up_block_types", self.up_block_types.len())]
+        {
+            if length != blocks {
+                return Err(judge.refuse(format!("`{key}` must have {blocks} entries, got {length}")));
+            }
+        }
+        let fits = [
+            ("layers_per_block", self.layers_per_block.fits(blocks)),
+            ("transformer_layers_per_block", self.transformer_layers_per_block.fits(blocks)),
+            ("cross_attention_dim", self.cross_attention_dim.fits(blocks)),
+            ("attention_head_dim", self.attention_head_dim.fits(blocks)),
+            ("num_attention_heads", self.num_attention_heads.as_ref().is_none_or(|heads| heads.fits(blocks))),
+            (
+                "reverse_transformer_layers_per_block",
+                self.reverse_transformer_layers_per_block.as_ref().is_none_or(|depths| depths.len() == blocks),
+            ),
+        ];
+        if let Some((key, _)) = fits.iter().find(|(_, fits)| !fits) {
+            return Err(judge.refuse(format!("`{key}` must have one value, or {blocks}")));
+        }
+        let uneven = self.transformer_layers_per_block.values().iter().any(|depth| matches!(depth, PerBlock::Each(_)));
+        if uneven && self.reverse_transformer_layers_per_block.is_none() {
+            return Err(judge.refuse(
+                "`transformer_layers_per_block` has a list for a block, so `reverse_transformer_layers_per_block` is needed",
+            ));
+        }
+        let Some(groups) = self.norm_num_groups else {
+            return Err(judge.refuse("`norm_num_groups` must be a number, got null"));
+        };
+        for &channels in &self.block_out_channels {
+            judge.channels("block_out_channels", channels)?;
+            judge.divides("norm_num_groups", groups, channels)?;
+        }
+        judge.epsilon("norm_eps", self.norm_eps)?;
+        for (key, value) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
+            judge.channels(key, value)?;
+        }
+        for (key, value) in [("conv_in_kernel", self.conv_in_kernel), ("conv_out_kernel", self.conv_out_kernel)] {
+            if value % 2 == 0 || value > 9 {
+                return Err(judge.refuse(format!("`{key}` must be odd and at most 9, got {value}")));
+            }
+        }
+        let context = self.context_channels();
+        judge.channels("cross_attention_dim", context)?;
+        if self.cross_attention_dim.values().iter().any(|&other| other != context) {
+            return Err(judge.refuse("`cross_attention_dim` must be the same for every block"));
+        }
+        let width = self.block_out_channels.first().copied().unwrap_or(0);
+        let time = self.time_embedding_dim.unwrap_or(4 * width);
+        judge.within("time_embedding_dim", time, 1..=4 * MAX_CHANNELS)?;
+        self.check_frequencies(judge, "block_out_channels", width)?;
+        let (Some(addition), Some(projection)) =
+            (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
+        else {
+            return Err(judge.refuse(
+                "`addition_time_embed_dim` and `projection_class_embeddings_input_dim` must be numbers, got null",
+            ));
+        };
+        judge.channels("addition_time_embed_dim", addition)?;
+        self.check_frequencies(judge, "addition_time_embed_dim", addition)?;
+        judge.within("projection_class_embeddings_input_dim", projection, 1..=4 * MAX_CHANNELS)?;
+        Ok(UnetPlan {
+            shared: Shared { groups, eps: self.norm_eps, time, context },
+            addition,
+            projection,
+            down: (0..blocks).map(|i| self.down_plan(judge, i)).collect::<Result<_>>()?,
+            mid: self.mid_plan(judge)?,
+            up: (0..blocks).map(|i| self.up_plan(judge, i)).collect::<Result<_>>()?,
+        })
+    }
+
+    fn refuse_variants(&self, judge: Judge) -> Result<()> {
+        judge.absent("center_input_sample", self.center_input_sample)?;
+        judge.absent("only_cross_attention", self.only_cross_attention.values().contains(&true))?;
+        judge.absent("dual_cross_attention", self.dual_cross_attention)?;
+        judge.absent("class_embed_type", self.class_embed_type.is_some())?;
+        judge.absent("num_class_embeds", self.num_class_embeds.is_some())?;
+        judge.absent("class_embeddings_concat", self.class_embeddings_concat)?;
+        judge.absent("encoder_hid_dim", self.encoder_hid_dim.is_some())?;
+        judge.absent("encoder_hid_dim_type", self.encoder_hid_dim_type.is_some())?;
+        judge.absent("time_embedding_act_fn", self.time_embedding_act_fn.is_some())?;
+        judge.absent("timestep_post_act", self.timestep_post_act.is_some())?;
+        judge.absent("time_cond_proj_dim", self.time_cond_proj_dim.is_some())?;
+        judge.absent("mid_block_scale_factor", self.mid_block_scale_factor != 1.0)?;
+        judge.absent("downsample_padding", self.downsample_padding != 1)?;
+        judge.is("act_fn", &self.act_fn, &["silu", "swish"])?;
+        judge.is("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default"])?;
+        judge.is("time_embedding_type", &self.time_embedding_type, &["positional"])?;
+        judge.is("attention_type", &self.attention_type, &["default"])?;
+        judge.is("addition_embed_type", self.addition_embed_type.as_deref().unwrap_or("null"), &["text_time"])
+    }
+
+    fn check_frequencies(&self, judge: Judge, key: &str, width: usize) -> Result<()> {
+        if self.freq_shift.is_finite() && (width / 2) as f64 - self.freq_shift >= 0.5 {
+            return Ok(());
+        }
+        Err(judge.refuse(format!("`freq_shift` {} leaves no frequencies for `{key}` {width}", self.freq_shift)))
+    }
+
+    fn channels(&self, block: usize) -> usize {
+        self.block_out_channels.get(block).copied().unwrap_or(0)
+    }
+
+    /// Heads of the attention layers of the way down's block `block`.
+    fn heads(&self, judge: Judge, block: usize) -> Result<usize> {
+        let (key, heads) = match &self.num_attention_heads {
+            Some(heads) => ("num_attention_heads", heads),
+            None => ("attention_head_dim", &self.attention_head_dim),
+        };
+        let heads = heads.at(block).copied().unwrap_or(0);
+        judge.divides(key, heads, self.channels(block))?;
+        Ok(heads)
+    }
+
+    fn layers(&self, judge: Judge, block: usize) -> Result<usize> {
+        let layers = self.layers_per_block.at(block).copied().unwrap_or(0);
+        judge.within("layers_per_block", layers, 1..=MAX_LAYERS)?;
+        Ok(layers)
+    }
+
+    fn down_plan(&self, judge: Judge, block: usize) -> Result<BlockPlan> {
+        let kind = self.down_block_types.get(block).map_or("", String::as_str);
+        judge.is("down_block_types", kind, &["DownBlock2D", "CrossAttnDownBlock2D"])?;
+        let crosses = kind == "CrossAttnDownBlock2D";
+        let outputs = self.channels(block);
+        let before = self.channels(block.saturating_sub(1));
+        let depths = self.transformer_layers_per_block.at(block);
+        let layers = (0..self.layers(judge, block)?).map(|i| {
+            let depth = if crosses { Some(depth(judge, depths, i)?) } else { None };
+            Ok(LayerPlan { inputs: if i == 0 { before } else { outputs }, depth })
+        });
+        Ok(BlockPlan {
+            layers: layers.collect::<Result<_>>()?,
+            outputs,
+            heads: if crosses { self.heads(judge, block)? } else { 1 },
+            resamples: block + 1 < self.block_out_channels.len(),
+        })
+    }
+
+    fn up_plan(&self, judge: Judge, step: usize) -> Result<BlockPlan> {
+        let kind = self.up_block_types.get(step).map_or("", String::as_str);
+        judge.is("up_block_types", kind, &["UpBlock2D", "CrossAttnUpBlock2D"])?;
+        let crosses = kind == "CrossAttnUpBlock2D";
+        let block = self.block_out_channels.len() - 1 - step; // the block of the way down on this level
+        let outputs = self.channels(block);
+        let before = if step == 0 { outputs } else { self.channels(block + 1) };
+        let depths = match &self.reverse_transformer_layers_per_block {
+            Some(depths) => depths.get(step),
+            None => self.transformer_layers_per_block.at(block),
+        };
+        let count = self.layers(judge, block)? + 1;
+        let layers = (0..count).map(|i| {
+            let skip = if i + 1 == count { self.channels(block.saturating_sub(1)) } else { outputs };
+            let depth = if crosses { Some(depth(judge, depths, i)?) } else { None };
+            Ok(LayerPlan { inputs: skip + if i == 0 { before } else { outputs }, depth })
+        });
+        Ok(BlockPlan {
+            layers: layers.collect::<Result<_>>()?,
+            outputs,
+            heads: if crosses { self.heads(judge, block)? } else { 1 },
+            resamples: block > 0,
+        })
+    }
+
+    fn mid_plan(&self, judge: Judge) -> Result<Option<MidPlan>> {
+        let Some(kind) = self.mid_block_type.as_deref() else { return Ok(None) };
+        judge.is("mid_block_type", kind, &["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"])?;
+        let last = self.block_out_channels.len() - 1;
+        let channels = self.channels(last);
+        if kind == "UNetMidBlock2D" {
+            return Ok(Some(MidPlan { channels, heads: 1, depth: None }));
+        }
+        let depth = depth(judge, self.transformer_layers_per_block.at(last), 0)?;
+        Ok(Some(MidPlan { channels, heads: self.heads(judge, last)?, depth: Some(depth) }))
+    }
+}
+
+fn depth(judge: Judge, depths: Option<&PerBlock<usize>>, layer: usize) -> Result<usize> {
+    const KEY: &str = "transformer_layers_per_block";
+    let Some(&depth) = depths.and_then(|depths| depths.at(layer)) else {
+        return Err(judge.refuse(format!("`{KEY}` has no value for layer {layer} of a block")));
+    };
+    judge.within(KEY, depth, 0..=MAX_LAYERS)?;
+    Ok(depth)
+}
+
+/// A configuration that can be computed, as sizes.
+#[derive(Clone, Debug)]
+pub(super) struct UnetPlan {
+    pub(super) shared: Shared,
+    pub(super) addition: usize,
+    pub(super) projection: usize,
+    pub(super) down: Vec<BlockPlan>,
+    pub(super) mid: Option<MidPlan>,
+    pub(super) up: Vec<BlockPlan>,
+}
+
+/// What all blocks have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shared {
+    pub(super) groups: usize,
+    pub(super) eps: f64,
+    /// Width of the time embedding.
+    pub(super) time: usize,
+    /// Channels of the text.
+    pub(super) context: usize,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct BlockPlan {
+    pub(super) layers: Vec<LayerPlan>,
+    pub(super) outputs: usize,
+    pub(super) heads: usize,
+    /// Whether a change of resolution follows.
+    pub(super) resamples: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LayerPlan {
+    /// On the way up, with the skip connection's channels.
+    pub(super) inputs: usize,
+    /// Transformer blocks; `None` where the layer has no transformer at all.
+    pub(super) depth: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MidPlan {
+    pub(super) channels: usize,
+    pub(super) heads: usize,
+    /// `None`: one residual block and nothing else.
+    pub(super) depth: Option<usize>,
+}

@@ -1,0 +1,339 @@
+//! Opens the safetensors files of one network and understands their headers, believing nothing that they say.
+//!
+//! The format: 8 bytes little-endian length of the header, the header (JSON: name → dtype, shape, data_offsets), then
+//! the data, which the tensors cover without gaps; <https://github.com/huggingface/safetensors#format>.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::ops::{Deref, Range};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::layers::Worker;
+use crate::model::folder::Found;
+
+/// Longest header that is read, as the format's own library has it.
+const HEADER_LIMIT: u64 = 100_000_000;
+/// More axes than any weight has.
+const RANK_LIMIT: usize = 8;
+
+/// The weights of one network: every tensor of its files, none of them read yet.
+pub struct Weights {
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, (usize, Stored)>,
+}
+
+/// What a header says of a tensor; `range` is within the file.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    pub dtype: StoredDtype,
+    pub shape: Vec<usize>,
+    pub range: Range<u64>,
+}
+
+/// Number formats that files have and this worker can tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StoredDtype {
+    F64,
+    F32,
+    F16,
+    Bf16,
+    /// Eight-bit floats, named as in the file.
+    F8(&'static str),
+    /// Integers and booleans, named as in the file; no weight is one.
+    Other(&'static str),
+}
+
+struct Shard {
+    path: PathBuf,
+    source: Source,
+}
+
+enum Source {
+    Disk(File),
+    Embedded(&'static [u8]),
+}
+
+/// The bytes of one tensor.
+pub(in crate::model) enum Span {
+    Mapped(memmap2::Mmap),
+    Embedded(&'static [u8]),
+    Empty,
+}
+
+impl Deref for Span {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Embedded(bytes) => bytes,
+            Self::Empty => &[],
+        }
+    }
+}
+
+impl StoredDtype {
+    const KNOWN: &'static [(&'static str, Self, u64)] = &[
+        ("F64", Self::F64, 8),
+        ("F32", Self::F32, 4),
+        ("F16", Self::F16, 2),
+        ("BF16", Self::Bf16, 2),
+        ("F8_E4M3", Self::F8("f8_e4m3"), 1),
+        ("F8_E5M2", Self::F8("f8_e5m2"), 1),
+        ("I64", Self::Other("i64"), 8),
+        ("U64", Self::Other("u64"), 8),
+        ("I32", Self::Other("i32"), 4),
+        ("U32", Self::Other("u32"), 4),
+        ("I16", Self::Other("i16"), 2),
+        ("U16", Self::Other("u16"), 2),
+        ("I8", Self::Other("i8"), 1),
+        ("U8", Self::Other("u8"), 1),
+        ("BOOL", Self::Other("bool"), 1),
+    ];
+
+    /// The name of the wire.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F8(name) | Self::Other(name) => name,
+        }
+    }
+}
+
+impl Weights {
+    /// Tensors by name, in the order of their names.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Stored)> {
+        self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
+    }
+
+    /// The tensors in the order in which they lie in their files, each with its shard.
+    pub(in crate::model) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
+        let mut all: Vec<_> =
+            self.tensors.iter().map(|(name, (shard, stored))| (name.as_str(), *shard, stored)).collect();
+        all.sort_by_key(|(_, shard, stored)| (*shard, stored.range.start));
+        all
+    }
+
+    pub(in crate::model) fn path(&self, shard: usize) -> &Path {
+        self.shards.get(shard).map_or(Path::new(""), |shard| &shard.path)
+    }
+
+    /// Maps the bytes of one tensor; they are unmapped with the span, so what has been read does not stay resident.
+    pub(in crate::model) fn span(&self, shard: usize, stored: &Stored) -> Result<Span> {
+        let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
+        let length = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        match &shard.source {
+            _ if length == 0 => Ok(Span::Empty),
+            Source::Embedded(bytes) => {
+                let range = stored.range.start as usize..stored.range.end as usize;
+                bytes.get(range).map(Span::Embedded).ok_or_else(|| Error::bug("a tensor lies outside its file"))
+            }
+            Source::Disk(file) => {
+                let mut options = memmap2::MmapOptions::new();
+                options.offset(stored.range.start).len(length).populate();
+                #[expect(unsafe_code, reason = "a memory map is unsafe because others may change the file under it")]
+                // SAFETY: the map is read-only and copied out of at once. Its bytes are only ever taken as numbers, for
+                // which every bit pattern is valid, so a file that is rewritten meanwhile gives wrong weights and no more.
+                let map = unsafe { options.map(file) };
+                map.map(Span::Mapped).map_err(|e| shard.corrupt(format!("cannot be mapped: {e}")))
+            }
+        }
+    }
+}
+
+impl Shard {
+    fn corrupt(&self, message: impl Into<String>) -> Error {
+        Error::ModelCorrupt { path: self.path.clone(), message: message.into() }
+    }
+}
+
+/// Opens every file of one network as one set of tensors.
+pub(in crate::model) struct Open;
+
+/// The files of one network, and where its index, if it has one, says that each tensor is.
+pub(in crate::model) struct OpenTask<'a> {
+    pub(in crate::model) files: &'a [Found],
+    pub(in crate::model) index: Option<&'a HashMap<String, String>>,
+}
+
+impl Worker<OpenTask<'_>> for Open {
+    type Output = Weights;
+
+    /// # Errors
+    /// `model_corrupt` with the file at fault.
+    fn run(&self, task: OpenTask, ctx: &Context) -> Result<Weights> {
+        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new() };
+        for (number, found) in task.files.iter().enumerate() {
+            ctx.checkpoint()?;
+            let (shard, tensors) = open(found)?;
+            for (name, stored) in tensors {
+                if weights.tensors.contains_key(&name) {
+                    return Err(
+                        shard.corrupt(format!("has tensor `{name}`, which another file of the same model has too"))
+                    );
+                }
+                weights.tensors.insert(name, (number, stored));
+            }
+            weights.shards.push(shard);
+        }
+        for (name, file) in task.index.into_iter().flatten() {
+            let held = weights.tensors.get(name).and_then(|(shard, _)| weights.shards.get(*shard));
+            if held.is_none_or(|shard| shard.path.file_name().is_none_or(|n| n != file.as_str())) {
+                let path = task.files.first().map(|f| f.path().to_owned()).unwrap_or_default();
+                let message = format!("the index places tensor `{name}` in `{file}`, which does not have it");
+                return Err(Error::ModelCorrupt { path, message });
+            }
+        }
+        Ok(weights)
+    }
+}
+
+fn open(found: &Found) -> Result<(Shard, Vec<(String, Stored)>)> {
+    match found {
+        Found::Embedded { path, bytes } => {
+            let shard = Shard { path: path.clone(), source: Source::Embedded(bytes) };
+            let tensors = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
+            Ok((shard, tensors))
+        }
+        Found::Disk(path) => {
+            let (mut file, length) = Found::open(path)?;
+            let tensors =
+                header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
+            Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors))
+        }
+    }
+}
+
+/// Reads and checks the header of a file of `length` bytes. The message of a failure follows the file's name.
+fn header(file: &mut impl Read, length: u64) -> Result<Vec<(String, Stored)>, String> {
+    if length == 0 {
+        return Err("is empty".to_owned());
+    }
+    if length < 8 {
+        return Err(format!("is not a safetensors file: it must have at least 8 bytes, and has {length}"));
+    }
+    let mut prefix = [0; 8];
+    file.read_exact(&mut prefix).map_err(|e| format!("cannot be read: {e}"))?;
+    let header_length = u64::from_le_bytes(prefix);
+    if header_length > HEADER_LIMIT {
+        return Err(format!("is not a safetensors file: its header claims {header_length} bytes"));
+    }
+    if header_length > length - 8 {
+        return Err(format!("is cut off: its header claims {header_length} bytes, and {} follow", length - 8));
+    }
+    let mut text = Vec::new();
+    file.take(header_length).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
+    if text.len() as u64 != header_length || text.first() != Some(&b'{') {
+        return Err("is not a safetensors file: its header must be a JSON object".to_owned());
+    }
+    let Header(entries) =
+        serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
+    place(entries, 8 + header_length, length)
+}
+
+/// Checks that the tensors cover the data from `start` to `end` of the file without gap or overlap.
+fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(String, Stored)>, String> {
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, entry) in entries {
+        let (dtype, size) = StoredDtype::KNOWN
+            .iter()
+            .find(|(known, ..)| *known == entry.dtype)
+            .map(|(_, dtype, size)| (*dtype, *size))
+            .ok_or_else(|| format!("tensor `{name}` has the unknown dtype `{}`", entry.dtype))?;
+        if entry.shape.len() > RANK_LIMIT {
+            return Err(format!("tensor `{name}` must have at most {RANK_LIMIT} axes, and has {}", entry.shape.len()));
+        }
+        // A zero side must not hide sides whose product no number holds.
+        let product =
+            |least: u64| entry.shape.iter().try_fold(size, |product, &side| product.checked_mul(side.max(least)));
+        let bytes = product(1)
+            .and_then(|_| product(0))
+            .ok_or_else(|| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
+        let [from, to] = entry.data_offsets;
+        if from > to || to > end - start {
+            return Err(format!(
+                "tensor `{name}` lies at bytes {from} to {to} of the data, which has {}; the file may be cut off",
+                end - start
+            ));
+        }
+        if to - from != bytes {
+            return Err(format!(
+                "tensor `{name}` of shape {:?} in {} takes {bytes} bytes, and has {}",
+                entry.shape,
+                dtype.name(),
+                to - from
+            ));
+        }
+        let shape = entry.shape.iter().map(|&side| usize::try_from(side)).collect::<Result<_, _>>();
+        let shape = shape.map_err(|_| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
+        tensors.push((name, Stored { dtype, shape, range: start + from..start + to }));
+    }
+    tensors.sort_by(|a, b| (a.1.range.start, a.1.range.end).cmp(&(b.1.range.start, b.1.range.end)));
+    let mut covered = start;
+    for (name, stored) in &tensors {
+        if stored.range.start < covered {
+            return Err(format!("tensor `{name}` overlaps another one"));
+        }
+        if stored.range.start > covered {
+            return Err(format!(
+                "has {} bytes before tensor `{name}` that belong to none",
+                stored.range.start - covered
+            ));
+        }
+        covered = stored.range.end;
+    }
+    if covered != end {
+        return Err(format!("has {} bytes after its last tensor that belong to none", end - covered));
+    }
+    Ok(tensors)
+}
+
+/// The header's JSON: entries in the order of the file. A name that comes twice is refused.
+struct Header(Vec<(String, Entry)>);
+
+#[derive(Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: [u64; 2],
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut entries = Vec::new();
+                let mut known = std::collections::HashSet::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if !known.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("`{name}` comes twice")));
+                    }
+                    if name == "__metadata__" {
+                        map.next_value::<HashMap<String, IgnoredAny>>()?;
+                    } else {
+                        entries.push((name, map.next_value()?));
+                    }
+                }
+                Ok(Header(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
