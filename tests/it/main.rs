@@ -1,2 +1,4 @@
-#[test]
-fn a() {}
+//! Integration tests: behaviour at the boundaries, and goldens.
+
+mod architecture;
+mod parity;

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::config::Config;
@@ -26,8 +27,9 @@ struct Worker {
 impl Worker {
     fn new() -> Self {
         let config = Config::default();
-        let managers = Managers::new(&config);
-        Self { instructors: Instructors::new(&config).unwrap(), managers }
+        let settings = &config.workers.instructors;
+        let managers = Managers::new(&settings.model, Arc::default());
+        Self { instructors: Instructors::new(settings).unwrap(), managers }
     }
 
     /// Latents as `[1, C, H, W]` and pixels of each image of a request.
