@@ -1,2 +1,5 @@
-#[test]
-fn a() {}
+//! Integration tests, one file a subject.
+
+mod config;
+mod device;
+mod outputs;
