@@ -1,4 +1,5 @@
 //! Images on their way out and back: pixels, formats, metadata, and files that are never overwritten or misplaced.
+#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 use std::path::Path;
 
