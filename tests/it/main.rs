@@ -1,2 +1,4 @@
-#[test]
-fn a() {}
+//! The integration tests, one binary.
+
+mod conditioning;
+mod model;
