@@ -175,7 +175,8 @@ impl Instructor for ConditioningInstructor {
             Request::EncodePrompt(wish) => {
                 let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
                 let placement = crew.model.placement.clone();
-                let placement = placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
+                let placement =
+                    placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
                 let wish = PromptWish {
                     prompt: wish.prompt,
                     prompt_2: wish.prompt_2,

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::demo;
 use super::families::Family;
-use super::folder::{Folder, Found, Roots};
+use super::folder::{Folder, Found};
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::UnetConfig;
@@ -15,6 +15,7 @@ use super::networks::vae::VaeConfig;
 use super::workers::open::{Open, OpenTask, Weights};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::roots::Roots;
 use crate::scheduler::schedule::SchedulerConfig;
 use crate::units::{Bytes, ImageSize};
 
@@ -194,7 +195,9 @@ impl Checkpoint {
         let unsupported = |message: String| Error::ModelUnsupported { name: name.to_owned(), message };
         let mut files = Vec::new();
         let Some(found) = folder.find("model_index.json")? else {
-            return Err(unsupported("it is no model in the diffusers folder layout: `model_index.json` is missing".into()));
+            return Err(unsupported(
+                "it is no model in the diffusers folder layout: `model_index.json` is missing".into(),
+            ));
         };
         let index: ModelIndex = found.json(CONFIG_LIMIT)?;
         files.push(found);
@@ -215,13 +218,18 @@ impl Checkpoint {
             unsupported(format!(
                 "its UNet takes {} channels, and this worker knows {}",
                 unet.in_channels,
-                super::families::FAMILIES.iter().map(|(n, f)| format!("{n} ({})", f.channels)).collect::<Vec<_>>().join(", ")
+                super::families::FAMILIES
+                    .iter()
+                    .map(|(n, f)| format!("{n} ({})", f.channels))
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ))
         })?;
         let text_encoder = if first { Some(typed(folder, Part::TextEncoder, &mut files)?) } else { None };
         let text_encoder_2 = typed(folder, Part::TextEncoder2, &mut files)?;
         let vae: VaeConfig = typed(folder, Part::Vae, &mut files)?;
-        for (part, encoder) in [(Part::TextEncoder, text_encoder.as_ref()), (Part::TextEncoder2, Some(&text_encoder_2))] {
+        for (part, encoder) in [(Part::TextEncoder, text_encoder.as_ref()), (Part::TextEncoder2, Some(&text_encoder_2))]
+        {
             encoder.map_or(Ok(()), |config: &ClipConfig| config.check(&format!("{name}/{}", part.name())))?;
         }
         unet.check(&format!("{name}/{}", Part::Unet.name()))?;
@@ -288,9 +296,7 @@ fn weight_files(folder: &Folder, part: Part) -> Result<WeightFiles> {
         }
     }
     let names = folder.names(dir);
-    let pickle = |name: &&String| {
-        [".bin", ".ckpt", ".pt", ".pth"].iter().any(|end| name.to_lowercase().ends_with(end))
-    };
+    let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth"].iter().any(|end| name.to_lowercase().ends_with(end));
     match names.iter().find(pickle) {
         Some(name) => Err(Error::UnsafeFormat { path: folder.path(&format!("{dir}/{name}")) }),
         None => Err(Error::ModelCorrupt {

@@ -78,7 +78,8 @@ impl ModelInstructor {
         for listed in crew.catalog.list() {
             ctx.checkpoint()?;
             let opened = crew.catalog.checkpoint(&listed);
-            let here: Vec<&Resident> = resident.iter().filter(|r| r.name == listed.name && r.kind != "tokenizer").collect();
+            let here: Vec<&Resident> =
+                resident.iter().filter(|r| r.name == listed.name && r.kind != "tokenizer").collect();
             let mut loaded: Vec<&'static str> = here.iter().map(|r| r.kind).collect();
             loaded.sort_unstable();
             loaded.dedup();
@@ -122,7 +123,8 @@ impl ModelInstructor {
                 dtypes: dtypes.into_iter().map(|dtype| dtype.name()).collect(),
             });
         }
-        let encoders = [("text_encoder", checkpoint.text_encoder.as_ref()), ("text_encoder_2", Some(&checkpoint.text_encoder_2))];
+        let encoders =
+            [("text_encoder", checkpoint.text_encoder.as_ref()), ("text_encoder_2", Some(&checkpoint.text_encoder_2))];
         let facts = |(name, config): (&'static str, Option<&super::networks::clip::ClipConfig>)| {
             config.map(|config| TextEncoderFacts { name, layers: config.num_hidden_layers, width: config.hidden_size })
         };
@@ -157,10 +159,8 @@ impl ModelInstructor {
     }
 
     fn load(&self, checkpoint: &Checkpoint, crew: &mut ModelCrew, ctx: &Context) -> Result<Loaded> {
-        let placement = crew
-            .placement
-            .clone()
-            .ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
+        let placement =
+            crew.placement.clone().ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
         let start = Instant::now();
         let mut components = Vec::new();
         let mut component = |name, before: Bytes, after: Bytes, start: Instant| {

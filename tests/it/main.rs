@@ -1,7 +1,9 @@
 //! Integration tests: behaviour at the boundaries, and goldens.
 
 mod architecture;
+mod conditioning;
 mod config;
 mod device;
+mod model;
 mod outputs;
 mod parity;

@@ -72,7 +72,8 @@ impl Worker<EncodeTask<'_>> for Encode {
         let first = encoders.first.as_ref();
         let first = first.map(|encoder| encode(encoder, texts.iter().flat_map(|text| &text.first).collect()));
         let second = encode(&encoders.second, texts.iter().flat_map(|text| &text.second).collect())?;
-        let pooled = second.pooled.ok_or_else(|| Error::bug("the second text encoder was loaded without its projection"))?;
+        let pooled =
+            second.pooled.ok_or_else(|| Error::bug("the second text encoder was loaded without its projection"))?;
         let split = || {
             let hidden = match first.transpose()? {
                 Some(first) => Tensor::cat(&[&first.hidden, &second.hidden], D::Minus1).stage(STAGE)?,

@@ -18,11 +18,14 @@ pub struct Family {
     pub channels: usize,
 }
 
-pub static FAMILIES: Registry<Family> = Registry::new("model family", &[
-    ("sdxl_base", &sdxl_base::FAMILY),
-    ("sdxl_refiner", &sdxl_refiner::FAMILY),
-    ("sdxl_inpaint", &sdxl_inpaint::FAMILY),
-]);
+pub static FAMILIES: Registry<Family> = Registry::new(
+    "model family",
+    &[
+        ("sdxl_base", &sdxl_base::FAMILY),
+        ("sdxl_refiner", &sdxl_refiner::FAMILY),
+        ("sdxl_inpaint", &sdxl_inpaint::FAMILY),
+    ],
+);
 
 impl Family {
     /// The family of a checkpoint with such parts.

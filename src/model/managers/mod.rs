@@ -141,13 +141,7 @@ struct Opened<'a> {
 }
 
 impl<'a> Opened<'a> {
-    fn new(
-        checkpoint: &Checkpoint,
-        part: Part,
-        placement: &'a Placement,
-        dtype: Dtype,
-        ctx: &Context,
-    ) -> Result<Self> {
+    fn new(checkpoint: &Checkpoint, part: Part, placement: &'a Placement, dtype: Dtype, ctx: &Context) -> Result<Self> {
         Ok(Self { part, weights: checkpoint.open(part, ctx)?, placement, dtype })
     }
 
@@ -157,11 +151,7 @@ impl<'a> Opened<'a> {
     }
 
     /// Reads the weights and builds the network from them. Gives it with the bytes that it holds.
-    fn load<T>(
-        &self,
-        ctx: &Context,
-        load: impl FnOnce(&VarBuilder) -> Result<T>,
-    ) -> Result<(T, Bytes)> {
+    fn load<T>(&self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
         let task =
             ReadTask { part: self.part, weights: &self.weights, compute: self.dtype, device: &self.placement.device };
         ctx.perform(&Read, task)?.build(load)

@@ -31,8 +31,7 @@ const KEPT: usize = 4;
 /// Bytes in memory per byte of vocabulary file: two maps of tokens, and the merges as pairs of ids.
 const BYTES_PER_BYTE: u64 = 8;
 
-const WORDS: &str =
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// The tokenizers of one checkpoint.
 pub struct Tokenizers {
@@ -98,7 +97,8 @@ impl TokenizerManager {
 
     /// Drops the tokenizers of a checkpoint; `None` drops all. Gives the bytes that were held.
     pub(in crate::model) fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
-        let bytes = |entries: &[(CheckpointKey, String, Arc<Tokenizers>)]| entries.iter().map(|entry| entry.2.bytes).sum();
+        let bytes =
+            |entries: &[(CheckpointKey, String, Arc<Tokenizers>)]| entries.iter().map(|entry| entry.2.bytes).sum();
         let before: Bytes = bytes(&self.entries);
         self.entries.retain(|(key, ..)| checkpoint.is_some_and(|wanted| wanted != *key));
         before.saturating_sub(bytes(&self.entries))
@@ -157,11 +157,13 @@ impl Special {
     fn added(&self) -> AddedToken {
         match self {
             Self::Text(text) => AddedToken::from(text.as_str(), true),
-            Self::Token { content, normalized, lstrip, rstrip, single_word } => AddedToken::from(content.as_str(), true)
-                .normalized(*normalized)
-                .lstrip(*lstrip)
-                .rstrip(*rstrip)
-                .single_word(*single_word),
+            Self::Token { content, normalized, lstrip, rstrip, single_word } => {
+                AddedToken::from(content.as_str(), true)
+                    .normalized(*normalized)
+                    .lstrip(*lstrip)
+                    .rstrip(*rstrip)
+                    .single_word(*single_word)
+            }
         }
     }
 }
@@ -197,8 +199,7 @@ fn read(checkpoint: &Checkpoint) -> Result<Tokenizers> {
     let build = |model: BPE, own: &Option<TokenizerFiles>, name: &str, rows: usize| {
         let path = own.as_ref().map_or_else(|| name.into(), |files| files.vocab.path().to_owned());
         let embedded = own.as_ref().is_none_or(|files| files.config.is_none());
-        tokenizer(model, &config(own, name, embedded)?, rows)
-            .map_err(|message| Error::ModelCorrupt { path, message })
+        tokenizer(model, &config(own, name, embedded)?, rows).map_err(|message| Error::ModelCorrupt { path, message })
     };
     let mut bytes = size * BYTES_PER_BYTE;
     let first = match &checkpoint.text_encoder {
@@ -239,8 +240,8 @@ fn vocabulary(files: Option<TokenizerFiles>) -> Result<(BPE, u64)> {
     let (vocab_bytes, merges_bytes) = (vocab.read(VOCABULARY_LIMIT)?, merges.read(VOCABULARY_LIMIT)?);
     let size = (vocab_bytes.len() + merges_bytes.len()) as u64;
     let corrupt = |found: &Found, message: String| Error::ModelCorrupt { path: found.path().to_owned(), message };
-    let words: Words = serde_json::from_slice(&vocab_bytes)
-        .map_err(|e| corrupt(&vocab, format!("is not a vocabulary: {e}")))?;
+    let words: Words =
+        serde_json::from_slice(&vocab_bytes).map_err(|e| corrupt(&vocab, format!("is not a vocabulary: {e}")))?;
     let text = std::str::from_utf8(&merges_bytes).map_err(|e| corrupt(&merges, format!("is not UTF-8: {e}")))?;
     let pairs = text
         .lines()
@@ -316,9 +317,7 @@ fn tokenizer(model: BPE, config: &TokenizerConfig, rows: usize) -> Result<ClipTo
         ByteLevel::new(false, true, true).into(),
     ])));
     let id = |inner: &Tokenizer, special: &Special| {
-        inner
-            .token_to_id(special.text())
-            .ok_or_else(|| format!("does not have the special token `{}`", special.text()))
+        inner.token_to_id(special.text()).ok_or_else(|| format!("does not have the special token `{}`", special.text()))
     };
     // Looked up before they are added: an unknown one would be given an id that the encoder has no embedding for.
     for special in specials.iter().chain([&padding]) {
@@ -329,10 +328,5 @@ fn tokenizer(model: BPE, config: &TokenizerConfig, rows: usize) -> Result<ClipTo
     if highest as usize >= rows {
         return Err(format!("has the token id {highest}, and the text encoder has {rows} tokens"));
     }
-    Ok(ClipTokenizer {
-        start: id(&inner, start)?,
-        end: id(&inner, specials[1])?,
-        padding: id(&inner, padding)?,
-        inner,
-    })
+    Ok(ClipTokenizer { start: id(&inner, start)?, end: id(&inner, specials[1])?, padding: id(&inner, padding)?, inner })
 }

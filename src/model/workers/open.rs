@@ -118,7 +118,8 @@ impl Weights {
 
     /// The tensors in the order in which they lie in their files, each with its shard.
     pub(in crate::model) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
-        let mut all: Vec<_> = self.tensors.iter().map(|(name, (shard, stored))| (name.as_str(), *shard, stored)).collect();
+        let mut all: Vec<_> =
+            self.tensors.iter().map(|(name, (shard, stored))| (name.as_str(), *shard, stored)).collect();
         all.sort_by_key(|(_, shard, stored)| (*shard, stored.range.start));
         all
     }
@@ -177,7 +178,9 @@ impl Worker<OpenTask<'_>> for Open {
             let (shard, tensors) = open(found)?;
             for (name, stored) in tensors {
                 if weights.tensors.contains_key(&name) {
-                    return Err(shard.corrupt(format!("has tensor `{name}`, which another file of the same model has too")));
+                    return Err(
+                        shard.corrupt(format!("has tensor `{name}`, which another file of the same model has too"))
+                    );
                 }
                 weights.tensors.insert(name, (number, stored));
             }
@@ -204,8 +207,8 @@ fn open(found: &Found) -> Result<(Shard, Vec<(String, Stored)>)> {
         }
         Found::Disk(path) => {
             let (mut file, length) = Found::open(path)?;
-            let tensors = header(&mut file, length)
-                .map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
+            let tensors =
+                header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
             Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors))
         }
     }
@@ -233,7 +236,8 @@ fn header(file: &mut impl Read, length: u64) -> Result<Vec<(String, Stored)>, St
     if text.len() as u64 != header_length || text.first() != Some(&b'{') {
         return Err("is not a safetensors file: its header must be a JSON object".to_owned());
     }
-    let Header(entries) = serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
+    let Header(entries) =
+        serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
     place(entries, 8 + header_length, length)
 }
 
@@ -250,7 +254,8 @@ fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(Str
             return Err(format!("tensor `{name}` must have at most {RANK_LIMIT} axes, and has {}", entry.shape.len()));
         }
         // A zero side must not hide sides whose product no number holds.
-        let product = |least: u64| entry.shape.iter().try_fold(size, |product, &side| product.checked_mul(side.max(least)));
+        let product =
+            |least: u64| entry.shape.iter().try_fold(size, |product, &side| product.checked_mul(side.max(least)));
         let bytes = product(1)
             .and_then(|_| product(0))
             .ok_or_else(|| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
@@ -280,7 +285,10 @@ fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(Str
             return Err(format!("tensor `{name}` overlaps another one"));
         }
         if stored.range.start > covered {
-            return Err(format!("has {} bytes before tensor `{name}` that belong to none", stored.range.start - covered));
+            return Err(format!(
+                "has {} bytes before tensor `{name}` that belong to none",
+                stored.range.start - covered
+            ));
         }
         covered = stored.range.end;
     }

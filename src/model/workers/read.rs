@@ -27,7 +27,7 @@ const BATCH: u64 = 64 * Bytes::MIB;
 /// narrower stays as it is, as kernels widen weights where they use them; anything else becomes the compute dtype. On a
 /// GPU kernels take weights in the compute dtype only. `None` if the tensor is not a weight.
 #[must_use]
-pub fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DType> {
+pub(in crate::model) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DType> {
     let stored = match stored {
         StoredDtype::F64 => DType::F64,
         StoredDtype::F32 => DType::F32,
@@ -42,7 +42,7 @@ pub fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DTyp
 
 /// Bytes that the weights take on the device.
 #[must_use]
-pub fn kept_bytes(weights: &Weights, compute: Dtype, device: &Device) -> Bytes {
+pub(in crate::model) fn kept_bytes(weights: &Weights, compute: Dtype, device: &Device) -> Bytes {
     weights.tensors().map(|(_, stored)| tensor_bytes(stored, compute, device)).sum()
 }
 
@@ -81,7 +81,10 @@ impl Worker<ReadTask<'_>> for Read {
         if let Some((name, shard, stored)) = order.iter().find(|(.., s)| matches!(s.dtype, StoredDtype::F8(_))) {
             return Err(Error::ModelUnsupported {
                 name: weights.path(*shard).display().to_string(),
-                message: format!("tensor `{name}` is stored as {}, and weights must be f32, f16 or bf16", stored.dtype.name()),
+                message: format!(
+                    "tensor `{name}` is stored as {}, and weights must be f32, f16 or bf16",
+                    stored.dtype.name()
+                ),
             });
         }
         let wanted: Vec<_> = order.into_iter().filter(|(.., s)| kept(s.dtype, compute, device).is_some()).collect();
@@ -90,8 +93,8 @@ impl Worker<ReadTask<'_>> for Read {
         let mut tensors = HashMap::with_capacity(wanted.len());
         let read = |&(name, shard, stored): &(&str, usize, &Stored)| -> Result<(String, Tensor)> {
             let span = weights.span(shard, stored)?;
-            let tensor = tensor(&span, stored, compute, device)
-                .map_err(|source| Error::Compute { stage: "load", source })?;
+            let tensor =
+                tensor(&span, stored, compute, device).map_err(|source| Error::Compute { stage: "load", source })?;
             Ok((part_name(part, name), tensor))
         };
         let mut rest = wanted.as_slice();
@@ -156,10 +159,7 @@ impl Tensors {
     ///
     /// # Errors
     /// `model_corrupt` if a tensor is missing or has another shape; those of the device.
-    pub(in crate::model) fn build<T>(
-        self,
-        load: impl FnOnce(&VarBuilder) -> Result<T>,
-    ) -> Result<(T, Bytes)> {
+    pub(in crate::model) fn build<T>(self, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
         let taken = Mutex::new(Taken { tensors: self.tensors, ..Taken::default() });
         let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&taken));
         let built = load(&VarBuilder::from_backend(backend, self.compute.tensor(), self.device.clone()));
@@ -193,10 +193,7 @@ impl Backend<'_> {
                 shape.map_or(&[][..], Shape::dims),
                 tensor.dims()
             ),
-            None => format!(
-                "tensor `{name}` of shape {:?} is missing",
-                shape.map_or(&[][..], Shape::dims)
-            ),
+            None => format!("tensor `{name}` of shape {:?} is missing", shape.map_or(&[][..], Shape::dims)),
         };
         let error = candle_core::Error::Msg(failure.clone());
         taken.failure.get_or_insert(failure);
