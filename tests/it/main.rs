@@ -1,2 +1,4 @@
-#[test]
-fn a() {}
+//! The integration tests, one binary.
+
+mod noise;
+mod scheduler;
