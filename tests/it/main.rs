@@ -5,5 +5,7 @@ mod conditioning;
 mod config;
 mod device;
 mod model;
+mod noise;
 mod outputs;
 mod parity;
+mod scheduler;
