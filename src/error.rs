@@ -221,7 +221,8 @@ impl Error {
             Self::InvalidParameter { field, message, hint } => {
                 Self::InvalidParameter { field: format!("{prefix}.{field}"), message, hint }
             }
-            Self::UnknownName { field: Some(ref field), .. } | Self::UnsupportedFeature { field: Some(ref field), .. } => {
+            Self::UnknownName { field: Some(ref field), .. }
+            | Self::UnsupportedFeature { field: Some(ref field), .. } => {
                 let field = format!("{prefix}.{field}");
                 self.at(&field)
             }

@@ -94,9 +94,7 @@ impl Instructors {
         let reply = match call {
             Call::Device(request) => lead.device.instruct(request, &mut managers.device, ctx).map(Reply::Device),
             Call::Scheduler(request) => lead.scheduler.instruct(request, &mut (), ctx).map(Reply::Scheduler),
-            Call::Model(request) => {
-                lead.model.instruct(request, managers.model(), ctx).map(Reply::Model)
-            }
+            Call::Model(request) => lead.model.instruct(request, managers.model(), ctx).map(Reply::Model),
             Call::Conditioning(request) => {
                 lead.conditioning.instruct(request, &mut managers.conditioning, ctx).map(Reply::Conditioning)
             }

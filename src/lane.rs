@@ -4,13 +4,12 @@
 //! blocks. A panic costs the job and the managers, which are built anew, not the process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::context::{CancelToken, Context, Engine, PreviewWish, Progress, Stage};
 use crate::error::{Error, Result};
 use crate::instructors::{Call, Instructors, Reply};
-use crate::layers::Resident;
 use crate::managers::Managers;
 
 /// Stack of a compute thread in bytes.
@@ -33,7 +32,10 @@ pub enum Event {
     Ready,
     /// They cannot be built; the lane has ended.
     Unusable(Error),
-    Progress { request_id: String, progress: Progress },
+    Progress {
+        request_id: String,
+        progress: Progress,
+    },
     Done(Box<Done>),
 }
 
@@ -47,35 +49,22 @@ pub struct Done {
     pub engine: Option<Engine>,
 }
 
-/// What may be seen of a lane from outside while it works.
-#[derive(Clone, Debug, Default)]
-pub struct Snapshot {
-    /// As of the end of the last job.
-    pub residents: Vec<Resident>,
-}
-
 /// Makes what a lane owns; called on the lane's own thread, at its start and after a panic.
 pub type Build = Arc<dyn Fn() -> Result<(Instructors, Managers)> + Send + Sync>;
 
 /// The handle of a compute thread, which ends when the handle is dropped and its last job done.
 pub struct Lane {
     jobs: mpsc::Sender<Job>,
-    snapshot: Arc<Mutex<Snapshot>>,
 }
 
 impl Lane {
     /// # Errors
     /// The system's, when it has no thread to give.
-    pub fn spawn(
-        name: &str,
-        build: Build,
-        tell: impl Fn(Event) + Send + Sync + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn spawn(name: &str, build: Build, tell: impl Fn(Event) + Send + Sync + 'static) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::channel();
-        let snapshot = Arc::new(Mutex::new(Snapshot::default()));
-        let bench = Bench { build, tell: Arc::new(tell), snapshot: Arc::clone(&snapshot) };
+        let bench = Bench { build, tell: Arc::new(tell) };
         std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || bench.work(&inbox))?;
-        Ok(Self { jobs, snapshot })
+        Ok(Self { jobs })
     }
 
     /// Gives the lane its next job. `Err` hands it back when the lane has ended.
@@ -85,18 +74,12 @@ impl Lane {
     pub fn submit(&self, job: Job) -> std::result::Result<(), Box<Job>> {
         self.jobs.send(job).map_err(|refused| Box::new(refused.0))
     }
-
-    #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
-        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 /// The thread's own side.
 struct Bench {
     build: Build,
     tell: Arc<dyn Fn(Event) + Send + Sync>,
-    snapshot: Arc<Mutex<Snapshot>>,
 }
 
 impl Bench {
@@ -109,7 +92,6 @@ impl Bench {
         while let Ok(job) = inbox.recv() {
             let (done, sound) = self.perform(job, &mut crew);
             if sound {
-                self.publish(&crew.1);
                 (self.tell)(Event::Done(Box::new(done)));
                 continue;
             }
@@ -120,7 +102,6 @@ impl Bench {
                 Ok(fresh) => {
                     let broken = std::mem::replace(&mut crew, fresh);
                     drop(catch_unwind(AssertUnwindSafe(move || drop(broken))));
-                    self.publish(&crew.1);
                 }
                 Err(error) => return (self.tell)(Event::Unusable(error)),
             }
@@ -146,14 +127,8 @@ impl Bench {
             Ok(result) => (result, true),
             Err(panic) => (Err(bug(panic.as_ref())), false),
         };
-        let done =
-            Done { request_id, result, timings: ctx.timings(), warnings: ctx.warnings(), engine: ctx.engine() };
+        let done = Done { request_id, result, timings: ctx.timings(), warnings: ctx.warnings(), engine: ctx.engine() };
         (done, sound)
-    }
-
-    fn publish(&self, managers: &Managers) {
-        let residents = managers.resident();
-        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).residents = residents;
     }
 }
 

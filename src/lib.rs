@@ -37,7 +37,7 @@
 //! | [`postprocessing`] | image files, their metadata and names |
 //! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
 //! | [`inference`] | the recipe of an image; prediction type and guidance live in its `denoise` worker |
-//! | [`config`] | `configs/workers_config.json` |
+//! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
 //! | [`instructors`] [`lane`] [`communication`] | the one match over domains, the compute thread, the wire |
 //!
 //! # Invariants
@@ -77,6 +77,7 @@ pub mod pace;
 pub mod managers;
 pub mod inference;
 pub mod config;
+pub mod arguments;
 pub mod instructors;
 pub mod lane;
 pub mod communication;

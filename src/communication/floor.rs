@@ -1,19 +1,22 @@
 //! The floor between the wire and the lanes: admission, the two queues, deadlines, cancellation, and what lanes say.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 
-use super::interface::{EventWish, Found, Head, OnEof, Settings};
+use super::interface::{EventWish, Found, Head};
 use super::lines::{Engine, Event, Timings, Warning};
 use super::manager::{Known, Ledger, Open, Terminal, ms};
 use super::queue::Queue;
 use super::workers::bar::Bar;
 use super::workers::codec::{self, Ask, Decoded, Fault};
+use crate::config::{MainInterface, OnEof};
 use crate::context::{CancelToken, PreviewWish, Progress, Stage};
 use crate::error::Error;
 use crate::instructors::Call;
 use crate::lane::{self, Done, Job, Lane};
+use crate::managers::Published;
 
 /// Which of the two threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +46,7 @@ impl Station {
 
 /// Everything that control operations may see and change.
 pub struct Floor {
-    pub settings: Settings,
+    pub settings: MainInterface,
     pub begun: Instant,
     pub ledger: Ledger,
     pub compute: Station,
@@ -55,22 +58,24 @@ pub struct Floor {
     /// A lane could not be built, or its device is lost.
     pub broken: Option<Error>,
     pub bar: Bar,
+    pub published: Arc<Published>,
     last_step: Option<Instant>,
 }
 
 /// The parts of [`Floor`] that its maker chooses.
 pub struct Parts {
-    pub settings: Settings,
+    pub settings: MainInterface,
     pub begun: Instant,
     pub ledger: Ledger,
     pub compute: Lane,
     pub desk: Lane,
+    pub published: Arc<Published>,
 }
 
 impl Floor {
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { settings, begun, ledger, compute, desk } = parts;
+        let Parts { settings, begun, ledger, compute, desk, published } = parts;
         let limit = settings.queue_limit;
         Self {
             settings,
@@ -82,6 +87,7 @@ impl Floor {
             ending: false,
             broken: None,
             bar: Bar::on_stderr(),
+            published,
             last_step: None,
         }
     }
@@ -126,7 +132,7 @@ impl Floor {
     pub fn receive_too_long(&mut self) {
         self.ledger.counters.lines += 1;
         let id = self.ledger.auto_id();
-        let error = Error::LineTooLong { limit: self.settings.max_line_bytes };
+        let error = Error::LineTooLong { limit: self.line_limit() };
         self.ledger.refuse(&id, &Fault { error, pointer: None }, false);
     }
 
@@ -183,17 +189,10 @@ impl Floor {
         let mut position = 0;
         if !attached {
             let preview = head.events.and_then(|wish: EventWish| wish.preview);
-            let preview = preview.map(|keys| PreviewWish {
-                every: keys.every as usize,
-                max_side: keys.max_side as usize,
-            });
-            let job = Job {
-                request_id: id.to_owned(),
-                call,
-                cancel: open.cancel.clone(),
-                deadline: open.deadline,
-                preview,
-            };
+            let preview =
+                preview.map(|keys| PreviewWish { every: keys.every as usize, max_side: keys.max_side as usize });
+            let job =
+                Job { request_id: id.to_owned(), call, cancel: open.cancel.clone(), deadline: open.deadline, preview };
             let station = self.station(post);
             // An idle lane takes the job at once, so a limit of 0 still lets one request run.
             let placed = if station.running.is_none() && station.queue.is_empty() {
@@ -424,8 +423,7 @@ impl Floor {
     pub fn expire(&mut self) {
         let now = Instant::now();
         let late = |open: &Open| open.started.is_none() && open.deadline.is_some_and(|deadline| deadline <= now);
-        let ids: Vec<String> =
-            self.ledger.open().filter(|(_, open)| late(open)).map(|(id, _)| id.to_owned()).collect();
+        let ids: Vec<String> = self.ledger.open().filter(|(_, open)| late(open)).map(|(id, _)| id.to_owned()).collect();
         for id in ids {
             self.end(&id, &Error::DeadlineExceeded);
         }
@@ -435,6 +433,12 @@ impl Floor {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         self.ledger.open().filter(|(_, open)| open.started.is_none()).filter_map(|(_, open)| open.deadline).min()
+    }
+
+    /// Longest line of input in bytes.
+    #[must_use]
+    pub fn line_limit(&self) -> usize {
+        usize::try_from(self.settings.max_line_bytes.0).unwrap_or(usize::MAX)
     }
 
     #[must_use]
@@ -460,8 +464,8 @@ impl Open {
 /// Errors are not `Clone`, because tensor errors are not; what a lane's end means for a request keeps its code.
 fn retold(error: &Error) -> Error {
     match error {
-        Error::DeviceUnavailable { device, message } => {
-            Error::DeviceUnavailable { device: device.clone(), message: message.clone() }
+        Error::DeviceUnavailable { device, message, hint } => {
+            Error::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
         }
         Error::DeviceLost { device, message } => Error::DeviceLost { device: device.clone(), message: message.clone() },
         other => Error::bug(other.to_string()),

@@ -5,26 +5,29 @@ use std::time::Instant;
 
 use super::floor::{Floor, Station};
 use super::interface::{
-    Cancelled, CancelledAll, Capabilities, Communication, Compute, Ending, Health, Hello, Limits, LogLevel,
-    MAX_DEPTH, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, Metrics, PROTOCOL, Pong, Request, Response, Running,
-    Status, Waiting,
+    Cancelled, CancelledAll, Capabilities, Communication, Compute, Ending, Health, Hello, Limits, MAX_DEPTH,
+    MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, Metrics, PROTOCOL, Pong, Request, Response, Running, Status, Waiting,
 };
 use super::lines::Event;
 use super::manager::ms;
 use super::schema;
 use crate::conditioning::interface::Conditioning;
+use crate::config::{LogLevel, OnEof};
 use crate::context::Context;
 use crate::device::interface::{Device, Dtype};
 use crate::error::{Error, Result};
 use crate::inference::interface::{Inference, Settings as InferenceSettings};
 use crate::layers::{Instructor, Interface};
 use crate::model::interface::Model;
+use crate::postprocessing::FORMATS;
 use crate::postprocessing::interface::Postprocessing;
 use crate::scheduler::interface::Scheduler;
+use crate::scheduler::workers::SAMPLERS;
+use crate::scheduler::workers::SPACINGS;
 use crate::units::Steps;
 
-/// Changes what is logged; the text is tracing's filter language.
-pub type SetLogLevel = Box<dyn Fn(&str) -> std::result::Result<(), String>>;
+/// Changes what is logged.
+pub type SetLogLevel = Box<dyn Fn(LogLevel) -> Result<()>>;
 
 pub struct CommunicationInstructor {
     pub inference: InferenceSettings,
@@ -54,14 +57,13 @@ impl Instructor for CommunicationInstructor {
                 Response::Drain(ending(floor))
             }
             Request::Shutdown(request) => {
-                floor.shut_down(request.mode);
+                floor.shut_down(request.mode.unwrap_or(OnEof::Finish));
                 Response::Drain(ending(floor))
             }
             Request::Ping(_) => Response::Ping(Pong { pong: true }),
             Request::SetLogLevel(request) => {
-                (self.set_log_level)(&request.level)
-                    .map_err(|message| Error::invalid("level", format!("cannot be used: {message}")))?;
-                Response::SetLogLevel(LogLevel { level: request.level })
+                (self.set_log_level)(request.level)?;
+                Response::SetLogLevel(request)
             }
         })
     }
@@ -73,15 +75,15 @@ impl CommunicationInstructor {
             version: env!("CARGO_PKG_VERSION"),
             protocol: PROTOCOL,
             operations: operations(),
-            samplers: Vec::new(),
-            schedules: Vec::new(),
-            formats: Vec::new(),
+            samplers: SAMPLERS.names().collect(),
+            schedules: SPACINGS.names().collect(),
+            formats: FORMATS.names().collect(),
             devices: devices(),
             dtypes: [Dtype::F32, Dtype::Bf16, Dtype::F16].map(Dtype::name).to_vec(),
             events: Event::NAMES.to_vec(),
             error_codes: Error::CODES.to_vec(),
             limits: Limits {
-                max_line_bytes: floor.settings.max_line_bytes,
+                max_line_bytes: floor.line_limit(),
                 queue_limit: floor.settings.queue_limit,
                 max_depth: MAX_DEPTH,
                 max_id_chars: MAX_ID_CHARS,
@@ -178,12 +180,7 @@ fn status(floor: &Floor) -> Status {
     };
     let mut queue = waiting(&floor.compute);
     queue.extend(waiting(&floor.desk));
-    Status {
-        draining: floor.draining,
-        queue,
-        running: running(floor),
-        residents: floor.compute.lane.snapshot().residents,
-    }
+    Status { draining: floor.draining, queue, running: running(floor), residents: floor.published.residents() }
 }
 
 fn running(floor: &Floor) -> Vec<Running> {

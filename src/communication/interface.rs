@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::config::{LogLevel, OnEof};
 use crate::inference::interface::GenerateRequest;
 use crate::layers::{Domain, Interface, Nothing, Resident};
 
@@ -31,46 +32,6 @@ pub const TABLE: &[(Domain, &[&str])] = &[
     (Domain::Communication, Communication::OPERATIONS),
 ];
 
-/// The section `workers.main_interface` of the configuration.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Settings {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or tracing's filter language.
-    pub log_level: String,
-    /// Longest line of input in bytes, without its newline.
-    pub max_line_bytes: usize,
-    /// Requests that may wait, beside the one that runs.
-    pub queue_limit: usize,
-    /// What becomes of accepted requests when stdin ends.
-    pub on_eof: OnEof,
-    /// Emit `ready` once the compute thread stands.
-    pub announce: bool,
-    /// Milliseconds between `heartbeat` events; 0 for none.
-    pub heartbeat_ms: u64,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            log_level: "warn".to_owned(),
-            max_line_bytes: 32 << 20,
-            queue_limit: 64,
-            on_eof: OnEof::Finish,
-            announce: false,
-            heartbeat_ms: 0,
-        }
-    }
-}
-
-/// What becomes of accepted requests when the worker is to end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum OnEof {
-    #[default]
-    Finish,
-    Cancel,
-}
-
 /// What a request line says beside its `data`.
 #[derive(Clone, Debug)]
 pub struct Head {
@@ -89,7 +50,6 @@ pub struct Head {
 /// The keys of a head, for the schema and for "did you mean".
 #[derive(Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-#[expect(dead_code, reason = "the codec reads each key by itself; this is their description")]
 pub struct HeadKeys {
     /// 1 to 256 characters, no control characters. Default: `auto-<n>`, n counting the lines of input.
     #[schemars(length(min = 1, max = 256))]
@@ -167,19 +127,20 @@ pub struct CancelRequest {
     pub request_id: String,
 }
 
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(default)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ShutdownRequest {
     /// `finish` what was accepted, or `cancel` it. Default: `finish`.
-    pub mode: OnEof,
+    #[serde(default)]
+    pub mode: Option<OnEof>,
 }
 
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+/// What is logged; asked and answered in the same form.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct LogLevelRequest {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or tracing's filter language.
-    pub level: String,
+    /// `off`, `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: LogLevel,
 }
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
@@ -196,7 +157,7 @@ pub enum Response {
     CancelAll(CancelledAll),
     Drain(Ending),
     Ping(Pong),
-    SetLogLevel(LogLevel),
+    SetLogLevel(LogLevelRequest),
 }
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
@@ -351,12 +312,6 @@ pub struct Ending {
 #[schemars(deny_unknown_fields)]
 pub struct Pong {
     pub pong: bool,
-}
-
-#[derive(Clone, Debug, Serialize, JsonSchema)]
-#[schemars(deny_unknown_fields)]
-pub struct LogLevel {
-    pub level: String,
 }
 
 pub struct Communication;

@@ -215,11 +215,19 @@ pub struct EventLine<'a> {
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// Accepted; `position` requests go before it, as things stand.
-    Accepted { position: usize },
+    Accepted {
+        position: usize,
+    },
     Started,
     /// A part of the work begins.
-    Stage { stage: &'static str },
-    ModelLoading { component: &'static str, bytes_done: Bytes, bytes_total: Bytes },
+    Stage {
+        stage: &'static str,
+    },
+    ModelLoading {
+        component: &'static str,
+        bytes_done: Bytes,
+        bytes_total: Bytes,
+    },
     Progress {
         stage: &'static str,
         done: usize,
@@ -230,7 +238,10 @@ pub enum Event {
         eta_ms: Option<u64>,
     },
     /// The image as it stands after `step` steps: the bytes of a PNG.
-    Preview { step: usize, base64: String },
+    Preview {
+        step: usize,
+        base64: String,
+    },
     Image {
         index: usize,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -243,9 +254,19 @@ pub enum Event {
         pointer: Option<String>,
     },
     /// Events of this request that were left out because stdout was not read fast enough.
-    Dropped { count: u64 },
-    Heartbeat { uptime_ms: u64, queue_depth: usize, running: usize },
-    Ready { version: &'static str, protocol: &'static str, pid: u32 },
+    Dropped {
+        count: u64,
+    },
+    Heartbeat {
+        uptime_ms: u64,
+        queue_depth: usize,
+        running: usize,
+    },
+    Ready {
+        version: &'static str,
+        protocol: &'static str,
+        pid: u32,
+    },
 }
 
 impl Event {

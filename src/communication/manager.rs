@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::value::RawValue;
 
 use super::interface::EventWish;
-use super::lines::{
-    Engine, ErrorBody, ErrorLine, ErrorTag, Event, ResultLine, ResultTag, Timings, Warning,
-};
+use super::lines::{Engine, ErrorBody, ErrorLine, ErrorTag, Event, ResultLine, ResultTag, Timings, Warning};
 use super::workers::codec::Fault;
 use super::workers::writer::Outbox;
 use crate::context::CancelToken;

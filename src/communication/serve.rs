@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::value::to_raw_value;
@@ -10,16 +11,18 @@ use tokio::sync::mpsc;
 
 use super::floor::{Floor, Parts, Post};
 use super::instructor::{CommunicationInstructor, queue_depth};
-use super::interface::{OnEof, PROTOCOL, Settings};
+use super::interface::PROTOCOL;
 use super::lines::{Engine, Event, Timings};
 use super::manager::{Ledger, Terminal};
 use super::workers::codec::{Ask, Decoded, Fault};
 use super::workers::reader::{self, Input};
 use super::workers::writer::{self, Note, Outbox};
+use crate::config::{MainInterface, OnEof};
 use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
 use crate::lane::{self, Build, Lane};
 use crate::layers::Instructor;
+use crate::managers::Published;
 
 /// How the process ends; the numbers are the protocol's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +56,15 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// What the loop needs of its maker.
 pub struct Setup {
-    pub settings: Settings,
+    pub settings: MainInterface,
     /// The private descriptor of the protocol.
     pub stdout: File,
-    pub build: Build,
+    /// Makes what the compute thread owns, its device opened.
+    pub compute: Build,
+    /// Makes what the desk owns.
+    pub desk: Build,
+    /// What the compute thread lets others see.
+    pub published: Arc<Published>,
     pub instructor: CommunicationInstructor,
     pub begun: Instant,
 }
@@ -76,7 +84,7 @@ pub fn serve(setup: Setup) -> io::Result<Exit> {
 }
 
 async fn run(setup: Setup) -> io::Result<Exit> {
-    let Setup { settings, stdout, build, instructor, begun } = setup;
+    let Setup { settings, stdout, compute, desk, published, instructor, begun } = setup;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tell, mut words) = mpsc::unbounded_channel();
@@ -85,18 +93,19 @@ async fn run(setup: Setup) -> io::Result<Exit> {
     let say = tell.clone();
     // A word that nobody hears any more is one said while the process ends.
     writer::spawn(stdout, outbox.clone(), move |note| drop(say.send(Word::Writer(note))))?;
-    reader::spawn(settings.max_line_bytes, move |input| give.blocking_send(input).is_ok())?;
-    let lane = |name, post| {
+    let lane = |name, post, build| {
         let say = tell.clone();
-        Lane::spawn(name, build.clone(), move |event| drop(say.send(Word::Lane(post, event))))
+        Lane::spawn(name, build, move |event| drop(say.send(Word::Lane(post, event))))
     };
     let mut floor = Floor::new(Parts {
         begun,
         ledger: Ledger::new(outbox.clone()),
-        compute: lane("compute", Post::Compute)?,
-        desk: lane("desk", Post::Desk)?,
+        compute: lane("compute", Post::Compute, compute)?,
+        desk: lane("desk", Post::Desk, desk)?,
+        published,
         settings,
     });
+    reader::spawn(floor.line_limit(), move |input| give.blocking_send(input).is_ok())?;
     let mut heartbeat = tokio::time::interval(Duration::from_millis(floor.settings.heartbeat_ms.max(1)));
     let mut state = State { input_open: true, signals: 0, gone: None };
     loop {

@@ -76,8 +76,7 @@ impl InferenceInstructor {
             .enumerate()
             .map(|(index, request)| self.plan(request, crew).map_err(|error| error.below(&format!("requests.{index}"))))
             .collect::<Result<Vec<_>>>()?;
-        let results =
-            plans.into_iter().map(|plan| self.generate(plan, crew, ctx)).collect::<Result<Vec<_>>>()?;
+        let results = plans.into_iter().map(|plan| self.generate(plan, crew, ctx)).collect::<Result<Vec<_>>>()?;
         Ok(GeneratedBatch { results })
     }
 
@@ -100,7 +99,10 @@ impl InferenceInstructor {
             &SamplingWish {
                 sampler_name: request.sampler_name.clone(),
                 scheduler: request.scheduler.clone(),
-                steps: request.steps.or(Some(STEPS)).filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
+                steps: request
+                    .steps
+                    .or(Some(STEPS))
+                    .filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
                 eta: request.eta,
                 sigmas: request.sigmas.clone(),
                 timesteps: request.timesteps.clone(),
@@ -248,7 +250,8 @@ impl InferenceInstructor {
         ctx: &Context,
     ) -> Result<Tensor> {
         let checkpoint = &plan.checkpoint;
-        let conditioning = self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?;
+        let conditioning =
+            self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?;
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(checkpoint, placement, ctx)?)),
@@ -262,7 +265,16 @@ impl InferenceInstructor {
             ctx.progress(Progress::Step { stage: Stage::Denoise, done, total });
             match &preview {
                 Some((wish, vae)) if done % wish.every == 0 && done < total => {
-                    let small = ctx.perform(&Preview, PreviewTask { decoder: &vae.decoder, config: &checkpoint.vae, x0, max_side: wish.max_side, placement })?;
+                    let small = ctx.perform(
+                        &Preview,
+                        PreviewTask {
+                            decoder: &vae.decoder,
+                            config: &checkpoint.vae,
+                            x0,
+                            max_side: wish.max_side,
+                            placement,
+                        },
+                    )?;
                     let png = self.postprocessing.preview(&small, ctx)?.into();
                     ctx.progress(Progress::Preview { step: done, png });
                     Ok(())
@@ -311,7 +323,12 @@ impl InferenceInstructor {
             ctx.perform(&Decode, task)
         })?;
         let units = plan.size.width * plan.size.height / 64;
-        crew.published.pace.record(&pace_key(&plan.checkpoint, placement.compute), Work::Decode, units, start.elapsed());
+        crew.published.pace.record(
+            &pace_key(&plan.checkpoint, placement.compute),
+            Work::Decode,
+            units,
+            start.elapsed(),
+        );
         images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no image"))
     }
 
@@ -372,8 +389,11 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
         || request.negative_crops_coords_top_left.is_some()
         || request.negative_target_size.is_some();
     let negative_original = pair("negative_original_size", request.negative_original_size, original)?;
-    let negative_crop =
-        pair("negative_crops_coords_top_left", request.negative_crops_coords_top_left, if own { [0.0; 2] } else { crop })?;
+    let negative_crop = pair(
+        "negative_crops_coords_top_left",
+        request.negative_crops_coords_top_left,
+        if own { [0.0; 2] } else { crop },
+    )?;
     let negative_target = pair("negative_target_size", request.negative_target_size, target)?;
     let ids = |original: [f64; 2], crop: [f64; 2], target: [f64; 2], aesthetic: f64| -> Vec<f64> {
         if wants_aesthetic_score(checkpoint) {

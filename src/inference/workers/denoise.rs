@@ -131,9 +131,7 @@ impl<'a> Network<'a> {
             // x = α x₀ + σ ε
             Prediction::Epsilon => ((x - (predicted * level.sigma)?)? / level.alpha)?,
             // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
-            Prediction::VPrediction => {
-                ((scaled * (level.alpha * scale))? - (predicted * (level.sigma * scale))?)?
-            }
+            Prediction::VPrediction => ((scaled * (level.alpha * scale))? - (predicted * (level.sigma * scale))?)?,
             Prediction::Sample => predicted,
         };
         Ok(x0)

@@ -35,10 +35,11 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections; three full-size maps are the decoder's.
-        let unet: usize = plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
-            let here = (positions >> (2 * level)).max(1);
-            sum + here * channels * (6 + 4)
-        });
+        let unet: usize =
+            plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
+                let here = (positions >> (2 * level)).max(1);
+                sum + here * channels * (6 + 4)
+            });
         let first = plan.checkpoint.vae.block_out_channels.first().copied().unwrap_or(1);
         let decoder = plan.size.width * plan.size.height * first * 2 * 3;
         let activations = Bytes(((passes * unet).max(decoder) * element) as u64);

@@ -13,17 +13,8 @@ use crate::error::{Error, nearest};
 use crate::layers::Domain;
 
 /// Every key of a head. In a shorthand line all of them but `data` and `operation` act as head.
-const KEYS: [&str; 9] = [
-    "request_id",
-    "worker_type",
-    "operation",
-    "data",
-    "priority",
-    "timeout_ms",
-    "idempotency_key",
-    "events",
-    "strict",
-];
+const KEYS: [&str; 9] =
+    ["request_id", "worker_type", "operation", "data", "priority", "timeout_ms", "idempotency_key", "events", "strict"];
 
 pub(super) struct Read {
     pub(super) head: Head,
@@ -63,17 +54,8 @@ pub(super) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
         (read_domain(worker_type, &operation)?, operation, data)
     };
     let request_id = request_id.unwrap_or_else(|| fallback_id.to_owned());
-    let head = Head {
-        request_id,
-        worker_type,
-        operation,
-        priority,
-        timeout_ms,
-        idempotency_key,
-        events,
-        strict,
-        shorthand,
-    };
+    let head =
+        Head { request_id, worker_type, operation, priority, timeout_ms, idempotency_key, events, strict, shorthand };
     Ok(Read { head, data, warnings })
 }
 

@@ -86,7 +86,11 @@ fn understand(text: &str, fallback_id: &str) -> Result<Decoded, Fault> {
         data: &data,
         pointer: if head.shorthand { "" } else { "/data" },
         strict: head.strict,
-        to_come: if head.worker_type == Domain::Inference || head.operation == "estimate" { FIELDS_TO_COME } else { &[] },
+        to_come: if head.worker_type == Domain::Inference || head.operation == "estimate" {
+            FIELDS_TO_COME
+        } else {
+            &[]
+        },
     };
     let ask = match head.worker_type {
         Domain::Communication => match read::<Communication>(&body, &mut warnings)? {
