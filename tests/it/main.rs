@@ -1,2 +1,3 @@
-#[test]
-fn a() {}
+//! The worker's tests, one binary.
+
+mod kernels;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::Result;
 
 use super::element::{Element, Held, Numbers};
-use super::pool::{Scratch, at_least, for_each, threads, with_scratch};
+use super::pool::{Scratch, Shared, at_least, for_each, threads, with_scratch};
 use super::simd;
 use crate::kernels::Activation;
 
@@ -88,19 +88,6 @@ struct Product<'a, R> {
     finish: Finish<'a>,
 }
 
-/// Memory that tasks write disjoint parts of.
-struct Shared<T>(*mut T);
-
-#[expect(unsafe_code, reason = "tiles of one result are written by several threads")]
-// SAFETY: every task writes its own tile only, and the owner waits for all of them.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
 /// `left · weightᵀ` and what follows. `weight` is `[outputs, depth]` (twice the outputs where gated); gives
 /// `[rows, outputs]`.
 pub(super) fn product<T: Element, R: Rows>(
@@ -109,13 +96,9 @@ pub(super) fn product<T: Element, R: Rows>(
     (rows, depth, outputs): (usize, usize, usize),
     after: &After,
 ) -> Result<Vec<T>> {
-    let slice = |held: &'_ Option<Held<'_>>| -> Result<Option<Vec<f32>>> {
-        held.as_ref().map(|held| held.slice::<f32>().map(<[f32]>::to_vec)).transpose()
-    };
-    let (bias, per_sample) = (slice(&after.bias)?, slice(&after.per_sample)?);
     let finish = Finish {
-        bias: bias.as_deref(),
-        per_sample: per_sample.as_deref(),
+        bias: after.bias.as_ref().map(Held::slice).transpose()?,
+        per_sample: after.per_sample.as_ref().map(Held::slice).transpose()?,
         activation: after.activation,
         residual: after.residual.as_ref().map(Held::numbers).transpose()?,
         sample: after.sample.max(1),
@@ -125,7 +108,7 @@ pub(super) fn product<T: Element, R: Rows>(
     let (row_block, output_block) = blocks(rows, depth, outputs);
     let (down, across) = (rows.div_ceil(row_block), outputs.div_ceil(output_block));
     let mut out = T::zeros(rows * outputs);
-    let shared = Shared(out.as_mut_ptr());
+    let shared = Shared::new(&mut out);
     for_each(down * across, rows * depth * outputs, |task| {
         let (row, output) = ((task % down) * row_block, (task / down) * output_block);
         let rows = row..(row + row_block).min(rows);

@@ -67,7 +67,10 @@ pub fn limit(most: Level) -> Level {
 macro_rules! levels {
     ($($(#[$doc:meta])* fn $name:ident $(<$t:ident>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$doc])*
-        #[expect(unsafe_code, reason = "calls of functions compiled for more than the baseline")]
+        #[cfg_attr(
+            target_arch = "x86_64",
+            expect(unsafe_code, reason = "calls of functions compiled for more than the baseline")
+        )]
         pub(super) fn $name $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             fn portable $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? $body
@@ -320,21 +323,26 @@ levels! {
             *lane += x.widen();
         }
         let mean = (lanes.into_iter().map(f64::from).sum::<f64>() / count) as f32;
-        let mut lanes = [0.0_f32; LANES];
+        let (mut lanes, mut squares) = ([0.0_f32; LANES], [0.0_f32; LANES]);
         for block in blocks {
-            for (lane, x) in lanes.iter_mut().zip(block) {
+            for ((lane, square), x) in lanes.iter_mut().zip(&mut squares).zip(block) {
                 let d = x.widen() - mean;
-                *lane += d * d;
+                *lane += d;
+                *square += d * d;
             }
         }
-        for (lane, x) in lanes.iter_mut().zip(rest) {
+        for ((lane, square), x) in lanes.iter_mut().zip(&mut squares).zip(rest) {
             let d = x.widen() - mean;
-            *lane += d * d;
+            *lane += d;
+            *square += d * d;
         }
-        let variance = lanes.into_iter().map(f64::from).sum::<f64>() / count;
-        let scale = (1.0 / (variance + eps).sqrt()) as f32;
+        // The first mean is as good as f32 sums are; what it missed is the mean of the distances to it.
+        let missed = lanes.into_iter().map(f64::from).sum::<f64>() / count;
+        let variance = squares.into_iter().map(f64::from).sum::<f64>() / count - missed * missed;
+        let scale = (1.0 / (variance.max(0.0) + eps).sqrt()) as f32;
+        let missed = missed as f32;
         for ((to, from), (weight, bias)) in to.iter_mut().zip(from).zip(weight.iter().zip(bias)) {
-            *to = T::round((from.widen() - mean) * scale * weight + bias);
+            *to = T::round((from.widen() - mean - missed) * scale * weight + bias);
         }
     }
 }
