@@ -105,7 +105,7 @@ macro_rules! levels {
 fn exp(x: f32) -> f32 {
     /// Adding it rounds to an integer and leaves that integer in the low bits.
     const ROUNDER: f32 = 12_582_912.0; // 1.5 · 2²³
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0; // so few digits that n times it is exact
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = if x > 88.0 { 88.0 } else { x };
     let clamped = if clamped < -87.0 { -87.0 } else { clamped };
@@ -117,7 +117,7 @@ fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUNDER.to_bits()).wrapping_add(127) << 23);
     let y = (p * (r * r) + r + 1.0) * power;
     if x < -87.0 { 0.0 } else { y }
