@@ -123,16 +123,21 @@ fn blocks(rows: usize, depth: usize, outputs: usize) -> (usize, usize) {
     let even = |count: usize, parts: usize, step: usize| count.div_ceil(parts.max(1)).next_multiple_of(step).max(1);
     let threads = threads();
     let wanted = (rows * depth * outputs / TASK).clamp(1, 4 * threads);
-    let across = outputs.div_ceil(OUTPUTS).max(1);
+    let mut across = outputs.div_ceil(OUTPUTS).max(1);
     let mut down = rows.div_ceil(ROWS).max(1);
+    // Rows split the gathering and widening of the left operand, outputs those of the weights: the greater work first.
+    if down * across < wanted && outputs > rows {
+        across = wanted.div_ceil(down).min(outputs.div_ceil(96)).max(across);
+    }
     if down * across < wanted {
         down = wanted.div_ceil(across).min(rows.div_ceil(48)).max(down);
     }
     if down > 1 {
         down = down.next_multiple_of(threads).min(rows.max(1));
     }
-    let across =
-        if down * across < wanted { wanted.div_ceil(down).min(outputs.div_ceil(48)).max(across) } else { across };
+    if down * across < wanted {
+        across = wanted.div_ceil(down).min(outputs.div_ceil(48)).max(across);
+    }
     (even(rows, down, 1), even(outputs, across, 16))
 }
 
