@@ -4,6 +4,7 @@ mod architecture;
 mod conditioning;
 mod config;
 mod device;
+mod kernels;
 mod model;
 mod noise;
 mod outputs;

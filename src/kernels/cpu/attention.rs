@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::element::Element;
-use super::pool::{Scratch, at_least, for_each, threads, with_scratch};
+use super::pool::{Scratch, Shared, at_least, for_each, threads, with_scratch};
 use super::product::{Operand, Sums, multiply};
 use super::simd;
 use crate::kernels::Mask;
@@ -40,18 +40,6 @@ struct Attention<'a, T> {
     mask: Mask,
 }
 
-struct Shared<T>(*mut T);
-
-#[expect(unsafe_code, reason = "heads and query blocks of one result are written by several threads")]
-// SAFETY: every task writes its own queries of its own head only, and the owner waits for all of them.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
 /// Gives `[B, Lq, heads · D]`.
 pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
     let Size { batch, queries, keys, heads, depth } = size;
@@ -65,7 +53,7 @@ pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, si
     let block = queries.div_ceil(blocks);
     let blocks = queries.div_ceil(block);
     let work = Attention { q, k, v, size, mask };
-    let shared = Shared(out.as_mut_ptr());
+    let shared = Shared::new(&mut out);
     for_each(pairs * blocks, 2 * pairs * queries * keys * depth, |task| {
         let (pair, start) = (task / blocks, (task % blocks) * block);
         let rows = start..(start + block).min(queries);

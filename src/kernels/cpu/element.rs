@@ -114,7 +114,7 @@ impl<'a> Held<'a> {
     }
 
     /// From the tensor's first number on, for tensors that are read by their strides.
-    pub(super) fn from_start<T: Element>(&self) -> Result<&[T]> {
+    pub(super) fn strided<T: Element>(&self) -> Result<&[T]> {
         let all = T::cpu_storage_as_slice(self.cpu()?)?;
         match all.get(self.layout.start_offset()..) {
             Some(rest) => Ok(rest),

@@ -149,7 +149,7 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: 
     }
     fn tokens<'a, T: Element>(held: &'a Held, t: &Tensor) -> Result<Tokens<'a, T>> {
         let stride = t.stride();
-        Ok(Tokens { numbers: held.from_start()?, sample_stride: stride[0], token_stride: stride[1] })
+        Ok(Tokens { numbers: held.strided()?, sample_stride: stride[0], token_stride: stride[1] })
     }
     by_dtype!(q, T => {
         let (q, k, v) = (ready(q, q.dtype())?, ready(k, q.dtype())?, ready(v, q.dtype())?);

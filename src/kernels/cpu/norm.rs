@@ -99,7 +99,9 @@ fn statistics<T: Element>(sample: &[T], groups: usize, affine: &Affine) -> Chann
         for c in range {
             mean[c] = middle as f32;
             scale[c] = (f64::from(affine.weight[c]) * normal) as f32;
-            shift[c] = affine.bias[c];
+            // What the mean lost on its way to f32 comes back here.
+            let lost = (middle - f64::from(mean[c])) * f64::from(scale[c]);
+            shift[c] = (f64::from(affine.bias[c]) - lost) as f32;
         }
     }
     Channels { mean, scale, shift }

@@ -21,6 +21,23 @@ pub(super) struct Scratch {
     pub(super) sums: Vec<f32>,
 }
 
+/// The memory of a result, of which every task writes its own part.
+pub(super) struct Shared<T>(*mut T);
+
+#[expect(unsafe_code, reason = "parts of one result are written by several threads")]
+// SAFETY: `at` only makes pointers; whoever writes through one answers for the parts being disjoint.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(super) fn new(all: &mut [T]) -> Self {
+        Self(all.as_mut_ptr())
+    }
+
+    pub(super) fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::Result;
 
 use super::element::{Element, Held, Numbers};
-use super::pool::{Scratch, at_least, for_each, threads, with_scratch};
+use super::pool::{Scratch, Shared, at_least, for_each, threads, with_scratch};
 use super::simd;
 use crate::kernels::Activation;
 
@@ -88,19 +88,6 @@ struct Product<'a, R> {
     finish: Finish<'a>,
 }
 
-/// Memory that tasks write disjoint parts of.
-struct Shared<T>(*mut T);
-
-#[expect(unsafe_code, reason = "tiles of one result are written by several threads")]
-// SAFETY: every task writes its own tile only, and the owner waits for all of them.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
 /// `left · weightᵀ` and what follows. `weight` is `[outputs, depth]` (twice the outputs where gated); gives
 /// `[rows, outputs]`.
 pub(super) fn product<T: Element, R: Rows>(
@@ -109,13 +96,9 @@ pub(super) fn product<T: Element, R: Rows>(
     (rows, depth, outputs): (usize, usize, usize),
     after: &After,
 ) -> Result<Vec<T>> {
-    let slice = |held: &'_ Option<Held<'_>>| -> Result<Option<Vec<f32>>> {
-        held.as_ref().map(|held| held.slice::<f32>().map(<[f32]>::to_vec)).transpose()
-    };
-    let (bias, per_sample) = (slice(&after.bias)?, slice(&after.per_sample)?);
     let finish = Finish {
-        bias: bias.as_deref(),
-        per_sample: per_sample.as_deref(),
+        bias: after.bias.as_ref().map(Held::slice).transpose()?,
+        per_sample: after.per_sample.as_ref().map(Held::slice).transpose()?,
         activation: after.activation,
         residual: after.residual.as_ref().map(Held::numbers).transpose()?,
         sample: after.sample.max(1),
@@ -125,7 +108,7 @@ pub(super) fn product<T: Element, R: Rows>(
     let (row_block, output_block) = blocks(rows, depth, outputs);
     let (down, across) = (rows.div_ceil(row_block), outputs.div_ceil(output_block));
     let mut out = T::zeros(rows * outputs);
-    let shared = Shared(out.as_mut_ptr());
+    let shared = Shared::new(&mut out);
     for_each(down * across, rows * depth * outputs, |task| {
         let (row, output) = ((task % down) * row_block, (task / down) * output_block);
         let rows = row..(row + row_block).min(rows);
@@ -140,16 +123,21 @@ fn blocks(rows: usize, depth: usize, outputs: usize) -> (usize, usize) {
     let even = |count: usize, parts: usize, step: usize| count.div_ceil(parts.max(1)).next_multiple_of(step).max(1);
     let threads = threads();
     let wanted = (rows * depth * outputs / TASK).clamp(1, 4 * threads);
-    let across = outputs.div_ceil(OUTPUTS).max(1);
+    let mut across = outputs.div_ceil(OUTPUTS).max(1);
     let mut down = rows.div_ceil(ROWS).max(1);
+    // Rows split the gathering and widening of the left operand, outputs those of the weights: the greater work first.
+    if down * across < wanted && outputs > rows {
+        across = wanted.div_ceil(down).min(outputs.div_ceil(96)).max(across);
+    }
     if down * across < wanted {
         down = wanted.div_ceil(across).min(rows.div_ceil(48)).max(down);
     }
     if down > 1 {
         down = down.next_multiple_of(threads).min(rows.max(1));
     }
-    let across =
-        if down * across < wanted { wanted.div_ceil(down).min(outputs.div_ceil(48)).max(across) } else { across };
+    if down * across < wanted {
+        across = wanted.div_ceil(down).min(outputs.div_ceil(48)).max(across);
+    }
     (even(rows, down, 1), even(outputs, across, 16))
 }
 

@@ -67,7 +67,10 @@ pub fn limit(most: Level) -> Level {
 macro_rules! levels {
     ($($(#[$doc:meta])* fn $name:ident $(<$t:ident>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$doc])*
-        #[expect(unsafe_code, reason = "calls of functions compiled for more than the baseline")]
+        #[cfg_attr(
+            target_arch = "x86_64",
+            expect(unsafe_code, reason = "calls of functions compiled for more than the baseline")
+        )]
         pub(super) fn $name $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             fn portable $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? $body
@@ -102,7 +105,7 @@ macro_rules! levels {
 fn exp(x: f32) -> f32 {
     /// Adding it rounds to an integer and leaves that integer in the low bits.
     const ROUNDER: f32 = 12_582_912.0; // 1.5 · 2²³
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0; // so few digits that n times it is exact
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = if x > 88.0 { 88.0 } else { x };
     let clamped = if clamped < -87.0 { -87.0 } else { clamped };
@@ -114,7 +117,7 @@ fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUNDER.to_bits()).wrapping_add(127) << 23);
     let y = (p * (r * r) + r + 1.0) * power;
     if x < -87.0 { 0.0 } else { y }
@@ -320,21 +323,26 @@ levels! {
             *lane += x.widen();
         }
         let mean = (lanes.into_iter().map(f64::from).sum::<f64>() / count) as f32;
-        let mut lanes = [0.0_f32; LANES];
+        let (mut lanes, mut squares) = ([0.0_f32; LANES], [0.0_f32; LANES]);
         for block in blocks {
-            for (lane, x) in lanes.iter_mut().zip(block) {
+            for ((lane, square), x) in lanes.iter_mut().zip(&mut squares).zip(block) {
                 let d = x.widen() - mean;
-                *lane += d * d;
+                *lane += d;
+                *square += d * d;
             }
         }
-        for (lane, x) in lanes.iter_mut().zip(rest) {
+        for ((lane, square), x) in lanes.iter_mut().zip(&mut squares).zip(rest) {
             let d = x.widen() - mean;
-            *lane += d * d;
+            *lane += d;
+            *square += d * d;
         }
-        let variance = lanes.into_iter().map(f64::from).sum::<f64>() / count;
-        let scale = (1.0 / (variance + eps).sqrt()) as f32;
+        // The first mean is as good as f32 sums are; what it missed is the mean of the distances to it.
+        let missed = lanes.into_iter().map(f64::from).sum::<f64>() / count;
+        let variance = squares.into_iter().map(f64::from).sum::<f64>() / count - missed * missed;
+        let scale = (1.0 / (variance.max(0.0) + eps).sqrt()) as f32;
+        let missed = missed as f32;
         for ((to, from), (weight, bias)) in to.iter_mut().zip(from).zip(weight.iter().zip(bias)) {
-            *to = T::round((from.widen() - mean) * scale * weight + bias);
+            *to = T::round((from.widen() - mean - missed) * scale * weight + bias);
         }
     }
 }
