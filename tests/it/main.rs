@@ -1,2 +1,4 @@
+mod networks;
+
 #[test]
 fn a() {}
