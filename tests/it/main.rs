@@ -6,6 +6,7 @@ mod config;
 mod device;
 mod kernels;
 mod model;
+mod networks;
 mod noise;
 mod outputs;
 mod parity;
