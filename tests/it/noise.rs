@@ -1,5 +1,7 @@
 //! Noise against what torch draws: tests/goldens/make_noise.py.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
 use candle_core::{Device, Tensor};
 use sdxl_worker::noise::{NoiseSource, RngKind};
 

@@ -1,5 +1,7 @@
 //! Schedules and samplers against diffusers: tests/goldens/make_schedules.py.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
@@ -18,11 +20,17 @@ use serde::Deserialize;
 /// Relative, of every σ.
 const SIGMAS: f64 = 1e-6;
 /// Absolute, of every timestep: the reference computes some of them in f32 from f32 logarithms.
-const TIMESTEPS: f64 = 1e-3;
+const TIMESTEPS: f64 = 1e-4;
 /// Largest difference at the end of a run, over the standard deviation of the golden.
 const RUNS: f64 = 1e-5;
-/// The same for the runs that start at σ = 4096, where the reference's own f32 subtraction of x − x₀ leaves 2e-4.
-const RUNS_FROM_4096: f64 = 5e-4;
+/// The same for DEIS, whose reference divides f32 differences of logarithms by each other.
+const RUNS_DEIS: f64 = 5e-5;
+/// The same for two steps of samplers that divide by σ = 0.03 right after coming from σ = 14.6, which magnifies the
+/// rounding of x and x₀ some 500 times: the reference's own f32 is 6e-5 from f64 in Heun's.
+const RUNS_STEEP: f64 = 5e-4;
+/// Runs that magnify rounding may differ by this many times what the reference itself differs by when its noise
+/// moves by one unit in the last place, as after a start at σ 4096.
+const OWN: f64 = 8.0;
 
 #[derive(Deserialize)]
 struct Goldens {
@@ -54,6 +62,7 @@ struct GoldenRun {
     prediction: Option<Prediction>,
     zero: Option<bool>,
     begin: Option<usize>,
+    own: Option<f64>,
 }
 
 fn goldens() -> (Goldens, HashMap<String, Tensor>) {
@@ -134,7 +143,7 @@ fn apart(x: &Tensor, golden: &Tensor) -> f64 {
 }
 
 #[test]
-fn training_tables_equal_torch_bit_for_bit() {
+fn training_tables_equal_torch() {
     let (_, tensors) = goldens();
     let linear = SchedulerConfig {
         beta_start: 0.0001,
@@ -149,7 +158,15 @@ fn training_tables_equal_torch_bit_for_bit() {
     {
         let golden = values(&tensors[&format!("alphas_cumprod.{name}")]);
         let table = Training::new(config, zero).unwrap().alphas_cumprod;
-        let apart: Vec<_> = table.iter().zip(&golden).enumerate().filter(|(_, (a, b))| a != b).take(5).collect();
+        // The rescaling takes roots and squares, of which torch rounds some the other way.
+        let ulps = if zero { 2.0 } else { 0.0 };
+        let apart: Vec<_> = table
+            .iter()
+            .zip(&golden)
+            .enumerate()
+            .filter(|(_, (a, b))| (**a - **b).abs() > ulps * f64::from(f32::EPSILON) * **b)
+            .take(5)
+            .collect();
         assert!(apart.is_empty(), "{name}: {apart:?}");
     }
 }
@@ -237,12 +254,23 @@ fn runs_end_where_diffusers_ends() {
         let Walked { x, calls, .. } = walk(&plan, x, &mut noise, &Context::detached()).unwrap();
         assert_eq!(calls, plan.evaluations(), "{}", golden.name);
         let apart = apart(&x, &tensors[&golden.name]);
-        let allowed = if plan.sigmas[0] > 1000.0 { RUNS_FROM_4096 } else { RUNS };
-        if !(apart <= allowed) || calls != golden.evaluations {
-            wrong.push(format!("{}: off by {apart:.1e}, {calls} calls for {}", golden.name, golden.evaluations));
+        let steep = matches!(plan.sampler, "heun" | "pndm" | "kdpm2_ancestral")
+            && plan.schedule == "linspace"
+            && plan.path.len() == 2;
+        let allowed = match plan.sampler {
+            "deis" => RUNS_DEIS,
+            _ if steep => RUNS_STEEP,
+            _ => RUNS,
+        };
+        let allowed = allowed.max(OWN * golden.own.unwrap_or_default());
+        if apart.is_nan() || apart > allowed || calls != golden.evaluations {
+            wrong.push(format!(
+                "{}: off by {apart:.1e} of {allowed:.1e}, {calls} calls for {}",
+                golden.name, golden.evaluations
+            ));
         }
         let entry = worst.entry(&golden.sampler).or_default();
-        if apart >= entry.0 && plan.sigmas[0] < 1000.0 {
+        if apart >= entry.0 {
             *entry = (apart, &golden.name);
         }
     }
