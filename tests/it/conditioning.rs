@@ -59,7 +59,9 @@ fn tokens_equal_those_of_transformers() {
     let golden: Golden = serde_json::from_str(TOKENS).unwrap();
     assert!(golden.texts.len() >= 60);
     let demo = Checkpoint::demo().unwrap();
+    let start = std::time::Instant::now();
     let tokenizers = TokenizerManager::default().acquire(&demo).unwrap();
+    println!("vocabulary read in {:?}", start.elapsed());
     let first = tokenizers.first.as_ref().unwrap();
     assert_eq!([first.start, first.end, first.padding], golden.special["tokenizer"]);
     let second = &tokenizers.second;
