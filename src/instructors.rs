@@ -29,6 +29,8 @@ pub enum Call {
     Conditioning(conditioning::Request),
     Postprocessing(postprocessing::Request),
     Inference(inference::Request),
+    /// What a generation would need; nothing is made.
+    Estimate(Box<inference::GenerateRequest>),
 }
 
 impl Call {
@@ -71,7 +73,7 @@ impl Instructors {
                 device: DeviceInstructor::new(settings.device.clone()),
                 scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
                 model: ModelInstructor,
-                conditioning: ConditioningInstructor::new(settings.conditioning.clone()),
+                conditioning: ConditioningInstructor { settings: settings.conditioning.clone() },
                 postprocessing: PostprocessingInstructor::new(settings.postprocessing.clone()),
             },
         })
@@ -82,18 +84,20 @@ impl Instructors {
     pub fn dispatch(&self, call: Call, managers: &mut Managers, ctx: &Context) -> Result<Reply> {
         let compute = call.needs_compute();
         // Beside the compute thread the managers are empty, and what it holds is read from what it published.
-        managers.model.published = (!compute).then(|| managers.published.residents());
+        let residents = (!compute).then(|| managers.published.residents());
+        managers.model().published = residents;
         let lead = &self.inference;
+        if compute {
+            let placement = lead.device.place(&mut managers.device, None)?;
+            managers.model().placement = Some(placement);
+        }
         let reply = match call {
             Call::Device(request) => lead.device.instruct(request, &mut managers.device, ctx).map(Reply::Device),
             Call::Scheduler(request) => lead.scheduler.instruct(request, &mut (), ctx).map(Reply::Scheduler),
-            Call::Model(request) => {
-                if compute {
-                    managers.model.placement = Some(lead.device.place(&mut managers.device, None)?);
-                }
-                lead.model.instruct(request, &mut managers.model, ctx).map(Reply::Model)
+            Call::Model(request) => lead.model.instruct(request, managers.model(), ctx).map(Reply::Model),
+            Call::Conditioning(request) => {
+                lead.conditioning.instruct(request, &mut managers.conditioning, ctx).map(Reply::Conditioning)
             }
-            Call::Conditioning(request) => lead.encode(request, managers, ctx).map(Reply::Conditioning),
             Call::Postprocessing(request) => {
                 lead.postprocessing.instruct(request, &mut (), ctx).map(Reply::Postprocessing)
             }

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::conditioning::interface::Settings as ConditioningSettings;
-use crate::conditioning::manager::ConditioningManager;
+use crate::conditioning::instructor::ConditioningCrew;
+use crate::conditioning::manager::EmbeddingManager;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
 use crate::model::instructor::ModelCrew;
@@ -28,27 +28,31 @@ impl Published {
 
 pub struct Managers {
     pub device: DeviceManager,
-    pub model: ModelCrew,
-    pub conditioning: ConditioningManager,
+    /// Embeddings, and the networks that they and everything else are made with.
+    pub conditioning: ConditioningCrew,
     pub published: Arc<Published>,
 }
 
 impl Managers {
     #[must_use]
-    pub fn new(model: &ModelSettings, conditioning: &ConditioningSettings, published: Arc<Published>) -> Self {
+    pub fn new(model: &ModelSettings, published: Arc<Published>) -> Self {
         Self {
             device: DeviceManager::default(),
-            model: ModelCrew::new(model),
-            conditioning: ConditioningManager::new(conditioning),
+            conditioning: ConditioningCrew { model: ModelCrew::new(model), embeddings: EmbeddingManager::default() },
             published,
         }
+    }
+
+    /// The networks.
+    pub fn model(&mut self) -> &mut ModelCrew {
+        &mut self.conditioning.model
     }
 
     /// Everything that is kept in memory.
     #[must_use]
     pub fn resident(&self) -> Vec<Resident> {
-        let mut all = self.model.resident();
-        all.extend(self.conditioning.resident());
+        let mut all = self.conditioning.model.resident();
+        all.extend(self.conditioning.embeddings.resident());
         all
     }
 
@@ -59,13 +63,9 @@ impl Managers {
 
     /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
     pub fn make_room(&mut self, want: Bytes) -> Bytes {
-        let order: [&mut dyn Manager; 5] = [
-            &mut self.conditioning,
-            &mut self.model.tokenizers,
-            &mut self.model.encoders,
-            &mut self.model.vaes,
-            &mut self.model.unets,
-        ];
+        let ConditioningCrew { model, embeddings } = &mut self.conditioning;
+        let order: [&mut dyn Manager; 5] =
+            [embeddings, &mut model.tokenizers, &mut model.encoders, &mut model.vaes, &mut model.unets];
         let mut freed = Bytes(0);
         for manager in order {
             if freed >= want {

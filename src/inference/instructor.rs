@@ -11,6 +11,7 @@ use super::interface::{
 use super::plan::{GenerationPlan, Guidance, TimeIds};
 use super::workers::decode::{Decode, DecodeTask};
 use super::workers::denoise::{Denoise, DenoiseTask};
+use super::workers::estimate::{Appraise, AppraiseTask};
 use super::workers::preview::{Preview, PreviewTask};
 use crate::conditioning::instructor::{ConditioningInstructor, PromptWish};
 use crate::context::{Context, Engine, Progress, Stage};
@@ -88,7 +89,7 @@ impl InferenceInstructor {
             .prompt
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
-        let checkpoint = self.model.resolve(request.model.as_deref(), &mut crew.model)?;
+        let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
         let size = self.size(request, &checkpoint)?;
         let guidance = Guidance {
             scale: within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?,
@@ -111,7 +112,7 @@ impl InferenceInstructor {
             &checkpoint.scheduler,
         )?;
         let clip_skip = match request.clip_skip.unwrap_or(0) {
-            skip @ 0..=64 => skip as usize,
+            skip @ 0..=64 => u32::try_from(skip).ok(),
             other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
         };
         let seeds = self.seeds(request)?;
@@ -131,7 +132,7 @@ impl InferenceInstructor {
             width: Some(size.width as i64),
             height: Some(size.height as i64),
             batch_size: Some(seeds.len() as i64),
-            clip_skip: Some(clip_skip as i64),
+            clip_skip: clip_skip.map(i64::from),
             model: Some(checkpoint.name.clone()),
             ..request.clone()
         };
@@ -156,6 +157,26 @@ impl InferenceInstructor {
             output,
             parameters,
         })
+    }
+
+    /// What the generation would need; nothing is made.
+    ///
+    /// # Errors
+    /// Those of [`Self::plan`].
+    pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
+        let plan = self.plan(request, crew)?;
+        let compute = self.device.dtype(&crew.device, plan.dtype)?;
+        let residents = crew.published.residents();
+        let loaded = residents.iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let task = AppraiseTask {
+            plan: &plan,
+            compute,
+            key: &pace_key(&plan.checkpoint, compute),
+            pace: &crew.published.pace,
+            free: self.device.free(&crew.device),
+            loaded,
+        };
+        ctx.perform(&Appraise, task).map(Response::Estimate)
     }
 
     fn size(&self, request: &GenerateRequest, checkpoint: &Checkpoint) -> Result<ImageSize> {
@@ -231,9 +252,9 @@ impl InferenceInstructor {
         let checkpoint = &plan.checkpoint;
         let conditioning =
             self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?;
-        let unet = crew.model.unets.acquire(checkpoint, placement, ctx)?;
+        let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
-            Some(wish) => Some((wish, crew.model.vaes.acquire(checkpoint, placement, ctx)?)),
+            Some(wish) => Some((wish, crew.model().vaes.acquire(checkpoint, placement, ctx)?)),
             None => None,
         };
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
@@ -295,7 +316,7 @@ impl InferenceInstructor {
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Rgb8> {
-        let vae = crew.model.vaes.acquire(&plan.checkpoint, placement, ctx)?;
+        let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
         let start = Instant::now();
         let images = ctx.stage(Stage::Decode, || {
             let task = DecodeTask { decoder: &vae.decoder, config: &plan.checkpoint.vae, latents, placement };
@@ -323,8 +344,8 @@ impl InferenceInstructor {
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }
-        if plan.prompt.clip_skip > 0 {
-            more.push(("Clip skip", plan.prompt.clip_skip.to_string()));
+        if let Some(skip) = plan.prompt.clip_skip.filter(|&skip| skip > 0) {
+            more.push(("Clip skip", skip.to_string()));
         }
         more.push(("RNG", if plan.rng == RngKind::Nv { "NV" } else { "CPU" }.to_owned()));
         more.push(("Version", concat!("sdxl-worker ", env!("CARGO_PKG_VERSION")).to_owned()));
@@ -396,5 +417,5 @@ fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
 
 /// The refiner's UNet has room for five numbers beside the pooled text, the base's for six.
 fn wants_aesthetic_score(checkpoint: &Checkpoint) -> bool {
-    checkpoint.unet.time_ids(checkpoint.text_encoder_2.projection_dim) == 5
+    checkpoint.text_encoder_2.projection_dim.and_then(|pooled| checkpoint.unet.time_ids(pooled)) == Some(5)
 }

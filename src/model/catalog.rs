@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::demo;
-use super::folder::Roots;
+use super::folder::admit;
 use super::interface::Settings;
 use crate::error::{Error, Result, nearest};
+use crate::roots::Roots;
 
 /// Folders that one look for models may visit, and how far below a root it goes.
 const FOLDERS: usize = 10_000;
@@ -19,6 +20,7 @@ const KEPT: usize = 16;
 
 /// Finds checkpoints beneath the configured roots.
 pub struct Catalog {
+    folders: Vec<PathBuf>,
     roots: Roots,
     default: Option<String>,
     /// Those that were asked for, least recently first.
@@ -36,7 +38,12 @@ pub struct Listed {
 impl Catalog {
     #[must_use]
     pub fn new(settings: &Settings) -> Self {
-        Self { roots: Roots::new(settings.roots.clone()), default: settings.default.clone(), known: Vec::new() }
+        Self {
+            folders: settings.roots.clone(),
+            roots: Roots::new(settings.roots.clone()),
+            default: settings.default.clone(),
+            known: Vec::new(),
+        }
     }
 
     /// The name of the model of requests that name none.
@@ -62,15 +69,15 @@ impl Catalog {
     pub fn list(&self) -> Vec<Listed> {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
-        for root in self.roots.paths() {
-            let mut waiting = vec![(root.clone(), 0)];
+        for root in self.real_roots() {
+            let mut waiting = vec![(root, 0)];
             while let Some((folder, depth)) = waiting.pop() {
-                let Ok(Some(real)) = self.roots.admit(&folder) else { continue };
-                if seen.len() >= FOLDERS || !seen.insert(real) {
+                let Ok(Some(real)) = admit(&self.roots, &folder) else { continue };
+                if seen.len() >= FOLDERS || !seen.insert(real.clone()) {
                     continue;
                 }
                 if folder.join("model_index.json").is_file() {
-                    found.push(Listed { name: self.name_of(&folder), path: Some(folder) });
+                    found.push(Listed { name: self.name_of(&real), path: Some(real) });
                 } else if depth < DEPTH {
                     let folders = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
                     waiting.extend(folders.filter(|path| path.is_dir()).map(|path| (path, depth + 1)));
@@ -117,18 +124,14 @@ impl Catalog {
         }
         let mut refused = None;
         for candidate in self.candidates(path) {
-            match self.roots.admit(&candidate) {
+            match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
-                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate) });
+                    return Ok(Listed { name: self.name_of(&real), path: Some(real) });
                 }
                 Ok(Some(_)) => return Err(not_a_folder(name, &candidate)),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
-        }
-        // Whether anything lies outside the roots is nobody's business.
-        if path.is_absolute() && !self.roots.paths().iter().any(|root| beneath(root, path)) {
-            return Err(Error::PathNotAllowed { path: path.to_owned() });
         }
         match refused {
             Some(error) => Err(error),
@@ -136,29 +139,33 @@ impl Catalog {
         }
     }
 
+    /// The roots that exist, with every link resolved.
+    fn real_roots(&self) -> Vec<PathBuf> {
+        self.folders.iter().filter_map(|root| fs::canonicalize(root).ok()).collect()
+    }
+
     /// Where a name may lead: beneath each root, to the root of that name, or from the working directory into a root.
     fn candidates(&self, path: &Path) -> Vec<PathBuf> {
         if path.is_absolute() {
             return vec![path.to_owned()];
         }
-        let roots = self.roots.paths();
+        let roots = self.real_roots();
         let mut candidates: Vec<PathBuf> = roots.iter().map(|root| root.join(path)).collect();
         candidates.extend(roots.iter().filter(|root| root.file_name() == Some(path.as_os_str())).cloned());
-        candidates.extend(roots.iter().any(|root| beneath(root, path)).then(|| path.to_owned()));
+        let here = std::path::absolute(path).ok();
+        candidates.extend(here.filter(|here| self.roots.beneath(here, "model").is_ok()));
         candidates
     }
 
     /// The path beneath the first root, if that name leads here; otherwise the whole path.
     fn name_of(&self, folder: &Path) -> String {
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let folder = absolute(folder);
-        for root in self.roots.paths() {
-            let root = absolute(root);
+        let real = |path: &Path| fs::canonicalize(path).ok();
+        for root in self.real_roots() {
             let Ok(below) = folder.strip_prefix(&root) else { continue };
             let name = if below.as_os_str().is_empty() { root.file_name().map(Path::new) } else { Some(below) };
             let Some(name) = name else { continue };
-            let leads_here = self.candidates(name).iter().find(|path| path.exists()).map(|path| absolute(path));
-            if leads_here.as_ref() == Some(&folder) && name != Path::new(demo::NAME) {
+            let leads_to = self.candidates(name).into_iter().find(|path| path.exists());
+            if leads_to.and_then(|path| real(&path)) == real(folder) && name != Path::new(demo::NAME) {
                 return name.to_string_lossy().into_owned();
             }
         }
@@ -173,13 +180,6 @@ impl Catalog {
             None => "`model.list` names every model beneath the configured roots".to_owned(),
         };
         Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }
-    }
-}
-
-fn beneath(root: &Path, path: &Path) -> bool {
-    match (std::path::absolute(root), std::path::absolute(path)) {
-        (Ok(root), Ok(path)) => path.starts_with(root),
-        _ => false,
     }
 }
 

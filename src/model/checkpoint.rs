@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::demo;
 use super::families::Family;
-use super::folder::{Folder, Found, Roots};
+use super::folder::{Folder, Found};
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::UnetConfig;
@@ -15,6 +15,7 @@ use super::networks::vae::VaeConfig;
 use super::workers::open::{Open, OpenTask, Weights};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::roots::Roots;
 use crate::scheduler::schedule::SchedulerConfig;
 use crate::units::{Bytes, ImageSize};
 

@@ -6,31 +6,15 @@ use std::path::{Path, PathBuf};
 
 use super::demo;
 use crate::error::{Error, Result};
+use crate::roots::Roots;
 
-/// Where models may lie. Every file is opened by its real path, so a link cannot lead out of the roots.
-#[derive(Clone, Debug, Default)]
-pub struct Roots(Vec<PathBuf>);
-
-impl Roots {
-    #[must_use]
-    pub fn new(roots: Vec<PathBuf>) -> Self {
-        Self(roots)
-    }
-
-    #[must_use]
-    pub fn paths(&self) -> &[PathBuf] {
-        &self.0
-    }
-
-    /// The real path behind `path`; `None` if there is nothing.
-    ///
-    /// # Errors
-    /// `path_not_allowed` if it lies outside every root.
-    pub fn admit(&self, path: &Path) -> Result<Option<PathBuf>> {
-        let Ok(real) = fs::canonicalize(path) else { return Ok(None) };
-        let inside = self.0.iter().filter_map(|root| fs::canonicalize(root).ok()).any(|root| real.starts_with(root));
-        if inside { Ok(Some(real)) } else { Err(Error::PathNotAllowed { path: path.to_owned() }) }
-    }
+/// What lies at `path` with every link resolved; `None` if there is nothing.
+///
+/// # Errors
+/// `path_not_allowed` outside the roots.
+pub(super) fn admit(roots: &Roots, path: &Path) -> Result<Option<PathBuf>> {
+    let real = roots.beneath(path, "model")?;
+    Ok(real.exists().then_some(real))
 }
 
 /// The files of one model by their path within the diffusers layout.
@@ -132,7 +116,7 @@ impl Folder {
             Self::Disk { path, roots } => {
                 let path = path.join(name);
                 // The unresolved path is kept for messages; what it leads to was admitted.
-                Ok(roots.admit(&path)?.map(|_| Found::Disk(path)))
+                Ok(admit(roots, &path)?.map(|_| Found::Disk(path)))
             }
             Self::Embedded => Ok(demo::file(name).map(|bytes| Found::Embedded { path: self.path(name), bytes })),
         }

@@ -9,7 +9,7 @@ use super::interface::{
     ComponentFacts, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request, Response,
     SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
-use super::managers::{EncoderManager, TokenizerManager, UnetManager, VaeManager};
+use super::managers::{EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -162,21 +162,22 @@ impl ModelInstructor {
         let placement =
             crew.placement.clone().ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
         let start = Instant::now();
+        let key = |dtype| ShelfKey::new(checkpoint, &placement, dtype);
+        let (compute, vae) = (key(placement.compute), key(placement.vae));
         let mut components = Vec::new();
-        let mut component = |name, before: Bytes, after: Bytes, start: Instant| {
-            let ms = millis(start);
-            components.push(LoadedComponent { name, bytes: after, ms, cached: before == after && after > Bytes(0) });
+        let mut add = |name, before: Option<Bytes>, after: Option<Bytes>, begun: Instant| {
+            let bytes = after.unwrap_or_default();
+            components.push(LoadedComponent { name, bytes, ms: millis(begun), cached: before.is_some() });
         };
-        let key = checkpoint.key;
-        let (begun, before) = (Instant::now(), crew.encoders.shelf.bytes_of(key));
+        let (begun, before) = (Instant::now(), crew.encoders.shelf.bytes_at(&compute));
         crew.encoders.acquire(checkpoint, &placement, ctx)?;
-        component("encoder", before, crew.encoders.shelf.bytes_of(key), begun);
-        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_of(key));
+        add("encoder", before, crew.encoders.shelf.bytes_at(&compute), begun);
+        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_at(&compute));
         crew.unets.acquire(checkpoint, &placement, ctx)?;
-        component("unet", before, crew.unets.shelf.bytes_of(key), begun);
-        let (begun, before) = (Instant::now(), crew.vaes.shelf.bytes_of(key));
+        add("unet", before, crew.unets.shelf.bytes_at(&compute), begun);
+        let (begun, before) = (Instant::now(), crew.vaes.shelf.bytes_at(&vae));
         crew.vaes.acquire(checkpoint, &placement, ctx)?;
-        component("vae", before, crew.vaes.shelf.bytes_of(key), begun);
+        add("vae", before, crew.vaes.shelf.bytes_at(&vae), begun);
         crew.tokenizers.acquire(checkpoint)?;
         let bytes = components.iter().map(|c| c.bytes).sum();
         Ok(Loaded { model: checkpoint.name.clone(), components, bytes, ms: millis(start) })

@@ -182,7 +182,7 @@ pub struct TextEncoderFacts {
 pub struct Loaded {
     pub model: String,
     pub components: Vec<LoadedComponent>,
-    /// Bytes of the model in memory.
+    /// Bytes of the components in memory.
     pub bytes: Bytes,
     /// Milliseconds that it took.
     pub ms: u64,

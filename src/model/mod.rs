@@ -10,5 +10,3 @@ pub mod interface;
 pub mod managers;
 pub mod networks;
 mod workers;
-
-pub use folder::Roots;

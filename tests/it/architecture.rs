@@ -69,7 +69,8 @@ fn a_module_uses_only_what_stands_above_it() {
             let first = used.split("::").next().unwrap();
             if let Some(used_rank) = rank(first) {
                 // `context` and `layers` name each other: a worker takes the context that runs it.
-                let pair = [own.as_str(), first] == ["context", "layers"] || [own.as_str(), first] == ["layers", "context"];
+                let pair =
+                    [own.as_str(), first] == ["context", "layers"] || [own.as_str(), first] == ["layers", "context"];
                 if used_rank > own_rank && !pair {
                     wrong.push(format!("{path} uses `crate::{used}`, which stands below it in lib.rs"));
                 }

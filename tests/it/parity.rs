@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::config::Config;
@@ -26,8 +27,9 @@ struct Worker {
 impl Worker {
     fn new() -> Self {
         let config = Config::default();
-        let managers = Managers::new(&config);
-        Self { instructors: Instructors::new(&config).unwrap(), managers }
+        let settings = &config.workers.instructors;
+        let managers = Managers::new(&settings.model, Arc::default());
+        Self { instructors: Instructors::new(settings).unwrap(), managers }
     }
 
     /// Latents as `[1, C, H, W]` and pixels of each image of a request.
@@ -80,7 +82,8 @@ fn distance(ours: &Tensor, reference: &Tensor) -> f64 {
 fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
     let reference = image::open(reference).unwrap().to_rgb8();
     assert_eq!((ours.width, ours.height), (reference.width() as usize, reference.height() as usize));
-    let total: f64 = ours.data.iter().zip(reference.as_raw()).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
+    let total: f64 =
+        ours.data.iter().zip(reference.as_raw()).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
     let mse = total / ours.data.len() as f64;
     if mse == 0.0 { 99.0 } else { 10.0 * (255.0_f64.powi(2) / mse).log10() }
 }
@@ -93,7 +96,8 @@ fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance
     for case in cases {
         let mut request = request(case);
         request.dtype = dtype;
-        let stored = candle_core::safetensors::load(folder().join(format!("{case}.safetensors")), &Device::Cpu).unwrap();
+        let stored =
+            candle_core::safetensors::load(folder().join(format!("{case}.safetensors")), &Device::Cpu).unwrap();
         let drawn = worker.draw(&request);
         let single = drawn.len() == 1;
         for (index, (ours, pixels)) in drawn.iter().enumerate() {
@@ -117,7 +121,8 @@ fn every_case_is_what_diffusers_draws() {
 
 #[test]
 fn bf16_stays_close_to_the_f32_reference() {
-    let some: Vec<String> = ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
+    let some: Vec<String> =
+        ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
     check(&some, Some(Dtype::Bf16), None, LeastPsnr(34.0));
 }
 

@@ -40,7 +40,7 @@ impl EncoderManager {
         ctx: &Context,
     ) -> Result<Arc<TextEncoders>> {
         let dtype = placement.compute;
-        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        let key = ShelfKey::new(checkpoint, placement, dtype);
         if let Some(encoders) = self.shelf.get(&key) {
             return Ok(encoders);
         }

@@ -33,6 +33,12 @@ pub struct ShelfKey {
     pub device: String,
 }
 
+impl ShelfKey {
+    pub(in crate::model) fn new(checkpoint: &Checkpoint, placement: &Placement, dtype: Dtype) -> Self {
+        Self { checkpoint: checkpoint.key, dtype, device: placement.name.clone() }
+    }
+}
+
 /// Networks of one kind, least recently used first. The one that is wanted now is always kept, however large; others
 /// stay as long as all of them fit the capacity.
 pub struct Shelf<T> {
@@ -93,6 +99,12 @@ impl<T> Shelf<T> {
         for entry in self.entries.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
             entry.pinned = pinned;
         }
+    }
+
+    /// Bytes that are held for one item; `None` if it is not here.
+    #[must_use]
+    pub fn bytes_at(&self, key: &ShelfKey) -> Option<Bytes> {
+        self.entries.iter().find(|entry| entry.key == *key).map(|entry| entry.bytes)
     }
 
     /// Bytes that are held for one checkpoint.

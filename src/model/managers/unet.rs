@@ -27,7 +27,7 @@ impl UnetManager {
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
     pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Unet>> {
         let dtype = placement.compute;
-        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        let key = ShelfKey::new(checkpoint, placement, dtype);
         if let Some(found) = self.shelf.get(&key) {
             return Ok(found);
         }

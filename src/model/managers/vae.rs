@@ -41,7 +41,7 @@ impl VaeManager {
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
     pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Vae>> {
         let dtype = placement.vae;
-        let key = ShelfKey { checkpoint: checkpoint.key, dtype, device: placement.name.clone() };
+        let key = ShelfKey::new(checkpoint, placement, dtype);
         if let Some(found) = self.shelf.get(&key) {
             return Ok(found);
         }

@@ -27,7 +27,7 @@ const BATCH: u64 = 64 * Bytes::MIB;
 /// narrower stays as it is, as kernels widen weights where they use them; anything else becomes the compute dtype. On a
 /// GPU kernels take weights in the compute dtype only. `None` if the tensor is not a weight.
 #[must_use]
-pub fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DType> {
+pub(in crate::model) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DType> {
     let stored = match stored {
         StoredDtype::F64 => DType::F64,
         StoredDtype::F32 => DType::F32,
@@ -42,7 +42,7 @@ pub fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DTyp
 
 /// Bytes that the weights take on the device.
 #[must_use]
-pub fn kept_bytes(weights: &Weights, compute: Dtype, device: &Device) -> Bytes {
+pub(in crate::model) fn kept_bytes(weights: &Weights, compute: Dtype, device: &Device) -> Bytes {
     weights.tensors().map(|(_, stored)| tensor_bytes(stored, compute, device)).sum()
 }
 
@@ -95,7 +95,7 @@ impl Worker<ReadTask<'_>> for Read {
             let span = weights.span(shard, stored)?;
             let tensor =
                 tensor(&span, stored, compute, device).map_err(|source| Error::Compute { stage: "load", source })?;
-            Ok((part_name(part, name), tensor))
+            Ok((name.to_owned(), tensor))
         };
         let mut rest = wanted.as_slice();
         while !rest.is_empty() {
@@ -132,18 +132,6 @@ fn tensor(bytes: &[u8], stored: &Stored, compute: Dtype, device: &Device) -> can
     // The cast is made where the bytes are, so that the wider copy never reaches the device.
     let here = Tensor::from_raw_buffer(bytes, dtype, &stored.shape, &Device::Cpu)?.to_dtype(kept)?;
     if device.is_cpu() { Ok(here) } else { here.to_device(device) }
-}
-
-/// Files of the VAE's attention from before 2023, and what its parts are called now.
-const VAE_RENAMES: [(&str, &str); 4] =
-    [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
-
-/// The name that the networks use for the tensor `name` of a file.
-fn part_name(part: Part, name: &str) -> String {
-    VAE_RENAMES
-        .iter()
-        .find(|(old, _)| part == Part::Vae && name.contains("attentions") && name.contains(old))
-        .map_or_else(|| name.to_owned(), |(old, new)| name.replace(old, new))
 }
 
 /// What a network asked for and did not get; kept because candle's own error names neither file nor both shapes.

@@ -1,0 +1,313 @@
+//! Tokens and embeddings against transformers' and diffusers'.
+
+use candle_core::{DType, Device, Tensor};
+use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish};
+use sdxl_worker::conditioning::interface::{EncodeWish, Request, Response, Settings, TokenizeWish};
+use sdxl_worker::conditioning::manager::EmbeddingManager;
+use sdxl_worker::context::{CancelToken, Context};
+use sdxl_worker::device::instructor::Placement;
+use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::layers::{Instructor, Manager, Nothing};
+use sdxl_worker::model::checkpoint::Checkpoint;
+use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::model::interface as model;
+use sdxl_worker::model::managers::{ClipTokenizer, TokenizerManager};
+use sdxl_worker::roots::Roots;
+
+const TOKENS: &str = include_str!("../goldens/tokens.json");
+const EMBEDDINGS: &[u8] = include_bytes!("../goldens/conditioning.safetensors");
+/// As in `tests/goldens/make_conditioning.py`.
+const SENTENCE: &str = "a lighthouse on a cliff above the stormy sea, ";
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    base_2_config: serde_json::Value,
+    texts: Vec<GoldenText>,
+    special: std::collections::HashMap<String, [u32; 3]>,
+}
+
+#[derive(serde::Deserialize)]
+struct GoldenText {
+    text: String,
+    tokenizer: Vec<u32>,
+    tokenizer_2: Vec<u32>,
+    base_2: Vec<u32>,
+}
+
+fn placement() -> Placement {
+    Placement { device: Device::Cpu, name: "cpu".to_owned(), compute: Dtype::F32, vae: Dtype::F32 }
+}
+
+fn crew() -> ConditioningCrew {
+    let mut model = ModelCrew::new(&model::Settings::default());
+    model.placement = Some(placement());
+    ConditioningCrew { model, embeddings: EmbeddingManager::default() }
+}
+
+fn instructor() -> ConditioningInstructor {
+    ConditioningInstructor { settings: Settings::default() }
+}
+
+#[track_caller]
+fn check_tokens(tokenizer: &ClipTokenizer, kind: &str, text: &str, expected: &[u32]) {
+    let got: Vec<u32> = tokenizer.tokenize(text).unwrap().into_iter().map(|token| token.id).collect();
+    assert_eq!(got, expected, "{kind}: {text:?}");
+}
+
+#[test]
+fn tokens_equal_those_of_transformers() {
+    let golden: Golden = serde_json::from_str(TOKENS).unwrap();
+    assert!(golden.texts.len() >= 60);
+    let demo = Checkpoint::demo().unwrap();
+    let start = std::time::Instant::now();
+    let tokenizers = TokenizerManager::default().acquire(&demo).unwrap();
+    println!("vocabulary read in {:?}", start.elapsed());
+    let first = tokenizers.first.as_ref().unwrap();
+    assert_eq!([first.start, first.end, first.padding], golden.special["tokenizer"]);
+    let second = &tokenizers.second;
+    assert_eq!([second.start, second.end, second.padding], golden.special["tokenizer_2"]);
+    for golden in &golden.texts {
+        check_tokens(first, "tokenizer", &golden.text, &golden.tokenizer);
+        check_tokens(second, "tokenizer_2", &golden.text, &golden.tokenizer_2);
+    }
+}
+
+/// The demonstration model's small files and weights in `folder`, with what `change` does to them.
+pub(crate) fn demo_folder(folder: &std::path::Path) {
+    let assets = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    for part in ["", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"] {
+        std::fs::create_dir_all(folder.join(part)).unwrap();
+        for entry in std::fs::read_dir(assets.join(part)).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_file() {
+                std::fs::copy(entry.path(), folder.join(part).join(entry.file_name())).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tokenizer_config_with_objects_is_followed() {
+    let golden: Golden = serde_json::from_str(TOKENS).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    demo_folder(root.path());
+    for name in ["vocab.json", "merges.txt"] {
+        std::fs::copy(root.path().join("tokenizer").join(name), root.path().join("tokenizer_2").join(name)).unwrap();
+    }
+    std::fs::write(root.path().join("tokenizer_2/tokenizer_config.json"), golden.base_2_config.to_string()).unwrap();
+    let roots = Roots::new([root.path().to_owned()]);
+    let checkpoint = Checkpoint::open_folder("copy", root.path(), &roots).unwrap();
+    let tokenizers = TokenizerManager::default().acquire(&checkpoint).unwrap();
+    let second = &tokenizers.second;
+    assert_eq!([second.start, second.end, second.padding], golden.special["base_2"]);
+    for golden in &golden.texts {
+        check_tokens(second, "base_2", &golden.text, &golden.base_2);
+    }
+}
+
+#[test]
+fn a_checkpoint_without_vocabulary_uses_the_built_in_one() {
+    let root = tempfile::tempdir().unwrap();
+    demo_folder(root.path());
+    std::fs::remove_dir_all(root.path().join("tokenizer")).unwrap();
+    std::fs::remove_dir_all(root.path().join("tokenizer_2")).unwrap();
+    let checkpoint = Checkpoint::open_folder("copy", root.path(), &Roots::new([root.path().to_owned()])).unwrap();
+    assert!(!checkpoint.own_tokenizers());
+    let tokenizers = TokenizerManager::default().acquire(&checkpoint).unwrap();
+    let paddings = (tokenizers.first.as_ref().unwrap().padding, tokenizers.second.padding);
+    assert_eq!(paddings, (49407, 0));
+}
+
+#[track_caller]
+fn check_vocabulary(vocab: &str, merges: &str) {
+    let root = tempfile::tempdir().unwrap();
+    demo_folder(root.path());
+    std::fs::write(root.path().join("tokenizer/vocab.json"), vocab).unwrap();
+    std::fs::write(root.path().join("tokenizer/merges.txt"), merges).unwrap();
+    let roots = Roots::new([root.path().to_owned()]);
+    let checkpoint = Checkpoint::open_folder("copy", root.path(), &roots).unwrap();
+    let failure = TokenizerManager::default().acquire(&checkpoint).err().map(|e| (e.code(), e.to_string()));
+    assert_eq!(failure.as_ref().map(|f| f.0), Some("model_corrupt"), "{vocab} {merges}: {failure:?}");
+}
+
+#[test]
+fn a_broken_vocabulary_is_a_typed_error() {
+    let specials = r#""<|startoftext|>":0,"<|endoftext|>":1,"!":2"#;
+    check_vocabulary("", "");
+    check_vocabulary("[]", "");
+    check_vocabulary("{\"a\":-1}", "");
+    check_vocabulary("{\"a\":99999999999}", "");
+    check_vocabulary("{\"a\":1}", "");
+    check_vocabulary(&format!("{{{specials},\"a\":49408}}"), "");
+    check_vocabulary(&format!("{{{specials},\"a\":3}}"), "a");
+    check_vocabulary(&format!("{{{specials},\"a\":3}}"), "a a a");
+    check_vocabulary(&format!("{{{specials},\"a\":3}}"), "a b");
+    check_vocabulary(&format!("{{{specials},\"a\":3}}"), "a a");
+    check_vocabulary(&format!("{{{specials},\"a\":3}}"), "<|startoftext|> <|startoftext|>");
+}
+
+fn golden(name: &str) -> Option<Tensor> {
+    let mut all = candle_core::safetensors::load_buffer(EMBEDDINGS, &Device::Cpu).unwrap();
+    all.remove(name)
+}
+
+/// Relative to the largest value; a missing golden means zeros.
+#[track_caller]
+fn check_close(name: &str, got: &Tensor) {
+    let got_values = got.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let Some(wanted) = golden(name) else {
+        assert!(got_values.iter().all(|&v| v == 0.0), "{name} must be zeros");
+        return;
+    };
+    assert_eq!(got.dims(), wanted.dims(), "{name}");
+    let wanted = wanted.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let largest = wanted.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let error = got_values.iter().zip(&wanted).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / largest;
+    println!("{name}: relative error {error:.2e}, largest {largest:.3}");
+    assert!(error <= 1e-4, "{name}: relative error {error:e}");
+}
+
+#[track_caller]
+fn check_condition(name: &str, wish: PromptWish) {
+    let mut crew = crew();
+    let checkpoint = crew.model.catalog.resolve(None).unwrap();
+    let wish = PromptWish { guided: true, ..wish };
+    let made = instructor().condition(&wish, &checkpoint, &mut crew, &placement(), &Context::detached()).unwrap();
+    let negative = made.negative.unwrap();
+    check_close(&format!("{name}.context"), &made.positive.context);
+    check_close(&format!("{name}.pooled"), &made.positive.pooled);
+    if name == "chunks" {
+        assert_eq!(negative.context.dims(), made.positive.context.dims());
+        return;
+    }
+    check_close(&format!("{name}.negative.context"), &negative.context);
+    check_close(&format!("{name}.negative.pooled"), &negative.pooled);
+}
+
+fn wish(prompt: &str) -> PromptWish {
+    PromptWish { prompt: prompt.to_owned(), ..PromptWish::default() }
+}
+
+#[test]
+fn a_missing_negative_prompt_is_zeros() {
+    check_condition("plain", wish("A sunset over mountains"));
+}
+
+#[test]
+fn each_encoder_has_its_own_prompt() {
+    check_condition(
+        "both",
+        PromptWish {
+            prompt_2: Some("a blue square, sharp!".into()),
+            negative_prompt: Some("blurry".into()),
+            negative_prompt_2: Some("low quality!".into()),
+            ..wish("a red circle")
+        },
+    );
+}
+
+#[test]
+fn an_empty_negative_prompt_is_encoded() {
+    check_condition("empty_negative", PromptWish { negative_prompt: Some(String::new()), ..wish("café 😀 123") });
+}
+
+#[test]
+fn clip_skip_is_for_the_prompt_alone() {
+    check_condition(
+        "skip",
+        PromptWish { negative_prompt: Some("people".into()), clip_skip: Some(1), ..wish("a lake at night") },
+    );
+}
+
+#[test]
+fn a_long_prompt_is_encoded_in_chunks() {
+    check_condition("chunks", PromptWish { negative_prompt: Some("blurry".into()), ..wish(&SENTENCE.repeat(12)) });
+}
+
+#[test]
+fn a_prompt_that_comes_again_needs_no_encoder() {
+    let (mut crew, placement, ctx) = (crew(), placement(), Context::detached());
+    let checkpoint = crew.model.catalog.resolve(None).unwrap();
+    let wish = PromptWish { guided: true, negative_prompt: Some("b".into()), ..wish("a") };
+    let first = instructor().condition(&wish, &checkpoint, &mut crew, &placement, &ctx).unwrap();
+    crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
+    let second = instructor().condition(&wish, &checkpoint, &mut crew, &placement, &ctx).unwrap();
+    assert!(crew.model.encoders.resident().is_empty());
+    let difference = (first.positive.context - second.positive.context).unwrap().abs().unwrap();
+    assert_eq!(difference.max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
+    assert!(crew.embeddings.resident()[0].bytes.0 > 0);
+    // A longer negative prompt needs the prompt anew, as both have the same number of tokens.
+    let longer = PromptWish { negative_prompt: Some(SENTENCE.repeat(9)), ..wish };
+    let third = instructor().condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
+    assert_eq!(third.positive.context.dims(), [1, 154, 96]);
+
+    crew.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
+    crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
+    let without = ConditioningInstructor { settings: Settings { cache_embeddings: false } };
+    without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
+    assert!(crew.embeddings.resident().is_empty());
+}
+
+#[track_caller]
+fn check_refused(wish: PromptWish, code: &str, pointer: &str) {
+    let mut crew = crew();
+    let checkpoint = crew.model.catalog.resolve(None).unwrap();
+    let wish = PromptWish { guided: true, ..wish };
+    let error = instructor().condition(&wish, &checkpoint, &mut crew, &placement(), &Context::detached()).unwrap_err();
+    assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{error}");
+}
+
+#[test]
+fn what_cannot_be_encoded_names_its_field() {
+    check_refused(wish(&"word ".repeat(2401)), "invalid_parameter", "/data/prompt");
+    check_refused(wish(&" ".repeat(70_000)), "invalid_parameter", "/data/prompt");
+    let second = PromptWish { prompt_2: Some("!".repeat(2401)), ..wish("a") };
+    check_refused(second, "invalid_parameter", "/data/prompt_2");
+    let negative = PromptWish { negative_prompt: Some("😀".repeat(30_000)), ..wish("a") };
+    check_refused(negative, "invalid_parameter", "/data/negative_prompt");
+    check_refused(PromptWish { clip_skip: Some(99), ..wish("a") }, "invalid_parameter", "/data/clip_skip");
+    check_refused(PromptWish { clip_skip: Some(u32::MAX), ..wish("a") }, "invalid_parameter", "/data/clip_skip");
+}
+
+#[test]
+fn operations_answer_in_numbers() {
+    let (mut crew, ctx) = (crew(), Context::detached());
+    let text = SENTENCE.repeat(12) + "!";
+    let request = Request::Tokenize(TokenizeWish { text, model: None });
+    let Response::Tokenize(made) = instructor().instruct(request, &mut crew, &ctx).unwrap() else { panic!("tokenize") };
+    let names: Vec<_> = made.tokenizers.iter().map(|t| (t.name, t.count, t.chunks)).collect();
+    assert_eq!((made.model.as_str(), names), ("demo", vec![("tokenizer", 121, 2), ("tokenizer_2", 121, 2)]));
+    assert_eq!(made.tokenizers[0].tokens.last().unwrap(), "!</w>");
+    assert_eq!(*made.tokenizers[1].ids.last().unwrap(), 0);
+
+    let request: Request = serde_json::from_str(r#"{"encode_prompt":{"prompt":"a"}}"#).unwrap();
+    let Response::EncodePrompt(made) = instructor().instruct(request, &mut crew, &ctx).unwrap() else {
+        panic!("encode")
+    };
+    assert_eq!(made.positive.context_shape, [1, 77, 96]);
+    assert_eq!(made.positive.pooled_shape, [1, 64]);
+    assert!(made.positive.context_std > 0.1, "{made:?}");
+    assert_eq!((made.negative.context_mean, made.negative.context_std), (0.0, 0.0));
+
+    let Response::List(list) = instructor().instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
+        panic!("list")
+    };
+    assert_eq!(list.max_tokens, 2400);
+}
+
+#[test]
+fn a_cancelled_request_is_not_encoded() {
+    let cancel = CancelToken::default();
+    let ctx = Context::new("r".to_owned(), cancel.clone(), None, None, Box::new(|_| ()));
+    cancel.cancel();
+    let wish = EncodeWish {
+        prompt: "a".into(),
+        prompt_2: None,
+        negative_prompt: None,
+        negative_prompt_2: None,
+        clip_skip: None,
+        model: None,
+    };
+    let error = instructor().instruct(Request::EncodePrompt(wish), &mut crew(), &ctx).unwrap_err();
+    assert_eq!(error.code(), "cancelled");
+}

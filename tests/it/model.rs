@@ -1,0 +1,550 @@
+//! Checkpoints, hostile weight files, and what stays in memory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use candle_core::Device;
+use sdxl_worker::context::{CancelToken, Context, Progress};
+use sdxl_worker::device::instructor::Placement;
+use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::error::{Error, Result};
+use sdxl_worker::layers::{Instructor, Manager, Nothing};
+use sdxl_worker::model::checkpoint::Checkpoint;
+use sdxl_worker::model::families::FAMILIES;
+use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
+use sdxl_worker::model::interface::{ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::managers::{Shelf, ShelfKey};
+use sdxl_worker::units::Bytes;
+
+use crate::conditioning::demo_folder;
+
+fn crew(roots: Vec<PathBuf>) -> ModelCrew {
+    let mut crew = ModelCrew::new(&Settings { roots, ..Settings::default() });
+    crew.placement =
+        Some(Placement { device: Device::Cpu, name: "cpu".to_owned(), compute: Dtype::F32, vae: Dtype::F32 });
+    crew
+}
+
+fn ask(request: Request, crew: &mut ModelCrew) -> Result<Response> {
+    ModelInstructor.instruct(request, crew, &Context::detached())
+}
+
+fn named(model: &str) -> ModelWish {
+    ModelWish { model: Some(model.to_owned()) }
+}
+
+/// A root that holds one copy of the demonstration model, called `copy`.
+struct Copy {
+    root: tempfile::TempDir,
+}
+
+impl Copy {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        demo_folder(&root.path().join("copy"));
+        Self { root }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join("copy").join(name)
+    }
+
+    fn crew(&self) -> ModelCrew {
+        crew(vec![self.root.path().to_owned()])
+    }
+
+    #[track_caller]
+    fn check(&self, what: &str, request: Request, code: &str, says: &str) {
+        let error = match ask(request, &mut self.crew()) {
+            Ok(answer) => panic!("{what}: must be {code}, and is {answer:?}"),
+            Err(error) => error,
+        };
+        assert_eq!(error.code(), code, "{what}: {error}");
+        assert!(error.to_string().contains(says), "{what}: must say {says:?}, says {error}");
+    }
+}
+
+const TEXT_ENCODER: &str = "text_encoder/model.safetensors";
+const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
+
+fn safetensors(header: &str, data: usize) -> Vec<u8> {
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.resize(file.len() + data, 7);
+    file
+}
+
+fn tensor(dtype: &str, shape: &str, from: u64, to: u64) -> String {
+    format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+}
+
+#[test]
+fn hostile_weight_files_are_typed_errors() {
+    let one = |entry: String, data| safetensors(&format!(r#"{{"a":{entry}}}"#), data);
+    let two = |a: String, b: String, data| safetensors(&format!(r#"{{"a":{a},"b":{b}}}"#), data);
+    let f16 = |from, to| tensor("F16", "[2]", from, to);
+    let length = |n: u64, rest: &[u8]| [&n.to_le_bytes()[..], rest].concat();
+    let whole = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(TEXT_ENCODER)).unwrap();
+    let deep = format!(r#"{{"a":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let max = u64::MAX.to_string();
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", vec![]),
+        ("one byte", vec![1]),
+        ("seven bytes", vec![0; 7]),
+        ("eight zeros", vec![0; 8]),
+        ("zeros", vec![0; 4096]),
+        ("all ones", vec![255; 4096]),
+        ("text", b"<!DOCTYPE html><html><body>404</body></html>".to_vec()),
+        ("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n".to_vec()),
+        ("pickle", b"\x80\x02}q\x00X\x05\x00\x00\x00modelq\x01.".to_vec()),
+        ("zip", b"PK\x03\x04archive/data.pkl".to_vec()),
+        ("header length max", length(u64::MAX, b"{}")),
+        ("header length i64 max", length(i64::MAX as u64, b"{}")),
+        ("header length one more", length(3, b"{}")),
+        ("header length 100 MB", length(100_000_000, b"{}")),
+        ("header length beyond limit", length(100_000_001, b"{}")),
+        ("header without brace", safetensors("[]", 0)),
+        ("header with leading space", safetensors(" {}", 0)),
+        ("header not JSON", safetensors("{nonsense}", 0)),
+        ("header cut", safetensors(r#"{"a":{"dtype":"F16","#, 0)),
+        ("header with trailing text", safetensors("{} {}", 0)),
+        ("header with NUL", safetensors("{}\0\0", 0)),
+        ("header not UTF-8", length(4, b"{\"\xff\"")),
+        ("header deep", safetensors(&deep, 0)),
+        ("entry not an object", one("5".into(), 0)),
+        ("entry null", one("null".into(), 0)),
+        ("entry without dtype", one(r#"{"shape":[2],"data_offsets":[0,4]}"#.into(), 4)),
+        ("entry without shape", one(r#"{"dtype":"F16","data_offsets":[0,4]}"#.into(), 4)),
+        ("entry without offsets", one(r#"{"dtype":"F16","shape":[2]}"#.into(), 4)),
+        ("dtype unknown", one(tensor("F17", "[2]", 0, 4), 4)),
+        ("dtype lower case", one(tensor("f16", "[2]", 0, 4), 4)),
+        ("dtype a number", one(r#"{"dtype":16,"shape":[2],"data_offsets":[0,4]}"#.into(), 4)),
+        ("shape negative", one(tensor("F16", "[-2]", 0, 4), 4)),
+        ("shape a fraction", one(tensor("F16", "[2.5]", 0, 4), 4)),
+        ("shape a float", one(tensor("F16", "[2e0]", 0, 4), 4)),
+        ("shape overflows", one(tensor("F16", &format!("[{max},{max}]"), 0, 4), 4)),
+        ("shape overflows behind zero", one(tensor("F16", &format!("[0,{max},{max}]"), 0, 0), 0)),
+        ("shape beyond u64", one(tensor("F16", "[99999999999999999999]", 0, 4), 4)),
+        ("shape of nine axes", one(tensor("F16", "[1,1,1,1,1,1,1,1,2]", 0, 4), 4)),
+        ("shape smaller than data", one(tensor("F16", "[1]", 0, 4), 4)),
+        ("shape larger than data", one(tensor("F16", "[3]", 0, 4), 4)),
+        ("dtype wider than data", one(tensor("F32", "[2]", 0, 4), 4)),
+        ("offsets backwards", one(f16(4, 0), 4)),
+        ("offsets beyond the end", one(f16(0, 4), 3)),
+        ("offsets far beyond", one(tensor("U8", "[18446744073709551615]", 0, u64::MAX), 4)),
+        ("offsets start beyond", one(f16(u64::MAX - 3, u64::MAX), 4)),
+        ("offsets negative", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[-4,0]}"#.into(), 4)),
+        ("offsets of three", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[0,4,8]}"#.into(), 4)),
+        ("offsets of one", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[4]}"#.into(), 4)),
+        ("tensors the same", two(f16(0, 4), f16(0, 4), 4)),
+        ("tensors overlap", two(f16(0, 4), f16(2, 6), 6)),
+        ("gap between", two(f16(0, 4), f16(6, 10), 10)),
+        ("gap before", one(f16(4, 8), 8)),
+        ("data after", one(f16(0, 4), 400)),
+        ("data without tensors", safetensors("{}", 4)),
+        ("name twice", safetensors(&format!(r#"{{"a":{},"a":{}}}"#, f16(0, 4), f16(4, 8)), 8)),
+        ("metadata twice", safetensors(r#"{"__metadata__":{},"__metadata__":{}}"#, 0)),
+        ("metadata a list", safetensors(r#"{"__metadata__":[1]}"#, 0)),
+        ("cut by a byte", whole[..whole.len() - 1].to_vec()),
+        ("cut in half", whole[..whole.len() / 2].to_vec()),
+        ("cut in the header", whole[..1000].to_vec()),
+        ("one byte more", [&whole[..], &[0]].concat()),
+    ];
+    assert!(cases.len() >= 40);
+    let copy = Copy::new();
+    for (what, bytes) in cases {
+        fs::write(copy.path(TEXT_ENCODER), bytes).unwrap();
+        copy.check(what, Request::Inspect(named("copy")), "model_corrupt", TEXT_ENCODER);
+        copy.check(what, Request::Load(named("copy")), "model_corrupt", TEXT_ENCODER);
+    }
+    // The root lists it with its problem, and the others as ever.
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.crew()).unwrap() else { panic!("list") };
+    assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "copy"]);
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_unopened() {
+    let copy = Copy::new();
+    fs::remove_file(copy.path(VAE)).unwrap();
+    copy.check("missing", Request::Inspect(named("copy")), "model_corrupt", "has no weights");
+    fs::create_dir(copy.path(VAE)).unwrap();
+    copy.check("directory", Request::Inspect(named("copy")), "model_corrupt", "is a directory");
+    fs::remove_dir(copy.path(VAE)).unwrap();
+    #[cfg(unix)]
+    {
+        let status = std::process::Command::new("mkfifo").arg(copy.path(VAE)).status().unwrap();
+        assert!(status.success());
+        copy.check("pipe", Request::Inspect(named("copy")), "model_corrupt", "not a regular file");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", copy.path(VAE)).unwrap();
+        copy.check("device", Request::Inspect(named("copy")), "path_not_allowed", "");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        std::os::unix::fs::symlink(outside.path(), copy.path(VAE)).unwrap();
+        copy.check("link", Request::Inspect(named("copy")), "path_not_allowed", "");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        // A link within the root is how download caches lay files out.
+        fs::rename(copy.path("vae/config.json"), copy.root.path().join("blob")).unwrap();
+        std::os::unix::fs::symlink("../../blob", copy.path("vae/config.json")).unwrap();
+    }
+    for name in ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.CKPT"] {
+        fs::write(copy.path("vae").join(name), b"\x80\x02").unwrap();
+        copy.check(name, Request::Inspect(named("copy")), "unsafe_format", "pickle");
+        fs::remove_file(copy.path("vae").join(name)).unwrap();
+    }
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(VAE);
+    fs::copy(demo, copy.path("vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    ask(Request::Inspect(named("copy")), &mut copy.crew()).unwrap();
+}
+
+/// Rewrites the header of the copy's VAE.
+fn change_header(copy: &Copy, change: impl FnOnce(&mut serde_json::Map<String, serde_json::Value>)) {
+    let file = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(VAE)).unwrap();
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    change(&mut header);
+    let header = serde_json::to_vec(&header).unwrap();
+    let changed = [&(header.len() as u64).to_le_bytes()[..], &header, &file[8 + length..]].concat();
+    fs::write(copy.path(VAE), changed).unwrap();
+}
+
+#[test]
+fn weights_of_another_network_name_the_tensor_and_both_shapes() {
+    let copy = Copy::new();
+    let load = || Request::Load(named("copy"));
+    let name = "decoder.conv_in.weight";
+    change_header(&copy, |header| {
+        let entry = header.remove(name).unwrap();
+        header.insert("renamed".into(), entry);
+    });
+    copy.check(
+        "missing",
+        load(),
+        "model_corrupt",
+        "tensor `decoder.conv_in.weight` of shape [128, 4, 3, 3] is missing",
+    );
+    change_header(&copy, |header| header[name]["shape"] = [4, 128, 3, 3].into());
+    copy.check("misshapen", load(), "model_corrupt", "must be of shape [128, 4, 3, 3], and is of shape [4, 128, 3, 3]");
+    change_header(&copy, |header| header[name]["dtype"] = "I16".into());
+    copy.check("integers", load(), "model_corrupt", "tensor `decoder.conv_in.weight`");
+    change_header(&copy, |header| {
+        header[name]["dtype"] = "F8_E4M3".into();
+        header[name]["shape"] = [256, 4, 3, 3].into();
+    });
+    copy.check("eight bits", load(), "model_unsupported", "f8_e4m3");
+    // Names of before 2023 are still a VAE's.
+    change_header(&copy, |header| {
+        for (new, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
+            for half in ["encoder", "decoder"] {
+                for end in ["weight", "bias"] {
+                    let name = |part: &str| format!("{half}.mid_block.attentions.0.{part}.{end}");
+                    let entry = header.remove(&name(new)).unwrap();
+                    header.insert(name(old), entry);
+                }
+            }
+        }
+    });
+    ask(load(), &mut copy.crew()).unwrap();
+}
+
+#[test]
+fn sharded_weights_are_one_network() {
+    let copy = Copy::new();
+    let file = fs::read(copy.path(VAE)).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let (mut first, mut second): (Vec<_>, Vec<_>) =
+        tensors.tensors().into_iter().partition(|(n, _)| n.starts_with("enc"));
+    let index = |first: &[(String, _)], second: &[(String, _)]| {
+        let map = |all: &[(String, _)], file: &str| {
+            all.iter().map(|(n, _): &(String, _)| (n.clone(), file.to_owned())).collect::<Vec<_>>()
+        };
+        let map: serde_json::Map<String, serde_json::Value> = map(first, "m-1.safetensors")
+            .into_iter()
+            .chain(map(second, "m-2.safetensors"))
+            .map(|(n, f)| (n, f.into()))
+            .collect();
+        serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string()
+    };
+    let write = |first: &[(String, safetensors::tensor::TensorView)],
+                 second: &[(String, safetensors::tensor::TensorView)]| {
+        for (name, part) in [("m-1", first), ("m-2", second)] {
+            let part = part.iter().map(|(n, v)| (n.as_str(), v));
+            safetensors::serialize_to_file(part, None, &copy.path(&format!("vae/{name}.safetensors"))).unwrap();
+        }
+    };
+    let index_path = copy.path("vae/diffusion_pytorch_model.safetensors.index.json");
+    fs::remove_file(copy.path(VAE)).unwrap();
+    write(&first, &second);
+    fs::write(&index_path, index(&first, &second)).unwrap();
+    let Response::Load(loaded) = ask(Request::Load(named("copy")), &mut copy.crew()).unwrap() else { panic!("load") };
+    assert_eq!(loaded.components[2].bytes, Bytes(6_833_566 - 8 - header_length(&file)));
+
+    let inspect = || Request::Inspect(named("copy"));
+    fs::write(&index_path, index(&second, &first)).unwrap();
+    copy.check("exchanged", inspect(), "model_corrupt", "which does not have it");
+    for name in ["../vae/m-1.safetensors", "/etc/passwd", "m-1.bin", "m-3.safetensors"] {
+        fs::write(&index_path, format!(r#"{{"weight_map":{{"a":"{name}"}}}}"#)).unwrap();
+        copy.check(name, inspect(), "model_corrupt", "");
+    }
+    for text in ["", "{}", "[]", r#"{"weight_map":{}}"#, r#"{"weight_map":[]}"#, r#"{"weight_map":{"a":1}}"#] {
+        fs::write(&index_path, text).unwrap();
+        copy.check(text, inspect(), "model_corrupt", "index.json");
+    }
+    fs::write(&index_path, index(&first, &second)).unwrap();
+    second.push(first.pop().unwrap());
+    first.push(second[0].clone());
+    write(&first, &second);
+    copy.check("in both", inspect(), "model_corrupt", "another file of the same model has too");
+}
+
+fn header_length(file: &[u8]) -> u64 {
+    u64::from_le_bytes(file[..8].try_into().unwrap())
+}
+
+#[test]
+fn what_is_not_sdxl_says_what_it_is() {
+    let copy = Copy::new();
+    let index = fs::read_to_string(copy.path("model_index.json")).unwrap();
+    let check = |what: &str, file: &str, text: &str, code: &str, says: &str| {
+        let before = fs::read(copy.path(file)).ok();
+        fs::write(copy.path(file), text).unwrap();
+        copy.check(what, Request::Inspect(named("copy")), code, says);
+        before.map_or_else(|| fs::remove_file(copy.path(file)), |before| fs::write(copy.path(file), before)).unwrap();
+    };
+    let class = |name: &str| index.replace("StableDiffusionXLPipeline", name);
+    let m = "model_index.json";
+    check("flux", m, &class("FluxPipeline"), "model_unsupported", "`FluxPipeline`");
+    check("sd 1.5", m, &class("StableDiffusionPipeline"), "model_unsupported", "`StableDiffusionPipeline`");
+    check("one encoder", m, &index.replace("text_encoder_2", "other"), "model_unsupported", "`text_encoder_2`");
+    let none = index.replace("\"diffusers\",\n  \"UNet2DConditionModel\"", "null,\n  null");
+    check("no unet", m, &none, "model_unsupported", "`unet`");
+    check("index empty", m, "", "model_corrupt", "model_index.json");
+    check("index a list", m, "[]", "model_corrupt", "model_index.json");
+    check("index without class", m, "{}", "model_corrupt", "_class_name");
+    check("index too long", m, &" ".repeat(5 << 20), "model_corrupt", "at most");
+    check("deep", m, &"[".repeat(1 << 20), "model_corrupt", "model_index.json");
+    let unet = fs::read_to_string(copy.path("unet/config.json")).unwrap();
+    let eight = unet.replace("\"in_channels\": 4", "\"in_channels\": 8");
+    check("pix2pix", "unet/config.json", &eight, "model_unsupported", "8 channels");
+    let zero = unet.replace("\"norm_num_groups\": 16", "\"norm_num_groups\": 0");
+    check("no groups", "unet/config.json", &zero, "model_unsupported", "norm_num_groups");
+    check("unet broken", "unet/config.json", "{", "model_corrupt", "unet/config.json");
+    let wide = fs::read_to_string(copy.path("vae/config.json"))
+        .unwrap()
+        .replace("\"latent_channels\": 4", "\"latent_channels\": -4");
+    check("negative", "vae/config.json", &wide, "model_corrupt", "vae/config.json");
+    check("schedule", "scheduler/scheduler_config.json", "{\"beta_start\":\"x\"}", "model_corrupt", "scheduler_config");
+    fs::remove_file(copy.path("unet/config.json")).unwrap();
+    copy.check("missing", Request::Inspect(named("copy")), "model_corrupt", "is missing");
+    fs::remove_file(copy.path(m)).unwrap();
+    copy.check("no index", Request::Inspect(named("copy")), "model_unsupported", "`model_index.json` is missing");
+}
+
+#[track_caller]
+fn check_name(crew: &mut ModelCrew, name: &str, expected: std::result::Result<&str, &str>) -> Option<Error> {
+    let got = crew.catalog.resolve(Some(name));
+    assert_eq!(got.as_ref().map(|c| c.name.as_str()).map_err(Error::code), expected, "{name}");
+    got.err()
+}
+
+#[test]
+fn names_lead_nowhere_but_beneath_the_roots() {
+    let (copy, outside) = (Copy::new(), tempfile::tempdir().unwrap());
+    demo_folder(outside.path());
+    let root = copy.root.path();
+    let mut crew = crew(vec![root.join("absent"), root.to_owned()]);
+    fs::create_dir_all(root.join("family")).unwrap();
+    fs::rename(root.join("copy"), root.join("family/copy")).unwrap();
+    for (name, bytes) in [("a.safetensors", "x"), ("a.ckpt", "x"), ("a.txt", "x")] {
+        fs::write(root.join(name), bytes).unwrap();
+    }
+    check_name(&mut crew, "demo", Ok("demo"));
+    check_name(&mut crew, "family/copy", Ok("family/copy"));
+    check_name(&mut crew, "family/copy/", Ok("family/copy"));
+    check_name(&mut crew, "./family/copy", Ok("family/copy"));
+    check_name(&mut crew, root.join("family/copy").to_str().unwrap(), Ok("family/copy"));
+    check_name(&mut crew, "family/../family/copy", Err("path_not_allowed"));
+    check_name(&mut crew, "../x", Err("path_not_allowed"));
+    check_name(&mut crew, "/etc", Err("path_not_allowed"));
+    check_name(&mut crew, "/nonexistent/model", Err("path_not_allowed"));
+    check_name(&mut crew, outside.path().to_str().unwrap(), Err("path_not_allowed"));
+    check_name(&mut crew, "", Err("invalid_parameter"));
+    check_name(&mut crew, "  ", Err("invalid_parameter"));
+    check_name(&mut crew, "a\0b", Err("invalid_parameter"));
+    check_name(&mut crew, "a.safetensors", Err("model_unsupported"));
+    check_name(&mut crew, "a.ckpt", Err("unsafe_format"));
+    check_name(&mut crew, "a.txt", Err("model_unsupported"));
+    check_name(&mut crew, "family", Err("model_unsupported"));
+    check_name(&mut crew, "absent", Err("model_not_found"));
+    check_name(&mut crew, &"long/".repeat(5000), Err("invalid_parameter"));
+    let error = check_name(&mut crew, "family/cpoy", Err("model_not_found")).unwrap();
+    assert_eq!(error.hint().as_deref(), Some("did you mean `family/copy`?"));
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(outside.path(), root.join("link")).unwrap();
+        std::os::unix::fs::symlink(root, root.join("loop")).unwrap();
+        check_name(&mut crew, "link", Err("path_not_allowed"));
+        check_name(&mut crew, "loop/family/copy", Ok("family/copy"));
+    }
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut crew).unwrap() else { panic!("list") };
+    assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "family/copy"]);
+    assert_eq!(list.default, "demo");
+
+    let settings =
+        Settings { roots: vec![root.join("family/copy")], default: Some("copy".into()), ..Settings::default() };
+    let mut itself = ModelCrew::new(&settings);
+    assert_eq!(itself.catalog.resolve(None).unwrap().name, "copy");
+}
+
+#[test]
+fn a_changed_file_makes_another_checkpoint() {
+    let copy = Copy::new();
+    let mut crew = copy.crew();
+    let first = crew.catalog.resolve(Some("copy")).unwrap();
+    assert!(Arc::ptr_eq(&first, &crew.catalog.resolve(Some("copy")).unwrap()));
+    change_header(&copy, |header| drop(header.insert("__metadata__".into(), serde_json::json!({"a": "b"}))));
+    assert_ne!(first.key, crew.catalog.resolve(Some("copy")).unwrap().key);
+}
+
+#[test]
+fn demo_loads_is_listed_pinned_and_freed() {
+    let mut crew = crew(Vec::new());
+    let request: Request = serde_json::from_str(r#"{"load":{"model":"demo"}}"#).unwrap();
+    let Response::Load(loaded) = ask(request, &mut crew).unwrap() else { panic!("load") };
+    println!("{loaded:?}");
+    let parts: Vec<_> = loaded.components.iter().map(|c| (c.name, c.cached)).collect();
+    assert_eq!(parts, [("encoder", false), ("unet", false), ("vae", false)]);
+    // Stored as f16, which a CPU computing in f32 keeps.
+    assert!(loaded.bytes.0 > 33_000_000 && loaded.bytes.0 < 34_500_000, "{}", loaded.bytes);
+    let Response::Load(again) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else { panic!("load") };
+    assert!(again.components.iter().all(|c| c.cached), "{again:?}");
+
+    let pin = PinWish { model: None, pin: Some(true) };
+    let Response::Pin(pinned) = ask(Request::Pin(pin), &mut crew).unwrap() else { panic!("pin") };
+    assert_eq!((pinned.pinned, pinned.bytes), (true, loaded.bytes));
+    assert_eq!(crew.unets.evict(Bytes(u64::MAX)), Bytes(0));
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut crew).unwrap() else { panic!("list") };
+    let demo = &list.models[0];
+    assert_eq!((demo.family, demo.dtype, demo.pinned), (Some("sdxl_base"), Some("f16"), true));
+    assert_eq!(demo.loaded, ["encoder", "unet", "vae"]);
+    ask(Request::Pin(PinWish { model: None, pin: Some(false) }), &mut crew).unwrap();
+
+    let held = crew.unets.acquire(&Checkpoint::demo().unwrap(), crew.placement.as_ref().unwrap(), &Context::detached());
+    let weak = Arc::downgrade(&held.unwrap());
+    let Response::Unload(freed) = ask(Request::Unload(named("demo")), &mut crew).unwrap() else { panic!("unload") };
+    assert_eq!(freed.models, ["demo"]);
+    assert!(freed.freed >= loaded.bytes);
+    assert!(weak.upgrade().is_none(), "the network outlived its unloading");
+    assert!(crew.resident().is_empty());
+}
+
+#[test]
+fn inspection_tells_what_the_files_say() {
+    let Response::Inspect(facts) = ask(Request::Inspect(ModelWish::default()), &mut crew(Vec::new())).unwrap() else {
+        panic!("inspect")
+    };
+    assert_eq!((facts.model.as_str(), facts.family, facts.default_width), ("demo", "sdxl_base", 256));
+    let names: Vec<_> = facts.components.iter().map(|c| (c.name, c.tensors, c.dtypes.clone())).collect();
+    let f16 = vec!["f16"];
+    assert_eq!(
+        names,
+        [
+            ("text_encoder", 52, f16.clone()),
+            ("text_encoder_2", 53, f16.clone()),
+            ("unet", 410, f16.clone()),
+            ("vae", 188, f16)
+        ]
+    );
+    assert_eq!(facts.scheduler.class_name.as_deref(), Some("EulerDiscreteScheduler"));
+    let published =
+        vec![sdxl_worker::layers::Resident { kind: "unet", name: "demo".into(), bytes: Bytes(1), pinned: true }];
+    let mut desk = ModelCrew::new(&Settings::default());
+    desk.published = Some(published);
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut desk).unwrap() else { panic!("list") };
+    assert_eq!((list.models[0].loaded.clone(), list.models[0].pinned), (vec!["unet"], true));
+}
+
+#[test]
+fn wider_weights_become_the_compute_dtype() {
+    let mut crew = crew(Vec::new());
+    for (compute, expected) in [(Dtype::F32, 2), (Dtype::Bf16, 2), (Dtype::F16, 2)] {
+        crew.placement = Some(Placement { device: Device::Cpu, name: "cpu".into(), compute, vae: Dtype::F32 });
+        let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
+            panic!("load")
+        };
+        assert!(loaded.components[1].bytes.0 / 8_800_000 == expected, "{compute:?}: {loaded:?}");
+    }
+}
+
+#[test]
+fn loading_reports_progress_and_can_be_cancelled() {
+    let (cancel, seen) = (CancelToken::default(), Arc::new(Mutex::new(Vec::new())));
+    let (sink, stop) = (Arc::clone(&seen), cancel.clone());
+    let report = move |progress: Progress| {
+        if let Progress::ModelLoading { component, bytes_done, bytes_total } = progress {
+            sink.lock().unwrap().push((component, bytes_done, bytes_total));
+            if component == "text_encoder_2" {
+                stop.cancel();
+            }
+        }
+    };
+    let ctx = Context::new("r".into(), cancel, None, None, Box::new(report));
+    let mut crew = crew(Vec::new());
+    let error = ModelInstructor.instruct(Request::Load(ModelWish::default()), &mut crew, &ctx).unwrap_err();
+    assert_eq!(error.code(), "cancelled");
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.iter().map(|(component, ..)| *component).collect::<Vec<_>>(), ["text_encoder", "text_encoder_2"]);
+    assert!(seen.iter().all(|(_, done, total)| done == total && *total > Bytes(3_000_000)), "{seen:?}");
+}
+
+fn keys(count: u64) -> Vec<ShelfKey> {
+    let checkpoint = Checkpoint::demo().unwrap().key;
+    (0..count).map(|n| ShelfKey { checkpoint, dtype: Dtype::F32, device: format!("cuda:{n}") }).collect()
+}
+
+fn names<T>(shelf: &Shelf<T>) -> Vec<String> {
+    shelf.resident().into_iter().map(|r| r.name).collect()
+}
+
+#[test]
+fn a_shelf_drops_what_was_used_least_recently() {
+    let (mut shelf, keys) = (Shelf::new("test", Bytes(100)), keys(5));
+    for (key, name) in keys.iter().zip(["a", "b", "c"]) {
+        shelf.insert(key.clone(), name, Bytes(40), ());
+    }
+    assert_eq!(names(&shelf), ["b", "c"]);
+    assert!(shelf.get(&keys[0]).is_none() && shelf.get(&keys[1]).is_some());
+    shelf.insert(keys[3].clone(), "d", Bytes(40), ());
+    assert_eq!(names(&shelf), ["b", "d"]);
+    // What is larger than the capacity stays alone.
+    shelf.insert(keys[4].clone(), "e", Bytes(400), ());
+    assert_eq!((names(&shelf), shelf.bytes()), (vec!["e".to_owned()], Bytes(400)));
+    shelf.insert(keys[0].clone(), "a", Bytes(40), ());
+    assert_eq!(names(&shelf), ["a"]);
+    shelf.insert(keys[0].clone(), "a again", Bytes(50), ());
+    assert_eq!((names(&shelf), shelf.bytes()), (vec!["a again".to_owned()], Bytes(50)));
+    assert_eq!(shelf.evict(Bytes(1)), Bytes(50));
+    assert_eq!(shelf.evict(Bytes(1)), Bytes(0));
+}
+
+#[test]
+fn a_shelf_never_drops_what_is_pinned() {
+    let (mut shelf, keys) = (Shelf::new("test", Bytes(100)), keys(2));
+    shelf.insert(keys[0].clone(), "a", Bytes(90), ());
+    shelf.pin(keys[0].checkpoint, true);
+    shelf.insert(keys[1].clone(), "b", Bytes(90), ());
+    assert_eq!(names(&shelf), ["a", "b"]);
+    assert_eq!((shelf.evict(Bytes(1000)), names(&shelf)), (Bytes(90), vec!["a".to_owned()]));
+    assert_eq!(shelf.remove(Some(keys[0].checkpoint)), Bytes(90));
+}
+
+#[test]
+fn every_family_is_found_by_what_it_looks_like() {
+    use sdxl_worker::model::families::Family;
+    for (name, family) in FAMILIES.iter() {
+        assert_eq!(name, family.name);
+        assert_eq!(Family::detect(family.first_encoder, family.channels), Some(family));
+        assert!(family.pipelines.iter().all(|class| Family::knows(class)));
+    }
+}
