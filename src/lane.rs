@@ -3,7 +3,9 @@
 //! The queue lives above the lane, where a waiting job can still be cancelled, reordered or expire. Below it everything
 //! blocks. A panic costs the job and the managers, which are built anew, not the process.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use crate::context::{CancelToken, Context, Engine, PreviewWish, Progress, Stage}
 use crate::error::{Error, Result};
 use crate::instructors::{Call, Instructors, Reply};
 use crate::managers::Managers;
+use crate::units::Bytes;
 
 /// Stack of a compute thread in bytes.
 const STACK: usize = 16 << 20;
@@ -117,11 +120,28 @@ impl Bench {
         let Job { request_id, call, cancel, deadline, preview } = job;
         let tell = Arc::clone(&self.tell);
         let id = request_id.clone();
-        let sink = Box::new(move |progress| tell(Event::Progress { request_id: id.clone(), progress }));
+        let delivered = Rc::new(Cell::new(false));
+        let noted = Rc::clone(&delivered);
+        let sink = Box::new(move |progress| {
+            noted.set(noted.get() || matches!(progress, Progress::Image { .. }));
+            tell(Event::Progress { request_id: id.clone(), progress });
+        });
         let ctx = Context::new(request_id.clone(), cancel, deadline, preview, sink);
         let work = AssertUnwindSafe(|| {
             ctx.checkpoint()?;
-            instructors.dispatch(call, managers, &ctx)
+            let again = call.clone();
+            match instructors.dispatch(call, managers, &ctx) {
+                // What is kept for later may be what is missing now; images that are written are not made twice.
+                Err(Error::OutOfMemory { stage, needed, .. }) if !delivered.get() => {
+                    let freed = managers.make_room(Bytes(u64::MAX));
+                    tracing::warn!(request_id, stage, %needed, %freed, "out of memory; tried again with empty shelves");
+                    ctx.warn(format!(
+                        "memory ran out in {stage}; everything kept was let go, and the work begun again"
+                    ));
+                    instructors.dispatch(again, managers, &ctx)
+                }
+                result => result,
+            }
         });
         let (result, sound) = match catch_unwind(work) {
             Ok(result) => (result, true),

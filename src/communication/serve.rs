@@ -111,6 +111,9 @@ async fn run(setup: Setup) -> io::Result<Exit> {
     loop {
         if let Some(exit) = state.exit(&floor) {
             state.close(&mut floor, &instructor, &mut inputs);
+            if state.gone.is_some() {
+                return Ok(exit);
+            }
             outbox.close();
             return Ok(flushed(exit, &mut words, &mut [&mut terminate, &mut interrupt]).await);
         }

@@ -14,12 +14,12 @@ fn hostile() -> Vec<&'static [u8]> {
 
 #[test]
 fn every_hostile_line_gets_one_answer_with_its_code() {
-    let mut worker = Worker::start(&["--max-line-bytes", "65536"]);
+    let mut worker = Worker::start(&["--max-line-bytes", "262144"]);
     let expected = hostile().len();
     assert!(expected >= 300, "{expected} lines");
     worker.send_bytes(HOSTILE);
     worker.send_bytes(b"\n");
-    worker.send_bytes(&[b"{\"prompt\":\"", vec![b'a'; 200_000].as_slice(), b"\"}\n"].concat());
+    worker.send_bytes(&[b"{\"prompt\":\"", vec![b'a'; 300_000].as_slice(), b"\"}\n"].concat());
     worker.send(&control("alive", "ping", &json!({})));
     worker.close_stdin();
     let (lines, exit) = worker.rest();
@@ -194,7 +194,7 @@ fn deadline_of_a_waiting_request_fires_without_the_lane() {
     worker.send(&json!({ "request_id": "late", "prompt": "a", "timeout_ms": 20 }));
     let late = worker.answer("late");
     assert_eq!(code(&late), "deadline_exceeded");
-    worker.send(&json!({ "request_id": "late2", "prompt": "a", "steps": 1000, "priority": 5, "timeout_ms": 1 }));
+    worker.send(&json!({ "request_id": "late2", "prompt": "a", "steps": 999, "priority": 5, "timeout_ms": 1 }));
     assert_eq!(code(&worker.answer("late2")), "deadline_exceeded");
     assert_eq!(worker.ask("c", "cancel_all", &json!({})), json!({ "queued": 0, "running": 1 }));
     worker.close_stdin();
@@ -375,8 +375,9 @@ fn schema_takes_what_the_worker_takes_and_refuses_what_it_refuses() {
         if let Ok(value) = serde_json::from_slice::<Value>(line)
             && let Some(("invalid_parameter", _)) = value["request_id"].as_str().and_then(|id| id.rsplit_once('-'))
         {
-            let twice_or_null = value.to_string().contains("null");
-            assert!(twice_or_null || !requests.is_valid(&value), "{value}");
+            // The format `int64` names a range that validators do not check; null stands for an absent key.
+            let beyond = value["data"].is_null() || value.to_string().contains("9223372036854775808");
+            assert!(beyond || !requests.is_valid(&value), "{value}");
         }
     }
 }

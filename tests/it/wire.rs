@@ -153,7 +153,7 @@ pub(crate) fn control(id: &str, operation: &str, data: &Value) -> Value {
 
 /// A generation that would take minutes.
 pub(crate) fn long(id: &str) -> Value {
-    json!({ "request_id": id, "prompt": "a hill", "steps": 1000, "width": 512, "height": 512, "events": { "progress": true } })
+    json!({ "request_id": id, "prompt": "a hill", "steps": 999, "width": 512, "height": 512, "events": { "progress": true } })
 }
 
 pub(crate) fn code(line: &Value) -> &str {
