@@ -11,3 +11,5 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
+mod protocol;
+mod wire;

@@ -66,6 +66,10 @@ impl Body<'_> {
     }
 
     fn settle<T>(&self, parsed: Parsed<T>, names: &Names<'_>, warnings: &mut Vec<Warning>) -> Result<T, Fault> {
+        // serde would read an array as a struct without its names; on the wire a struct is an object.
+        if let Some(path) = array_for_struct(self.data, &mut Vec::new(), names.fields) {
+            return Err(self.fault("invalid type: sequence, expected a map", path, names));
+        }
         // What is known and not done yet is said first: it explains more than the faults around it.
         for path in &parsed.unknown {
             if let Some(Step::Key(key)) = path.last().filter(|step| self.is_to_come(step)) {
@@ -167,9 +171,12 @@ pub(super) fn explain(message: &str) -> Explained {
     }
     for prefix in ["invalid type: ", "invalid value: ", "invalid length "] {
         if let Some((got, wanted)) = message.strip_prefix(prefix).and_then(|m| m.rsplit_once(", expected ")) {
-            let got = if prefix == "invalid length " { format!("{got} elements") } else { got.to_owned() };
+            let got = if prefix == "invalid length " { format!("{got} elements") } else { came(got) };
             return plain(format!("must be {}, got {}", in_words(wanted), clip(got, QUOTE)));
         }
+    }
+    if message == "expected value" {
+        return plain("must be one of the known names, got something else".to_owned());
     }
     plain(format!("cannot be read: {}", clip(message.to_owned(), QUOTE)))
 }
@@ -185,6 +192,48 @@ fn in_words(wanted: &str) -> String {
         "a map" => "an object".to_owned(),
         other if other.starts_with("struct ") => "an object".to_owned(),
         other => other.to_owned(),
+    }
+}
+
+/// What came, as a client knows it.
+fn came(got: &str) -> String {
+    match got {
+        "map" => "an object".to_owned(),
+        "sequence" => "an array".to_owned(),
+        "unit value" => "null".to_owned(),
+        other => {
+            let kinds = ["integer ", "floating point ", "boolean "];
+            kinds.iter().find_map(|kind| other.strip_prefix(kind)).unwrap_or(other).to_owned()
+        }
+    }
+}
+
+/// The first place at or below `path` where an array stands for a struct.
+fn array_for_struct(
+    text: &str,
+    path: &mut Vec<Step>,
+    fields: &dyn Fn(&[Step]) -> Option<probe::Shape>,
+) -> Option<Vec<Step>> {
+    let inside = |path: &mut Vec<Step>, step: Step, text: &str| {
+        path.push(step);
+        let found = array_for_struct(text, path, fields);
+        path.pop();
+        found
+    };
+    match text.trim_start().as_bytes().first() {
+        Some(b'[') if fields(path).is_some() => Some(path.clone()),
+        Some(b'[') => {
+            let array: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+            let nested = array.iter().enumerate().filter(|(_, raw)| raw.get().starts_with(['[', '{']));
+            nested.into_iter().find_map(|(index, raw)| inside(path, Step::Index(index), raw.get()))
+        }
+        Some(b'{') => {
+            let known = fields(path)?.fields;
+            let object: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
+            let nested = object.iter().filter(|(key, _)| known.contains(&key.as_str()));
+            nested.into_iter().find_map(|(key, raw)| inside(path, Step::Key(key.clone()), raw.get()))
+        }
+        _ => None,
     }
 }
 
