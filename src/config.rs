@@ -136,7 +136,11 @@ impl Config {
     /// # Errors
     /// As [`Self::load`].
     pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        let mut json = serde_json::Deserializer::from_str(text.trim_start_matches('\u{feff}'));
+        let text = text.trim_start_matches('\u{feff}');
+        if let Ok(value) = serde_json::from_str(text) {
+            check_sections(&value, "").map_err(|error| ConfigError { file: file.to_owned(), ..error })?;
+        }
+        let mut json = serde_json::Deserializer::from_str(text);
         let config: Self = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let key = error.path().to_string();
             ConfigError::from_serde(file, (key != ".").then_some(key), &error.into_inner().to_string())
@@ -171,6 +175,26 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Every section must be an object: serde would take an array for one, value by value in the order of its fields.
+/// Sections are the file itself, and all down to `workers.instructors.<domain>`.
+fn check_sections(value: &serde_json::Value, key: &str) -> Result<(), ConfigError> {
+    if let serde_json::Value::Array(_) = value {
+        let key = (!key.is_empty()).then(|| key.to_owned());
+        let message = "must be an object, got an array".to_owned();
+        return Err(ConfigError { file: String::new(), key, message, hint: None });
+    }
+    let sections = match key {
+        "" => "",
+        "workers" | "workers.instructors" => ".",
+        _ => return Ok(()),
+    };
+    value
+        .as_object()
+        .into_iter()
+        .flatten()
+        .try_for_each(|(name, value)| check_sections(value, &format!("{key}{sections}{name}")))
 }
 
 /// A configuration that cannot be used; the process ends with exit code 65.

@@ -92,6 +92,16 @@ pub struct Context {
     sink: Box<dyn Fn(Progress)>,
     timings: RefCell<Vec<(Stage, Duration)>>,
     warnings: RefCell<Vec<String>>,
+    engine: RefCell<Option<Engine>>,
+}
+
+/// What computed a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Engine {
+    /// `cpu`, `cuda:0`, `metal`
+    pub device: String,
+    /// `f32`, `bf16`, `f16`
+    pub dtype: &'static str,
 }
 
 impl Context {
@@ -103,7 +113,16 @@ impl Context {
         preview: Option<PreviewWish>,
         sink: Box<dyn Fn(Progress)>,
     ) -> Self {
-        Self { request_id, cancel, deadline, preview, sink, timings: RefCell::default(), warnings: RefCell::default() }
+        Self {
+            request_id,
+            cancel,
+            deadline,
+            preview,
+            sink,
+            timings: RefCell::default(),
+            warnings: RefCell::default(),
+            engine: RefCell::default(),
+        }
     }
 
     /// A context that is never cancelled and tells nobody: for tests and benches.
@@ -178,6 +197,17 @@ impl Context {
             }
         }
         sums
+    }
+
+    /// Says what computes this request.
+    pub fn computed_by(&self, engine: Engine) {
+        self.engine.replace(Some(engine));
+    }
+
+    /// What computed this request, if anything did.
+    #[must_use]
+    pub fn engine(&self) -> Option<Engine> {
+        self.engine.borrow().clone()
     }
 
     #[must_use]

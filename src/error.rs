@@ -214,6 +214,22 @@ impl Error {
         }
     }
 
+    /// The same error, its field standing below `prefix`.
+    #[must_use]
+    pub fn below(self, prefix: &str) -> Self {
+        match self {
+            Self::InvalidParameter { field, message, hint } => {
+                Self::InvalidParameter { field: format!("{prefix}.{field}"), message, hint }
+            }
+            Self::UnknownName { field: Some(ref field), .. }
+            | Self::UnsupportedFeature { field: Some(ref field), .. } => {
+                let field = format!("{prefix}.{field}");
+                self.at(&field)
+            }
+            other => other,
+        }
+    }
+
     pub fn bug(message: impl Into<String>) -> Self {
         Self::Bug { message: message.into() }
     }

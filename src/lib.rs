@@ -1,6 +1,62 @@
 //! sdxl-worker: newline-delimited JSON in, SDXL images out.
 //!
-//! This page is the map; it is rewritten as the parts arrive.
+//! # The map
+//!
+//! A request is a line on stdin, its answer a line on stdout; `src/communication/PROTOCOL.md` is the contract. Four
+//! layers stand between them, each with one question, and seven domains, each a folder in which the file names spell
+//! the layers:
+//!
+//! | layer | question | owns | may not |
+//! |---|---|---|---|
+//! | interface | what can be asked? | request, response and settings types of a domain | hold state, touch tensors |
+//! | instructor | what shall be done? | defaults, checks, order of work | hold weights, do arithmetic on tensors |
+//! | manager | what is kept? | one kind of long-lived resource, and its bytes | know requests |
+//! | worker | how is it done? | one algorithm, stateless between calls | call upwards, cache, do protocol I/O |
+//!
+//! ```text
+//! stdin ─▶ reader ─▶ codec ─▶ admission ─▶ │ lane │ ─▶ Instructors::dispatch ─▶ Instructor ─▶ Managers ─▶ ctx.perform(Worker)
+//! stdout ◀─ writer ◀─ ledger ◀── events ◀──│      │ ◀─ progress / Reply / Error ◀─────────────────────────────────────────
+//! ```
+//!
+//! Above the lane: async, JSON, no tensors. Below it: blocking, tensors, no tokio. A lane is one thread that owns its
+//! managers as plain fields. There are two: `compute` makes images; `desk` answers whatever needs no compute while an
+//! image is made. The desk has managers of its own that stay empty, and reads what the other holds from
+//! [`managers::Published`].
+//!
+//! | where | what |
+//! |---|---|
+//! | [`units`] [`error`] [`context`] [`layers`] [`registry`] | the ground: quantities, the one error type, what travels with a request, the four traits, open sets by name |
+//! | [`roots`] | the folders beneath which requests may name files |
+//! | [`noise`] | Gaussian noise equal to torch's CPU generator, and to CUDA's Philox |
+//! | [`pixels`] [`image_source`] | RGB images and tensors, and images that requests bring |
+//! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/plain.rs` everywhere, the measure of the other |
+//! | [`device`] | which device, which dtype, how much memory |
+//! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
+//! | [`model`] | checkpoints, weights, the shelves on which networks are kept, and the networks (`src/model/networks/`) |
+//! | [`conditioning`] | prompts to embeddings |
+//! | [`postprocessing`] | image files, their metadata and names |
+//! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
+//! | [`inference`] | the recipe of an image; prediction type and guidance live in its `denoise` worker |
+//! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
+//! | [`instructors`] [`lane`] [`communication`] | the one match over domains, the compute thread, the wire |
+//!
+//! # Invariants
+//!
+//! - A module uses only what stands above it in the list below, and in a domain no layer to its left.
+//! - Feature maps are `[B, H, W, C]` and tokens `[B, L, C]` everywhere; NCHW exists in weight files and fixtures only.
+//! - Schedules are f64 on the host; latents are f32 between steps; norms and softmax reduce in f32.
+//! - Every image's noise is its own stream, and every image is computed alone: it depends on its request only.
+//! - `serde_json` is used in communication, config, the model's files and image metadata; `tokio` in main and
+//!   communication.
+//! - User input never panics; what a panic leaves behind is rebuilt, and the request gets `internal`.
+//! - Exactly one terminal line answers each line of input.
+//!
+//! `tests/it/architecture.rs` enforces what of this can be read off the sources.
+//!
+//! # What is absent
+//!
+//! Image to image, inpainting, ControlNet, LoRA, single-file checkpoints, the hub, quantisation, upscaling and safety
+//! checks: their operations answer `unsupported_feature`. `dpmpp_sde` is left out.
 
 pub mod units;
 pub mod error;
@@ -17,9 +73,11 @@ pub mod scheduler;
 pub mod model;
 pub mod conditioning;
 pub mod postprocessing;
+pub mod pace;
+pub mod managers;
 pub mod inference;
 pub mod config;
-pub mod managers;
+pub mod arguments;
 pub mod instructors;
 pub mod lane;
 pub mod communication;

@@ -1,1 +1,88 @@
-fn main() {}
+//! Arguments, the guard of stdout, logging, configuration, exit code.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Parser as _;
+use sdxl_worker::arguments::Arguments;
+use sdxl_worker::communication::instructor::CommunicationInstructor;
+use sdxl_worker::communication::serve::{Setup, serve};
+use sdxl_worker::communication::{schema, workers::descriptor};
+use sdxl_worker::config::LogLevel;
+use sdxl_worker::error::Error;
+use sdxl_worker::instructors::Instructors;
+use sdxl_worker::lane::Build;
+use sdxl_worker::managers::{Managers, Published};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{filter::LevelFilter, fmt, reload};
+
+const USAGE: u8 = 64;
+const BAD_CONFIG: u8 = 65;
+const NO_THREADS: u8 = 70;
+const STDOUT_GONE: u8 = 74;
+
+fn main() -> ExitCode {
+    let begun = Instant::now();
+    let Ok(mut stdout) = descriptor::claim_stdout() else { return STDOUT_GONE.into() };
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(refusal) if refusal.use_stderr() => {
+            let _ = refusal.print();
+            return USAGE.into();
+        }
+        Err(help) => return say(&mut stdout, &help.to_string()),
+    };
+    if arguments.print_schema {
+        return schema::document().map_or(NO_THREADS.into(), |document| say(&mut stdout, &format!("{document}\n")));
+    }
+    let config = match arguments.configure() {
+        Ok(config) => config,
+        Err(error) => {
+            // Nobody may be reading stderr, which is no reason to fail differently.
+            let _ = writeln!(std::io::stderr(), "sdxl-worker: {error}");
+            return BAD_CONFIG.into();
+        }
+    };
+    let (filter, handle) = reload::Layer::new(level(config.workers.main_interface.log_level));
+    let log = fmt::layer().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false);
+    tracing_subscriber::registry().with(filter).with(log).init();
+    let instructors = config.workers.instructors;
+    let instructor = CommunicationInstructor {
+        inference: instructors.inference.clone(),
+        set_log_level: Box::new(move |wanted| {
+            handle.reload(level(wanted)).map_err(|e| Error::bug(format!("the log level stays: {e}")))
+        }),
+    };
+    let published = Arc::new(Published::default());
+    let seen = Arc::clone(&published);
+    let make = move || {
+        let managers = Managers::new(&instructors.model, Arc::clone(&seen));
+        Ok((Instructors::new(&instructors)?, managers))
+    };
+    let desk: Build = Arc::new(make.clone());
+    let compute: Build = Arc::new(move || {
+        let (instructors, mut managers) = make()?;
+        instructors.inference.device.place(&mut managers.device, None)?;
+        Ok((instructors, managers))
+    });
+    let settings = config.workers.main_interface;
+    match serve(Setup { settings, stdout, compute, desk, published, instructor, begun }) {
+        // Threads that still wait on descriptors end with the process.
+        Ok(exit) => std::process::exit(exit.code()),
+        Err(error) => {
+            tracing::error!(%error, "cannot begin");
+            NO_THREADS.into()
+        }
+    }
+}
+
+fn level(level: LogLevel) -> LevelFilter {
+    level.name().parse().unwrap_or(LevelFilter::INFO)
+}
+
+fn say(stdout: &mut std::fs::File, text: &str) -> ExitCode {
+    stdout.write_all(text.as_bytes()).map_or(STDOUT_GONE.into(), |()| ExitCode::SUCCESS)
+}

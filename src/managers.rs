@@ -1,1 +1,78 @@
-//! Every manager as a plain field.
+//! Every manager as a plain field, owned by one thread, and the order in which they give memory back.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::conditioning::instructor::ConditioningCrew;
+use crate::conditioning::manager::EmbeddingManager;
+use crate::device::manager::DeviceManager;
+use crate::layers::{Manager, Resident};
+use crate::model::instructor::ModelCrew;
+use crate::model::interface::Settings as ModelSettings;
+use crate::pace::Pace;
+use crate::units::Bytes;
+
+/// What the compute thread lets the desk thread see.
+#[derive(Debug, Default)]
+pub struct Published {
+    pub pace: Pace,
+    residents: Mutex<Vec<Resident>>,
+}
+
+impl Published {
+    /// What the compute thread held after its last job.
+    #[must_use]
+    pub fn residents(&self) -> Vec<Resident> {
+        self.residents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+pub struct Managers {
+    pub device: DeviceManager,
+    /// Embeddings, and the networks that they and everything else are made with.
+    pub conditioning: ConditioningCrew,
+    pub published: Arc<Published>,
+}
+
+impl Managers {
+    #[must_use]
+    pub fn new(model: &ModelSettings, published: Arc<Published>) -> Self {
+        Self {
+            device: DeviceManager::default(),
+            conditioning: ConditioningCrew { model: ModelCrew::new(model), embeddings: EmbeddingManager::default() },
+            published,
+        }
+    }
+
+    /// The networks.
+    pub fn model(&mut self) -> &mut ModelCrew {
+        &mut self.conditioning.model
+    }
+
+    /// Everything that is kept in memory.
+    #[must_use]
+    pub fn resident(&self) -> Vec<Resident> {
+        let mut all = self.conditioning.model.resident();
+        all.extend(self.conditioning.embeddings.resident());
+        all
+    }
+
+    /// Lets the desk see what is kept now.
+    pub fn publish(&self) {
+        *self.published.residents.lock().unwrap_or_else(PoisonError::into_inner) = self.resident();
+    }
+
+    /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
+    pub fn make_room(&mut self, want: Bytes) -> Bytes {
+        let ConditioningCrew { model, embeddings } = &mut self.conditioning;
+        let order: [&mut dyn Manager; 5] =
+            [embeddings, &mut model.tokenizers, &mut model.encoders, &mut model.vaes, &mut model.unets];
+        let mut freed = Bytes(0);
+        for manager in order {
+            if freed >= want {
+                break;
+            }
+            freed = freed + manager.evict(want.saturating_sub(freed));
+        }
+        freed
+    }
+}

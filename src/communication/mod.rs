@@ -1,1 +1,11 @@
-//! The wire.
+//! The wire: newline-delimited JSON on stdin and stdout. `PROTOCOL.md` beside this file is its contract.
+
+pub mod floor;
+pub mod instructor;
+pub mod interface;
+pub mod lines;
+pub mod manager;
+pub mod queue;
+pub mod schema;
+pub mod serve;
+pub mod workers;

@@ -8,6 +8,7 @@ use super::workers::{cuda, host, metal};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
+use crate::units::Bytes;
 
 /// Where one request computes, decided.
 #[derive(Clone, Debug)]
@@ -46,6 +47,26 @@ impl DeviceInstructor {
             compute: dtypes.compute,
             vae: dtypes.vae,
         })
+    }
+
+    /// The dtype that [`Self::place`] would choose, without opening a device.
+    ///
+    /// # Errors
+    /// `unknown_name` for a device in the configuration that is none; `unsupported_feature` for a dtype the device
+    /// does not have.
+    pub fn dtype(&self, crew: &DeviceManager, wish: Option<Dtype>) -> Result<Dtype> {
+        let (id, capability) = match (self.wish()?, crew.opened()) {
+            (DeviceWish::Exactly(id), None) => (id, None),
+            (_, Some(opened)) => (opened.id, opened.capability),
+            (DeviceWish::Auto, None) => (DeviceId::Cpu, None),
+        };
+        Ok(Dtypes::choose(id, capability, wish.or(self.settings.dtype))?.compute)
+    }
+
+    /// Bytes free on the device, where that can be read.
+    #[must_use]
+    pub fn free(&self, crew: &DeviceManager) -> Option<Bytes> {
+        crew.memory().map(|memory| memory.free).or(host::memory().available)
     }
 
     fn wish(&self) -> Result<DeviceWish> {

@@ -1,17 +1,230 @@
-//! What can be asked of the inference domain.
+//! What can be asked of the inference domain: the fields of a generation, as AUTOMATIC1111 and diffusers name them.
 
 use serde::{Deserialize, Serialize};
+
+use crate::device::interface::Dtype;
+use crate::layers::{Domain, Interface};
+use crate::noise::RngKind;
+use crate::postprocessing::interface::OutputWish;
+use crate::scheduler::schedule::Prediction;
+use crate::units::Bytes;
 
 /// The section `workers.instructors.inference` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Images of a request that names no `batch_size`.
-    pub batch_size: usize,
+    /// Images per request where a request does not say.
+    pub batch_size: u32,
+    /// Largest width or height in pixels.
+    pub max_side: u32,
+    /// Most images one request may ask for.
+    pub max_batch_size: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { batch_size: 1 }
+        Self { batch_size: 1, max_side: 4096, max_batch_size: 64 }
     }
+}
+
+/// One generation. Everything but `prompt` may be left out; the defaults used stand in the result's `parameters`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+#[schemars(deny_unknown_fields)]
+pub struct GenerateRequest {
+    /// What the image shall show. Beyond 75 tokens it goes on in further chunks.
+    pub prompt: Option<String>,
+    /// For the second text encoder. Default: `prompt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_2: Option<String>,
+    /// What the image shall not show. Default: none, which is a zero embedding where the checkpoint says so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_prompt: Option<String>,
+    /// For the second text encoder. Default: `negative_prompt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_prompt_2: Option<String>,
+    /// Denoising steps, 1 to 1000. Default: 25.
+    #[serde(alias = "num_inference_steps", skip_serializing_if = "Option::is_none")]
+    pub steps: Option<i64>,
+    /// Classifier-free guidance, 0 to 100; 1.0 and less make one pass only. Default: 5.0.
+    #[serde(alias = "guidance_scale", skip_serializing_if = "Option::is_none")]
+    pub cfg_scale: Option<f64>,
+    /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
+    #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
+    pub guidance_rescale: Option<f64>,
+    /// Sampler, by its own name, AUTOMATIC1111's or diffusers'. Default: the configuration's `default_scheduler`.
+    #[serde(alias = "sampler", skip_serializing_if = "Option::is_none")]
+    pub sampler_name: Option<String>,
+    /// Schedule of sigmas. Default: the checkpoint's spacing, or `leading`.
+    #[serde(alias = "schedule_type", skip_serializing_if = "Option::is_none")]
+    pub scheduler: Option<String>,
+    /// Share of fresh noise a step, 0 to 1, for DDIM. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta: Option<f64>,
+    /// A schedule of one's own: falling, the last one 0. In place of `steps` and `scheduler`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sigmas: Option<Vec<f64>>,
+    /// A schedule of one's own: falling timesteps, 999 to 0. In place of `steps` and `scheduler`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timesteps: Option<Vec<f64>>,
+    /// What the network predicts. Default: the checkpoint's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction_type: Option<Prediction>,
+    /// Rescale the training schedule to end at pure noise. Default: the checkpoint's own.
+    #[serde(alias = "rescale_betas_zero_snr", skip_serializing_if = "Option::is_none")]
+    pub zero_terminal_snr: Option<bool>,
+    /// Of the first image, 0 to 2⁶³-1; each further one adds 1. -1 or left out: random below 2³².
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<i64>,
+    /// Noise as torch draws it on the CPU, or as CUDA does (`nv`). Default: `cpu`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng: Option<RngKind>,
+    /// Pixels, a multiple of 8. Default: the UNet's `sample_size` × 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub width: Option<i64>,
+    /// Pixels, a multiple of 8. Default: the UNet's `sample_size` × 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub height: Option<i64>,
+    /// Images made from this request. Default: the configuration's `batch_size`.
+    #[serde(alias = "num_images_per_prompt", skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<i64>,
+    /// Layers of the text encoders left out beyond SDXL's penultimate. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_skip: Option<i64>,
+    /// Size conditioning: height and width in pixels. Default: the image's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub original_size: Option<[i64; 2]>,
+    /// Crop conditioning: top and left in pixels. Default: 0, 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crops_coords_top_left: Option<[i64; 2]>,
+    /// Size conditioning: height and width in pixels. Default: the image's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_size: Option<[i64; 2]>,
+    /// Size conditioning of the negative pass. Default: `original_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_original_size: Option<[i64; 2]>,
+    /// Crop conditioning of the negative pass. Default: `crops_coords_top_left`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_crops_coords_top_left: Option<[i64; 2]>,
+    /// Size conditioning of the negative pass. Default: `target_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_target_size: Option<[i64; 2]>,
+    /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Compute dtype. Default: the device's policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
+    /// Where the image goes, and in which format.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<OutputWish>,
+}
+
+/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
+/// an unknown key.
+pub const FIELDS_TO_COME: &[&str] = &[
+    "init_image",
+    "image",
+    "mask",
+    "mask_image",
+    "denoising_strength",
+    "strength",
+    "denoising_start",
+    "denoising_end",
+    "controlnet",
+    "control_image",
+    "lora",
+    "loras",
+    "refiner",
+    "enable_hr",
+    "hr_scale",
+    "hr_upscaler",
+    "n_iter",
+    "subseed",
+    "subseed_strength",
+    "ip_adapter_image",
+    "quantization",
+];
+
+/// Several generations, one after another.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
+#[serde(default)]
+#[schemars(deny_unknown_fields)]
+pub struct BatchRequest {
+    /// 1 to 64 generations. All are checked before the first begins.
+    pub requests: Vec<GenerateRequest>,
+}
+
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    Generate(Box<GenerateRequest>),
+    Text2image(Box<GenerateRequest>),
+    Batch(BatchRequest),
+}
+
+/// One finished image.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Image {
+    /// The file that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The file's bytes, where the request asked for them in place of a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base64: Option<String>,
+    pub format: &'static str,
+    pub seed: u64,
+    pub width: usize,
+    pub height: usize,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct Generated {
+    pub images: Vec<Image>,
+    /// The model's name.
+    pub model: String,
+    /// Every value used. Sent back as `data`, it makes the same image.
+    pub parameters: Box<GenerateRequest>,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct GeneratedBatch {
+    /// In the order of `requests`.
+    pub results: Vec<Generated>,
+}
+
+/// What a generation will need.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct Estimate {
+    /// Bytes of the model's weight files.
+    pub weights: Bytes,
+    /// Bytes beyond the weights at the largest moment, roughly.
+    pub activations: Bytes,
+    /// Bytes still to be had: weights that are not in memory yet, and activations.
+    pub needed: Bytes,
+    /// Bytes free now on the device, where that can be read.
+    pub free: Option<Bytes>,
+    /// Whether `needed` is free.
+    pub fits: Option<bool>,
+    /// Evaluations of the UNet, each of both passes where guidance is on.
+    pub evaluations: usize,
+    /// Seconds from the model being loaded to the image; null until this process has made an image with it.
+    pub seconds: Option<f64>,
+}
+
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub enum Response {
+    Generated(Generated),
+    Batch(GeneratedBatch),
+    Estimate(Estimate),
+}
+
+pub struct Inference;
+
+impl Interface for Inference {
+    const DOMAIN: Domain = Domain::Inference;
+    const OPERATIONS: &'static [&'static str] = &["generate", "text2image", "batch"];
+    type Request = Request;
+    type Response = Response;
 }

@@ -7,7 +7,11 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
+mod cpu;
 pub mod plain;
+mod shapes;
+
+pub use cpu::simd;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -39,7 +43,7 @@ impl Activation {
     /// # Errors
     /// Those of the device.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        plain::activation(self, x)
+        if cpu::serves(x) { cpu::activation(self, x) } else { plain::activation(self, x) }
     }
 }
 
@@ -91,7 +95,14 @@ impl Linear {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
-        plain::linear(x, &self.weight, self.bias.as_ref(), epilogue)
+        let out = shapes::linear(x, &self.weight, self.bias.as_ref(), epilogue)?;
+        if empty(&out) {
+            Tensor::zeros(out, x.dtype(), x.device())
+        } else if cpu::serves(x) {
+            cpu::linear(x, &self.weight, self.bias.as_ref(), epilogue, (&out, false))
+        } else {
+            plain::linear(x, &self.weight, self.bias.as_ref(), epilogue)
+        }
     }
 
     /// The feed-forward gate of SDXL's transformers: the first half of the outputs times erf-GELU of the second.
@@ -100,7 +111,14 @@ impl Linear {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_geglu(&self, x: &Tensor) -> Result<Tensor> {
-        plain::geglu(&self.forward(x)?)
+        let out = shapes::geglu(x, &self.weight, self.bias.as_ref())?;
+        if empty(&out) {
+            Tensor::zeros(out, x.dtype(), x.device())
+        } else if cpu::serves(x) {
+            cpu::linear(x, &self.weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
+        } else {
+            plain::geglu(&self.forward(x)?)
+        }
     }
 }
 
@@ -147,7 +165,10 @@ impl Conv2d {
     /// # Errors
     /// Those of the re-layout.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let weight = weight.permute((0, 2, 3, 1))?.contiguous()?; // [O, K, K, C]
+        let weight = match cpu::serves(weight) {
+            true => cpu::channels_last(weight)?,
+            false => weight.permute((0, 2, 3, 1))?.contiguous()?,
+        }; // [O, K, K, C]
         let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
@@ -174,7 +195,14 @@ impl Conv2d {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
-        plain::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)
+        let out = shapes::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)?;
+        if empty(&out) {
+            Tensor::zeros(out, x.dtype(), x.device())
+        } else if cpu::serves(x) {
+            cpu::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, (epilogue, &out))
+        } else {
+            plain::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)
+        }
     }
 }
 
@@ -190,13 +218,20 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
+    /// `weight` and `bias` are `[C]`.
+    ///
+    /// # Errors
+    /// Those of the cast to f32.
+    pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, groups, eps })
+    }
+
     /// Reads `weight` and `bias`.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        let read = |name| vb.get(channels, name)?.to_dtype(DType::F32);
-        Ok(Self { weight: read("weight")?, bias: read("bias")?, groups, eps })
+        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps)
     }
 
     /// `x` is `[B, .., C]`.
@@ -204,7 +239,7 @@ impl GroupNorm {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        plain::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)
+        self.run(x, false)
     }
 
     /// [`Self::forward`], then SiLU.
@@ -212,7 +247,19 @@ impl GroupNorm {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        Activation::Silu.apply(&self.forward(x)?)
+        self.run(x, true)
+    }
+
+    fn run(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        if empty(x.dims()) {
+            return Ok(x.clone());
+        }
+        if cpu::serves(x) {
+            return cpu::group_norm(x, (&self.weight, &self.bias), self.groups, self.eps, silu);
+        }
+        let normal = plain::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
+        if silu { plain::activation(Activation::Silu, &normal) } else { Ok(normal) }
     }
 }
 
@@ -227,13 +274,20 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
+    /// `weight` and `bias` are `[C]`.
+    ///
+    /// # Errors
+    /// Those of the cast to f32.
+    pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
+        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, eps })
+    }
+
     /// Reads `weight` and `bias`.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        let read = |name| vb.get(channels, name)?.to_dtype(DType::F32);
-        Ok(Self { weight: read("weight")?, bias: read("bias")?, eps })
+        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps)
     }
 
     /// `x` is `[.., C]`.
@@ -241,8 +295,20 @@ impl LayerNorm {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        plain::layer_norm(x, &self.weight, &self.bias, self.eps)
+        shapes::norm(x, &self.weight, &self.bias, 1)?;
+        if empty(x.dims()) {
+            Ok(x.clone())
+        } else if cpu::serves(x) {
+            cpu::layer_norm(x, &self.weight, &self.bias, self.eps)
+        } else {
+            plain::layer_norm(x, &self.weight, &self.bias, self.eps)
+        }
     }
+}
+
+/// Whether a shape has no elements.
+fn empty(shape: &[usize]) -> bool {
+    shape.contains(&0)
 }
 
 /// Which keys a query may see.
@@ -259,7 +325,14 @@ pub enum Mask {
 /// # Errors
 /// Shapes that do not fit, or the device's own.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
-    plain::attention(q, k, v, heads, mask)
+    let out = shapes::attention(q, k, v, heads)?;
+    if empty(&out) || empty(k.dims()) {
+        Tensor::zeros(out, q.dtype(), q.device())
+    } else if cpu::serves(q) {
+        cpu::attention(q, k, v, heads, mask)
+    } else {
+        plain::attention(q, k, v, heads, mask)
+    }
 }
 
 /// Nearest-neighbour upscaling of `[B, H, W, C]` to `[B, height, width, C]`, as torch's `interpolate` picks rows.
@@ -267,7 +340,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -
 /// # Errors
 /// The device's own.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    plain::upsample_nearest(x, height, width)
+    let out = shapes::upsample(x, height, width)?;
+    if empty(&out) {
+        Tensor::zeros(out, x.dtype(), x.device())
+    } else if cpu::serves(x) {
+        cpu::upsample_nearest(x, &out)
+    } else {
+        plain::upsample_nearest(x, height, width)
+    }
 }
 
 /// Joins feature maps along their channels.
@@ -275,5 +355,12 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
 /// # Errors
 /// Shapes that do not fit, or the device's own.
 pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Tensor::cat(&[a, b], a.rank() - 1)
+    let out = shapes::concat(a, b)?;
+    if empty(&out) {
+        Tensor::zeros(out, a.dtype(), a.device())
+    } else if cpu::serves(a) {
+        cpu::concat_channels(a, b, &out)
+    } else {
+        Tensor::cat(&[a, b], a.rank() - 1)
+    }
 }

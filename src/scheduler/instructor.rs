@@ -5,7 +5,7 @@ use super::names;
 use super::route::Terrain;
 use super::schedule::{Prediction, SamplingPlan, SchedulerConfig, TimestepSpacing, Training};
 use super::workers::spacing::{Ask, Spacing, Table, at_sigmas, at_timesteps};
-use super::workers::{Grid, Profile, SAMPLERS, SPACINGS, Sampler};
+use super::workers::{End, Grid, Profile, SAMPLERS, SPACINGS, Sampler};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
@@ -73,6 +73,10 @@ impl SchedulerInstructor {
         let table = table(&ask, &source);
         let end = match &source {
             Source::Sigmas(sigmas) => sigmas.last().copied().filter(|last| *last == 0.0),
+            // Where these σ end, the reference repeats the last; with one step that is the highest.
+            Source::Spacing(_, Spacing { strides: None, curve: true, .. }) if profile.end == End::SigmaMin => {
+                table.sigmas.last().copied()
+            }
             Source::Spacing(..) | Source::Timesteps(_) => None,
         };
         check(&table, &training, &source, steps)?;
@@ -136,13 +140,19 @@ fn source<'a>(
     config: &SchedulerConfig,
     named: Option<(&'static str, &'static Spacing)>,
 ) -> Result<Source<'a>> {
-    let said = wish.scheduler.as_deref().map(names::schedule).transpose()?.flatten();
+    let said = match wish.scheduler.as_deref() {
+        // What a plan of the request's own levels is called, so that a result's parameters can be sent again.
+        Some("sigmas") if wish.sigmas.is_some() => None,
+        Some("timesteps") if wish.timesteps.is_some() => None,
+        said => said.map(names::schedule).transpose()?.flatten(),
+    };
+    let scheduled = said.is_some() || named.is_some();
     match (&wish.sigmas, &wish.timesteps) {
         (Some(_), Some(_)) => return Err(Error::invalid("sigmas", "and `timesteps` must not both be given")),
-        (Some(_), None) if said.is_some() => {
+        (Some(_), None) if scheduled => {
             return Err(Error::invalid("sigmas", "and `scheduler` must not both be given"));
         }
-        (None, Some(_)) if said.is_some() => {
+        (None, Some(_)) if scheduled => {
             return Err(Error::invalid("timesteps", "and `scheduler` must not both be given"));
         }
         (Some(sigmas), None) => return Ok(Source::Sigmas(sigmas)),
@@ -209,7 +219,7 @@ fn table(ask: &Ask<'_>, source: &Source<'_>) -> Table {
         Source::Timesteps(timesteps) => at_timesteps(ask, timesteps.to_vec()),
     };
     let karras = matches!(source, Source::Spacing("karras", _));
-    let derived = matches!(source, Source::Spacing("exponential" | "beta", _));
+    let derived = !karras && matches!(source, Source::Spacing(_, Spacing { curve: true, .. }));
     for timestep in &mut table.timesteps {
         *timestep = match ask.grid {
             Grid::Padded | Grid::RealRounded if karras => timestep.round_ties_even(),

@@ -381,13 +381,13 @@ fn betas(config: &SchedulerConfig) -> Vec<f32> {
     }
 }
 
-/// Evenly spaced f32 as torch makes them: from both ends towards the middle.
+/// Evenly spaced f32 as torch makes them: from both ends towards the middle, multiplied and added in one rounding.
 fn linspace(start: f64, end: f64, count: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     let step = (end - start) / (count - 1) as f32;
     let at = |i: usize| match i < count / 2 {
-        true => start + step * i as f32,
-        false => end - step * (count - i - 1) as f32,
+        true => step.mul_add(i as f32, start),
+        false => (-step).mul_add((count - i - 1) as f32, end),
     };
     (0..count).map(at).collect()
 }

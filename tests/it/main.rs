@@ -1,4 +1,15 @@
-//! The integration tests, one binary.
+//! Integration tests: behaviour at the boundaries, and goldens.
 
+mod architecture;
 mod conditioning;
+mod config;
+mod device;
+mod kernels;
 mod model;
+mod networks;
+mod noise;
+mod outputs;
+mod parity;
+mod scheduler;
+mod protocol;
+mod wire;

@@ -136,6 +136,9 @@ fn loading(stage: &'static str) -> impl Fn(CandleError) -> Error {
             CandleError::CannotFindTensor { path } => {
                 Error::ModelUnsupported { name: stage.to_owned(), message: format!("it has no tensor `{path}`") }
             }
+            CandleError::SafeTensor(reason) => {
+                Error::ModelUnsupported { name: stage.to_owned(), message: reason.to_string() }
+            }
             CandleError::UnexpectedShape { msg, expected, got } => Error::ModelUnsupported {
                 name: stage.to_owned(),
                 message: format!("a tensor must be {expected:?}, got {got:?}: {msg}"),

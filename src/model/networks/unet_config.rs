@@ -138,7 +138,9 @@ impl UnetConfig {
             [("down_block_types", self.down_block_types.len()), ("up_block_types", self.up_block_types.len())]
         {
             if length != blocks {
-                return Err(judge.refuse(format!("`{key}` must have {blocks} entries, got {length}")));
+                let message =
+                    format!("`{key}` must be as long as `block_out_channels`, which has {blocks}; got {length}");
+                return Err(judge.refuse(message));
             }
         }
         let fits = [
@@ -261,7 +263,7 @@ impl UnetConfig {
         let crosses = kind == "CrossAttnDownBlock2D";
         let outputs = self.channels(block);
         let before = self.channels(block.saturating_sub(1));
-        let depths = self.transformer_layers_per_block.at(block);
+        let depths = (DEPTHS, self.transformer_layers_per_block.at(block));
         let layers = (0..self.layers(judge, block)?).map(|i| {
             let depth = if crosses { Some(depth(judge, depths, i)?) } else { None };
             Ok(LayerPlan { inputs: if i == 0 { before } else { outputs }, depth })
@@ -282,8 +284,8 @@ impl UnetConfig {
         let outputs = self.channels(block);
         let before = if step == 0 { outputs } else { self.channels(block + 1) };
         let depths = match &self.reverse_transformer_layers_per_block {
-            Some(depths) => depths.get(step),
-            None => self.transformer_layers_per_block.at(block),
+            Some(depths) => ("reverse_transformer_layers_per_block", depths.get(step)),
+            None => (DEPTHS, self.transformer_layers_per_block.at(block)),
         };
         let count = self.layers(judge, block)? + 1;
         let layers = (0..count).map(|i| {
@@ -307,17 +309,19 @@ impl UnetConfig {
         if kind == "UNetMidBlock2D" {
             return Ok(Some(MidPlan { channels, heads: 1, depth: None }));
         }
-        let depth = depth(judge, self.transformer_layers_per_block.at(last), 0)?;
+        let depth = depth(judge, (DEPTHS, self.transformer_layers_per_block.at(last)), 0)?;
         Ok(Some(MidPlan { channels, heads: self.heads(judge, last)?, depth: Some(depth) }))
     }
 }
 
-fn depth(judge: Judge, depths: Option<&PerBlock<usize>>, layer: usize) -> Result<usize> {
-    const KEY: &str = "transformer_layers_per_block";
+const DEPTHS: &str = "transformer_layers_per_block";
+
+/// `depths` are a block's, with the key they stand under.
+fn depth(judge: Judge, (key, depths): (&str, Option<&PerBlock<usize>>), layer: usize) -> Result<usize> {
     let Some(&depth) = depths.and_then(|depths| depths.at(layer)) else {
-        return Err(judge.refuse(format!("`{KEY}` has no value for layer {layer} of a block")));
+        return Err(judge.refuse(format!("`{key}` has no value for layer {layer} of a block")));
     };
-    judge.within(KEY, depth, 0..=MAX_LAYERS)?;
+    judge.within(key, depth, 0..=MAX_LAYERS)?;
     Ok(depth)
 }
 

@@ -82,7 +82,10 @@ impl VaeConfig {
         ];
         for (key, types, known) in kinds {
             if types.len() != blocks {
-                return Err(judge.refuse(format!("`{key}` must have {blocks} entries, got {}", types.len())));
+                let length = types.len();
+                let message =
+                    format!("`{key}` must be as long as `block_out_channels`, which has {blocks}; got {length}");
+                return Err(judge.refuse(message));
             }
             types.iter().try_for_each(|kind| judge.is(key, kind, &[known]))?;
         }

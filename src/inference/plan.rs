@@ -1,0 +1,55 @@
+//! A generation with nothing left to decide.
+
+use std::sync::Arc;
+
+use super::interface::GenerateRequest;
+use crate::conditioning::instructor::PromptWish;
+use crate::device::interface::Dtype;
+use crate::model::checkpoint::Checkpoint;
+use crate::noise::RngKind;
+use crate::postprocessing::instructor::OutputPlan;
+use crate::scheduler::schedule::SamplingPlan;
+use crate::units::ImageSize;
+
+/// What the whole recipe needs, decided and checked.
+pub struct GenerationPlan {
+    pub checkpoint: Arc<Checkpoint>,
+    /// What the request asks for; the device policy answers.
+    pub dtype: Option<Dtype>,
+    pub prompt: PromptWish,
+    pub size: ImageSize,
+    /// One image each.
+    pub seeds: Vec<u64>,
+    pub rng: RngKind,
+    pub guidance: Guidance,
+    pub sampling: SamplingPlan,
+    pub time_ids: TimeIds,
+    pub output: OutputPlan,
+    /// Every value used, as a request that makes the same images.
+    pub parameters: GenerateRequest,
+}
+
+/// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// 1 and less: the conditional pass alone.
+    pub scale: f64,
+    /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
+    pub rescale: f64,
+}
+
+impl Guidance {
+    /// Whether the network is evaluated for the negative prompt too.
+    #[must_use]
+    pub fn is_on(self) -> bool {
+        self.scale > 1.0
+    }
+}
+
+/// The six numbers of SDXL's size conditioning, in pixels: original height and width, crop top and left, target height
+/// and width. The refiner reads the first four and an aesthetic score in place of the last two.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TimeIds {
+    pub positive: Vec<f64>,
+    pub negative: Vec<f64>,
+}

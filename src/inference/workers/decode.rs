@@ -1,0 +1,39 @@
+//! Latents to pixels.
+
+use candle_core::Tensor;
+
+use crate::context::Context;
+use crate::device::instructor::Placement;
+use crate::error::Result;
+use crate::layers::Worker;
+use crate::model::networks::vae::{VaeConfig, VaeDecoder};
+use crate::pixels::Rgb8;
+
+pub struct Decode;
+
+pub struct DecodeTask<'a> {
+    pub decoder: &'a VaeDecoder,
+    pub config: &'a VaeConfig,
+    /// `[B, H, W, C]`, f32, in the VAE's scale.
+    pub latents: &'a Tensor,
+    pub placement: &'a Placement,
+}
+
+impl Worker<DecodeTask<'_>> for Decode {
+    /// One image a sample, eight times as wide and high as the latents.
+    type Output = Vec<Rgb8>;
+
+    fn run(&self, task: DecodeTask<'_>, ctx: &Context) -> Result<Vec<Rgb8>> {
+        let batch = task.latents.dim(0)?;
+        let mut images = Vec::with_capacity(batch);
+        // One at a time: the decoder's feature maps are the largest tensors of the whole work.
+        for index in 0..batch {
+            ctx.checkpoint()?;
+            let latents = task.latents.narrow(0, index, 1)?;
+            let latents = task.config.from_model(&latents)?.to_dtype(task.placement.vae.tensor())?;
+            let pixels = task.decoder.decode(&latents, &|| ctx.checkpoint())?; // [1, 8H, 8W, 3]
+            images.extend(Rgb8::from_tensor(&pixels)?);
+        }
+        Ok(images)
+    }
+}

@@ -1,0 +1,150 @@
+//! Denoising: lends the UNet to a sampler as x₀(x, level). Input scaling, prediction type and guidance are applied
+//! here, so that every sampler has them and none sees a network.
+
+use candle_core::{DType, Tensor};
+
+use super::guidance::{Guide, GuideTask};
+use crate::conditioning::instructor::Conditioning;
+use crate::context::Context;
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result, Stage as _};
+use crate::inference::plan::{Guidance, TimeIds};
+use crate::layers::Worker;
+use crate::model::networks::unet::{Unet, UnetInput};
+use crate::noise::NoiseSource;
+use crate::scheduler::schedule::{Prediction, SamplingPlan};
+use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
+
+pub struct Denoise;
+
+pub struct DenoiseTask<'a> {
+    pub unet: &'a Unet,
+    /// Of one sample; every image of the batch has the same.
+    pub conditioning: &'a Conditioning,
+    pub time_ids: &'a TimeIds,
+    pub guidance: Guidance,
+    pub sampling: &'a SamplingPlan,
+    /// The images' own streams; the initial latents are drawn here.
+    pub noise: &'a mut NoiseSource,
+    pub placement: &'a Placement,
+    /// Told after each step how many are done, and the latest x₀.
+    pub observe: &'a mut dyn FnMut(usize, &Tensor) -> Result<()>,
+}
+
+impl Worker<DenoiseTask<'_>> for Denoise {
+    /// `[B, H, W, C]`, f32: final latents, still in the VAE's scale.
+    type Output = Tensor;
+
+    fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let DenoiseTask { unet, conditioning, time_ids, guidance, sampling, noise, placement, observe } = task;
+        let sampler = SAMPLERS.get(sampling.sampler)?;
+        let x = (noise.draw()? * sampling.init_scale)?;
+        let network = Network::new(unet, conditioning, time_ids, guidance, placement, x.dim(0)?)?;
+        let mut denoiser = |x: &Tensor, level: Level| network.denoised(x, level, sampling.prediction, ctx);
+        let latents = sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, observe }, ctx)?;
+        finite(&latents, placement)?;
+        Ok(latents)
+    }
+}
+
+/// The UNet with everything that stays the same from step to step.
+struct Network<'a> {
+    unet: &'a Unet,
+    /// `[passes·B, L, D]`: the negative prompt's first where guidance is on.
+    context: Tensor,
+    /// `[passes·B, P]`
+    pooled: Tensor,
+    /// One row a sample.
+    time_ids: Vec<Vec<f64>>,
+    guidance: Guidance,
+    compute: DType,
+    batch: usize,
+}
+
+impl<'a> Network<'a> {
+    fn new(
+        unet: &'a Unet,
+        conditioning: &Conditioning,
+        time_ids: &TimeIds,
+        guidance: Guidance,
+        placement: &Placement,
+        batch: usize,
+    ) -> Result<Self> {
+        let mut contexts = Vec::new();
+        let mut pooled = Vec::new();
+        let mut ids = Vec::new();
+        if guidance.is_on() {
+            let negative =
+                conditioning.negative.as_ref().ok_or_else(|| Error::bug("guidance without a negative prompt"))?;
+            for _ in 0..batch {
+                contexts.push(&negative.context);
+                pooled.push(&negative.pooled);
+                ids.push(time_ids.negative.clone());
+            }
+        }
+        for _ in 0..batch {
+            contexts.push(&conditioning.positive.context);
+            pooled.push(&conditioning.positive.pooled);
+            ids.push(time_ids.positive.clone());
+        }
+        let compute = placement.compute.tensor();
+        Ok(Self {
+            unet,
+            context: Tensor::cat(&contexts, 0)?.to_dtype(compute)?,
+            pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
+            time_ids: ids,
+            guidance,
+            compute,
+            batch,
+        })
+    }
+
+    /// x₀ for `x` at `level`: `[B, H, W, C]`, f32.
+    fn denoised(&self, x: &Tensor, level: Level, prediction: Prediction, ctx: &Context) -> Result<Tensor> {
+        ctx.checkpoint()?;
+        // The network was trained on variance-preserving inputs: x / √(α² + σ²).
+        let scale = 1.0 / level.alpha.hypot(level.sigma);
+        let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
+        let input = scaled.to_dtype(self.compute)?;
+        let input = if self.guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
+        let predicted = self
+            .unet
+            .forward(UnetInput {
+                sample: &input,
+                timesteps: &[level.timestep],
+                context: &self.context,
+                pooled: &self.pooled,
+                time_ids: &self.time_ids,
+                down_residuals: None,
+                mid_residual: None,
+                check: &|| ctx.checkpoint(),
+            })?
+            .to_dtype(DType::F32)?;
+        let predicted = if self.guidance.is_on() {
+            let negative = predicted.narrow(0, 0, self.batch)?;
+            let positive = predicted.narrow(0, self.batch, self.batch)?;
+            ctx.perform(&Guide, GuideTask { negative, positive, guidance: self.guidance })?
+        } else {
+            predicted
+        };
+        let x0 = match prediction {
+            // x = α x₀ + σ ε
+            Prediction::Epsilon => ((x - (predicted * level.sigma)?)? / level.alpha)?,
+            // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
+            Prediction::VPrediction => ((scaled * (level.alpha * scale))? - (predicted * (level.sigma * scale))?)?,
+            Prediction::Sample => predicted,
+        };
+        Ok(x0)
+    }
+}
+
+/// A picture made of numbers that are not finite would be black; it is an error instead.
+fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
+    let sum = latents.abs()?.sum_all()?.to_scalar::<f32>().stage("denoise")?;
+    if sum.is_finite() {
+        return Ok(());
+    }
+    let hint = (placement.compute == crate::device::interface::Dtype::F16)
+        .then(|| "f16 may overflow: try `\"dtype\":\"bf16\"` or `\"f32\"`".to_owned());
+    Err(Error::Numerical { stage: "denoise", hint })
+}

@@ -1,0 +1,63 @@
+//! What a generation will need, before it begins: bytes from the configuration, seconds from what was measured.
+
+use crate::context::Context;
+use crate::device::interface::Dtype;
+use crate::error::Result;
+use crate::inference::interface::Estimate;
+use crate::inference::plan::GenerationPlan;
+use crate::layers::Worker;
+use crate::pace::{Pace, Work};
+use crate::units::Bytes;
+
+pub struct Appraise;
+
+pub struct AppraiseTask<'a> {
+    pub plan: &'a GenerationPlan,
+    pub compute: Dtype,
+    /// Under which name the model's time is remembered.
+    pub key: &'a str,
+    pub pace: &'a Pace,
+    /// Memory that is free now, weights that are loaded already not counted.
+    pub free: Option<Bytes>,
+    /// What of the model is in memory already.
+    pub loaded: Bytes,
+}
+
+impl Worker<AppraiseTask<'_>> for Appraise {
+    type Output = Estimate;
+
+    fn run(&self, task: AppraiseTask<'_>, _ctx: &Context) -> Result<Estimate> {
+        let AppraiseTask { plan, compute, key, pace, free, loaded } = task;
+        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let (height, width) = (plan.size.height / 8, plan.size.width / 8);
+        let positions = height * width;
+        let weights = plan.checkpoint.file_bytes();
+        let element = compute.tensor().size_in_bytes();
+        // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
+        // beside the skip connections; three full-size maps are the decoder's.
+        let unet: usize =
+            plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
+                let here = (positions >> (2 * level)).max(1);
+                sum + here * channels * (6 + 4)
+            });
+        let first = plan.checkpoint.vae.block_out_channels.first().copied().unwrap_or(1);
+        let decoder = plan.size.width * plan.size.height * first * 2 * 3;
+        let activations = Bytes(((passes * unet).max(decoder) * element) as u64);
+        let images = plan.seeds.len();
+        let evaluations = plan.sampling.evaluations() * passes * positions;
+        let seconds = pace
+            .expect(key, Work::Evaluation, evaluations)
+            .zip(pace.expect(key, Work::Decode, positions))
+            .map(|(denoise, decode)| (denoise + decode) * images as f64);
+        let needed = weights.saturating_sub(loaded) + activations;
+        Ok(Estimate {
+            weights,
+            activations,
+            needed,
+            free,
+            fits: free.map(|free| needed <= free),
+            evaluations: plan.sampling.evaluations() * images,
+            seconds,
+        })
+    }
+}

@@ -1,0 +1,50 @@
+//! A small picture of an image that is still being made.
+
+use candle_core::Tensor;
+
+use super::decode::{Decode, DecodeTask};
+use crate::context::Context;
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result};
+use crate::layers::Worker;
+use crate::model::networks::vae::{VaeConfig, VaeDecoder};
+use crate::pixels::Rgb8;
+
+pub struct Preview;
+
+pub struct PreviewTask<'a> {
+    pub decoder: &'a VaeDecoder,
+    pub config: &'a VaeConfig,
+    /// `[B, H, W, C]`, f32: the image as it is expected now.
+    pub x0: &'a Tensor,
+    /// Longest side in pixels.
+    pub max_side: usize,
+    pub placement: &'a Placement,
+}
+
+impl Worker<PreviewTask<'_>> for Preview {
+    /// The first image of the batch.
+    type Output = Rgb8;
+
+    fn run(&self, task: PreviewTask<'_>, ctx: &Context) -> Result<Rgb8> {
+        let first = task.x0.narrow(0, 0, 1)?;
+        let (_, height, width, _) = first.dims4()?;
+        // Latents averaged over squares of `factor` decode to a picture that is smaller by as much.
+        let factor = (height.max(width) * 8).div_ceil(task.max_side.max(64)).max(1).min(height.min(width));
+        let small = if factor == 1 {
+            first
+        } else {
+            let (rows, columns) = (height / factor, width / factor);
+            let cut = first.narrow(1, 0, rows * factor)?.narrow(2, 0, columns * factor)?;
+            let channels = cut.dim(3)?;
+            cut.reshape((rows, factor, columns, factor * channels))?
+                .mean(1)?
+                .reshape((rows, columns, factor, channels))?
+                .mean(2)?
+                .unsqueeze(0)? // [1, rows, columns, C]
+        };
+        let PreviewTask { decoder, config, placement, .. } = task;
+        let images = ctx.perform(&Decode, DecodeTask { decoder, config, latents: &small, placement })?;
+        images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no preview"))
+    }
+}

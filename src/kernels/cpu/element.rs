@@ -1,0 +1,144 @@
+//! The numbers the CPU kernels read and write, and how tensors lend them.
+
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
+
+/// A dtype that widens to f32 exactly and is rounded to from f32.
+pub(super) trait Element: WithDType + Send + Sync {
+    /// Whether f32 results may be built up in place.
+    const IS_F32: bool;
+
+    fn widen(self) -> f32;
+
+    /// To nearest, ties to even; NaN stays NaN.
+    fn round(value: f32) -> Self;
+
+    /// Memory that the system hands over zeroed, so that no pass is spent on filling it.
+    fn zeros(count: usize) -> Vec<Self>;
+}
+
+impl Element for f32 {
+    const IS_F32: bool = true;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        value
+    }
+
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0.0; count]
+    }
+}
+
+impl Element for bf16 {
+    const IS_F32: bool = false;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        let bits = value.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet = (bits >> 16) | 0x40;
+        Self::from_bits((if value.is_nan() { quiet } else { nearest }) as u16)
+    }
+
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0_u16; count].reinterpret_into()
+    }
+}
+
+impl Element for f16 {
+    const IS_F32: bool = false;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        let magnitude = bits & 0x7fff;
+        let normal = (magnitude << 13) + (112 << 23);
+        // Subnormals go by the integer unit: f32 subnormals as intermediate values would be slow.
+        let subnormal = (magnitude as i32 as f32 * (1.0 / 16_777_216.0)).to_bits();
+        let special = (magnitude << 13) | 0x7f80_0000;
+        let wide = if magnitude < 0x400 { subnormal } else { normal };
+        let wide = if magnitude >= 0x7c00 { special } else { wide };
+        f32::from_bits(wide | ((bits & 0x8000) << 16))
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0_u16; count].reinterpret_into()
+    }
+}
+
+/// Numbers of whichever dtype a tensor has.
+#[derive(Clone, Copy)]
+pub(super) enum Numbers<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// A tensor's memory, held for reading.
+pub(super) struct Held<'a> {
+    /// The read lock, whose type candle does not re-export.
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Held<'a> {
+    pub(super) fn new(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage: Box::new(storage), layout }
+    }
+
+    fn cpu(&self) -> Result<&CpuStorage> {
+        match &**self.storage {
+            Storage::Cpu(storage) => Ok(storage),
+            _ => bail!("the operands lie on different devices"),
+        }
+    }
+
+    /// From the tensor's first number on, for tensors that are read by their strides.
+    pub(super) fn strided<T: Element>(&self) -> Result<&[T]> {
+        let all = T::cpu_storage_as_slice(self.cpu()?)?;
+        match all.get(self.layout.start_offset()..) {
+            Some(rest) => Ok(rest),
+            None => bail!("a tensor begins beyond its storage"),
+        }
+    }
+
+    /// All numbers in order. The tensor must be contiguous.
+    pub(super) fn slice<T: Element>(&self) -> Result<&[T]> {
+        let Some((start, end)) = self.layout.contiguous_offsets() else {
+            bail!("a contiguous tensor is wanted");
+        };
+        match T::cpu_storage_as_slice(self.cpu()?)?.get(start..end) {
+            Some(numbers) => Ok(numbers),
+            None => bail!("a tensor ends beyond its storage"),
+        }
+    }
+
+    pub(super) fn numbers(&self) -> Result<Numbers<'_>> {
+        match self.cpu()? {
+            CpuStorage::F32(_) => self.slice().map(Numbers::F32),
+            CpuStorage::BF16(_) => self.slice().map(Numbers::Bf16),
+            CpuStorage::F16(_) => self.slice().map(Numbers::F16),
+            _ => bail!("operands must be f32, bf16 or f16"),
+        }
+    }
+}

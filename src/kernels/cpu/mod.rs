@@ -1,0 +1,287 @@
+//! The kernels on the CPU: many threads, f32 and bf16 activations (f16 goes through f32), f32 arithmetic, and nothing
+//! but the result and a few MiB of blocks in memory.
+//!
+//! Shapes have been checked by the caller.
+
+mod attention;
+mod element;
+mod norm;
+mod patches;
+mod pool;
+mod product;
+pub mod simd;
+
+use candle_core::{DType, Result, Tensor, WithDType};
+use half::{bf16, f16};
+
+use self::attention::{Size, Tokens};
+use self::element::{Element, Held};
+use self::norm::Affine;
+use self::patches::Patches;
+use self::pool::make_rows;
+use self::product::{After, Dense, product};
+use super::{Activation, ConvShape, Epilogue, Mask, Padding};
+
+/// Whether these kernels take activations like `x`.
+pub(super) fn serves(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
+}
+
+/// Runs `$body` with `$t` as the activations' type, f16 by way of f32.
+macro_rules! by_dtype {
+    ($x:ident, $t:ident => $body:expr) => {
+        match $x.dtype() {
+            DType::BF16 => {
+                type $t = bf16;
+                $body
+            }
+            DType::F16 => {
+                let wide = $x.to_dtype(DType::F32)?;
+                let $x = &wide;
+                type $t = f32;
+                let made: Result<Tensor> = $body;
+                made?.to_dtype(DType::F16)
+            }
+            _ => {
+                type $t = f32;
+                $body
+            }
+        }
+    };
+}
+
+fn tensor<T: WithDType>(numbers: Vec<T>, shape: &[usize]) -> Result<Tensor> {
+    Tensor::from_vec(numbers, shape, &candle_core::Device::Cpu)
+}
+
+/// `epilogue` with tensors whose memory can be read in order.
+struct Ordered {
+    per_sample: Option<Tensor>,
+    activation: Option<Activation>,
+    residual: Option<Tensor>,
+}
+
+impl Ordered {
+    fn new(epilogue: Epilogue) -> Result<Self> {
+        let Epilogue { per_sample, activation, residual } = epilogue;
+        Ok(Self {
+            per_sample: per_sample.map(|t| t.to_dtype(DType::F32)?.contiguous()).transpose()?,
+            activation,
+            residual: residual.map(Tensor::contiguous).transpose()?,
+        })
+    }
+
+    fn after<'a>(&'a self, bias: Option<&'a Tensor>, sample: usize, gated: bool) -> After<'a> {
+        After {
+            bias: bias.map(Held::new),
+            per_sample: self.per_sample.as_ref().map(Held::new),
+            activation: self.activation,
+            residual: self.residual.as_ref().map(Held::new),
+            sample,
+            gated,
+        }
+    }
+}
+
+/// Elements of all axes but the first and last.
+fn positions(shape: &[usize]) -> usize {
+    match shape {
+        [_, between @ .., _] => between.iter().product(),
+        _ => 1,
+    }
+}
+
+/// `gated`: the first half of the outputs times GELU of the second.
+pub(super) fn linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    epilogue: Epilogue,
+    (out, gated): (&[usize], bool),
+) -> Result<Tensor> {
+    by_dtype!(x, T => {
+        let x = x.contiguous()?;
+        let (_, inputs) = weight.dims2()?;
+        let ordered = Ordered::new(epilogue)?;
+        let after = ordered.after(bias, positions(out), gated);
+        let outputs = out.last().copied().unwrap_or(0);
+        let rows = out.iter().rev().skip(1).product();
+        let held = Held::new(&x);
+        let left = Dense { numbers: held.slice::<T>()?, depth: inputs };
+        tensor(product::<T, _>(&left, &Held::new(weight), (rows, inputs, outputs), &after)?, out)
+    })
+}
+
+/// `weight` is `[O, K, K, C]`; `out` is `[B, H', W', O]`.
+pub(super) fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    shape: ConvShape,
+    (epilogue, out): (Epilogue, &[usize]),
+) -> Result<Tensor> {
+    by_dtype!(x, T => {
+        let x = x.contiguous()?;
+        let (_, height, width, channels) = x.dims4()?;
+        let (batch, out_height, out_width, outputs) = candle_core::Shape::from(out).dims4()?;
+        let ordered = Ordered::new(epilogue)?;
+        let after = ordered.after(bias, out_height * out_width, false);
+        let held = Held::new(&x);
+        let numbers = held.slice::<T>()?;
+        let depth = shape.kernel * shape.kernel * channels;
+        let size = (batch * out_height * out_width, depth, outputs);
+        let pointwise = shape.kernel == 1 && shape.stride == 1 && shape.padding == Padding::default();
+        let made = if pointwise {
+            product::<T, _>(&Dense { numbers, depth }, &Held::new(weight), size, &after)?
+        } else {
+            let patches = Patches { numbers, height, width, out_height, out_width, shape };
+            product::<T, _>(&patches, &Held::new(weight), size, &after)?
+        };
+        tensor(made, out)
+    })
+}
+
+pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
+    /// With unit stride in the last axis, whatever the others.
+    fn ready(t: &Tensor, dtype: DType) -> Result<Tensor> {
+        let t = t.to_dtype(dtype)?;
+        if t.stride().last() == Some(&1) { Ok(t) } else { t.contiguous() }
+    }
+    fn tokens<'a, T: Element>(held: &'a Held, t: &Tensor) -> Result<Tokens<'a, T>> {
+        let stride = t.stride();
+        Ok(Tokens { numbers: held.strided()?, sample_stride: stride[0], token_stride: stride[1] })
+    }
+    by_dtype!(q, T => {
+        let (q, k, v) = (ready(q, q.dtype())?, ready(k, q.dtype())?, ready(v, q.dtype())?);
+        let (batch, queries, channels) = q.dims3()?;
+        let size = Size { batch, queries, keys: k.dim(1)?, heads, depth: channels / heads };
+        let (held_q, held_k, held_v) = (Held::new(&q), Held::new(&k), Held::new(&v));
+        let made = attention::attention::<T>(
+            tokens(&held_q, &q)?,
+            tokens(&held_k, &k)?,
+            tokens(&held_v, &v)?,
+            size,
+            mask,
+        );
+        tensor(made, q.dims())
+    })
+}
+
+pub(super) fn group_norm(
+    x: &Tensor,
+    (weight, bias): (&Tensor, &Tensor),
+    groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+    let (weight, bias) = (Held::new(&weight), Held::new(&bias));
+    let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
+    by_dtype!(x, T => {
+        let x = x.contiguous()?;
+        tensor(norm::group_norm::<T>(&Held::new(&x), x.dim(0)?, groups, &affine, silu)?, x.dims())
+    })
+}
+
+pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+    let (weight, bias) = (Held::new(&weight), Held::new(&bias));
+    let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
+    by_dtype!(x, T => {
+        let x = x.contiguous()?;
+        tensor(norm::layer_norm::<T>(&Held::new(&x), &affine)?, x.dims())
+    })
+}
+
+pub(super) fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
+    by_dtype!(x, T => {
+        let x = x.contiguous()?;
+        let held = Held::new(&x);
+        let from = held.slice::<T>()?;
+        let made = make_rows::<T>(from.len(), 1, |first, out| {
+            simd::activate_into(kind, &from[first..first + out.len()], out);
+        });
+        tensor(made, x.dims())
+    })
+}
+
+/// `out` is `[B, height, width, C]`.
+pub(super) fn upsample_nearest(x: &Tensor, out: &[usize]) -> Result<Tensor> {
+    fn run<T: Element>(x: &Tensor, out: &[usize]) -> Result<Tensor> {
+        let (_, rows, columns, channels) = x.dims4()?;
+        let (batch, height, width, _) = candle_core::Shape::from(out).dims4()?;
+        let held = Held::new(x);
+        let from = held.slice::<T>()?;
+        // torch: floor(i · from / to)
+        let picks: Vec<usize> = (0..width).map(|x| x * columns / width * channels).collect();
+        let made = make_rows::<T>(batch * height, width * channels, |first, run| {
+            for (i, line) in run.chunks_exact_mut(width * channels).enumerate() {
+                let (sample, y) = ((first + i) / height, (first + i) % height);
+                let source = &from[(sample * rows + y * rows / height) * columns * channels..];
+                for (to, pick) in line.chunks_exact_mut(channels).zip(&picks) {
+                    to.copy_from_slice(&source[*pick..*pick + channels]);
+                }
+            }
+        });
+        tensor(made, out)
+    }
+    let x = x.contiguous()?;
+    match x.dtype() {
+        DType::BF16 => run::<bf16>(&x, out),
+        DType::F16 => run::<f16>(&x, out),
+        _ => run::<f32>(&x, out),
+    }
+}
+
+pub(super) fn concat_channels(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<Tensor> {
+    fn run<T: Element>(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<Tensor> {
+        let (held_a, held_b) = (Held::new(a), Held::new(b));
+        let (from_a, from_b) = (held_a.slice::<T>()?, held_b.slice::<T>()?);
+        let total = out.last().copied().unwrap_or(0);
+        let of_a = a.dims().last().copied().unwrap_or(0);
+        let of_b = total - of_a;
+        let made = make_rows::<T>(out.iter().rev().skip(1).product(), total, |first, run| {
+            for (i, line) in run.chunks_exact_mut(total).enumerate() {
+                let row = first + i;
+                let (to_a, to_b) = line.split_at_mut(of_a);
+                to_a.copy_from_slice(&from_a[row * of_a..(row + 1) * of_a]);
+                to_b.copy_from_slice(&from_b[row * of_b..(row + 1) * of_b]);
+            }
+        });
+        tensor(made, out)
+    }
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    match a.dtype() {
+        DType::BF16 => run::<bf16>(&a, &b, out),
+        DType::F16 => run::<f16>(&a, &b, out),
+        _ => run::<f32>(&a, &b, out),
+    }
+}
+
+/// `[O, C, K, K]` as files have it, to `[O, K, K, C]`.
+pub(super) fn channels_last(weight: &Tensor) -> Result<Tensor> {
+    fn run<T: Element>(weight: &Tensor) -> Result<Tensor> {
+        let (outputs, channels, height, width) = weight.dims4()?;
+        let taps = height * width;
+        let held = Held::new(weight);
+        let from = held.slice::<T>()?;
+        let size = channels * taps;
+        let made = make_rows::<T>(outputs, size, |first, run| {
+            for (i, to) in run.chunks_exact_mut(size).enumerate() {
+                let from = &from[(first + i) * size..(first + i + 1) * size];
+                for (tap, line) in to.chunks_exact_mut(channels).enumerate() {
+                    for (to, from) in line.iter_mut().zip(from[tap..].iter().step_by(taps)) {
+                        *to = *from;
+                    }
+                }
+            }
+        });
+        tensor(made, &[outputs, height, width, channels])
+    }
+    let weight = weight.contiguous()?;
+    match weight.dtype() {
+        DType::BF16 => run::<bf16>(&weight),
+        DType::F16 => run::<f16>(&weight),
+        _ => run::<f32>(&weight),
+    }
+}

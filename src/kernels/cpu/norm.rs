@@ -1,0 +1,120 @@
+//! Group and layer norm. Statistics are sums of a few rows in f32, of those in f64: as exact as f64 throughout.
+
+use candle_core::Result;
+use rayon::prelude::{IntoParallelIterator, ParallelIterator};
+
+use super::element::{Element, Held};
+use super::pool::{make_rows, rows_per_block};
+use super::simd;
+
+/// Mean, scale and shift of every channel of one sample.
+struct Channels {
+    mean: Vec<f32>,
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+}
+
+pub(super) struct Affine<'a> {
+    /// `[C]`
+    pub(super) weight: &'a [f32],
+    /// `[C]`
+    pub(super) bias: &'a [f32],
+    pub(super) eps: f64,
+}
+
+/// `x` is `[batch, positions, C]`.
+pub(super) fn group_norm<T: Element>(
+    x: &Held,
+    batch: usize,
+    groups: usize,
+    affine: &Affine,
+    silu: bool,
+) -> Result<Vec<T>> {
+    let x = x.slice::<T>()?;
+    let channels = affine.weight.len();
+    let positions = x.len() / (batch * channels).max(1);
+    let samples: Vec<Channels> =
+        x.chunks_exact((positions * channels).max(1)).map(|sample| statistics(sample, groups, affine)).collect();
+    Ok(make_rows(batch * positions, channels, |first, out| {
+        let mut row = first;
+        let mut out = out;
+        // A run of rows may cross from one sample into the next.
+        while !out.is_empty() {
+            let of_sample = (positions - row % positions).min(out.len() / channels);
+            let (now, later) = out.split_at_mut(of_sample * channels);
+            let Channels { mean, scale, shift } = &samples[row / positions];
+            let from = &x[row * channels..(row + of_sample) * channels];
+            if silu {
+                simd::normalise_silu(from, mean, scale, shift, now);
+            } else {
+                simd::normalise(from, mean, scale, shift, now);
+            }
+            row += of_sample;
+            out = later;
+        }
+    }))
+}
+
+/// `sample` is `[positions, C]`.
+fn statistics<T: Element>(sample: &[T], groups: usize, affine: &Affine) -> Channels {
+    let channels = affine.weight.len();
+    // Sums run over the distance to the first position, so that a large mean costs no digits.
+    let mut pivot = vec![0.0; channels];
+    simd::widen_slice(&sample[..channels], &mut pivot);
+    let size = rows_per_block(channels) * channels;
+    let partial = |block: usize| {
+        let (mut sums, mut squares) = (vec![0.0; channels], vec![0.0; channels]);
+        let mut buffer = vec![0.0; 2 * channels];
+        let rows = &sample[block * size..((block + 1) * size).min(sample.len())];
+        simd::channel_sums(rows, &pivot, &mut sums, &mut squares, &mut buffer);
+        (sums, squares)
+    };
+    let blocks = sample.len().div_ceil(size);
+    let partials: Vec<(Vec<f64>, Vec<f64>)> =
+        if blocks < 2 { vec![partial(0)] } else { (0..blocks).into_par_iter().map(partial).collect() };
+    let (mut sums, mut squares) = (vec![0.0; channels], vec![0.0; channels]);
+    for (part, part_squares) in &partials {
+        for c in 0..channels {
+            sums[c] += part[c];
+            squares[c] += part_squares[c];
+        }
+    }
+
+    let count = (sample.len() / channels) as f64;
+    let of_group = channels / groups;
+    let (mut mean, mut scale, mut shift) = (vec![0.0; channels], vec![0.0; channels], vec![0.0; channels]);
+    for group in 0..groups {
+        let range = group * of_group..(group + 1) * of_group;
+        let middle = range.clone().map(|c| f64::from(pivot[c]) + sums[c] / count).sum::<f64>() / of_group as f64;
+        // Each channel's own spread, and its distance to the mean of the group (Chan et al.).
+        let spread: f64 = range
+            .clone()
+            .map(|c| {
+                let own = sums[c] / count;
+                let away = f64::from(pivot[c]) + own - middle;
+                squares[c] / count - own * own + away * away
+            })
+            .sum();
+        let normal = 1.0 / (spread.max(0.0) / of_group as f64 + affine.eps).sqrt();
+        for c in range {
+            mean[c] = middle as f32;
+            scale[c] = (f64::from(affine.weight[c]) * normal) as f32;
+            // What the mean lost on its way to f32 comes back here.
+            let lost = (middle - f64::from(mean[c])) * f64::from(scale[c]);
+            shift[c] = (f64::from(affine.bias[c]) - lost) as f32;
+        }
+    }
+    Channels { mean, scale, shift }
+}
+
+/// `x` is `[.., C]`.
+pub(super) fn layer_norm<T: Element>(x: &Held, affine: &Affine) -> Result<Vec<T>> {
+    let x = x.slice::<T>()?;
+    let channels = affine.weight.len();
+    Ok(make_rows(x.len() / channels.max(1), channels, |first, out| {
+        let from = &x[first * channels..];
+        for (to, from) in out.chunks_exact_mut(channels).zip(from.chunks_exact(channels)) {
+            simd::layer_norm_row(from, affine.weight, affine.bias, affine.eps, to);
+        }
+    }))
+}

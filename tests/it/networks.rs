@@ -1,0 +1,480 @@
+//! Text encoders, UNet and VAE against diffusers and transformers, number for number. The goldens are made by
+//! `tests/goldens/make_networks.py`, whose header names the versions.
+
+#![expect(clippy::print_stdout, reason = "the measured errors are the test's report")]
+#![expect(clippy::unwrap_used, reason = "a test may panic, and so may what it calls")]
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use sdxl_worker::error::{Error, Result};
+use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
+use sdxl_worker::model::networks::embeddings::Sinusoid;
+use sdxl_worker::model::networks::unet::{Unet, UnetConfig, UnetInput};
+use sdxl_worker::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
+use serde_json::{Value, json};
+
+const UNETS: [&str; 6] =
+    ["refiner", "conv_projection", "uneven_layers", "inpaint_odd_size", "no_mid_block", "plain_mid_block"];
+const VAES: [&str; 2] = ["vae", "vae_no_quant"];
+
+/// Dtypes of activations and of weights, and the largest error of the largest value.
+#[derive(Clone, Copy)]
+struct Precision {
+    activations: DType,
+    weights: DType,
+    tolerance: f64,
+}
+
+const PRECISIONS: [Precision; 3] = [
+    Precision { activations: DType::F32, weights: DType::F32, tolerance: 1e-4 },
+    Precision { activations: DType::F32, weights: DType::F16, tolerance: 1e-4 },
+    Precision { activations: DType::BF16, weights: DType::BF16, tolerance: 3e-2 },
+];
+
+/// One file of goldens: inputs, outputs and, for tiny networks, weights.
+struct Golden {
+    path: PathBuf,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Golden {
+    fn open(name: &str) -> Self {
+        let path = root().join(format!("tests/goldens/networks_{name}.safetensors"));
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        Self { path, tensors }
+    }
+
+    fn get(&self, name: &str) -> Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("{} has no {name}", self.path.display())).clone()
+    }
+
+    /// From NCHW.
+    fn map(&self, name: &str, dtype: DType) -> Tensor {
+        channels_last(&self.get(name)).to_dtype(dtype).unwrap()
+    }
+
+    fn weights(&self, dtype: DType) -> VarBuilder<'static> {
+        weights(&self.path, dtype).pp("weights")
+    }
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn weights(path: &Path, dtype: DType) -> VarBuilder<'static> {
+    VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &Device::Cpu).unwrap()
+}
+
+fn channels_last(x: &Tensor) -> Tensor {
+    x.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
+}
+
+fn config(name: &str) -> Value {
+    let all: Value =
+        serde_json::from_slice(&std::fs::read(root().join("tests/goldens/networks.json")).unwrap()).unwrap();
+    all.get(name).unwrap().clone()
+}
+
+fn demo(part: &str, file: &str) -> PathBuf {
+    root().join("assets/demo").join(part).join(file)
+}
+
+fn demo_config(part: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(demo(part, "config.json")).unwrap()).unwrap()
+}
+
+fn parse<T: serde::de::DeserializeOwned>(config: &Value) -> T {
+    serde_json::from_value(config.clone()).unwrap()
+}
+
+/// max |Δ| / max |reference|; infinite where a value is no number.
+fn relative_error(ours: &Tensor, reference: &Tensor) -> f64 {
+    let values = |x: &Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (ours, reference) = (values(ours), values(reference));
+    let largest = reference.iter().fold(0.0, |m: f64, x| m.max(f64::from(x.abs())));
+    let error = ours.iter().zip(&reference).map(|(a, b)| f64::from((a - b).abs()));
+    error.fold(0.0, |m: f64, e| if e.is_nan() { f64::INFINITY } else { m.max(e) }) / largest
+}
+
+#[track_caller]
+fn check_close(what: &str, precision: Precision, ours: &Tensor, reference: &Tensor) {
+    assert_eq!(ours.dims(), reference.dims(), "{what}");
+    let error = relative_error(ours, reference);
+    let Precision { activations, weights, tolerance } = precision;
+    println!("{what:34} {activations:?}, weights {weights:?}: relative error {error:.1e}, allowed {tolerance:.0e}");
+    assert!(error <= tolerance, "{what}: relative error {error:e}, allowed {tolerance:e}");
+}
+
+fn go() -> Result<()> {
+    Ok(())
+}
+
+fn run_unet(unet: &Unet, golden: &Golden, dtype: DType, check: &dyn Fn() -> Result<()>) -> Result<Tensor> {
+    let (context, pooled) = (golden.get("in.context"), golden.get("in.pooled"));
+    let timesteps: Vec<f64> = numbers(&golden.get("in.timesteps").unsqueeze(0).unwrap()).remove(0);
+    let time_ids = numbers(&golden.get("in.time_ids"));
+    let down: Vec<Tensor> =
+        (0..).map_while(|i| golden.tensors.get(&format!("in.down.{i}"))).map(channels_last).collect();
+    let mid = golden.tensors.get("in.mid").map(channels_last);
+    unet.forward(UnetInput {
+        sample: &golden.map("in.sample", dtype),
+        timesteps: &timesteps,
+        context: &context,
+        pooled: &pooled,
+        time_ids: &time_ids,
+        down_residuals: mid.as_ref().map(|_| down.as_slice()),
+        mid_residual: mid.as_ref(),
+        check,
+    })
+}
+
+fn numbers(x: &Tensor) -> Vec<Vec<f64>> {
+    x.to_dtype(DType::F64).unwrap().to_vec2().unwrap()
+}
+
+fn check_vae(what: &str, vb: &VarBuilder, config: &VaeConfig, golden: &Golden, precision: Precision) {
+    let dtype = precision.activations;
+    let encoder = VaeEncoder::load(vb, config).unwrap();
+    let moments = encoder.encode(&golden.map("in.picture", dtype), &go).unwrap();
+    check_close(&format!("{what} mean"), precision, &moments.mean, &golden.map("out.mean", DType::F32));
+    check_close(&format!("{what} logvar"), precision, &moments.logvar, &golden.map("out.logvar", DType::F32));
+    let decoder = VaeDecoder::load(vb, config).unwrap();
+    let picture = decoder.decode(&golden.map("in.latents", dtype), &go).unwrap();
+    assert_eq!(picture.dtype(), dtype);
+    check_close(&format!("{what} picture"), precision, &picture, &golden.map("out.picture", DType::F32));
+}
+
+fn check_clip(what: &str, vb: &VarBuilder, config: &ClipConfig, golden: &Golden, precision: Precision) {
+    let ids = golden.get("in.ids").to_dtype(DType::U32).unwrap();
+    let pooled = golden.tensors.get("out.pooled");
+    let model = ClipTextModel::load(vb, config, pooled.is_some(), precision.activations).unwrap();
+    for skip in [0, 1] {
+        let output = model.forward(&ids, skip).unwrap();
+        let reference = golden.get(&format!("out.skip_{skip}"));
+        check_close(&format!("{what} hidden, skip {skip}"), precision, &output.hidden, &reference);
+        assert_eq!(output.pooled.is_some(), pooled.is_some());
+        if let (Some(ours), Some(reference)) = (&output.pooled, pooled) {
+            check_close(&format!("{what} pooled, skip {skip}"), precision, ours, reference);
+        }
+    }
+}
+
+#[test]
+fn unets_of_every_layout_equal_diffusers() {
+    for name in UNETS {
+        let golden = Golden::open(name);
+        for precision in PRECISIONS {
+            let unet = Unet::load(&golden.weights(precision.weights), &parse(&config(name))).unwrap();
+            let ours = run_unet(&unet, &golden, precision.activations, &go).unwrap();
+            assert_eq!(ours.dtype(), precision.activations);
+            check_close(name, precision, &ours, &golden.map("out.sample", DType::F32));
+        }
+    }
+}
+
+#[test]
+fn vaes_of_every_layout_equal_diffusers() {
+    for name in VAES {
+        let golden = Golden::open(name);
+        for precision in PRECISIONS {
+            check_vae(name, &golden.weights(precision.weights), &parse(&config(name)), &golden, precision);
+        }
+    }
+}
+
+#[test]
+fn text_encoders_of_every_layout_equal_transformers() {
+    for name in ["clip", "clip_legacy_eos"] {
+        let golden = Golden::open(name);
+        for precision in PRECISIONS {
+            check_clip(name, &golden.weights(precision.weights), &parse(&config(name)), &golden, precision);
+        }
+    }
+}
+
+#[test]
+fn networks_of_the_demonstration_model_equal_diffusers() {
+    const MODEL: &str = "diffusion_pytorch_model.safetensors";
+    for precision in PRECISIONS {
+        for part in ["text_encoder", "text_encoder_2"] {
+            let golden = Golden::open(&format!("demo_{part}"));
+            let vb = weights(&demo(part, "model.safetensors"), precision.weights);
+            check_clip(part, &vb, &parse(&demo_config(part)), &golden, precision);
+        }
+        let golden = Golden::open("demo_vae");
+        check_vae(
+            "vae",
+            &weights(&demo("vae", MODEL), precision.weights),
+            &parse(&demo_config("vae")),
+            &golden,
+            precision,
+        );
+        let golden = Golden::open("demo_unet");
+        let unet = Unet::load(&weights(&demo("unet", MODEL), precision.weights), &parse(&demo_config("unet"))).unwrap();
+        let ours = run_unet(&unet, &golden, precision.activations, &go).unwrap();
+        check_close("unet", precision, &ours, &golden.map("out.sample", DType::F32));
+    }
+}
+
+#[test]
+fn attention_weights_of_old_vaes_are_read() {
+    let golden = Golden::open("vae");
+    let renamed = golden.tensors.iter().filter(|(name, _)| name.starts_with("weights.")).map(|(name, value)| {
+        let mut name = name.clone();
+        let mut value = value.to_dtype(DType::F32).unwrap();
+        for (now, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
+            if name.contains(now) {
+                name = name.replace(now, old);
+                if value.rank() == 2 {
+                    value = value.unsqueeze(2).unwrap().unsqueeze(3).unwrap(); // as a 1×1 convolution's
+                }
+            }
+        }
+        (name, value)
+    });
+    let vb = VarBuilder::from_tensors(renamed.collect(), DType::F32, &Device::Cpu).pp("weights");
+    check_vae("old vae", &vb, &parse(&config("vae")), &golden, PRECISIONS[0]);
+}
+
+#[test]
+fn latents_of_two_scales_are_inverse() {
+    for (name, z) in [("vae", [4, 2]), ("vae_no_quant", [6, 3])] {
+        let mut config: VaeConfig = parse(&config(name));
+        config.scaling_factor = 0.4;
+        config.shift_factor = Some(0.3);
+        let latents = Tensor::arange(0f32, (z[0] * z[1]) as f32, &Device::Cpu).unwrap();
+        let latents = latents.reshape((1, z[1], 1, z[0])).unwrap();
+        let scaled = config.to_model(&latents).unwrap();
+        let first: f32 = scaled.flatten_all().unwrap().to_vec1::<f32>().unwrap()[1];
+        let wanted = if name == "vae" { (1.0 - 0.3) * 0.4 } else { (1.0 + 0.2) * 0.4 / 0.9 };
+        assert!((first - wanted).abs() < 1e-6, "{name}: {first}, wanted {wanted}");
+        check_close(name, PRECISIONS[0], &config.from_model(&scaled).unwrap(), &latents);
+    }
+}
+
+#[test]
+fn cancellation_takes_effect_between_the_blocks_of_one_evaluation() {
+    let golden = Golden::open("refiner");
+    let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
+    let calls = Cell::new(0);
+    run_unet(&unet, &golden, DType::F32, &|| {
+        calls.set(calls.get() + 1);
+        Ok(())
+    })
+    .unwrap();
+    // 15 layers and the middle block, 12 transformer blocks, the beginning and the end.
+    let whole = calls.get();
+    assert_eq!(whole, 30);
+    for stop in [1, 7, whole] {
+        calls.set(0);
+        let answer = run_unet(&unet, &golden, DType::F32, &|| {
+            calls.set(calls.get() + 1);
+            if calls.get() == stop { Err(Error::Cancelled) } else { Ok(()) }
+        });
+        assert!(matches!(answer, Err(Error::Cancelled)), "stopped at {stop}: {answer:?}");
+        assert_eq!(calls.get(), stop);
+    }
+}
+
+#[test]
+fn parts_of_other_models_are_refused() {
+    let golden = Golden::open("refiner");
+    let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
+    let base = Golden::open("no_mid_block");
+    let answer = run_unet(&unet, &base, DType::F32, &go);
+    assert!(
+        matches!(&answer, Err(Error::ModelUnsupported { message, .. }) if message.contains("6 time ids")),
+        "{answer:?}"
+    );
+    let answer = run_unet(&unet, &Golden::open("inpaint_odd_size"), DType::F32, &go);
+    assert!(matches!(&answer, Err(Error::ModelUnsupported { message, .. }) if message.contains("got 9")), "{answer:?}");
+    let parsed: UnetConfig = parse(&config("refiner"));
+    assert_eq!((parsed.time_ids(10), parsed.time_ids(9), parsed.time_ids(50)), (Some(5), None, None));
+}
+
+#[test]
+fn weights_of_other_networks_are_refused() {
+    let vae = Golden::open("vae").weights(DType::F32);
+    let check = |error: Option<Error>| {
+        let error = error.unwrap();
+        assert_eq!(error.code(), "model_unsupported", "{error}");
+    };
+    check(Unet::load(&vae, &parse(&config("refiner"))).err());
+    check(VaeDecoder::load(&vae, &parse(&config("vae_no_quant"))).err());
+    check(VaeEncoder::load(&vae.pp("nowhere"), &parse(&config("vae"))).err());
+    check(ClipTextModel::load(&vae, &parse(&config("clip")), true, DType::F32).err());
+}
+
+#[test]
+fn ids_and_clip_skip_beyond_the_model_are_errors() {
+    let golden = Golden::open("clip");
+    let model = ClipTextModel::load(&golden.weights(DType::F32), &parse(&config("clip")), true, DType::F32).unwrap();
+    let run = |ids: Vec<u32>, skip: usize| {
+        let length = ids.len();
+        model.forward(&Tensor::from_vec(ids, (1, length), &Device::Cpu).unwrap(), skip)
+    };
+    assert!(run(vec![62, 63], 3).is_ok());
+    assert_eq!(run(vec![62, 63], 4).err().unwrap().code(), "invalid_parameter");
+    assert_eq!(run(vec![62, 63], usize::MAX).err().unwrap().code(), "invalid_parameter");
+    assert_eq!(run(vec![62, 64], 0).err().unwrap().code(), "model_unsupported");
+    assert_eq!(run(vec![62; 12], 0).err().unwrap().code(), "internal");
+    assert_eq!(run(vec![], 0).err().unwrap().code(), "internal");
+}
+
+#[test]
+fn sinusoids_of_odd_width_end_with_zero() {
+    let sinusoid = Sinusoid { width: 5, flip_sin_to_cos: true, freq_shift: 0.0 };
+    let row: Vec<Vec<f32>> = sinusoid.embed([[2.0].as_slice()], &Device::Cpu).unwrap().to_vec2().unwrap();
+    let wanted = [2f32.cos(), 0.02f32.cos(), 2f32.sin(), 0.02f32.sin(), 0.0];
+    let near = row[0].iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-6);
+    assert!(near && row[0].len() == 5, "{row:?}, wanted {wanted:?}");
+}
+
+/// Checks a configuration as the model domain does: it may not parse, or `check` refuses it. Gives the message.
+fn judge(kind: &str, config: &Value) -> Option<String> {
+    fn parsed<T: serde::de::DeserializeOwned>(config: &Value, check: impl Fn(&T) -> Result<()>) -> Option<String> {
+        match serde_json::from_value::<T>(config.clone()) {
+            Ok(config) => check(&config).err().map(|error| {
+                assert_eq!(error.code(), "model_unsupported", "{error}");
+                error.to_string()
+            }),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+    match kind {
+        "unet" => parsed::<UnetConfig>(config, |config| config.check("mine")),
+        "vae" => parsed::<VaeConfig>(config, |config| config.check("mine")),
+        _ => parsed::<ClipConfig>(config, |config| config.check("mine")),
+    }
+}
+
+#[test]
+fn configurations_that_cannot_be_computed_are_refused_by_name() {
+    let cases = [
+        ("unet", "attention_head_dim", json!(0)),
+        ("unet", "attention_head_dim", json!([5, 5, 5])),
+        ("unet", "attention_head_dim", json!([1, 2])),
+        ("unet", "num_attention_heads", json!(7)),
+        ("unet", "norm_num_groups", json!(0)),
+        ("unet", "norm_num_groups", json!(3)),
+        ("unet", "norm_num_groups", json!(null)),
+        ("unet", "norm_eps", json!(0)),
+        ("unet", "norm_eps", json!(-1.0)),
+        ("unet", "block_out_channels", json!([])),
+        ("unet", "block_out_channels", json!([0, 0, 0])),
+        ("unet", "block_out_channels", json!([u64::MAX, u64::MAX, u64::MAX])),
+        ("unet", "block_out_channels", json!([32, 64])),
+        ("unet", "layers_per_block", json!(0)),
+        ("unet", "layers_per_block", json!(u64::MAX)),
+        ("unet", "layers_per_block", json!([1, 2])),
+        ("unet", "transformer_layers_per_block", json!(u64::MAX)),
+        ("unet", "transformer_layers_per_block", json!([1, 1, [1, 1]])),
+        ("unet", "reverse_transformer_layers_per_block", json!([[1], 1, 1])),
+        ("unet", "cross_attention_dim", json!(0)),
+        ("unet", "cross_attention_dim", json!([96, 96, 64])),
+        ("unet", "in_channels", json!(0)),
+        ("unet", "out_channels", json!(u64::MAX)),
+        ("unet", "conv_in_kernel", json!(4)),
+        ("unet", "conv_out_kernel", json!(u64::MAX)),
+        ("unet", "freq_shift", json!(16)),
+        ("unet", "addition_time_embed_dim", json!(0)),
+        ("unet", "addition_time_embed_dim", json!(null)),
+        ("unet", "projection_class_embeddings_input_dim", json!(u64::MAX)),
+        ("unet", "time_embedding_dim", json!(u64::MAX)),
+        ("unet", "addition_embed_type", json!("image")),
+        ("unet", "addition_embed_type", json!(null)),
+        ("unet", "act_fn", json!("mish")),
+        ("unet", "down_block_types", json!(["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"])),
+        ("unet", "up_block_types", json!(["UpBlock2D"])),
+        ("unet", "mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
+        ("unet", "mid_block_scale_factor", json!(2.0)),
+        ("unet", "only_cross_attention", json!([false, true, false])),
+        ("unet", "dual_cross_attention", json!(true)),
+        ("unet", "class_embed_type", json!("timestep")),
+        ("unet", "encoder_hid_dim_type", json!("ip_image_proj")),
+        ("unet", "resnet_time_scale_shift", json!("scale_shift")),
+        ("unet", "time_embedding_type", json!("fourier")),
+        ("unet", "time_cond_proj_dim", json!(256)),
+        ("vae", "block_out_channels", json!([])),
+        ("vae", "block_out_channels", json!([0, 0, 0, 0])),
+        ("vae", "norm_num_groups", json!(0)),
+        ("vae", "norm_num_groups", json!(u64::MAX)),
+        ("vae", "layers_per_block", json!(u64::MAX)),
+        ("vae", "latent_channels", json!(u64::MAX)),
+        ("vae", "scaling_factor", json!(0.0)),
+        ("vae", "latents_mean", json!([0.0])),
+        ("vae", "latents_std", json!([1.0, 0.0, 1.0, 1.0])),
+        ("vae", "down_block_types", json!(vec!["AttnDownEncoderBlock2D"; 4])),
+        ("vae", "act_fn", json!("relu")),
+        ("text_encoder", "num_attention_heads", json!(0)),
+        ("text_encoder", "num_attention_heads", json!(3)),
+        ("text_encoder", "hidden_size", json!(u64::MAX)),
+        ("text_encoder", "num_hidden_layers", json!(0)),
+        ("text_encoder", "vocab_size", json!(u64::MAX)),
+        ("text_encoder", "hidden_act", json!("gelu_new")),
+        ("text_encoder", "layer_norm_eps", json!(0.0)),
+        ("text_encoder", "eos_token_id", json!([1, 2])),
+        ("text_encoder", "eos_token_id", json!(null)),
+    ];
+    for (kind, key, value) in cases {
+        let mut config = demo_config(kind);
+        assert_eq!(judge(kind, &config), None);
+        config[key] = value.clone();
+        let message = judge(kind, &config).unwrap_or_else(|| panic!("`{key}`: {value} of {kind} was accepted"));
+        assert!(message.contains(&format!("`{key}`")), "{key} = {value}: {message}");
+    }
+}
+
+#[test]
+fn no_configuration_makes_a_network_panic() {
+    let values = [
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(2),
+        json!(7),
+        json!(-1),
+        json!(0.5),
+        json!(u64::MAX),
+        json!(i64::MAX),
+        json!(1u64 << 32),
+        json!(1e300),
+        json!([]),
+        json!([1, 2]),
+        json!([0, 0, 0]),
+        json!([u64::MAX, 1, 1, 1]),
+        json!([[1], [2], []]),
+        json!("x"),
+        json!(true),
+    ];
+    let empty = || VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
+    let mut tried = 0;
+    for kind in ["unet", "vae", "text_encoder_2"] {
+        let whole = demo_config(kind);
+        for key in whole.as_object().unwrap().keys() {
+            for value in &values {
+                let mut config = whole.clone();
+                config[key] = value.clone();
+                tried += 1;
+                let _ = judge(kind, &config);
+                // No weights: whatever is accepted must end at the first of them.
+                let loaded = match kind {
+                    "unet" => serde_json::from_value(config).ok().map(|c| Unet::load(&empty(), &c).is_ok()),
+                    "vae" => serde_json::from_value(config)
+                        .ok()
+                        .map(|c| VaeEncoder::load(&empty(), &c).is_ok() || VaeDecoder::load(&empty(), &c).is_ok()),
+                    _ => serde_json::from_value(config)
+                        .ok()
+                        .map(|c| ClipTextModel::load(&empty(), &c, true, DType::F32).is_ok()),
+                };
+                assert_ne!(loaded, Some(true), "{kind} {key} = {value}");
+            }
+        }
+    }
+    assert!(tried > 1000, "{tried} configurations");
+}

@@ -1,0 +1,140 @@
+//! Text to image against diffusers, request by request. `tests/parity/make_cases.py` made the references from the
+//! demonstration model in f32 on the CPU; `tests/parity/versions.json` names the versions.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use sdxl_worker::config::Config;
+use sdxl_worker::context::Context;
+use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::instructors::Instructors;
+use sdxl_worker::managers::Managers;
+use sdxl_worker::pixels::Rgb8;
+
+/// Largest difference of the latents, in units of the reference's standard deviation.
+struct LatentTolerance(f64);
+/// Decibels, over the 8-bit images.
+struct LeastPsnr(f64);
+
+struct Worker {
+    instructors: Instructors,
+    managers: Managers,
+}
+
+impl Worker {
+    fn new() -> Self {
+        let config = Config::default();
+        let settings = &config.workers.instructors;
+        let managers = Managers::new(&settings.model, Arc::default());
+        Self { instructors: Instructors::new(settings).unwrap(), managers }
+    }
+
+    /// Latents as `[1, C, H, W]` and pixels of each image of a request.
+    fn draw(&mut self, request: &GenerateRequest) -> Vec<(Tensor, Rgb8)> {
+        let ctx = Context::detached();
+        let inference = &self.instructors.inference;
+        let plan = inference.plan(request, &mut self.managers).unwrap();
+        let placement = inference.device.place(&mut self.managers.device, plan.dtype).unwrap();
+        plan.seeds
+            .iter()
+            .map(|&seed| {
+                let latents = inference.latents(&plan, seed, &placement, &mut self.managers, &ctx).unwrap();
+                let pixels = inference.pixels(&plan, &latents, &placement, &mut self.managers, &ctx).unwrap();
+                (latents.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap(), pixels)
+            })
+            .collect()
+    }
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity")
+}
+
+fn cases() -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder())
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.strip_suffix(".request.json").map(str::to_owned))
+        .collect();
+    names.sort();
+    names
+}
+
+fn request(case: &str) -> GenerateRequest {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        data: GenerateRequest,
+    }
+    let text = fs::read_to_string(folder().join(format!("{case}.request.json"))).unwrap();
+    serde_json::from_str::<Line>(&text).unwrap().data
+}
+
+/// Largest |Δ| over the standard deviation of the reference.
+fn distance(ours: &Tensor, reference: &Tensor) -> f64 {
+    let (ours, reference) = (ours.to_dtype(DType::F64).unwrap(), reference.to_dtype(DType::F64).unwrap());
+    let worst = (&ours - &reference).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+    let std = reference.flatten_all().unwrap().var(0).unwrap().to_scalar::<f64>().unwrap().sqrt();
+    worst / std
+}
+
+fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
+    let reference = image::open(reference).unwrap().to_rgb8();
+    assert_eq!((ours.width, ours.height), (reference.width() as usize, reference.height() as usize));
+    let total: f64 =
+        ours.data.iter().zip(reference.as_raw()).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
+    let mse = total / ours.data.len() as f64;
+    if mse == 0.0 { 99.0 } else { 10.0 * (255.0_f64.powi(2) / mse).log10() }
+}
+
+/// Runs `cases` in `dtype` and prints how far each is from the reference.
+fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance>, least: LeastPsnr) {
+    let mut worker = Worker::new();
+    let mut failures = Vec::new();
+    println!("{:<36} {:>12} {:>9}", "case", "latents |Δ|/σ", "PSNR dB");
+    for case in cases {
+        let mut request = request(case);
+        request.dtype = dtype;
+        let stored =
+            candle_core::safetensors::load(folder().join(format!("{case}.safetensors")), &Device::Cpu).unwrap();
+        let drawn = worker.draw(&request);
+        drawn[0].0.save_safetensors("latents", format!("/work/tmp/ours/{case}.safetensors")).unwrap();
+        let single = drawn.len() == 1;
+        for (index, (ours, pixels)) in drawn.iter().enumerate() {
+            let reference = stored["latents"].narrow(0, index, 1).unwrap();
+            let png = if single { format!("{case}.png") } else { format!("{case}-{index}.png") };
+            let (distance, psnr) = (distance(ours, &reference), psnr(pixels, &folder().join(&png)));
+            println!("{png:<36} {distance:>12.2e} {psnr:>9.1}");
+            let far = latents.as_ref().is_some_and(|tolerance| distance.is_nan() || distance > tolerance.0);
+            if far || psnr.is_nan() || psnr < least.0 {
+                failures.push(format!("{png}: latents {distance:.2e}, PSNR {psnr:.1} dB"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "out of tolerance:\n{}", failures.join("\n"));
+}
+
+#[test]
+fn every_case_is_what_diffusers_draws() {
+    check(&cases(), Some(Dtype::F32), Some(LatentTolerance(5e-4)), LeastPsnr(60.0));
+}
+
+#[test]
+fn bf16_stays_close_to_the_f32_reference() {
+    let some: Vec<String> =
+        ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
+    check(&some, Some(Dtype::Bf16), None, LeastPsnr(34.0));
+}
+
+#[test]
+fn an_image_of_a_batch_is_the_image_alone() {
+    let mut worker = Worker::new();
+    let batch = GenerateRequest { steps: Some(3), ..request("batch") };
+    let together = worker.draw(&batch);
+    for (index, (_, pixels)) in together.iter().enumerate() {
+        let seed = batch.seed.map(|seed| seed + index as i64);
+        let alone = worker.draw(&GenerateRequest { seed, batch_size: Some(1), ..batch.clone() });
+        assert_eq!(alone[0].1.data, pixels.data, "image {index}");
+    }
+}
