@@ -88,7 +88,7 @@ impl ModelInstructor {
                 let wide = weights.tensors().map(|(_, stored)| (stored.range.end - stored.range.start, stored.dtype));
                 Ok::<_, Error>(wide.max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype.name()))
             };
-            let dtype = opened.as_ref().map(|checkpoint| dtype(checkpoint));
+            let dtype = opened.as_ref().map(dtype);
             models.push(ModelEntry {
                 name: listed.name,
                 family: opened.as_ref().ok().map(|checkpoint| checkpoint.family.name),

@@ -1,5 +1,7 @@
 //! Tokens and embeddings against transformers' and diffusers'.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish};
 use sdxl_worker::conditioning::interface::{EncodeWish, Request, Response, Settings, TokenizeWish};
@@ -72,7 +74,7 @@ fn tokens_equal_those_of_transformers() {
     }
 }
 
-/// The demonstration model's small files and weights in `folder`, with what `change` does to them.
+/// Copies the demonstration model into `folder`.
 pub(crate) fn demo_folder(folder: &std::path::Path) {
     let assets = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
     for part in ["", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"] {

@@ -91,7 +91,9 @@ impl<T> Shelf<T> {
     pub fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
         let before = self.bytes();
         self.entries.retain(|entry| checkpoint.is_some_and(|key| key != entry.key.checkpoint));
-        before.saturating_sub(self.bytes())
+        let freed = before.saturating_sub(self.bytes());
+        give_back(freed);
+        freed
     }
 
     /// Whether items of a checkpoint may be evicted.
@@ -140,7 +142,25 @@ impl<T> Manager for Shelf<T> {
             }
             stays
         });
+        give_back(freed);
         freed
+    }
+}
+
+/// Freed bytes from which on it is worth asking the allocator to let go of them.
+const WORTH: Bytes = Bytes(64 * Bytes::MIB);
+
+/// Returns what was freed to the system. glibc keeps blocks of up to 32 MiB for itself once it has seen such blocks freed,
+/// and most weights are smaller than that: without this, gigabytes stay with the process.
+fn give_back(freed: Bytes) {
+    if freed < WORTH {
+        return;
+    }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[expect(unsafe_code, reason = "the allocator is C's")]
+    // SAFETY: `malloc_trim` has no preconditions, and touches only memory that is free.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

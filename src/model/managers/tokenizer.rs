@@ -180,44 +180,44 @@ struct TokenizerConfig {
 
 fn read(checkpoint: &Checkpoint) -> Result<Tokenizers> {
     let [first, second] = &checkpoint.tokenizers;
-    // A tokenizer without files of its own takes those of its neighbour's vocabulary: CLIP has only one.
-    let files = |own: &Option<TokenizerFiles>, other: &Option<TokenizerFiles>| own.clone().or_else(|| other.clone());
-    let (model, size) = vocabulary(files(second, first))?;
-    let config = |own: &Option<TokenizerFiles>, name: &str, embedded: bool| -> Result<TokenizerConfig> {
-        match own.as_ref().and_then(|files| files.config.clone()) {
-            Some(found) => found.json(Bytes::MIB),
-            None if embedded => {
-                let path = format!("{name}/tokenizer_config.json");
-                match demo::file(&path) {
-                    Some(bytes) => Found::Embedded { path: path.into(), bytes }.json(Bytes::MIB),
-                    None => Ok(TokenizerConfig::default()),
-                }
-            }
-            None => Ok(TokenizerConfig::default()),
-        }
-    };
-    let build = |model: BPE, own: &Option<TokenizerFiles>, name: &str, rows: usize| {
-        let path = own.as_ref().map_or_else(|| name.into(), |files| files.vocab.path().to_owned());
-        let embedded = own.as_ref().is_none_or(|files| files.config.is_none());
-        tokenizer(model, &config(own, name, embedded)?, rows).map_err(|message| Error::ModelCorrupt { path, message })
-    };
-    let mut bytes = size * BYTES_PER_BYTE;
+    let vocabulary_2 = vocabulary(second.as_ref().or(first.as_ref()))?;
+    let mut bytes = vocabulary_2.bytes;
     let first = match &checkpoint.text_encoder {
         None => None,
         Some(encoder) => {
-            let same = same_vocabulary(first, second);
-            let own = if same { model.clone() } else { vocabulary(files(first, second))?.0 };
-            bytes *= 2;
-            Some(build(own, first, "tokenizer", encoder.vocab_size)?)
+            let same = same_vocabulary(first.as_ref(), second.as_ref());
+            let own = if same { vocabulary_2.clone() } else { vocabulary(first.as_ref())? };
+            bytes += own.bytes;
+            Some(build(own, first.as_ref(), "tokenizer", encoder.vocab_size)?)
         }
     };
-    let second = build(model, second, "tokenizer_2", checkpoint.text_encoder_2.vocab_size)?;
+    let second = build(vocabulary_2, second.as_ref(), "tokenizer_2", checkpoint.text_encoder_2.vocab_size)?;
     Ok(Tokenizers { first, second, bytes: Bytes(bytes) })
 }
 
-/// Whether both tokenizers read the same files. Files of the same length and content are common: every SDXL
-/// checkpoint brings CLIP's vocabulary twice.
-fn same_vocabulary(first: &Option<TokenizerFiles>, second: &Option<TokenizerFiles>) -> bool {
+/// The tokenizer in the folder `name`, for an encoder that has embeddings for `rows` tokens.
+fn build(vocabulary: Vocabulary, files: Option<&TokenizerFiles>, name: &str, rows: usize) -> Result<ClipTokenizer> {
+    let path = files.map_or_else(|| name.into(), |files| files.vocab.path().to_owned());
+    let config: TokenizerConfig = match files.and_then(|files| files.config.as_ref()) {
+        Some(found) => found.json(Bytes::MIB)?,
+        None => embedded(&format!("{name}/tokenizer_config.json"))?.json(Bytes::MIB)?,
+    };
+    let highest = vocabulary.highest;
+    if highest as usize >= rows {
+        let message = format!("has the token id {highest}, and the text encoder has {rows} tokens");
+        return Err(Error::ModelCorrupt { path, message });
+    }
+    tokenizer(vocabulary.model, &config).map_err(|message| Error::ModelCorrupt { path, message })
+}
+
+fn embedded(name: &str) -> Result<Found> {
+    let bytes = demo::file(name).ok_or_else(|| Error::bug(format!("`{name}` is not embedded")))?;
+    Ok(Found::Embedded { path: name.into(), bytes })
+}
+
+/// Whether both tokenizers have the same vocabulary, as in every SDXL checkpoint that brings CLIP's twice. One without
+/// files takes its neighbour's.
+fn same_vocabulary(first: Option<&TokenizerFiles>, second: Option<&TokenizerFiles>) -> bool {
     let (Some(first), Some(second)) = (first, second) else { return true };
     let same = |a: &Found, b: &Found| {
         a.path() == b.path()
@@ -227,18 +227,23 @@ fn same_vocabulary(first: &Option<TokenizerFiles>, second: &Option<TokenizerFile
     same(&first.vocab, &second.vocab) && same(&first.merges, &second.merges)
 }
 
-/// The BPE model, and the bytes of its files.
-fn vocabulary(files: Option<TokenizerFiles>) -> Result<(BPE, u64)> {
-    let embedded = |name: &str| {
-        let bytes = demo::file(name).ok_or_else(|| Error::bug(format!("`{name}` is not embedded")))?;
-        Ok::<_, Error>(Found::Embedded { path: name.into(), bytes })
-    };
+/// Tokens and merges, understood.
+#[derive(Clone)]
+struct Vocabulary {
+    model: BPE,
+    highest: u32,
+    /// In memory.
+    bytes: u64,
+}
+
+/// The vocabulary of the files, or the embedded one.
+fn vocabulary(files: Option<&TokenizerFiles>) -> Result<Vocabulary> {
     let (vocab, merges) = match files {
-        Some(files) => (files.vocab, files.merges),
+        Some(files) => (files.vocab.clone(), files.merges.clone()),
         None => (embedded("tokenizer/vocab.json")?, embedded("tokenizer/merges.txt")?),
     };
     let (vocab_bytes, merges_bytes) = (vocab.read(VOCABULARY_LIMIT)?, merges.read(VOCABULARY_LIMIT)?);
-    let size = (vocab_bytes.len() + merges_bytes.len()) as u64;
+    let bytes = (vocab_bytes.len() + merges_bytes.len()) as u64 * BYTES_PER_BYTE;
     let corrupt = |found: &Found, message: String| Error::ModelCorrupt { path: found.path().to_owned(), message };
     let words: Words =
         serde_json::from_slice(&vocab_bytes).map_err(|e| corrupt(&vocab, format!("is not a vocabulary: {e}")))?;
@@ -265,13 +270,14 @@ fn vocabulary(files: Option<TokenizerFiles>) -> Result<(BPE, u64)> {
         .unk_token("<|endoftext|>".to_owned())
         .build()
         .map_err(|e| corrupt(&merges, format!("does not fit the vocabulary: {e}")))?;
-    Ok((model, size))
+    Ok(Vocabulary { model, highest: words.highest, bytes })
 }
 
-/// `vocab.json`, with the length of its longest token in bytes.
+/// `vocab.json`, with the length of its longest token in bytes and its highest id.
 struct Words {
     vocab: Vocab,
     longest: usize,
+    highest: u32,
 }
 
 impl<'de> Deserialize<'de> for Words {
@@ -285,9 +291,10 @@ impl<'de> Deserialize<'de> for Words {
             }
 
             fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Words, A::Error> {
-                let mut words = Words { vocab: Vocab::with_capacity(50_000), longest: 0 };
+                let mut words = Words { vocab: Vocab::with_capacity(50_000), longest: 0, highest: 0 };
                 while let Some((token, id)) = map.next_entry::<Cow<'de, str>, u32>()? {
                     words.longest = words.longest.max(token.len());
+                    words.highest = words.highest.max(id);
                     words.vocab.insert(token.into_owned(), id);
                 }
                 Ok(words)
@@ -297,8 +304,7 @@ impl<'de> Deserialize<'de> for Words {
     }
 }
 
-/// `rows` is the number of tokens that the encoder has embeddings for.
-fn tokenizer(model: BPE, config: &TokenizerConfig, rows: usize) -> Result<ClipTokenizer, String> {
+fn tokenizer(model: BPE, config: &TokenizerConfig) -> Result<ClipTokenizer, String> {
     let end = Special::Text("<|endoftext|>".to_owned());
     let start = Special::Text("<|startoftext|>".to_owned());
     let start = config.bos_token.as_ref().unwrap_or(&start);
@@ -324,9 +330,5 @@ fn tokenizer(model: BPE, config: &TokenizerConfig, rows: usize) -> Result<ClipTo
         id(&inner, special)?;
     }
     inner.add_special_tokens(specials.iter().chain([&padding]).map(|s| s.added())).map_err(|e| e.to_string())?;
-    let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
-    if highest as usize >= rows {
-        return Err(format!("has the token id {highest}, and the text encoder has {rows} tokens"));
-    }
     Ok(ClipTokenizer { start: id(&inner, start)?, end: id(&inner, specials[1])?, padding: id(&inner, padding)?, inner })
 }

@@ -278,7 +278,7 @@ fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(Str
         let shape = shape.map_err(|_| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
         tensors.push((name, Stored { dtype, shape, range: start + from..start + to }));
     }
-    tensors.sort_by(|a, b| (a.1.range.start, a.1.range.end).cmp(&(b.1.range.start, b.1.range.end)));
+    tensors.sort_by_key(|(_, stored)| (stored.range.start, stored.range.end));
     let mut covered = start;
     for (name, stored) in &tensors {
         if stored.range.start < covered {

@@ -1,0 +1,235 @@
+//! Hostile and foreign weight files: each a typed error that names the file.
+
+use std::fs;
+use std::path::Path;
+
+use sdxl_worker::layers::Nothing;
+use sdxl_worker::model::interface::{Request, Response};
+use sdxl_worker::units::Bytes;
+
+use super::{Copy, VAE, ask, change_header, named};
+
+const TEXT_ENCODER: &str = "text_encoder/model.safetensors";
+
+fn safetensors(header: &str, data: usize) -> Vec<u8> {
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.resize(file.len() + data, 7);
+    file
+}
+
+fn tensor(dtype: &str, shape: &str, from: u64, to: u64) -> String {
+    format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+}
+
+#[test]
+fn hostile_weight_files_are_typed_errors() {
+    let one = |entry: String, data| safetensors(&format!(r#"{{"a":{entry}}}"#), data);
+    let two = |a: String, b: String, data| safetensors(&format!(r#"{{"a":{a},"b":{b}}}"#), data);
+    let f16 = |from, to| tensor("F16", "[2]", from, to);
+    let length = |n: u64, rest: &[u8]| [&n.to_le_bytes()[..], rest].concat();
+    let whole = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(TEXT_ENCODER)).unwrap();
+    let deep = format!(r#"{{"a":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let max = u64::MAX.to_string();
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", vec![]),
+        ("one byte", vec![1]),
+        ("seven bytes", vec![0; 7]),
+        ("eight zeros", vec![0; 8]),
+        ("zeros", vec![0; 4096]),
+        ("all ones", vec![255; 4096]),
+        ("text", b"<!DOCTYPE html><html><body>404</body></html>".to_vec()),
+        ("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n".to_vec()),
+        ("pickle", b"\x80\x02}q\x00X\x05\x00\x00\x00modelq\x01.".to_vec()),
+        ("zip", b"PK\x03\x04archive/data.pkl".to_vec()),
+        ("header length max", length(u64::MAX, b"{}")),
+        ("header length i64 max", length(i64::MAX as u64, b"{}")),
+        ("header length one more", length(3, b"{}")),
+        ("header length 100 MB", length(100_000_000, b"{}")),
+        ("header length beyond limit", length(100_000_001, b"{}")),
+        ("header without brace", safetensors("[]", 0)),
+        ("header with leading space", safetensors(" {}", 0)),
+        ("header not JSON", safetensors("{nonsense}", 0)),
+        ("header cut", safetensors(r#"{"a":{"dtype":"F16","#, 0)),
+        ("header with trailing text", safetensors("{} {}", 0)),
+        ("header with NUL", safetensors("{}\0\0", 0)),
+        ("header not UTF-8", length(4, b"{\"\xff\"")),
+        ("header deep", safetensors(&deep, 0)),
+        ("entry not an object", one("5".into(), 0)),
+        ("entry null", one("null".into(), 0)),
+        ("entry without dtype", one(r#"{"shape":[2],"data_offsets":[0,4]}"#.into(), 4)),
+        ("entry without shape", one(r#"{"dtype":"F16","data_offsets":[0,4]}"#.into(), 4)),
+        ("entry without offsets", one(r#"{"dtype":"F16","shape":[2]}"#.into(), 4)),
+        ("dtype unknown", one(tensor("F17", "[2]", 0, 4), 4)),
+        ("dtype lower case", one(tensor("f16", "[2]", 0, 4), 4)),
+        ("dtype a number", one(r#"{"dtype":16,"shape":[2],"data_offsets":[0,4]}"#.into(), 4)),
+        ("shape negative", one(tensor("F16", "[-2]", 0, 4), 4)),
+        ("shape a fraction", one(tensor("F16", "[2.5]", 0, 4), 4)),
+        ("shape a float", one(tensor("F16", "[2e0]", 0, 4), 4)),
+        ("shape overflows", one(tensor("F16", &format!("[{max},{max}]"), 0, 4), 4)),
+        ("shape overflows behind zero", one(tensor("F16", &format!("[0,{max},{max}]"), 0, 0), 0)),
+        ("shape beyond u64", one(tensor("F16", "[99999999999999999999]", 0, 4), 4)),
+        ("shape of nine axes", one(tensor("F16", "[1,1,1,1,1,1,1,1,2]", 0, 4), 4)),
+        ("shape smaller than data", one(tensor("F16", "[1]", 0, 4), 4)),
+        ("shape larger than data", one(tensor("F16", "[3]", 0, 4), 4)),
+        ("dtype wider than data", one(tensor("F32", "[2]", 0, 4), 4)),
+        ("offsets backwards", one(f16(4, 0), 4)),
+        ("offsets beyond the end", one(f16(0, 4), 3)),
+        ("offsets far beyond", one(tensor("U8", "[18446744073709551615]", 0, u64::MAX), 4)),
+        ("offsets start beyond", one(f16(u64::MAX - 3, u64::MAX), 4)),
+        ("offsets negative", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[-4,0]}"#.into(), 4)),
+        ("offsets of three", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[0,4,8]}"#.into(), 4)),
+        ("offsets of one", one(r#"{"dtype":"F16","shape":[2],"data_offsets":[4]}"#.into(), 4)),
+        ("tensors the same", two(f16(0, 4), f16(0, 4), 4)),
+        ("tensors overlap", two(f16(0, 4), f16(2, 6), 6)),
+        ("gap between", two(f16(0, 4), f16(6, 10), 10)),
+        ("gap before", one(f16(4, 8), 8)),
+        ("data after", one(f16(0, 4), 400)),
+        ("data without tensors", safetensors("{}", 4)),
+        ("name twice", safetensors(&format!(r#"{{"a":{},"a":{}}}"#, f16(0, 4), f16(4, 8)), 8)),
+        ("metadata twice", safetensors(r#"{"__metadata__":{},"__metadata__":{}}"#, 0)),
+        ("metadata a list", safetensors(r#"{"__metadata__":[1]}"#, 0)),
+        ("cut by a byte", whole[..whole.len() - 1].to_vec()),
+        ("cut in half", whole[..whole.len() / 2].to_vec()),
+        ("cut in the header", whole[..1000].to_vec()),
+        ("one byte more", [&whole[..], &[0]].concat()),
+    ];
+    assert!(cases.len() >= 40);
+    let copy = Copy::new();
+    for (what, bytes) in cases {
+        fs::write(copy.path(TEXT_ENCODER), bytes).unwrap();
+        copy.check(what, Request::Inspect(named("copy")), "model_corrupt", TEXT_ENCODER);
+        copy.check(what, Request::Load(named("copy")), "model_corrupt", TEXT_ENCODER);
+    }
+    // The root lists it with its problem, and the others as ever.
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.crew()).unwrap() else { panic!("list") };
+    assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "copy"]);
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_unopened() {
+    let copy = Copy::new();
+    fs::remove_file(copy.path(VAE)).unwrap();
+    copy.check("missing", Request::Inspect(named("copy")), "model_corrupt", "has no weights");
+    fs::create_dir(copy.path(VAE)).unwrap();
+    copy.check("directory", Request::Inspect(named("copy")), "model_corrupt", "is a directory");
+    fs::remove_dir(copy.path(VAE)).unwrap();
+    #[cfg(unix)]
+    {
+        let status = std::process::Command::new("mkfifo").arg(copy.path(VAE)).status().unwrap();
+        assert!(status.success());
+        copy.check("pipe", Request::Inspect(named("copy")), "model_corrupt", "not a regular file");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", copy.path(VAE)).unwrap();
+        copy.check("device", Request::Inspect(named("copy")), "path_not_allowed", "");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        std::os::unix::fs::symlink(outside.path(), copy.path(VAE)).unwrap();
+        copy.check("link", Request::Inspect(named("copy")), "path_not_allowed", "");
+        fs::remove_file(copy.path(VAE)).unwrap();
+        // A link within the root is how download caches lay files out.
+        fs::rename(copy.path("vae/config.json"), copy.root.path().join("blob")).unwrap();
+        std::os::unix::fs::symlink("../../blob", copy.path("vae/config.json")).unwrap();
+    }
+    for name in ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.CKPT"] {
+        fs::write(copy.path("vae").join(name), b"\x80\x02").unwrap();
+        copy.check(name, Request::Inspect(named("copy")), "unsafe_format", "pickle");
+        fs::remove_file(copy.path("vae").join(name)).unwrap();
+    }
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(VAE);
+    fs::copy(demo, copy.path("vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    ask(Request::Inspect(named("copy")), &mut copy.crew()).unwrap();
+}
+
+#[test]
+fn weights_of_another_network_name_the_tensor_and_both_shapes() {
+    let copy = Copy::new();
+    let load = || Request::Load(named("copy"));
+    let name = "decoder.conv_in.weight";
+    change_header(&copy, |header| {
+        let entry = header.remove(name).unwrap();
+        header.insert("renamed".into(), entry);
+    });
+    copy.check(
+        "missing",
+        load(),
+        "model_corrupt",
+        "tensor `decoder.conv_in.weight` of shape [128, 4, 3, 3] is missing",
+    );
+    change_header(&copy, |header| header[name]["shape"] = [4, 128, 3, 3].into());
+    copy.check("misshapen", load(), "model_corrupt", "must be of shape [128, 4, 3, 3], and is of shape [4, 128, 3, 3]");
+    change_header(&copy, |header| header[name]["dtype"] = "I16".into());
+    copy.check("integers", load(), "model_corrupt", "tensor `decoder.conv_in.weight`");
+    change_header(&copy, |header| {
+        header[name]["dtype"] = "F8_E4M3".into();
+        header[name]["shape"] = [256, 4, 3, 3].into();
+    });
+    copy.check("eight bits", load(), "model_unsupported", "f8_e4m3");
+    // Names of before 2023 are still a VAE's.
+    change_header(&copy, |header| {
+        for (new, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
+            for half in ["encoder", "decoder"] {
+                for end in ["weight", "bias"] {
+                    let name = |part: &str| format!("{half}.mid_block.attentions.0.{part}.{end}");
+                    let entry = header.remove(&name(new)).unwrap();
+                    header.insert(name(old), entry);
+                }
+            }
+        }
+    });
+    ask(load(), &mut copy.crew()).unwrap();
+}
+
+#[test]
+fn sharded_weights_are_one_network() {
+    let copy = Copy::new();
+    let file = fs::read(copy.path(VAE)).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let (mut first, mut second): (Vec<_>, Vec<_>) =
+        tensors.tensors().into_iter().partition(|(n, _)| n.starts_with("enc"));
+    let index = |first: &[(String, _)], second: &[(String, _)]| {
+        let map = |all: &[(String, _)], file: &str| {
+            all.iter().map(|(n, _): &(String, _)| (n.clone(), file.to_owned())).collect::<Vec<_>>()
+        };
+        let map: serde_json::Map<String, serde_json::Value> = map(first, "m-1.safetensors")
+            .into_iter()
+            .chain(map(second, "m-2.safetensors"))
+            .map(|(n, f)| (n, f.into()))
+            .collect();
+        serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string()
+    };
+    let write = |first: &[(String, safetensors::tensor::TensorView)],
+                 second: &[(String, safetensors::tensor::TensorView)]| {
+        for (name, part) in [("m-1", first), ("m-2", second)] {
+            let part = part.iter().map(|(n, v)| (n.as_str(), v));
+            safetensors::serialize_to_file(part, None, &copy.path(&format!("vae/{name}.safetensors"))).unwrap();
+        }
+    };
+    let index_path = copy.path("vae/diffusion_pytorch_model.safetensors.index.json");
+    fs::remove_file(copy.path(VAE)).unwrap();
+    write(&first, &second);
+    fs::write(&index_path, index(&first, &second)).unwrap();
+    let Response::Load(loaded) = ask(Request::Load(named("copy")), &mut copy.crew()).unwrap() else { panic!("load") };
+    assert_eq!(loaded.components[2].bytes, Bytes(6_833_566 - 8 - header_length(&file)));
+
+    let inspect = || Request::Inspect(named("copy"));
+    fs::write(&index_path, index(&second, &first)).unwrap();
+    copy.check("exchanged", inspect(), "model_corrupt", "which does not have it");
+    for name in ["../vae/m-1.safetensors", "/etc/passwd", "m-1.bin", "m-3.safetensors"] {
+        fs::write(&index_path, format!(r#"{{"weight_map":{{"a":"{name}"}}}}"#)).unwrap();
+        copy.check(name, inspect(), "model_corrupt", "");
+    }
+    for text in ["", "{}", "[]", r#"{"weight_map":{}}"#, r#"{"weight_map":[]}"#, r#"{"weight_map":{"a":1}}"#] {
+        fs::write(&index_path, text).unwrap();
+        copy.check(text, inspect(), "model_corrupt", "index.json");
+    }
+    fs::write(&index_path, index(&first, &second)).unwrap();
+    second.push(first.pop().unwrap());
+    first.push(second[0].clone());
+    write(&first, &second);
+    copy.check("in both", inspect(), "model_corrupt", "another file of the same model has too");
+}
+
+fn header_length(file: &[u8]) -> u64 {
+    u64::from_le_bytes(file[..8].try_into().unwrap())
+}
