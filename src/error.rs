@@ -155,7 +155,6 @@ impl Error {
             self,
             Self::QueueFull { .. }
                 | Self::Draining
-                | Self::DeadlineExceeded
                 | Self::DownloadFailed { .. }
                 | Self::OutOfMemory { .. }
                 | Self::DeviceLost { .. }

@@ -9,15 +9,13 @@ use clap::Parser as _;
 use sdxl_worker::arguments::Arguments;
 use sdxl_worker::communication::instructor::CommunicationInstructor;
 use sdxl_worker::communication::serve::{Setup, serve};
-use sdxl_worker::communication::{schema, workers::descriptor};
-use sdxl_worker::config::LogLevel;
-use sdxl_worker::error::Error;
+use sdxl_worker::communication::{
+    schema,
+    workers::{descriptor, log},
+};
 use sdxl_worker::instructors::Instructors;
 use sdxl_worker::lane::Build;
 use sdxl_worker::managers::{Managers, Published};
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{filter::LevelFilter, fmt, reload};
 
 const USAGE: u8 = 64;
 const BAD_CONFIG: u8 = 65;
@@ -46,16 +44,9 @@ fn main() -> ExitCode {
             return BAD_CONFIG.into();
         }
     };
-    let (filter, handle) = reload::Layer::new(level(config.workers.main_interface.log_level));
-    let log = fmt::layer().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false);
-    tracing_subscriber::registry().with(filter).with(log).init();
     let instructors = config.workers.instructors;
-    let instructor = CommunicationInstructor {
-        inference: instructors.inference.clone(),
-        set_log_level: Box::new(move |wanted| {
-            handle.reload(level(wanted)).map_err(|e| Error::bug(format!("the log level stays: {e}")))
-        }),
-    };
+    let set_log_level = log::begin(config.workers.main_interface.log_level);
+    let instructor = CommunicationInstructor { inference: instructors.inference.clone(), set_log_level };
     let published = Arc::new(Published::default());
     let seen = Arc::clone(&published);
     let make = move || {
@@ -77,10 +68,6 @@ fn main() -> ExitCode {
             NO_THREADS.into()
         }
     }
-}
-
-fn level(level: LogLevel) -> LevelFilter {
-    level.name().parse().unwrap_or(LevelFilter::INFO)
 }
 
 fn say(stdout: &mut std::fs::File, text: &str) -> ExitCode {

@@ -121,7 +121,7 @@ impl Floor {
                 let Decoded { head, warnings, fingerprint, .. } = decoded;
                 if let Err(error) = self.admit(&head, *call, warnings, fingerprint) {
                     let pointer = matches!(error, Error::InvalidRequest { .. }).then(|| error.pointer()).flatten();
-                    self.ledger.refuse(&head.request_id, &Fault { error, pointer }, head.shorthand);
+                    self.ledger.refuse(&head.request_id, &Fault { error: error.into(), pointer }, head.shorthand);
                 }
                 None
             }
@@ -133,13 +133,13 @@ impl Floor {
         self.ledger.counters.lines += 1;
         let id = self.ledger.auto_id();
         let error = Error::LineTooLong { limit: self.line_limit() };
-        self.ledger.refuse(&id, &Fault { error, pointer: None }, false);
+        self.ledger.refuse(&id, &Fault { error: error.into(), pointer: None }, false);
     }
 
     fn duplicate(&self, request_id: &str) -> Option<Fault> {
         self.ledger.get(request_id).map(|_| {
             let error = Error::DuplicateRequestId { request_id: request_id.to_owned() };
-            Fault { error, pointer: Some("/request_id".to_owned()) }
+            Fault { error: error.into(), pointer: Some("/request_id".to_owned()) }
         })
     }
 
@@ -235,17 +235,18 @@ impl Floor {
     /// Gives an idle lane its next job.
     fn pump(&mut self, post: Post) {
         let station = self.station(post);
-        while station.running.is_none() {
-            let Some(job) = station.queue.take(Instant::now()) else { return };
-            let id = job.request_id.clone();
-            if station.lane.submit(job).is_err() {
-                self.ledger.fail(&id, &Error::bug("the lane has ended"));
-                return self.pump(post);
-            }
-            station.running = Some(id.clone());
-            station.heard = Instant::now();
-            return self.begin(&id);
+        if station.running.is_some() {
+            return;
         }
+        let Some(job) = station.queue.take(Instant::now()) else { return };
+        let id = job.request_id.clone();
+        if station.lane.submit(job).is_err() {
+            self.ledger.fail(&id, &Error::bug("the lane has ended"));
+            return self.pump(post);
+        }
+        station.running = Some(id.clone());
+        station.heard = Instant::now();
+        self.begin(&id);
     }
 
     /// What a lane says.
@@ -334,12 +335,12 @@ impl Floor {
                 let seconds = now.saturating_duration_since(open.stage_since).as_secs_f64();
                 let rate = Some(done as f64 / seconds).filter(|rate| rate.is_finite() && *rate > 0.0);
                 let left = total.saturating_sub(done) as f64;
-                if stage == Stage::Denoise {
-                    if let Some(last) = self.last_step.replace(now) {
-                        let step = now.saturating_duration_since(last).as_secs_f64();
-                        let mean = &mut self.ledger.counters.seconds_per_step;
-                        *mean = Some(mean.map_or(step, |mean| 0.8 * mean + 0.2 * step));
-                    }
+                if stage == Stage::Denoise
+                    && let Some(last) = self.last_step.replace(now)
+                {
+                    let step = now.saturating_duration_since(last).as_secs_f64();
+                    let mean = &mut self.ledger.counters.seconds_per_step;
+                    *mean = Some(mean.map_or(step, |mean| 0.8 * mean + 0.2 * step));
                 }
                 if self.ledger.get(id).is_some_and(|open| open.events.is_none()) {
                     self.bar.show(stage.name(), done, total);

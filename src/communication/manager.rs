@@ -77,7 +77,10 @@ impl Terminal {
     fn lasts(&self) -> bool {
         match self {
             Self::Result { .. } => true,
-            Self::Error(body) => !body.retryable && body.code != Error::Cancelled.code(),
+            Self::Error(body) => {
+                let by_chance = [Error::Cancelled.code(), Error::DeadlineExceeded.code()];
+                !body.retryable && !by_chance.contains(&body.code)
+            }
         }
     }
 }

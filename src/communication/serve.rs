@@ -257,6 +257,8 @@ fn control(floor: &mut Floor, instructor: &CommunicationInstructor, decoded: Dec
             let engine = Engine { version: env!("CARGO_PKG_VERSION"), device: None, dtype: None };
             floor.ledger.answer(&head.request_id, &Terminal::Result { data, warnings, timings, engine });
         }
-        Err(error) => floor.ledger.refuse(&head.request_id, &Fault { error, pointer: None }, head.shorthand),
+        Err(error) => {
+            floor.ledger.refuse(&head.request_id, &Fault { error: error.into(), pointer: None }, head.shorthand)
+        }
     }
 }

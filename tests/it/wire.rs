@@ -1,4 +1,5 @@
 //! Drives the real binary over its wire, for the tests of the protocol.
+#![expect(clippy::unwrap_used, reason = "what cannot be set up fails the test that wanted it")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;

@@ -3,5 +3,6 @@
 pub mod bar;
 pub mod codec;
 pub mod descriptor;
+pub mod log;
 pub mod reader;
 pub mod writer;

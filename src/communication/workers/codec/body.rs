@@ -78,7 +78,7 @@ impl Body<'_> {
                     hint: Some("leave it out".to_owned()),
                     field: Some(dotted(path)),
                 };
-                return Err(Fault { error, pointer: Some(pointer(self.pointer, path)) });
+                return Err(Fault { error: error.into(), pointer: Some(pointer(self.pointer, path)) });
             }
         }
         let value = parsed.value.map_err(|(message, path)| self.fault(&message, path, names))?;
@@ -89,7 +89,7 @@ impl Body<'_> {
             let hint = near.map(|name| format!("did you mean `{name}`?"));
             if self.strict {
                 let error = Error::InvalidParameter { field: shown, message: "is not a known key".to_owned(), hint };
-                return Err(Fault { error, pointer: Some(pointer(self.pointer, path)) });
+                return Err(Fault { error: error.into(), pointer: Some(pointer(self.pointer, path)) });
             }
             let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
             warnings.push(Warning::new(
@@ -117,7 +117,7 @@ impl Body<'_> {
         let field = if path.is_empty() { self.pointer.trim_start_matches('/').to_owned() } else { dotted(&path) };
         let field = if field.is_empty() { "the line".to_owned() } else { clip(field, QUOTE) };
         let error = Error::InvalidParameter { field, message, hint: explained.hint };
-        Fault { error, pointer: Some(pointer(self.pointer, &path)) }
+        Fault { error: error.into(), pointer: Some(pointer(self.pointer, &path)) }
     }
 
     /// The other name under which the request gives `field`.

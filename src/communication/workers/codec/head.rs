@@ -117,7 +117,7 @@ impl Line<'_> {
             if strict {
                 let message = format!("a request line has no key `{key}`");
                 return Err(Fault {
-                    error: Error::InvalidRequest { message, pointer: Some(place), hint },
+                    error: Error::InvalidRequest { message, pointer: Some(place), hint }.into(),
                     pointer: None,
                 });
             }
@@ -142,7 +142,7 @@ fn read_domain(worker_type: Option<String>, operation: &str) -> Result<Domain, F
         let likely = likely.or_else(|| owner.map(|(domain, _)| domain.name().to_owned()));
         let hint = likely.map(|name| format!("did you mean worker_type `{name}`?"));
         let error = Error::UnknownOperation { worker_type: name, operation: operation.to_owned(), hint };
-        Fault { error, pointer: Some("/worker_type".to_owned()) }
+        Fault { error: error.into(), pointer: Some("/worker_type".to_owned()) }
     })
 }
 
@@ -152,7 +152,7 @@ fn missing(key: &str, hint: &str) -> Fault {
         pointer: Some(format!("/{key}")),
         hint: Some(hint.to_owned()),
     };
-    Fault { error, pointer: None }
+    Fault { error: error.into(), pointer: None }
 }
 
 fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Result<EventWish, Fault> {
@@ -174,5 +174,5 @@ fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Res
 fn into_request(fault: Fault) -> Fault {
     let hint = fault.error.hint();
     let message = fault.error.to_string();
-    Fault { error: Error::InvalidRequest { message, pointer: fault.pointer, hint }, pointer: None }
+    Fault { error: Error::InvalidRequest { message, pointer: fault.pointer, hint }.into(), pointer: None }
 }

@@ -43,14 +43,15 @@ pub enum Ask {
 /// An error and where in the line it stands.
 #[derive(Debug)]
 pub struct Fault {
-    pub error: Error,
+    pub error: Box<Error>,
     /// In place of the error's own.
     pub pointer: Option<String>,
 }
 
 impl Fault {
     pub(super) fn request(message: impl Into<String>, pointer: Option<String>) -> Self {
-        Self { error: Error::InvalidRequest { message: message.into(), pointer, hint: None }, pointer: None }
+        let error = Error::InvalidRequest { message: message.into(), pointer, hint: None };
+        Self { error: error.into(), pointer: None }
     }
 }
 
@@ -58,7 +59,7 @@ impl Fault {
 #[derive(Debug)]
 pub struct Refused {
     pub request_id: String,
-    pub fault: Box<Fault>,
+    pub fault: Fault,
 }
 
 /// `line` is without its newline; `fallback_id` is the answer's id where the line names none.
@@ -66,10 +67,10 @@ pub struct Refused {
 /// # Errors
 /// What is wrong with the line, under the line's own id wherever that can be read.
 pub fn decode(line: &[u8], fallback_id: &str) -> Result<Decoded, Refused> {
-    let refuse = |request_id: &str, fault: Fault| Refused { request_id: request_id.to_owned(), fault: Box::new(fault) };
+    let refuse = |request_id: &str, fault: Fault| Refused { request_id: request_id.to_owned(), fault };
     let text = std::str::from_utf8(line).map_err(|e| {
         let error = Error::InvalidUtf8 { offset: e.valid_up_to() };
-        refuse(fallback_id, Fault { error, pointer: None })
+        refuse(fallback_id, Fault { error: error.into(), pointer: None })
     })?;
     let scanned = scan::scan(text);
     let request_id = scanned.request_id.filter(|id| head::check_id("request_id", id).is_ok());
@@ -118,7 +119,7 @@ fn read<I: Interface>(body: &Body<'_>, warnings: &mut Vec<Warning>) -> Result<I:
         let what = format!("`{}.{}`", I::DOMAIN.name(), body.operation);
         let hint = format!("this worker performs {}", quoted(I::OPERATIONS));
         let error = Error::UnsupportedFeature { what, hint: Some(hint), field: None };
-        return Err(Fault { error, pointer: Some("/operation".to_owned()) });
+        return Err(Fault { error: error.into(), pointer: Some("/operation".to_owned()) });
     }
     body.read(warnings)
 }
@@ -140,7 +141,7 @@ fn check_operation(head: &Head) -> Result<(), Fault> {
         operation: head.operation.clone(),
         hint: Some(hint),
     };
-    Err(Fault { error, pointer: None })
+    Err(Fault { error: error.into(), pointer: None })
 }
 
 fn quoted(names: &[&str]) -> String {

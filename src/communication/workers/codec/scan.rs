@@ -22,7 +22,8 @@ pub(super) fn scan(text: &str) -> Scanned {
     let found = Found::default();
     let mut json = serde_json::Deserializer::from_str(text);
     let whole = Scan { found: &found, depth: 0, is_id: false }.deserialize(&mut json).and_then(|()| json.end());
-    let fault = whole.err().map(|e| Fault { error: Error::InvalidJson { message: e.to_string() }, pointer: None });
+    let fault =
+        whole.err().map(|e| Fault { error: Error::InvalidJson { message: e.to_string() }.into(), pointer: None });
     Scanned { request_id: found.request_id.into_inner(), fault: fault.or(found.fault.into_inner()) }
 }
 
