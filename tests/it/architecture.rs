@@ -110,7 +110,14 @@ fn layers_point_down() {
 
 #[test]
 fn json_stays_at_the_edges() {
-    let allowed = ["src/communication/", "src/config.rs", "src/model/", "src/postprocessing/metadata.rs", "src/postprocessing/workers/", "src/main.rs"];
+    let allowed = [
+        "src/communication/",
+        "src/config.rs",
+        "src/model/",
+        "src/postprocessing/metadata.rs",
+        "src/postprocessing/workers/",
+        "src/main.rs",
+    ];
     check_absent("serde_json", &allowed, &["src/model/networks/"]);
 }
 
