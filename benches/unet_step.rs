@@ -1,0 +1,63 @@
+//! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
+//! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16]`
+//! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
+//! peak memory.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use sdxl_worker::config::Config;
+use sdxl_worker::context::Context;
+use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::instructors::Instructors;
+use sdxl_worker::managers::Managers;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let value = |flag: &str| arguments.iter().position(|a| a == flag).and_then(|at| arguments.get(at + 1)).cloned();
+    let mut config = Config::default();
+    if let Some(root) = value("--root") {
+        config.workers.instructors.model.roots = vec![PathBuf::from(root)];
+    }
+    let dtype = match value("--dtype").as_deref() {
+        Some("bf16") => Some(Dtype::Bf16),
+        Some("f16") => Some(Dtype::F16),
+        _ => Some(Dtype::F32),
+    };
+    let size = value("--size").and_then(|size| size.parse().ok());
+    let runs = if value("--model").is_some() { 1 } else { 5 };
+    let request = GenerateRequest {
+        prompt: Some("A sunset over mountains".to_owned()),
+        steps: Some(if value("--model").is_some() { 2 } else { 25 }),
+        seed: Some(1),
+        width: size,
+        height: size,
+        model: value("--model"),
+        dtype,
+        ..GenerateRequest::default()
+    };
+
+    let settings = &config.workers.instructors;
+    let mut managers = Managers::new(&settings.model, Arc::default());
+    let inference = Instructors::new(settings).expect("the settings as shipped").inference;
+    let plan = inference.plan(&request, &mut managers).expect("a plan");
+    let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
+    for run in 0..runs {
+        let ctx = Context::detached();
+        let start = Instant::now();
+        let latents = inference.latents(&plan, 1, &placement, &mut managers, &ctx).expect("latents");
+        let pixels = inference.pixels(&plan, &latents, &placement, &mut managers, &ctx).expect("pixels");
+        let stages: Vec<String> =
+            ctx.timings().iter().map(|(s, t)| format!("{} {:.3} s", s.name(), t.as_secs_f64())).collect();
+        let (whole, steps) = (start.elapsed().as_secs_f64(), plan.sampling.steps());
+        eprintln!("run {run}: {steps} steps {}×{} in {whole:.3} s: {}", pixels.width, pixels.height, stages.join(", "));
+    }
+    if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
+        status
+            .lines()
+            .filter(|line| line.starts_with("VmHWM"))
+            .for_each(|line| eprintln!("peak resident {}", &line[6..]));
+    }
+}
