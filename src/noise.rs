@@ -4,7 +4,9 @@
 //! successive calls of `torch.randn((1, C, H, W), generator=…)` do.
 //!
 //! - `cpu`: MT19937 (Matsumoto & Nishimura 1998) seeded with the low 32 bits, Box–Muller in blocks of 16 as
-//!   aten/src/ATen/native/cpu/DistributionTemplates.h lays it out; fewer than 16 values take its scalar path.
+//!   aten/src/ATen/native/cpu/DistributionTemplates.h lays it out; fewer than 16 values take its scalar path. Equal to
+//!   torch's bit for bit where torch takes its AVX2 path, whatever machine this runs on: that path has Cephes'
+//!   polynomials for logarithm, sine and cosine, with products and sums fused into one rounding.
 //! - `nv`: Philox4x32-10 (Salmon et al. 2011), one counter per element, the layout that AUTOMATIC1111 calls "NV". It
 //!   follows the published formulas and has not been compared with a GPU. On a GPU it holds while a draw has no more
 //!   elements than the device has resident threads.
@@ -141,11 +143,65 @@ impl TorchCpu {
 fn box_muller_16(block: &mut [f32]) {
     let (first, second) = block.split_at_mut(BLOCK / 2);
     for (a, b) in first.iter_mut().zip(second) {
-        let radius = (-2.0 * f64::from(1.0 - *a).ln() as f32).sqrt();
-        let theta = std::f32::consts::TAU * *b;
-        let (sin, cos) = f64::from(theta).sin_cos();
-        *a = radius * cos as f32;
-        *b = radius * sin as f32;
+        let radius = (-2.0 * logarithm(1.0 - *a)).sqrt();
+        let (sin, cos) = sine_and_cosine(std::f32::consts::TAU * *b);
+        // Adding the mean makes a negative zero positive.
+        *a = radius * cos + 0.0;
+        *b = radius * sin + 0.0;
+    }
+}
+
+/// A polynomial by Horner's rule, the highest coefficient first, each step rounded once.
+fn horner(x: f32, coefficients: &[f32]) -> f32 {
+    coefficients.iter().copied().reduce(|y, c| y.mul_add(x, c)).unwrap_or_default()
+}
+
+/// ln of a normal number above 0: Cephes `logf`. `x = m · 2ᵉ` with m from √½ to √2, a polynomial in m − 1, and e ln 2
+/// in two parts.
+fn logarithm(x: f32) -> f32 {
+    const POLYNOMIAL: [f32; 9] = [
+        7.037_683_6e-2,
+        -1.151_461e-1,
+        1.167_699_84e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_8e-1,
+        2.000_071_4e-1,
+        -2.499_999_4e-1,
+        3.333_333_1e-1,
+    ];
+    const LN2_HIGH: f32 = 355.0 / 512.0;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let mut exponent = (x.to_bits() >> 23).cast_signed() as f32 - 126.0;
+    let mantissa = f32::from_bits((x.to_bits() & 0x007f_ffff) | 0x3f00_0000); // [½, 1)
+    let m = if mantissa < std::f32::consts::FRAC_1_SQRT_2 {
+        exponent -= 1.0;
+        mantissa - 1.0 + mantissa
+    } else {
+        mantissa - 1.0
+    };
+    let square = m * m;
+    let y = (horner(m, &POLYNOMIAL) * m).mul_add(square, exponent * LN2_LOW);
+    let y = square.mul_add(-0.5, y);
+    exponent.mul_add(LN2_HIGH, m + y)
+}
+
+/// Sine and cosine of an angle from 0 to 2π: Cephes `sinf` and `cosf`. The angle is brought to within π/4 of a multiple
+/// of π/2, which is taken off in three parts.
+fn sine_and_cosine(angle: f32) -> (f32, f32) {
+    const QUARTERS: [f32; 3] = [-0.785_156_25, -2.418_756_5e-4, -3.774_895e-8]; // -π/4
+    const SINE: [f32; 3] = [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1];
+    const COSINE: [f32; 3] = [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2];
+    let eighths = ((angle * (4.0 / std::f32::consts::PI)) as u32 + 1) & !1;
+    let x = QUARTERS.into_iter().fold(angle, |x, part| (eighths as f32).mul_add(part, x));
+    let z = x * x;
+    let sin = (horner(z, &SINE) * z).mul_add(x, x);
+    let cos = (horner(z, &COSINE) * z).mul_add(z, -0.5 * z) + 1.0;
+    match eighths & 7 {
+        2 => (cos, -sin),
+        4 => (-sin, -cos),
+        6 => (-cos, sin),
+        _ => (sin, cos),
     }
 }
 

@@ -6,7 +6,8 @@ torch's CUDA `randn`; it was not compared with a GPU.
 
     python make_noise.py            # writes beside itself
 
-Keys: KIND.SEED.CxHxW.DRAW, each [1, C, H, W].
+Keys: KIND.SEED.CxHxW.DRAW, each [1, C, H, W]; sum.SEED.CxHxW has the sum of (2i + 1) times the bits of value i, modulo
+2^64, of each of three draws. Made where torch uses AVX2 or more.
 """
 import pathlib
 import numpy as np, torch
@@ -39,5 +40,9 @@ for seed in SEEDS:
         for draw in range(3):
             out[f"cpu.{seed}.{name}.{draw}"] = torch.randn((1, *shape), generator=g)
             out[f"nv.{seed}.{name}.{draw}"] = torch.from_numpy(philox(seed, draw, int(np.prod(shape)))).reshape(1, *shape)
+for seed, shape in [(7, (4, 128, 128)), (2026, (4, 96, 133)), (11, (16, 64, 64))]:
+    g = torch.Generator("cpu").manual_seed(seed); name = "x".join(map(str, shape))
+    draws = [torch.randn((1, *shape), generator=g).flatten().view(torch.int32).long() & 0xFFFFFFFF for _ in range(3)]
+    out[f"sum.{seed}.{name}"] = torch.stack([(bits * (2 * torch.arange(len(bits)) + 1)).sum() for bits in draws])
 save_file(out, HERE / "noise.safetensors")
 print(len(out), "draws")
