@@ -1,6 +1,11 @@
 //! Text to image against diffusers, request by request. `tests/parity/make_cases.py` made the references from the
 //! demonstration model in f32 on the CPU; `tests/parity/versions.json` names the versions.
+//!
+//! A case may be chaotic: `tests/parity/spread.json` (by `make_spread.py`) says how far diffusers itself lands from its
+//! own stored latents in f64, with noise moved by one unit in the last place, or on another CPU. Where that is more than
+//! the tolerance, it is the tolerance.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,7 +97,9 @@ fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
 fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance>, least: LeastPsnr) {
     let mut worker = Worker::new();
     let mut failures = Vec::new();
-    println!("{:<36} {:>12} {:>9}", "case", "latents |Δ|/σ", "PSNR dB");
+    let spread: HashMap<String, HashMap<String, f64>> =
+        serde_json::from_str(&fs::read_to_string(folder().join("spread.json")).unwrap()).unwrap();
+    println!("{:<36} {:>12} {:>9} {:>9}", "case", "latents |Δ|/σ", "at most", "PSNR dB");
     for case in cases {
         let mut request = request(case);
         request.dtype = dtype;
@@ -105,8 +112,10 @@ fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance
             let reference = stored["latents"].narrow(0, index, 1).unwrap();
             let png = if single { format!("{case}.png") } else { format!("{case}-{index}.png") };
             let (distance, psnr) = (distance(ours, &reference), psnr(pixels, &folder().join(&png)));
-            println!("{png:<36} {distance:>12.2e} {psnr:>9.1}");
-            let far = latents.as_ref().is_some_and(|tolerance| distance.is_nan() || distance > tolerance.0);
+            let own = spread.get(case).into_iter().flat_map(HashMap::values).copied().fold(0.0, f64::max);
+            let most = latents.as_ref().map_or(f64::INFINITY, |tolerance| tolerance.0.max(own));
+            println!("{png:<36} {distance:>12.2e} {most:>9.1e} {psnr:>9.1}");
+            let far = distance.is_nan() || distance > most;
             if far || psnr.is_nan() || psnr < least.0 {
                 failures.push(format!("{png}: latents {distance:.2e}, PSNR {psnr:.1} dB"));
             }
