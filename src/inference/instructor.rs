@@ -264,7 +264,7 @@ impl InferenceInstructor {
         let mut observe = |done: usize, x0: &Tensor| -> Result<()> {
             ctx.progress(Progress::Step { stage: Stage::Denoise, done, total });
             match &preview {
-                Some((wish, vae)) if done % wish.every == 0 && done < total => {
+                Some((wish, vae)) if done.is_multiple_of(wish.every) && done < total => {
                     let small = ctx.perform(
                         &Preview,
                         PreviewTask {

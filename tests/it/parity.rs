@@ -2,8 +2,10 @@
 //! demonstration model in f32 on the CPU; `tests/parity/versions.json` names the versions.
 //!
 //! A case may be chaotic: `tests/parity/spread.json` (by `make_spread.py`) says how far diffusers itself lands from its
-//! own stored latents in f64, with noise moved by one unit in the last place, or on another CPU. Where that is more than
-//! the tolerance, it is the tolerance.
+//! own stored latents in f64, with noise moved by one unit in the last place, or on another CPU. Two right answers may each
+//! be as far as that from the exact one: twice the largest is the tolerance, where that is more than the common one.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
 use std::collections::HashMap;
 use std::fs;
@@ -113,7 +115,7 @@ fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance
             let png = if single { format!("{case}.png") } else { format!("{case}-{index}.png") };
             let (distance, psnr) = (distance(ours, &reference), psnr(pixels, &folder().join(&png)));
             let own = spread.get(case).into_iter().flat_map(HashMap::values).copied().fold(0.0, f64::max);
-            let most = latents.as_ref().map_or(f64::INFINITY, |tolerance| tolerance.0.max(own));
+            let most = latents.as_ref().map_or(f64::INFINITY, |tolerance| tolerance.0.max(2.0 * own));
             println!("{png:<36} {distance:>12.2e} {most:>9.1e} {psnr:>9.1}");
             let far = distance.is_nan() || distance > most;
             if far || psnr.is_nan() || psnr < least.0 {
