@@ -147,6 +147,9 @@ impl Floor {
         let now = Instant::now();
         let id = head.request_id.as_str();
         let post = if call.needs_compute() { Post::Compute } else { Post::Desk };
+        if let Some(error) = &self.broken {
+            return Err(retold(error));
+        }
         if self.draining {
             return Err(Error::Draining);
         }
