@@ -18,6 +18,9 @@ const ROWS: usize = 384;
 const OUTPUTS: usize = 960;
 /// Depth of a step, where an operand has to be widened or gathered.
 const DEPTH: usize = 768;
+/// Depth summed in one chain: several short chains lose fewer digits than a long one, and at this length no more than
+/// torch's products and convolutions do.
+const CHAIN: usize = 128;
 /// Weight rows widened at a time: a multiple of what the microkernels take at once.
 const PANEL: usize = 192;
 /// Multiplications worth a task of their own.
@@ -282,29 +285,35 @@ pub(super) struct Sums {
 /// Every line of `a` times every line of `b`, on this thread. The callers' pointers cover the lines they name.
 #[expect(unsafe_code, reason = "the gemm crate takes pointers")]
 pub(super) fn multiply(a: Operand, b: Operand, depth: usize, sums: Sums) {
-    // SAFETY: callers pass operands of `lines` lines with `depth` numbers each and sums of `b.lines` lines with
-    // `a.lines` numbers each, all within their allocations; the sums overlap neither operand.
-    unsafe {
-        gemm::gemm(
-            a.lines,
-            b.lines,
-            depth,
-            sums.start,
-            sums.stride.cast_signed(),
-            1,
-            sums.add,
-            a.start,
-            a.step.cast_signed(),
-            a.stride.cast_signed(),
-            b.start,
-            b.stride.cast_signed(),
-            b.step.cast_signed(),
-            1.0,
-            sums.factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    let chain = depth.div_ceil(depth.div_ceil(CHAIN).max(1)).next_multiple_of(16).max(1);
+    for start in (0..depth.max(1)).step_by(chain) {
+        let depth = chain.min(depth - start);
+        let add = sums.add || start > 0;
+        let (a_start, b_start) = (a.start.wrapping_add(start * a.step), b.start.wrapping_add(start * b.step));
+        // SAFETY: callers pass operands of `lines` lines with `depth` numbers each and sums of `b.lines` lines with
+        // `a.lines` numbers each, all within their allocations; the sums overlap neither operand.
+        unsafe {
+            gemm::gemm(
+                a.lines,
+                b.lines,
+                depth,
+                sums.start,
+                sums.stride.cast_signed(),
+                1,
+                add,
+                a_start,
+                a.step.cast_signed(),
+                a.stride.cast_signed(),
+                b_start,
+                b.stride.cast_signed(),
+                b.step.cast_signed(),
+                1.0,
+                sums.factor,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
     }
 }
