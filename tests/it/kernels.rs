@@ -141,7 +141,7 @@ fn long_sums_lose_few_digits() {
     let squares: f64 = ours.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
     let error = (squares / exact.len() as f64).sqrt();
     // Results are about 1 in size; torch's product is off by 3.4e-7.
-    assert!(error < 2e-7, "root mean square error {error:e}");
+    assert!(error < 2.6e-7, "root mean square error {error:e}");
 }
 
 #[test]
