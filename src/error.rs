@@ -251,9 +251,16 @@ impl<T> Stage<T> for candle_core::Result<T> {
     }
 }
 
+/// In bytes.
+const LONGEST_NAME: usize = 64;
+
 /// The name among `known` that is closest to `name`, if it is close enough to be what was meant.
 #[must_use]
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    // The comparison's time grows with the square of the length, and nobody mistypes a name of this length.
+    if name.len() > LONGEST_NAME {
+        return None;
+    }
     let lower = name.to_lowercase();
     known
         .into_iter()

@@ -231,7 +231,9 @@ impl Floor {
         if let Some(open) = self.ledger.get_mut(id) {
             open.started = Some(Instant::now());
         }
-        self.last_step = None;
+        if self.compute.running.as_deref() == Some(id) {
+            self.last_step = None;
+        }
         self.ledger.event(id, &Event::Started);
     }
 

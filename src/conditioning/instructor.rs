@@ -34,7 +34,7 @@ pub struct PromptWish {
     pub negative_prompt_2: Option<String>,
     /// Layers left out before the penultimate one.
     pub clip_skip: Option<u32>,
-    /// Whether the negative prompt is needed: guidance other than 1.
+    /// Whether the negative prompt is needed: guidance above 1.
     pub guided: bool,
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::Tensor;
 
 use super::interface::{
-    BatchRequest, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response, Settings,
+    BatchRequest, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response, Settings,
 };
 use super::plan::{GenerationPlan, Guidance, TimeIds};
 use super::workers::decode::{Decode, DecodeTask};
@@ -26,6 +26,7 @@ use crate::noise::{NoiseSource, RngKind};
 use crate::pace::Work;
 use crate::pixels::Rgb8;
 use crate::postprocessing::instructor::{Delivery, PostprocessingInstructor};
+use crate::postprocessing::interface::OutputWish;
 use crate::postprocessing::metadata::{ImageText, Parameters};
 use crate::scheduler::instructor::SchedulerInstructor;
 use crate::scheduler::interface::SamplingWish;
@@ -134,6 +135,8 @@ impl InferenceInstructor {
             batch_size: Some(seeds.len() as i64),
             clip_skip: clip_skip.map(i64::from),
             model: Some(checkpoint.name.clone()),
+            // A file of this name will be there by then, and is never overwritten.
+            output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
             ..request.clone()
         };
         let prompt = PromptWish {
@@ -179,6 +182,31 @@ impl InferenceInstructor {
         ctx.perform(&Appraise, task).map(Response::Estimate)
     }
 
+    /// Refuses what cannot fit before anything is loaded for it.
+    fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
+        let loaded = crew.resident().iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let task = AppraiseTask {
+            plan,
+            compute: placement.compute,
+            key: &pace_key(&plan.checkpoint, placement.compute),
+            pace: &crew.published.pace,
+            free: self.device.free(&crew.device),
+            loaded,
+        };
+        let Estimate { needed, activations, free: Some(free), .. } = ctx.perform(&Appraise, task)? else {
+            return Ok(());
+        };
+        if needed <= free {
+            return Ok(());
+        }
+        let room = free.0.saturating_sub(needed.0.saturating_sub(activations.0)) as f64;
+        let shrink = (room / activations.0.max(1) as f64).sqrt();
+        let fits = |side: usize| (side as f64 * shrink / 64.0) as usize * 64;
+        let (width, height) = (fits(plan.size.width), fits(plan.size.height));
+        let fits = (width.min(height) >= 64).then(|| format!("an image of about {width}×{height} would fit"));
+        Err(Error::OutOfMemory { stage: "planning", needed, free, fits })
+    }
+
     fn size(&self, request: &GenerateRequest, checkpoint: &Checkpoint) -> Result<ImageSize> {
         let max = i64::from(self.settings.max_side);
         let default = checkpoint.default_size();
@@ -206,13 +234,18 @@ impl InferenceInstructor {
             Some(seed) => u64::try_from(seed)
                 .map_err(|_| Error::invalid("seed", format!("must be -1 or 0 to 2⁶³-1, got {seed}")))?,
         };
-        Ok((0..count.unsigned_abs()).map(|index| first.wrapping_add(index)).collect())
+        let last = first + count.unsigned_abs() - 1;
+        if i64::try_from(last).is_err() {
+            return Err(Error::invalid("seed", format!("must leave room for {count} images below 2⁶³, got {first}")));
+        }
+        Ok((first..=last).collect())
     }
 
     fn generate(&self, mut plan: GenerationPlan, crew: &mut Managers, ctx: &Context) -> Result<Generated> {
         let placement = self.device.place(&mut crew.device, plan.dtype)?;
         ctx.computed_by(Engine { device: placement.name.clone(), dtype: placement.compute.name() });
         plan.parameters.dtype = Some(placement.compute);
+        self.check_room(&plan, &placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, &seed) in plan.seeds.iter().enumerate() {

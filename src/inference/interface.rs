@@ -151,7 +151,7 @@ pub const FIELDS_TO_COME: &[&str] = &[
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct BatchRequest {
-    /// 1 to 64 generations. All are checked before the first begins.
+    /// 1 to as many generations as the configuration's `max_batch_size`, 64 as shipped. All are checked before the first begins.
     pub requests: Vec<GenerateRequest>,
 }
 

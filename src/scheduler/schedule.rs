@@ -180,7 +180,7 @@ impl Training {
     pub fn new(config: &SchedulerConfig, zero_terminal_snr: bool) -> Result<Self> {
         let count = config.num_train_timesteps;
         if !(2..=100_000).contains(&count) {
-            return Err(Error::invalid("num_train_timesteps", format!("must be 2 to 100000, got {count}")));
+            return Err(unusable(format!("`num_train_timesteps` must be 2 to 100000, got {count}")));
         }
         let mut betas = betas(config);
         if zero_terminal_snr {
@@ -190,7 +190,7 @@ impl Training {
         let usable = |ac: &f32| (0.0..1.0).contains(ac) && (*ac > 0.0 || zero_terminal_snr);
         if alphas_cumprod.len() < 2 || !alphas_cumprod.iter().all(usable) || !alphas_cumprod.is_sorted_by(|a, b| a > b)
         {
-            return Err(Error::invalid("scheduler", "of the checkpoint is not a decreasing noise schedule"));
+            return Err(unusable("its betas do not give a falling noise schedule".to_owned()));
         }
         let mut finite = alphas_cumprod.clone();
         if zero_terminal_snr && let Some(last) = finite.last_mut() {
@@ -411,4 +411,8 @@ fn rescaled_to_zero_snr(betas: &[f32]) -> Vec<f32> {
     let bars = roots.into_iter().map(|root| ((root - last) * scale).powi(2));
     let mut before = 1.0;
     bars.map(|bar| 1.0 - bar / std::mem::replace(&mut before, bar)).collect()
+}
+
+fn unusable(message: String) -> Error {
+    Error::ModelUnsupported { name: "scheduler_config.json".to_owned(), message }
 }

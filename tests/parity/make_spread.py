@@ -8,12 +8,14 @@ MODEL is the demonstration model as a whole diffusers folder, tokenizers include
 cases.json, in units of the latents' standard deviation, the largest difference from the stored latents of
   again  the same request in f32 on the machine at hand (another CPU than the stored one's may round otherwise)
   ulp    the same with the initial noise scaled by 1 + 2^-23
-  f64    the same in f64, from the same f32 noise
+  ulp2   the same with the initial noise scaled by 1 + 2^-22
+  below  the same with the initial noise scaled by 1 - 2^-23
+  f64    the same in f64, from the same f32 noise; these latents are kept in NAME.f64.safetensors beside the stored ones
 """
 import json, pathlib, sys
 import torch
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from make_cases import scheduler
 
 HERE = pathlib.Path(__file__).parent
@@ -48,8 +50,11 @@ def main(model, out, *names):
             continue
         stored = load_file(HERE / f"{case['name']}.safetensors")["latents"].double()
         row = {}
-        for label, dtype, scale in (("again", torch.float32, 1.0), ("ulp", torch.float32, 1.0 + 2.0 ** -23), ("f64", torch.float64, 1.0)):
+        for label, dtype, scale in (("again", torch.float32, 1.0), ("ulp", torch.float32, 1.0 + 2.0 ** -23),
+                                    ("ulp2", torch.float32, 1.0 + 2.0 ** -22), ("below", torch.float32, 1.0 - 2.0 ** -23), ("f64", torch.float64, 1.0)):
             latents = draw(pipes[dtype], case["data"], dtype, scale).double()
+            if label == "f64":
+                save_file({"latents": latents.float().contiguous()}, HERE / f"{case['name']}.f64.safetensors")
             row[label] = float(f"{((latents - stored).abs().max() / stored.std()).item():.2e}")
         table[case["name"]] = row
         print(case["name"], row, flush=True)

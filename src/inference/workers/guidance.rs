@@ -1,7 +1,7 @@
 //! Classifier-free guidance (Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>) and its rescaling (Lin et al. 2023,
 //! <https://arxiv.org/abs/2305.08891>, equations 15 and 16).
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::context::Context;
 use crate::error::Result;
@@ -38,9 +38,10 @@ impl Worker<GuideTask> for Guide {
 /// Standard deviation of each sample, with Bessel's correction as torch has it: `[B, 1, 1, 1]`, f32.
 fn deviation(x: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
-    let flat = x.reshape((batch, height * width * channels))?.to_dtype(DType::F64)?;
+    // On the host: Metal has no f64.
+    let flat = x.to_device(&Device::Cpu)?.reshape((batch, height * width * channels))?.to_dtype(DType::F64)?;
     let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
     let count = (height * width * channels).saturating_sub(1).max(1) as f64;
     let variance = (centred.sqr()?.sum_keepdim(1)? / count)?;
-    Ok(variance.sqrt()?.to_dtype(DType::F32)?.reshape((batch, 1, 1, 1))?)
+    Ok(variance.sqrt()?.to_dtype(DType::F32)?.reshape((batch, 1, 1, 1))?.to_device(x.device())?)
 }
