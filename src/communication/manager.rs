@@ -75,11 +75,8 @@ impl Terminal {
 
     /// Whether the same request would end like this again.
     fn lasts(&self) -> bool {
-        match self {
-            Self::Result { .. } => true,
-            // Most errors depend on the world: a file that is missing now, a disk that is full.
-            Self::Error(_) => false,
-        }
+        // Errors depend on the world: a file that is missing now, a disk that is full.
+        matches!(self, Self::Result { .. })
     }
 }
 
