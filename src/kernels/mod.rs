@@ -13,6 +13,8 @@ mod shapes;
 
 pub use cpu::simd;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -47,11 +49,21 @@ impl Activation {
     }
 }
 
+/// Weights as their device's kernels want them.
+#[derive(Clone, Debug)]
+enum Weight {
+    /// On the CPU.
+    Packed(Arc<cpu::Packed>),
+    /// `[O, I]` or `[O, K, K, C]`.
+    Tensor(Tensor),
+}
+
 /// `y = x · Wᵀ + b` over the last axis.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    /// `[O, I]`
-    weight: Tensor,
+    weight: Weight,
+    outputs: usize,
+    inputs: usize,
     /// `[O]`, f32
     bias: Option<Tensor>,
 }
@@ -63,7 +75,12 @@ impl Linear {
     /// Those of the cast of the bias to f32.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
-        Ok(Self { weight: weight.contiguous()?, bias })
+        let (outputs, inputs) = weight.dims2()?;
+        let weight = match weight.device().is_cpu() {
+            true => Weight::Packed(Arc::new(cpu::Packed::new(&weight)?)),
+            false => Weight::Tensor(weight.contiguous()?),
+        };
+        Ok(Self { weight, outputs, inputs, bias })
     }
 
     /// Reads `weight` and `bias`.
@@ -95,13 +112,13 @@ impl Linear {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
-        let out = shapes::linear(x, &self.weight, self.bias.as_ref(), epilogue)?;
+        let out = shapes::linear(x, (self.outputs, self.inputs), self.bias.as_ref(), epilogue)?;
         if empty(&out) {
-            Tensor::zeros(out, x.dtype(), x.device())
-        } else if cpu::serves(x) {
-            cpu::linear(x, &self.weight, self.bias.as_ref(), epilogue, (&out, false))
-        } else {
-            plain::linear(x, &self.weight, self.bias.as_ref(), epilogue)
+            return Tensor::zeros(out, x.dtype(), x.device());
+        }
+        match &self.weight {
+            Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
+            Weight::Tensor(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
         }
     }
 
@@ -111,13 +128,15 @@ impl Linear {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_geglu(&self, x: &Tensor) -> Result<Tensor> {
-        let out = shapes::geglu(x, &self.weight, self.bias.as_ref())?;
+        let out = shapes::geglu(x, (self.outputs, self.inputs), self.bias.as_ref())?;
         if empty(&out) {
-            Tensor::zeros(out, x.dtype(), x.device())
-        } else if cpu::serves(x) {
-            cpu::linear(x, &self.weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
-        } else {
-            plain::geglu(&self.forward(x)?)
+            return Tensor::zeros(out, x.dtype(), x.device());
+        }
+        match &self.weight {
+            Weight::Packed(weight) => {
+                cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
+            }
+            Weight::Tensor(_) => plain::geglu(&self.forward(x)?),
         }
     }
 }
@@ -152,8 +171,7 @@ impl Padding {
 /// A convolution over `[B, H, W, C]`.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
-    /// `[O, K, K, C]`
-    weight: Tensor,
+    weight: Weight,
     /// `[O]`, f32
     bias: Option<Tensor>,
     shape: ConvShape,
@@ -165,10 +183,11 @@ impl Conv2d {
     /// # Errors
     /// Those of the re-layout.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let weight = match cpu::serves(weight) {
-            true => cpu::channels_last(weight)?,
-            false => weight.permute((0, 2, 3, 1))?.contiguous()?,
-        }; // [O, K, K, C]
+        shapes::kernel(weight, shape)?;
+        let weight = match weight.device().is_cpu() {
+            true => Weight::Packed(Arc::new(cpu::Packed::new(weight)?)),
+            false => Weight::Tensor(weight.permute((0, 2, 3, 1))?.contiguous()?), // [O, K, K, C]
+        };
         let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
@@ -195,13 +214,13 @@ impl Conv2d {
     /// # Errors
     /// Shapes that do not fit, or the device's own.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
-        let out = shapes::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)?;
+        let out = shapes::conv2d(x, self.bias.as_ref(), self.shape, epilogue)?;
         if empty(&out) {
-            Tensor::zeros(out, x.dtype(), x.device())
-        } else if cpu::serves(x) {
-            cpu::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, (epilogue, &out))
-        } else {
-            plain::conv2d(x, &self.weight, self.bias.as_ref(), self.shape, epilogue)
+            return Tensor::zeros(out, x.dtype(), x.device());
+        }
+        match &self.weight {
+            Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
+            Weight::Tensor(weight) => plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
         }
     }
 }

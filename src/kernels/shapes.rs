@@ -26,8 +26,12 @@ fn epilogue(out: &[usize], bias: Option<&Tensor>, epilogue: Epilogue) -> Result<
     Ok(())
 }
 
-pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, after: Epilogue) -> Result<Vec<usize>> {
-    let (outputs, inputs) = weight.dims2()?;
+pub(super) fn linear(
+    x: &Tensor,
+    (outputs, inputs): (usize, usize),
+    bias: Option<&Tensor>,
+    after: Epilogue,
+) -> Result<Vec<usize>> {
     let mut out = x.dims().to_vec();
     match out.last_mut() {
         Some(last) if *last == inputs => *last = outputs,
@@ -37,18 +41,26 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, after: 
     Ok(out)
 }
 
-pub(super) fn geglu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Vec<usize>> {
-    let mut out = linear(x, weight, bias, Epilogue::default())?;
+pub(super) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> Result<Vec<usize>> {
+    let mut out = linear(x, size, bias, Epilogue::default())?;
     match out.last_mut() {
         Some(last) if *last % 2 == 0 => *last /= 2,
-        _ => bail!("a gated layer needs an even number of outputs, got {:?}", weight.dims()),
+        _ => bail!("a gated layer needs an even number of outputs, got {}", size.0),
     }
     Ok(out)
 }
 
+/// The kernel as files have it.
+pub(super) fn kernel(weight: &Tensor, shape: ConvShape) -> Result<()> {
+    let ConvShape { inputs, outputs, kernel, .. } = shape;
+    if weight.dims() != [outputs, inputs, kernel, kernel] {
+        bail!("the kernel must be [{outputs}, {inputs}, {kernel}, {kernel}], got {:?}", weight.dims());
+    }
+    Ok(())
+}
+
 pub(super) fn conv2d(
     x: &Tensor,
-    weight: &Tensor,
     bias: Option<&Tensor>,
     shape: ConvShape,
     after: Epilogue,
@@ -56,9 +68,6 @@ pub(super) fn conv2d(
     let ConvShape { inputs, outputs, kernel, stride, padding: Padding { top, bottom, left, right } } = shape;
     if kernel == 0 || stride == 0 {
         bail!("a convolution needs a kernel and a stride of at least 1, got kernel {kernel}, stride {stride}");
-    }
-    if weight.dims() != [outputs, kernel, kernel, inputs] {
-        bail!("the kernel must be [{outputs}, {kernel}, {kernel}, {inputs}], got {:?}", weight.dims());
     }
     let (batch, height, width, channels) = x.dims4()?;
     if channels != inputs {

@@ -1,18 +1,22 @@
 //! Attention in blocks of queries and keys with a running softmax: Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
-//! Scores exist one block at a time, in f32.
-
-use std::ops::Range;
+//! Scores exist one block at a time, in f32. Both products run on the micro-kernels of the linear layers, the keys and
+//! values laid as panels of weights are.
 
 use super::element::Element;
-use super::pool::{Scratch, Shared, at_least, for_each, threads, with_scratch};
-use super::product::{Operand, Sums, multiply};
+use super::finish::Target;
+use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::packed::Aligned;
+use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
+use super::product::Block;
 use super::simd;
 use crate::kernels::Mask;
 
+use std::ops::Range;
+
 /// Queries of a block, at most.
-const QUERIES: usize = 192;
-/// Keys of a block.
-const KEYS: usize = 384;
+const QUERIES: usize = 336;
+/// Keys of a block: as many f32 probabilities as a row of a block holds.
+const KEYS: usize = A_BYTES / 4;
 
 /// `[B, L, heads · D]` with unit stride in the last axis.
 #[derive(Clone, Copy)]
@@ -38,6 +42,7 @@ struct Attention<'a, T> {
     v: Tokens<'a, T>,
     size: Size,
     mask: Mask,
+    micro: Micro,
 }
 
 /// Gives `[B, Lq, heads · D]`.
@@ -47,12 +52,13 @@ pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, si
     if keys == 0 || out.is_empty() {
         return out;
     }
+    let micro = Micro::new(!T::IS_F32);
     let pairs = batch * heads;
-    let wanted = (4 * threads()).div_ceil(pairs).min(queries.div_ceil(32));
+    let wanted = (4 * threads()).div_ceil(pairs).min(queries.div_ceil(4 * micro.rows));
     let blocks = queries.div_ceil(QUERIES).max(wanted);
-    let block = queries.div_ceil(blocks);
+    let block = queries.div_ceil(blocks).next_multiple_of(micro.rows);
     let blocks = queries.div_ceil(block);
-    let work = Attention { q, k, v, size, mask };
+    let work = Attention { q, k, v, size, mask, micro };
     let shared = Shared::new(&mut out);
     for_each(pairs * blocks, 2 * pairs * queries * keys * depth, |task| {
         let (pair, start) = (task / blocks, (task % blocks) * block);
@@ -62,95 +68,272 @@ pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, si
     out
 }
 
-impl<T: Element> Tokens<'_, T> {
-    /// Tokens `range` of one head as f32, with the distance between them: where they stand, or widened into `block`.
-    fn head<'s>(
-        &'s self,
-        at: usize,
-        range: Range<usize>,
-        depth: usize,
-        block: &'s mut Vec<f32>,
-    ) -> (*const f32, usize) {
-        let start = at + range.start * self.token_stride;
-        if T::IS_F32 {
-            return (self.numbers[start..].as_ptr().cast(), self.token_stride);
-        }
-        let block = at_least(block, range.len() * depth);
-        for (i, line) in block.chunks_exact_mut(depth).enumerate() {
-            let start = start + i * self.token_stride;
-            simd::widen_slice(&self.numbers[start..start + depth], line);
-        }
-        (block.as_ptr(), depth)
-    }
+/// A left operand in blocks of at most [`A_BYTES`] of depth each, and a right one in panels.
+struct Sides {
+    /// Rows of a block, the micro-kernel's filling included.
+    rows: usize,
+    /// Numbers of the depth, filled up to a multiple of 32.
+    depth: usize,
+    /// Numbers of the depth in one block.
+    step: usize,
 }
 
 impl<T: Element> Attention<'_, T> {
+    fn sides(&self, rows: usize, depth: usize) -> Sides {
+        let depth = depth.next_multiple_of(PANEL);
+        let longest = if T::IS_F32 { 128 } else { A_BYTES / self.micro.operands.size() };
+        Sides { rows: rows.next_multiple_of(self.micro.rows), depth, step: depth.min(longest) }
+    }
+
     /// One head of one sample, queries `rows`.
-    #[expect(unsafe_code, reason = "rows of a result that is shared with other tasks")]
     fn block(&self, sample: usize, head: usize, rows: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
+        self.micro.within(|| self.within(sample, head, rows, out, scratch));
+    }
+
+    #[expect(unsafe_code, reason = "rows of a result that is shared with other tasks, and operands of micro-kernels")]
+    fn within(&self, sample: usize, head: usize, rows: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
         let Size { queries, keys, heads, depth, .. } = self.size;
         let count = rows.len();
-        let Scratch { rows: wide_q, panel: wide_kv, values: scores, sums } = scratch;
+        let Scratch { rows: wide_q, panel, sums, values, scores, marks } = scratch;
         let at = |tokens: &Tokens<T>| sample * tokens.sample_stride + head * depth;
-        let (q, q_stride) = self.q.head(at(&self.q), rows.clone(), depth, wide_q);
-        let scores = at_least(scores, count * KEYS.min(keys));
-        let (sums, rest) = at_least(sums, count * (depth + 2)).split_at_mut(count * depth); // [rows, D]
-        let (greatest, totals) = rest.split_at_mut(count);
-        greatest.fill(f32::NEG_INFINITY);
-        totals.fill(0.0);
+
+        let over_depth = self.sides(count, depth);
+        let padded = over_depth.rows;
+        let blocks = over_depth.depth.div_ceil(over_depth.step);
+        let q = wide_q.at_least(blocks * padded * A_STRIDE);
+        for (i, first) in (0..depth).step_by(over_depth.step).enumerate() {
+            // SAFETY: each block has `padded` rows.
+            let block = unsafe { Block::new(q.wrapping_add(i * padded * A_STRIDE), self.micro.operands) };
+            let wide = over_depth.step.min(over_depth.depth - first);
+            let taken = over_depth.step.min(depth - first);
+            for (to, row) in rows.clone().enumerate() {
+                let start = at(&self.q) + row * self.q.token_stride + first;
+                block.put(to, 0, &self.q.numbers[start..start + taken]);
+                block.clear(to, taken, wide - taken);
+            }
+        }
+
+        let columns = over_depth.depth; // of the values, filled up to whole panels
+        let sums = sums.at_least(columns * padded * 4).cast::<f32>(); // [panel, rows, 32]
+        let p = values.at_least(padded * A_STRIDE);
+        // SAFETY: there are `padded` rows.
+        let p_block = unsafe { Block::new(p, self.micro.operands) };
+        let scores = scores.at_least(KEYS * padded * 4).cast::<f32>(); // [panel, rows, 32]
+        marks.clear();
+        marks.resize(count, Mark { greatest: f32::NEG_INFINITY, total: 0.0 });
 
         let end = match self.mask {
             Mask::None => keys,
             Mask::Causal => keys.min(rows.end),
         };
+        let factor = (std::f64::consts::LOG2_E / (depth as f64).sqrt()) as f32;
         for first in (0..end).step_by(KEYS) {
             let width = KEYS.min(end - first);
-            let (k, k_stride) = self.k.head(at(&self.k), first..first + width, depth, wide_kv);
-            multiply(
-                Operand { start: k, lines: width, stride: k_stride, step: 1 },
-                Operand { start: q, lines: count, stride: q_stride, step: 1 },
-                depth,
-                Sums {
-                    start: scores.as_mut_ptr(),
-                    stride: width,
-                    add: false,
-                    factor: (1.0 / (depth as f64).sqrt()) as f32,
-                },
-            );
-            for (i, line) in scores.chunks_exact_mut(width).take(count).enumerate() {
+            let over_keys = self.sides(count, width);
+            let k = self.lay_keys(at(&self.k), first..first + width, &over_depth, panel);
+            self.multiply(&over_depth, q, k, over_keys.depth / PANEL, scores, false);
+
+            // Probabilities take the place of a left operand, in blocks of the depth as micro-kernels take it.
+            for (i, mark) in marks.iter_mut().enumerate() {
                 let seen = match self.mask {
                     Mask::None => width,
                     Mask::Causal => (rows.start + i + 1).saturating_sub(first).min(width),
                 };
-                let (seen, hidden) = line.split_at_mut(seen);
-                hidden.fill(0.0);
-                if seen.is_empty() {
+                // SAFETY: row `i` of every panel of scores was written by the product.
+                let line = unsafe { Lines::new(scores.wrapping_add(i * PANEL), padded * PANEL) };
+                let before = mark.greatest;
+                let mut buffer = [0.0_f32; KEYS];
+                let now = simd::gather_scores(line, seen, &mut buffer, before);
+                if now == f32::NEG_INFINITY {
+                    p_block.clear(i, 0, over_keys.depth);
                     continue;
                 }
-                let before = greatest[i];
-                let now = before.max(simd::greatest(seen));
-                let total = simd::exponentials(seen, now);
-                if first > 0 && now > before {
-                    let shrink = (before - now).exp();
-                    totals[i] *= shrink;
-                    simd::scale(&mut sums[i * depth..(i + 1) * depth], shrink);
+                let total = simd::powers(&mut buffer[..over_keys.depth], seen, factor, now);
+                if now > before && before > f32::NEG_INFINITY {
+                    let shrink = ((before - now) * factor).exp2();
+                    mark.total *= shrink;
+                    for panel in 0..columns / PANEL {
+                        let start = sums.wrapping_add((panel * padded + i) * PANEL);
+                        // SAFETY: a row of 32 sums of this task.
+                        simd::scale(unsafe { std::slice::from_raw_parts_mut(start, PANEL) }, shrink);
+                    }
                 }
-                totals[i] += total;
-                greatest[i] = now;
+                mark.total += total;
+                mark.greatest = now;
+                match self.micro.operands {
+                    Operands::F32 => p_block.put(i, 0, &buffer[..over_keys.depth]),
+                    Operands::Bf16 => {
+                        let mut narrow = [T::zero(); KEYS];
+                        simd::round_slice(&buffer[..over_keys.depth], &mut narrow[..over_keys.depth]);
+                        p_block.put(i, 0, &narrow[..over_keys.depth]);
+                    }
+                }
             }
-            let (v, v_stride) = self.v.head(at(&self.v), first..first + width, depth, wide_kv);
-            multiply(
-                Operand { start: v, lines: depth, stride: 1, step: v_stride },
-                Operand { start: scores.as_ptr(), lines: count, stride: width, step: 1 },
-                width,
-                Sums { start: sums.as_mut_ptr(), stride: depth, add: first > 0, factor: 1.0 },
-            );
+            let v = self.lay_values(at(&self.v), first..first + width, over_keys.depth, panel);
+            let whole = Sides { step: over_keys.depth, ..over_keys };
+            self.multiply(&whole, p, v, columns / PANEL, sums, first > 0);
         }
+        // SAFETY: this head of these queries belongs to this task, and lies within the result.
+        let target = unsafe { Target::new(out.at(0)) };
         for (i, row) in rows.enumerate() {
-            let target = out.at(((sample * queries + row) * heads + head) * depth);
-            // SAFETY: this head of query `row` belongs to this task, and lies within the result.
-            let target = unsafe { std::slice::from_raw_parts_mut(target, depth) };
-            simd::round_scaled(&sums[i * depth..(i + 1) * depth], 1.0 / totals[i], target);
+            for start in (0..depth).step_by(PANEL) {
+                let from = sums.wrapping_add((start / PANEL * padded + i) * PANEL);
+                // SAFETY: a row of 32 sums of this task.
+                let from = unsafe { std::slice::from_raw_parts(from, PANEL) };
+                let line = target.line(((sample * queries + row) * heads + head) * depth + start, PANEL.min(depth - start));
+                simd::round_scaled(from, 1.0 / marks[i].total, line);
+            }
         }
+    }
+
+    /// Every panel of `b` with all rows; sums are `[panel, rows, 32]`.
+    #[expect(unsafe_code, reason = "micro-kernels take pointers")]
+    fn multiply(&self, sides: &Sides, a: *const u8, b: *const u8, panels: usize, sums: *mut f32, add: bool) {
+        let size = self.micro.operands.size();
+        for panel in 0..panels {
+            for (i, first) in (0..sides.depth).step_by(sides.step).enumerate() {
+                let b = b.wrapping_add((panel * sides.depth + first) * PANEL * size);
+                let depth = sides.step.min(sides.depth - first);
+                for row in (0..sides.rows).step_by(self.micro.rows) {
+                    let call = Call {
+                        a: a.wrapping_add((i * sides.rows + row) * A_STRIDE),
+                        b,
+                        depth,
+                        c: sums.wrapping_add((panel * sides.rows + row) * PANEL),
+                        rows: self.micro.rows,
+                        add: add || i > 0,
+                    };
+                    // SAFETY: operands and sums are laid for whole micro-tiles and multiples of 32 of the depth.
+                    unsafe { self.micro.run(&call) }
+                }
+            }
+        }
+    }
+
+    /// Keys `range` as panels `[D, 32]` of 32 keys each, filled up with zeros.
+    #[expect(unsafe_code, reason = "memory seen as numbers")]
+    fn lay_keys(&self, at: usize, range: Range<usize>, over: &Sides, panel: &mut Aligned) -> *const u8 {
+        let depth = self.size.depth;
+        let panels = range.len().div_ceil(PANEL);
+        let count = panels * over.depth * PANEL;
+        let start = panel.at_least(count * self.micro.operands.size());
+        let token = |n: usize| {
+            let start = at + (range.start + n) * self.k.token_stride;
+            &self.k.numbers[start..start + depth]
+        };
+        for p in 0..panels {
+            let lines = PANEL.min(range.len() - p * PANEL);
+            match self.micro.operands {
+                Operands::F32 => {
+                    // SAFETY: `count` numbers are there, for this task alone.
+                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
+                    let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
+                    if lines < PANEL || depth < over.depth {
+                        to.fill(0.0);
+                    }
+                    for n in 0..lines {
+                        for (to, from) in to.iter_mut().skip(n).step_by(PANEL).zip(token(p * PANEL + n)) {
+                            *to = from.widen();
+                        }
+                    }
+                }
+                Operands::Bf16 => {
+                    // SAFETY: as above; the numbers are bf16.
+                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
+                    let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
+                    if lines < PANEL || depth < over.depth {
+                        to.fill(T::zero());
+                    }
+                    for n in 0..lines {
+                        let pairs = to.chunks_exact_mut(2).skip(n).step_by(PANEL);
+                        for (to, from) in pairs.zip(token(p * PANEL + n).chunks(2)) {
+                            to[..from.len()].copy_from_slice(from);
+                        }
+                    }
+                }
+            }
+        }
+        start
+    }
+
+    /// Values `range` as panels `[keys, 32]` of 32 channels each, filled up with zeros to `padded` keys.
+    #[expect(unsafe_code, reason = "memory seen as numbers")]
+    fn lay_values(&self, at: usize, range: Range<usize>, padded: usize, panel: &mut Aligned) -> *const u8 {
+        let depth = self.size.depth;
+        let panels = depth.div_ceil(PANEL);
+        let count = panels * padded * PANEL;
+        let start = panel.at_least(count * self.micro.operands.size());
+        for p in 0..panels {
+            let columns = PANEL.min(depth - p * PANEL);
+            let token = |n: usize| {
+                let start = at + (range.start + n) * self.v.token_stride + p * PANEL;
+                &self.v.numbers[start..start + columns]
+            };
+            match self.micro.operands {
+                Operands::F32 => {
+                    // SAFETY: `count` numbers are there, for this task alone.
+                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
+                    let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
+                    for (n, to) in to.chunks_exact_mut(PANEL).enumerate() {
+                        if n < range.len() {
+                            simd::widen_slice(token(n), &mut to[..columns]);
+                            to[columns..].fill(0.0);
+                        } else {
+                            to.fill(0.0);
+                        }
+                    }
+                }
+                Operands::Bf16 => {
+                    // SAFETY: as above; the numbers are bf16.
+                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
+                    let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
+                    if columns < PANEL || range.len() < padded {
+                        to.fill(T::zero());
+                    }
+                    for (i, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
+                        for odd in 0..2 {
+                            let n = 2 * i + odd;
+                            if n < range.len() {
+                                for (to, from) in to.iter_mut().skip(odd).step_by(2).zip(token(n)) {
+                                    *to = *from;
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        start
+    }
+}
+
+/// The running softmax of one query.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    /// Of the scores so far, before the factor.
+    greatest: f32,
+    total: f32,
+}
+
+/// Lines of 32 numbers, some distance apart.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    start: *const f32,
+    stride: usize,
+}
+
+impl Lines {
+    /// # Safety
+    /// Every line that is asked for is there, and nothing writes it meanwhile.
+    #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]
+    unsafe fn new(start: *const f32, stride: usize) -> Self {
+        Self { start, stride }
+    }
+
+    #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]
+    #[inline(always)]
+    pub(super) fn at<'a>(self, line: usize) -> &'a [f32; PANEL] {
+        // SAFETY: that of `new`.
+        unsafe { &*self.start.wrapping_add(line * self.stride).cast::<[f32; PANEL]>() }
     }
 }

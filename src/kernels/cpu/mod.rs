@@ -1,11 +1,14 @@
-//! The kernels on the CPU: many threads, f32 and bf16 activations (f16 goes through f32), f32 arithmetic, and nothing
-//! but the result and a few MiB of blocks in memory.
+//! The kernels on the CPU: many threads, f32 and bf16 activations (f16 goes through f32), sums in f32, and nothing but
+//! the result and a few MiB of blocks in memory. Weights are laid once for the micro-kernels.
 //!
 //! Shapes have been checked by the caller.
 
 mod attention;
 mod element;
+mod finish;
+mod micro;
 mod norm;
+mod packed;
 mod patches;
 mod pool;
 mod product;
@@ -16,7 +19,9 @@ use half::{bf16, f16};
 
 use self::attention::{Size, Tokens};
 use self::element::{Element, Held};
+use self::micro::PANEL;
 use self::norm::Affine;
+pub(super) use self::packed::Packed;
 use self::patches::Patches;
 use self::pool::make_rows;
 use self::product::{After, Dense, product};
@@ -62,12 +67,12 @@ struct Ordered {
 }
 
 impl Ordered {
-    fn new(epilogue: Epilogue) -> Result<Self> {
+    fn new(epilogue: Epilogue, dtype: DType) -> Result<Self> {
         let Epilogue { per_sample, activation, residual } = epilogue;
         Ok(Self {
             per_sample: per_sample.map(|t| t.to_dtype(DType::F32)?.contiguous()).transpose()?,
             activation,
-            residual: residual.map(Tensor::contiguous).transpose()?,
+            residual: residual.map(|t| t.to_dtype(dtype)?.contiguous()).transpose()?,
         })
     }
 
@@ -94,48 +99,63 @@ fn positions(shape: &[usize]) -> usize {
 /// `gated`: the first half of the outputs times GELU of the second.
 pub(super) fn linear(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &Packed,
     bias: Option<&Tensor>,
     epilogue: Epilogue,
     (out, gated): (&[usize], bool),
 ) -> Result<Tensor> {
     by_dtype!(x, T => {
         let x = x.contiguous()?;
-        let (_, inputs) = weight.dims2()?;
-        let ordered = Ordered::new(epilogue)?;
-        let after = ordered.after(bias, positions(out), gated);
-        let outputs = out.last().copied().unwrap_or(0);
+        let ordered = Ordered::new(epilogue, x.dtype())?;
         let rows = out.iter().rev().skip(1).product();
         let held = Held::new(&x);
-        let left = Dense { numbers: held.slice::<T>()?, depth: inputs };
-        tensor(product::<T, _>(&left, &Held::new(weight), (rows, inputs, outputs), &after)?, out)
+        let left = Dense { numbers: held.slice::<T>()?, depth: weight.depth() };
+        let fused = !gated || weight.outputs().is_multiple_of(2 * PANEL);
+        let after = ordered.after(bias, positions(out), gated && fused);
+        if fused {
+            tensor(product::<T, _>(&left, weight, rows, &after)?, out)
+        } else {
+            // Values and gates do not fall into panels of their own: they meet afterwards.
+            let half = weight.outputs() / 2;
+            tensor(gate(&product::<T, _>(&left, weight, rows, &after)?, half), out)
+        }
     })
 }
 
-/// `weight` is `[O, K, K, C]`; `out` is `[B, H', W', O]`.
+/// `[rows, 2 · half]` to `[rows, half]`: the first half times GELU of the second.
+fn gate<T: Element>(both: &[T], half: usize) -> Vec<T> {
+    make_rows(both.len() / (2 * half).max(1), half, |first, run| {
+        let mut wide = vec![0.0; 2 * half];
+        for (to, from) in run.chunks_exact_mut(half).zip(both[first * 2 * half..].chunks_exact(2 * half)) {
+            simd::widen_slice(from, &mut wide);
+            let (value, gate) = wide.split_at(half);
+            simd::gated(value, gate, to);
+        }
+    })
+}
+
+/// `out` is `[B, H', W', O]`.
 pub(super) fn conv2d(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &Packed,
     bias: Option<&Tensor>,
     shape: ConvShape,
     (epilogue, out): (Epilogue, &[usize]),
 ) -> Result<Tensor> {
     by_dtype!(x, T => {
         let x = x.contiguous()?;
-        let (_, height, width, channels) = x.dims4()?;
-        let (batch, out_height, out_width, outputs) = candle_core::Shape::from(out).dims4()?;
-        let ordered = Ordered::new(epilogue)?;
+        let (_, height, width, _) = x.dims4()?;
+        let (batch, out_height, out_width, _) = candle_core::Shape::from(out).dims4()?;
+        let ordered = Ordered::new(epilogue, x.dtype())?;
         let after = ordered.after(bias, out_height * out_width, false);
         let held = Held::new(&x);
         let numbers = held.slice::<T>()?;
-        let depth = shape.kernel * shape.kernel * channels;
-        let size = (batch * out_height * out_width, depth, outputs);
+        let rows = batch * out_height * out_width;
         let pointwise = shape.kernel == 1 && shape.stride == 1 && shape.padding == Padding::default();
         let made = if pointwise {
-            product::<T, _>(&Dense { numbers, depth }, &Held::new(weight), size, &after)?
+            product::<T, _>(&Dense { numbers, depth: weight.depth() }, weight, rows, &after)?
         } else {
-            let patches = Patches { numbers, height, width, out_height, out_width, shape };
-            product::<T, _>(&patches, &Held::new(weight), size, &after)?
+            product::<T, _>(&Patches { numbers, height, width, out_height, out_width, shape }, weight, rows, &after)?
         };
         tensor(made, out)
     })
@@ -255,33 +275,5 @@ pub(super) fn concat_channels(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<T
         DType::BF16 => run::<bf16>(&a, &b, out),
         DType::F16 => run::<f16>(&a, &b, out),
         _ => run::<f32>(&a, &b, out),
-    }
-}
-
-/// `[O, C, K, K]` as files have it, to `[O, K, K, C]`.
-pub(super) fn channels_last(weight: &Tensor) -> Result<Tensor> {
-    fn run<T: Element>(weight: &Tensor) -> Result<Tensor> {
-        let (outputs, channels, height, width) = weight.dims4()?;
-        let taps = height * width;
-        let held = Held::new(weight);
-        let from = held.slice::<T>()?;
-        let size = channels * taps;
-        let made = make_rows::<T>(outputs, size, |first, run| {
-            for (i, to) in run.chunks_exact_mut(size).enumerate() {
-                let from = &from[(first + i) * size..(first + i + 1) * size];
-                for (tap, line) in to.chunks_exact_mut(channels).enumerate() {
-                    for (to, from) in line.iter_mut().zip(from[tap..].iter().step_by(taps)) {
-                        *to = *from;
-                    }
-                }
-            }
-        });
-        tensor(made, &[outputs, height, width, channels])
-    }
-    let weight = weight.contiguous()?;
-    match weight.dtype() {
-        DType::BF16 => run::<bf16>(&weight),
-        DType::F16 => run::<f16>(&weight),
-        _ => run::<f32>(&weight),
     }
 }

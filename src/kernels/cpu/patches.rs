@@ -4,8 +4,7 @@
 use std::ops::Range;
 
 use super::element::Element;
-use super::product::Rows;
-use super::simd;
+use super::product::{Block, Rows};
 use crate::kernels::ConvShape;
 
 /// Rows are output positions `(b, y, x)`; the depth is `(ky, kx, c)`.
@@ -20,46 +19,51 @@ pub(super) struct Patches<'a, T> {
 }
 
 impl<T: Element> Rows for Patches<'_, T> {
-    fn direct(&self) -> Option<&[f32]> {
-        None
-    }
-
-    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: &mut [f32]) {
+    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: Block) {
         if depth.is_empty() {
             return;
         }
         let ConvShape { inputs: channels, kernel, stride, padding, .. } = self.shape;
         let span = kernel * channels; // one row of the kernel: adjacent in the input too
-        for (row, line) in rows.zip(block.chunks_exact_mut(depth.len())) {
-            let (x, rest) = (row % self.out_width, row / self.out_width);
-            let (y, sample) = (rest % self.out_height, rest / self.out_height);
+        let mut x = rows.start % self.out_width;
+        let mut y = rows.start / self.out_width % self.out_height;
+        let mut sample = rows.start / (self.out_width * self.out_height);
+        for line in 0..rows.len() {
             // Columns of the kernel that lie on the input: `low..high`.
             let low = padding.left.saturating_sub(x * stride).min(kernel);
             let high = (self.width + padding.left).saturating_sub(x * stride).clamp(low, kernel);
-            let mut rest = line;
+            let mut done = 0;
             for ky in depth.start / span..=(depth.end - 1) / span {
                 let from = depth.start.max(ky * span) - ky * span;
                 let to = depth.end.min((ky + 1) * span) - ky * span;
-                let (segment, later) = rest.split_at_mut(to - from);
-                rest = later;
+                let at = done;
+                done += to - from;
                 let inside = (y * stride + ky).checked_sub(padding.top).filter(|row| *row < self.height);
                 let Some(input_row) = inside.filter(|_| low < high) else {
-                    segment.fill(0.0);
+                    block.clear(line, at, to - from);
                     continue;
                 };
                 let first = (low * channels).clamp(from, to);
                 let last = (high * channels).clamp(first, to);
-                segment[..first - from].fill(0.0);
-                segment[last - from..].fill(0.0);
+                if first > from {
+                    block.clear(line, at, first - from);
+                }
+                if last < to {
+                    block.clear(line, at + last - from, to - last);
+                }
                 if first < last {
                     // Column `x · stride + kx - left`, which is on the input for `kx` in `low..high`.
                     let base = (sample * self.height + input_row) * self.width * channels;
                     let start = base + x * stride * channels + first - padding.left * channels;
-                    simd::widen_slice(
-                        &self.numbers[start..start + (last - first)],
-                        &mut segment[first - from..last - from],
-                    );
+                    block.put(line, at + first - from, &self.numbers[start..start + (last - first)]);
                 }
+            }
+            x += 1;
+            if x == self.out_width {
+                (x, y) = (0, y + 1);
+            }
+            if y == self.out_height {
+                (y, sample) = (0, sample + 1);
             }
         }
     }

@@ -4,7 +4,9 @@ use std::cell::RefCell;
 
 use rayon::prelude::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator, ParallelSliceMut};
 
+use super::attention::Mark;
 use super::element::Element;
+use super::packed::Aligned;
 
 /// Elementary operations below which a second thread costs more than it brings.
 const WORTH_SHARING: usize = 1 << 17;
@@ -15,10 +17,12 @@ const BLOCK: usize = 1 << 15;
 /// Blocks that a thread reuses from call to call; each grows to what its largest use needed, a few MiB.
 #[derive(Default)]
 pub(super) struct Scratch {
-    pub(super) rows: Vec<f32>,
-    pub(super) panel: Vec<f32>,
-    pub(super) values: Vec<f32>,
-    pub(super) sums: Vec<f32>,
+    pub(super) rows: Aligned,
+    pub(super) panel: Aligned,
+    pub(super) values: Aligned,
+    pub(super) sums: Aligned,
+    pub(super) scores: Aligned,
+    pub(super) marks: Vec<Mark>,
 }
 
 /// The memory of a result, of which every task writes its own part.
@@ -45,14 +49,6 @@ thread_local! {
 /// Lends this thread's blocks. `work` must not start parallel work of its own: a stolen task would find them lent.
 pub(super) fn with_scratch<R>(work: impl FnOnce(&mut Scratch) -> R) -> R {
     SCRATCH.with_borrow_mut(work)
-}
-
-/// The first `count` numbers of `block`, whose contents are whatever was left there.
-pub(super) fn at_least(block: &mut Vec<f32>, count: usize) -> &mut [f32] {
-    if block.len() < count {
-        block.resize(count, 0.0);
-    }
-    &mut block[..count]
 }
 
 pub(super) fn threads() -> usize {

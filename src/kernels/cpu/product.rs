@@ -1,38 +1,80 @@
-//! Matrix products in tiles: a block of rows times a block of outputs, over the depth in steps, with narrow operands
-//! widened step by step and everything that follows the product applied while the tile is in the cache.
+//! Matrix products in tiles. A task is a block of rows times some panels of weights: for each step of the depth the rows
+//! are gathered into a block that the second cache holds, then every panel, which the first cache holds, meets all of
+//! them a few at a time. What follows the product is applied to each tile while it is still at hand.
 //!
 //! Legend: `rows` positions, `depth` what is summed over, `outputs` columns of the result.
 
 use std::ops::Range;
 
 use candle_core::Result;
+use half::bf16;
 
-use super::element::{Element, Held, Numbers};
-use super::pool::{Scratch, Shared, at_least, for_each, threads, with_scratch};
+use super::element::{Element, Held};
+use super::finish::{Finish, Spot, Target, finish_gated, finish_tile};
+use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::packed::Packed;
+use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::simd;
 use crate::kernels::Activation;
 
-/// Rows of a tile.
-const ROWS: usize = 384;
-/// Outputs of a tile.
-const OUTPUTS: usize = 960;
-/// Depth of a step, where an operand has to be widened or gathered.
-const DEPTH: usize = 768;
-/// Depth summed in one chain: several short chains lose fewer digits than a long one, and at this length no more than
-/// torch's products and convolutions do.
+/// Rows of a task, at most.
+const ROWS: usize = 336;
+/// Panels of a task, at most.
+const PANELS: usize = 32;
+/// f32 numbers summed in one chain: several short chains lose fewer digits than a long one, and at this length no more
+/// than torch's products and convolutions do. bf16 has lost them already.
 const CHAIN: usize = 128;
-/// Weight rows widened at a time: a multiple of what the microkernels take at once.
-const PANEL: usize = 192;
 /// Multiplications worth a task of their own.
 const TASK: usize = 1 << 19;
 
+/// Rows of a task's block, [`A_STRIDE`] bytes apart.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    start: *mut u8,
+    operands: Operands,
+}
+
+impl Block {
+    /// # Safety
+    /// Rows that are written are there, and nothing else uses them meanwhile.
+    #[expect(unsafe_code, reason = "a block of bytes seen as rows of numbers")]
+    pub(super) unsafe fn new(start: *mut u8, operands: Operands) -> Self {
+        Self { start, operands }
+    }
+
+    /// Writes `from` to `row`, from number `column` on.
+    #[expect(unsafe_code, reason = "a block of bytes seen as rows of numbers")]
+    #[inline]
+    pub(super) fn put<T: Element>(self, row: usize, column: usize, from: &[T]) {
+        let to = self.start.wrapping_add(row * A_STRIDE + column * self.operands.size());
+        debug_assert!((column + from.len()) * self.operands.size() <= A_STRIDE, "a row too long");
+        // SAFETY: the row is there; micro-kernels of bf16 operands are only chosen where the activations are bf16.
+        unsafe {
+            match self.operands {
+                Operands::F32 => simd::widen_slice(from, std::slice::from_raw_parts_mut(to.cast::<f32>(), from.len())),
+                Operands::Bf16 => {
+                    std::ptr::copy_nonoverlapping(from.as_ptr().cast::<bf16>(), to.cast::<bf16>(), from.len());
+                }
+            }
+        }
+    }
+
+    /// Writes `count` zeros.
+    #[expect(unsafe_code, reason = "a block of bytes seen as rows of numbers")]
+    #[inline]
+    pub(super) fn clear(self, row: usize, column: usize, count: usize) {
+        let size = self.operands.size();
+        let to = self.start.wrapping_add(row * A_STRIDE + column * size);
+        debug_assert!((column + count) * size <= A_STRIDE, "a row too long");
+        // SAFETY: the row is there; zero bits are a zero.
+        unsafe { to.write_bytes(0, count * size) }
+    }
+}
+
 /// The left operand.
 pub(super) trait Rows: Sync {
-    /// The numbers themselves, row after row, where they are f32 and stand as they are needed.
-    fn direct(&self) -> Option<&[f32]>;
-
-    /// Writes rows `rows` between `depth` to `block`, `[rows, depth]`.
-    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: &mut [f32]);
+    /// Writes rows `rows` between `depth` to the first rows of `block`.
+    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: Block);
 }
 
 /// A matrix `[rows, depth]`.
@@ -42,22 +84,12 @@ pub(super) struct Dense<'a, T> {
 }
 
 impl<T: Element> Rows for Dense<'_, T> {
-    fn direct(&self) -> Option<&[f32]> {
-        as_f32(self.numbers)
-    }
-
-    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: &mut [f32]) {
-        for (row, line) in rows.zip(block.chunks_exact_mut(depth.len().max(1))) {
+    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: Block) {
+        for (i, row) in rows.enumerate() {
             let start = row * self.depth;
-            simd::widen_slice(&self.numbers[start + depth.start..start + depth.end], line);
+            block.put(i, 0, &self.numbers[start + depth.start..start + depth.end]);
         }
     }
-}
-
-#[expect(unsafe_code, reason = "a slice of T seen as what T is")]
-fn as_f32<T: Element>(numbers: &[T]) -> Option<&[f32]> {
-    // SAFETY: only f32 says `IS_F32`, so this is the same slice under its own type.
-    T::IS_F32.then(|| unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast::<f32>(), numbers.len()) })
 }
 
 /// What follows the product.
@@ -65,255 +97,139 @@ pub(super) struct After<'a> {
     pub(super) bias: Option<Held<'a>>,
     pub(super) per_sample: Option<Held<'a>>,
     pub(super) activation: Option<Activation>,
+    /// In the dtype of the activations.
     pub(super) residual: Option<Held<'a>>,
     /// Rows of one sample.
     pub(super) sample: usize,
-    /// The first half of the outputs is multiplied by GELU of the second.
+    /// The first half of the outputs is multiplied by GELU of the second. Half the outputs are a multiple of 32.
     pub(super) gated: bool,
 }
 
-/// [`After`] with its numbers at hand.
-struct Finish<'a> {
-    bias: Option<&'a [f32]>,
-    per_sample: Option<&'a [f32]>,
-    activation: Option<Activation>,
-    residual: Option<Numbers<'a>>,
-    sample: usize,
-}
-
-struct Product<'a, R> {
+struct Product<'a, R, T> {
     left: &'a R,
-    weight: Numbers<'a>,
-    depth: usize,
+    weight: &'a Packed,
+    micro: Micro,
+    /// Numbers of the depth that are taken at once; a multiple of 32.
+    step: usize,
     /// Columns of the result.
     outputs: usize,
     gated: bool,
-    finish: Finish<'a>,
+    finish: Finish<'a, T>,
 }
 
-/// `left · weightᵀ` and what follows. `weight` is `[outputs, depth]` (twice the outputs where gated); gives
-/// `[rows, outputs]`.
-pub(super) fn product<T: Element, R: Rows>(
-    left: &R,
-    weight: &Held,
-    (rows, depth, outputs): (usize, usize, usize),
-    after: &After,
-) -> Result<Vec<T>> {
+/// `left · weightᵀ` and what follows; gives `[rows, outputs]`, where gated half as many outputs as `weight` has.
+pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usize, after: &After) -> Result<Vec<T>> {
+    let outputs = if after.gated { weight.outputs() / 2 } else { weight.outputs() };
     let finish = Finish {
         bias: after.bias.as_ref().map(Held::slice).transpose()?,
         per_sample: after.per_sample.as_ref().map(Held::slice).transpose()?,
         activation: after.activation,
-        residual: after.residual.as_ref().map(Held::numbers).transpose()?,
+        residual: after.residual.as_ref().map(Held::slice).transpose()?,
         sample: after.sample.max(1),
+        outputs,
     };
-    let product = Product { left, weight: weight.numbers()?, depth, outputs, gated: after.gated, finish };
+    let micro = Micro::new(!T::IS_F32 && weight.is_bf16());
+    let longest = if T::IS_F32 { CHAIN } else { A_BYTES / micro.operands.size() };
+    let depth = weight.depth();
+    let step = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(32);
+    let product = Product { left, weight, micro, step, outputs, gated: after.gated, finish };
 
-    let (row_block, output_block) = blocks(rows, depth, outputs);
-    let (down, across) = (rows.div_ceil(row_block), outputs.div_ceil(output_block));
+    let panels = outputs.div_ceil(PANEL);
+    let (row_block, panel_block) = blocks(rows, depth, panels, micro.rows);
+    let (down, across) = (rows.div_ceil(row_block), panels.div_ceil(panel_block));
     let mut out = T::zeros(rows * outputs);
     let shared = Shared::new(&mut out);
     for_each(down * across, rows * depth * outputs, |task| {
-        let (row, output) = ((task % down) * row_block, (task / down) * output_block);
+        let (row, panel) = ((task % down) * row_block, (task / down) * panel_block);
         let rows = row..(row + row_block).min(rows);
-        let columns = output..(output + output_block).min(outputs);
-        with_scratch(|scratch| product.tile(rows, columns, &shared, scratch));
+        let panels = panel..(panel + panel_block).min(panels);
+        with_scratch(|scratch| product.task(rows, panels, &shared, scratch));
     });
     Ok(out)
 }
 
-/// Rows and outputs of a tile, so that every thread has some.
-fn blocks(rows: usize, depth: usize, outputs: usize) -> (usize, usize) {
-    let even = |count: usize, parts: usize, step: usize| count.div_ceil(parts.max(1)).next_multiple_of(step).max(1);
+/// Rows and panels of a task, so that every thread has some and none waits long for the last.
+fn blocks(rows: usize, depth: usize, panels: usize, at_once: usize) -> (usize, usize) {
     let threads = threads();
-    let wanted = (rows * depth * outputs / TASK).clamp(1, 4 * threads);
-    let mut across = outputs.div_ceil(OUTPUTS).max(1);
-    let mut down = rows.div_ceil(ROWS).max(1);
-    // Rows split the gathering and widening of the left operand, outputs those of the weights: the greater work first.
-    if down * across < wanted && outputs > rows {
-        across = wanted.div_ceil(down).min(outputs.div_ceil(96)).max(across);
+    let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 6 * threads);
+    let mut across = panels.div_ceil(PANELS);
+    let mut down = rows.div_ceil(ROWS);
+    // Rows are gathered again for each part of the outputs, weights read again for each part of the rows.
+    if down * across < worth && panels * PANEL > rows {
+        across = worth.div_ceil(down).min(panels).max(across);
     }
-    if down * across < wanted {
-        down = wanted.div_ceil(across).min(rows.div_ceil(48)).max(down);
+    if down * across < worth {
+        down = worth.div_ceil(across).min(rows.div_ceil(2 * at_once)).max(down);
     }
-    if down > 1 {
-        down = down.next_multiple_of(threads).min(rows.max(1));
+    if down * across < worth {
+        across = worth.div_ceil(down).min(panels).max(across);
     }
-    if down * across < wanted {
-        across = wanted.div_ceil(down).min(outputs.div_ceil(48)).max(across);
+    if down > 1 && across % threads != 0 {
+        down = down.next_multiple_of(threads);
     }
-    (even(rows, down, 1), even(outputs, across, 16))
+    (rows.div_ceil(down).next_multiple_of(at_once), panels.div_ceil(across).max(1))
 }
 
-impl<R: Rows> Product<'_, R> {
-    fn tile<T: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
-        let Scratch { rows: block, panel, values, .. } = scratch;
-        let (count, width) = (rows.len(), columns.len());
-        let in_place = T::IS_F32 && !self.gated;
-        let halves = if self.gated { 2 } else { 1 };
-        // Where sums are built: the result itself, or a block of f32.
-        let (sums, stride) = if in_place {
-            (out.at(rows.start * self.outputs + columns.start).cast::<f32>(), self.outputs)
-        } else {
-            (at_least(values, count * width * halves).as_mut_ptr(), width * halves)
-        };
-
-        let direct = self.left.direct();
-        let narrow_weight = !matches!(self.weight, Numbers::F32(_));
-        let step = if direct.is_some() && !narrow_weight {
-            self.depth
-        } else {
-            self.depth.div_ceil(self.depth.div_ceil(DEPTH).max(1)).next_multiple_of(16).min(self.depth)
-        };
-        let mut start = 0;
-        loop {
-            let depth = start..(start + step).min(self.depth);
-            let (left, left_stride) = match direct {
-                Some(numbers) => (&numbers[rows.start * self.depth + depth.start..], self.depth),
-                None => {
-                    let block = at_least(block, count * depth.len());
-                    self.left.fill(rows.clone(), depth.clone(), block);
-                    (&*block, depth.len())
+impl<R: Rows, T: Element> Product<'_, R, T> {
+    #[expect(unsafe_code, reason = "micro-kernels take pointers")]
+    fn task(&self, rows: Range<usize>, panels: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
+        let Scratch { rows: block, panel: wide, sums, .. } = scratch;
+        let at_once = self.micro.rows;
+        let padded = rows.len().next_multiple_of(at_once);
+        let depth = self.weight.depth();
+        let lanes = if self.gated { 2 } else { 1 };
+        // With one step a panel's sums are done with before the next begins.
+        let kept = if depth <= self.step { 1 } else { panels.len() };
+        let block = block.at_least(padded * A_STRIDE);
+        let tile = padded * PANEL; // sums of one panel
+        let sums = sums.at_least(kept * lanes * tile * 4).cast::<f32>();
+        // SAFETY: `block` has `padded` rows.
+        let to = unsafe { Block::new(block, self.micro.operands) };
+        // SAFETY: the tiles of this task are its own rows and columns of the result.
+        let target = unsafe { Target::new(out.at(0)) };
+        self.micro.within(|| {
+            let mut start = 0;
+            loop {
+                let end = (start + self.step).min(depth);
+                let taken = (end - start).next_multiple_of(self.micro.grain);
+                self.left.fill(rows.clone(), start..end, to);
+                if taken > end - start {
+                    (0..rows.len()).for_each(|row| to.clear(row, end - start, start + taken - end));
                 }
-            };
-            for half in 0..halves {
-                for first in (0..width).step_by(if narrow_weight { PANEL } else { width }) {
-                    let panel_rows = (width - first).min(if narrow_weight { PANEL } else { width });
-                    let weight_row = half * self.outputs + columns.start + first;
-                    let (weight, weight_stride) =
-                        self.weight_panel(weight_row..weight_row + panel_rows, depth.clone(), panel);
-                    multiply(
-                        Operand { start: weight.as_ptr(), lines: panel_rows, stride: weight_stride, step: 1 },
-                        Operand { start: left.as_ptr(), lines: count, stride: left_stride, step: 1 },
-                        depth.len(),
-                        Sums { start: sums.wrapping_add(half * width + first), stride, add: start > 0, factor: 1.0 },
-                    );
+                for (i, panel) in panels.clone().enumerate() {
+                    let sums = sums.wrapping_add((i % kept) * lanes * tile);
+                    let column = panel * PANEL;
+                    let columns = PANEL.min(self.outputs - column);
+                    for lane in 0..lanes {
+                        let panel = panel + lane * (self.outputs / PANEL);
+                        let b = self.weight.panel(self.micro.operands, panel, start..start + taken, wide);
+                        for first in (0..rows.len()).step_by(at_once) {
+                            let count = at_once.min(rows.len() - first);
+                            let c = sums.wrapping_add(lane * tile + first * PANEL);
+                            let a = block.wrapping_add(first * A_STRIDE);
+                            // SAFETY: the block has `padded` rows and the sums as many of 32, both multiples of what is
+                            // taken at once; the panel goes on to a multiple of 32 numbers.
+                            unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }
+                            if end == depth && lane + 1 == lanes {
+                                let spot = Spot { row: rows.start + first, rows: count, column, columns };
+                                // SAFETY: these sums have been written for all steps.
+                                let tile_at =
+                                    |at: *mut f32| unsafe { std::slice::from_raw_parts(at, count * PANEL) };
+                                if self.gated {
+                                    let value = tile_at(sums.wrapping_add(first * PANEL));
+                                    finish_gated(&self.finish, value, tile_at(c), spot, target);
+                                } else {
+                                    finish_tile(&self.finish, tile_at(c), spot, target);
+                                }
+                            }
+                        }
+                    }
+                }
+                start = end;
+                if start >= depth {
+                    break;
                 }
             }
-            start += step;
-            if start >= self.depth {
-                break;
-            }
-        }
-        self.finish_tile(rows, columns, out, sums, stride);
-    }
-
-    /// Weight rows `rows` between `depth`, as f32, with the distance between rows.
-    fn weight_panel<'s>(
-        &'s self,
-        rows: Range<usize>,
-        depth: Range<usize>,
-        panel: &'s mut Vec<f32>,
-    ) -> (&'s [f32], usize) {
-        if let Numbers::F32(numbers) = self.weight {
-            return (&numbers[rows.start * self.depth + depth.start..], self.depth);
-        }
-        let panel = at_least(panel, rows.len() * depth.len());
-        for (row, line) in rows.zip(panel.chunks_exact_mut(depth.len().max(1))) {
-            self.weight.widen_at(row * self.depth + depth.start, line);
-        }
-        (panel, depth.len())
-    }
-
-    #[expect(unsafe_code, reason = "rows of a tile whose result is shared with other tiles")]
-    fn finish_tile<T: Element>(
-        &self,
-        rows: Range<usize>,
-        columns: Range<usize>,
-        out: &Shared<T>,
-        sums: *mut f32,
-        stride: usize,
-    ) {
-        let width = columns.len();
-        let finish = &self.finish;
-        let in_place = T::IS_F32 && !self.gated;
-        for (i, row) in rows.enumerate() {
-            let taken = if self.gated { 2 * width } else { width };
-            // SAFETY: the tile's sums are `rows` lines of `taken` numbers, `stride` apart, all written by the product,
-            // and no other task touches them.
-            let line = unsafe { std::slice::from_raw_parts_mut(sums.wrapping_add(i * stride), taken) };
-            let target = out.at(row * self.outputs + columns.start);
-            if self.gated {
-                let (value, gate) = line.split_at_mut(width);
-                if let Some(bias) = finish.bias {
-                    simd::add(value, &bias[columns.clone()]);
-                    simd::add(gate, &bias[self.outputs + columns.start..self.outputs + columns.end]);
-                }
-                // SAFETY: row `row`, columns `columns` of the result belong to this task, and `line` is elsewhere.
-                simd::gated(value, gate, unsafe { std::slice::from_raw_parts_mut(target, width) });
-                continue;
-            }
-            if let Some(bias) = finish.bias {
-                simd::add(line, &bias[columns.clone()]);
-            }
-            if let Some(per_sample) = finish.per_sample {
-                let start = (row / finish.sample) * self.outputs;
-                simd::add(line, &per_sample[start + columns.start..start + columns.end]);
-            }
-            if let Some(kind) = finish.activation {
-                simd::activate(kind, line);
-            }
-            if let Some(residual) = finish.residual {
-                residual.add_at(row * self.outputs + columns.start, line);
-            }
-            if !in_place {
-                // SAFETY: as above; `line` is scratch here, never the result.
-                simd::round_slice(line, unsafe { std::slice::from_raw_parts_mut(target, width) });
-            }
-        }
-    }
-}
-
-/// `lines` vectors, `stride` apart, of numbers `step` apart.
-#[derive(Clone, Copy)]
-pub(super) struct Operand {
-    pub(super) start: *const f32,
-    pub(super) lines: usize,
-    pub(super) stride: usize,
-    pub(super) step: usize,
-}
-
-/// Where products go: line `n` of `b` times line `m` of `a` to `start[n · stride + m]`.
-#[derive(Clone, Copy)]
-pub(super) struct Sums {
-    pub(super) start: *mut f32,
-    pub(super) stride: usize,
-    /// Add to what is there, which is not read otherwise.
-    pub(super) add: bool,
-    pub(super) factor: f32,
-}
-
-/// Every line of `a` times every line of `b`, on this thread. The callers' pointers cover the lines they name.
-#[expect(unsafe_code, reason = "the gemm crate takes pointers")]
-pub(super) fn multiply(a: Operand, b: Operand, depth: usize, sums: Sums) {
-    let chain = depth.div_ceil(depth.div_ceil(CHAIN).max(1)).next_multiple_of(16).max(1);
-    for start in (0..depth.max(1)).step_by(chain) {
-        let depth = chain.min(depth - start);
-        let add = sums.add || start > 0;
-        let (a_start, b_start) = (a.start.wrapping_add(start * a.step), b.start.wrapping_add(start * b.step));
-        // SAFETY: callers pass operands of `lines` lines with `depth` numbers each and sums of `b.lines` lines with
-        // `a.lines` numbers each, all within their allocations; the sums overlap neither operand.
-        unsafe {
-            gemm::gemm(
-                a.lines,
-                b.lines,
-                depth,
-                sums.start,
-                sums.stride.cast_signed(),
-                1,
-                add,
-                a_start,
-                a.step.cast_signed(),
-                a.stride.cast_signed(),
-                b_start,
-                b.stride.cast_signed(),
-                b.step.cast_signed(),
-                1.0,
-                sums.factor,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
+        });
     }
 }

@@ -1,0 +1,80 @@
+//! AVX-512: 14 rows by two registers of sums. f32 by fused multiply-add, bf16 by `vdpbf16ps`, which sums pairs.
+#![expect(unsafe_code, reason = "vector instructions on pointers")]
+
+use std::arch::x86_64::{
+    __m512, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+};
+use std::mem::transmute;
+
+use super::{A_STRIDE, Call, PANEL, by_rows};
+
+/// # Safety
+/// As [`Call`] says; AVX-512 F is there.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn f32(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
+}
+
+/// # Safety
+/// As [`Call`] says; AVX-512 F and BF16 are there.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn bf16(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, bf16_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn f32_rows<const R: usize>(call: &Call) {
+    // SAFETY: the panel has `depth` lines of 32 numbers, each row of `a` `depth` numbers.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        let (mut a, mut b) = (call.a, call.b.cast::<f32>());
+        for _ in 0..call.depth {
+            let (low, high) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
+            for r in 0..R {
+                let x = _mm512_set1_ps(a.add(r * A_STRIDE).cast::<f32>().read());
+                sums[r][0] = _mm512_fmadd_ps(x, low, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(x, high, sums[r][1]);
+            }
+            a = a.add(4);
+            b = b.add(PANEL);
+        }
+        store(call, sums);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bf16_rows<const R: usize>(call: &Call) {
+    // SAFETY: the panel has `depth / 2` lines of 32 pairs, each row of `a` `depth / 2` pairs; any bits are a pair.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        let (mut a, mut b) = (call.a, call.b);
+        for _ in 0..call.depth / 2 {
+            let (low, high) =
+                (transmute(_mm512_loadu_si512(b.cast())), transmute(_mm512_loadu_si512(b.add(64).cast())));
+            for r in 0..R {
+                let x = transmute(_mm512_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned()));
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, low);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, high);
+            }
+            a = a.add(4);
+            b = b.add(4 * PANEL);
+        }
+        store(call, sums);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn store<const R: usize>(call: &Call, sums: [[__m512; 2]; R]) {
+    // SAFETY: `c` has `R` rows of 32 numbers.
+    unsafe {
+        for (r, halves) in sums.into_iter().enumerate() {
+            for (half, sum) in halves.into_iter().enumerate() {
+                let c = call.c.add(r * PANEL + 16 * half);
+                _mm512_storeu_ps(c, if call.add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum });
+            }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Micro-kernels: the sums of one tile, a few rows times one panel of 32 outputs, one for each instruction set. All of
+//! them read the same blocks of rows and the same packed panels, so that the set can be chosen at run time.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+use super::simd::{Level, level};
+
+/// Outputs of a panel of weights.
+pub(super) const PANEL: usize = 32;
+/// Bytes of a row that one call sums over, at most.
+pub(super) const A_BYTES: usize = 1024;
+/// Bytes between rows of a block of left operands. Fixed, so that a row is a displacement; an odd number of cache
+/// lines, so that the rows of a tile lie in different sets.
+pub(super) const A_STRIDE: usize = A_BYTES + 64;
+
+/// One tile. Nothing in it overlaps.
+pub(super) struct Call {
+    /// `rows` rows, [`A_STRIDE`] apart, each of `depth` numbers.
+    pub(super) a: *const u8,
+    /// The panel from the first number of the depth on: f32 `[depth, 32]`, bf16 `[depth/2, 32, 2]`, i8
+    /// `[depth/4, 32, 4]`.
+    pub(super) b: *const u8,
+    /// A multiple of the micro-kernel's grain; a row of `a` takes at most [`A_BYTES`].
+    pub(super) depth: usize,
+    /// `[rows, 32]`: f32, or i32 for i8. There is memory for as many rows as the micro-kernel takes at once.
+    pub(super) c: *mut f32,
+    pub(super) rows: usize,
+    /// Add to what is in `c`, which is not read otherwise.
+    pub(super) add: bool,
+}
+
+/// What a micro-kernel multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operands {
+    F32,
+    Bf16,
+}
+
+impl Operands {
+    pub(super) const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A micro-kernel and what it wants.
+#[derive(Clone, Copy)]
+pub(super) struct Micro {
+    pub(super) operands: Operands,
+    /// Rows that it takes at once.
+    pub(super) rows: usize,
+    /// The depth is a multiple of it.
+    pub(super) grain: usize,
+    run: unsafe fn(&Call),
+    /// Called on a thread before its first tile and after its last.
+    around: Option<(unsafe fn(), unsafe fn())>,
+}
+
+impl Micro {
+    /// That of the level in use: for bf16 operands where there is one that gains by them, for f32 otherwise.
+    pub(super) fn new(narrow: bool) -> Self {
+        Self::of(level(), narrow)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn of(level: Level, narrow: bool) -> Self {
+        match (level, narrow) {
+            (Level::Avx512Bf16, true) => {
+                Self { operands: Operands::Bf16, rows: 14, grain: 2, run: avx512::bf16, around: None }
+            }
+            (Level::Avx512 | Level::Avx512Bf16, _) => {
+                Self { operands: Operands::F32, rows: 14, grain: 1, run: avx512::f32, around: None }
+            }
+            (Level::Avx2, _) => Self { operands: Operands::F32, rows: 6, grain: 1, run: avx2::f32, around: None },
+            (Level::Portable, _) => Self::portable(),
+        }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    fn of(level: Level, narrow: bool) -> Self {
+        Self { operands: Operands::F32, rows: 6, grain: 1, run: neon::f32, around: None }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    fn of(_: Level, _: bool) -> Self {
+        Self::portable()
+    }
+
+    fn portable() -> Self {
+        Self { operands: Operands::F32, rows: 4, grain: 1, run: portable::f32, around: None }
+    }
+
+    /// Runs `work`, within which [`Self::run`] may be called on this thread.
+    #[expect(unsafe_code, reason = "tile registers are set up and given back")]
+    pub(super) fn within<R>(&self, work: impl FnOnce() -> R) -> R {
+        struct Leave(Option<unsafe fn()>);
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                if let Some(leave) = self.0 {
+                    // SAFETY: `enter` ran on this thread before.
+                    unsafe { leave() }
+                }
+            }
+        }
+        if let Some((enter, _)) = self.around {
+            // SAFETY: this micro-kernel is only chosen where its instructions are there.
+            unsafe { enter() }
+        }
+        let _leave = Leave(self.around.map(|(_, leave)| leave));
+        work()
+    }
+
+    /// # Safety
+    /// The operands are as [`Call`] says, with `rows` at most `self.rows` and `depth` a multiple of `self.grain`; the
+    /// caller is within [`Self::within`].
+    #[expect(unsafe_code, reason = "operands are pointers")]
+    pub(super) unsafe fn run(&self, call: &Call) {
+        // SAFETY: as above; the instruction set was detected before the level was chosen.
+        unsafe { (self.run)(call) }
+    }
+}
+
+/// Calls `$rows::<R>` for the number of rows of `$call`, which is one of those listed.
+macro_rules! by_rows {
+    ($call:ident, $rows:ident: $($count:literal)*) => {
+        match $call.rows {
+            $($count => $rows::<$count>($call),)*
+            _ => {}
+        }
+    };
+}
+use by_rows;

@@ -1,0 +1,37 @@
+//! Plain Rust for any machine, four rows by eight sums at a time.
+#![expect(unsafe_code, reason = "operands are pointers")]
+
+use super::{A_STRIDE, Call, PANEL, by_rows};
+
+const WIDTH: usize = 8;
+
+/// # Safety
+/// As [`Call`] says.
+pub(super) unsafe fn f32(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, f32_rows: 1 2 3 4) }
+}
+
+unsafe fn f32_rows<const R: usize>(call: &Call) {
+    for part in (0..PANEL).step_by(WIDTH) {
+        let mut sums = [[0.0_f32; WIDTH]; R];
+        for k in 0..call.depth {
+            // SAFETY: the panel has `depth` lines of 32 numbers, each row of `a` `depth` numbers.
+            let line = unsafe { &*call.b.cast::<f32>().add(k * PANEL + part).cast::<[f32; WIDTH]>() };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: as above.
+                let x = unsafe { call.a.add(r * A_STRIDE).cast::<f32>().add(k).read() };
+                for (sum, y) in sums.iter_mut().zip(line) {
+                    *sum += x * y;
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: `c` has `R` rows of 32 numbers, which nothing else borrows.
+            let c = unsafe { &mut *call.c.add(r * PANEL + part).cast::<[f32; WIDTH]>() };
+            for (c, sum) in c.iter_mut().zip(sums) {
+                *c = if call.add { *c + sum } else { *sum };
+            }
+        }
+    }
+}
