@@ -19,8 +19,8 @@ use crate::kernels::Activation;
 
 /// Rows of a task, at most.
 const ROWS: usize = 336;
-/// Panels of a task, at most.
-const PANELS: usize = 32;
+/// Panels of a task, at most: their sums stay in the second cache beside the rows.
+const PANELS: usize = 20;
 /// f32 numbers summed in one chain: several short chains lose fewer digits than a long one, and at this length no more
 /// than torch's products and convolutions do. bf16 has lost them already.
 const CHAIN: usize = 128;
@@ -135,7 +135,8 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
     let product = Product { left, weight, micro, step, outputs, gated: after.gated, finish };
 
     let panels = outputs.div_ceil(PANEL);
-    let (row_block, panel_block) = blocks(rows, depth, panels, micro.rows);
+    let most = if after.gated { PANELS / 2 } else { PANELS };
+    let (row_block, panel_block) = blocks((rows, depth, panels), most, micro.rows);
     let (down, across) = (rows.div_ceil(row_block), panels.div_ceil(panel_block));
     let mut out = T::zeros(rows * outputs);
     let shared = Shared::new(&mut out);
@@ -149,10 +150,10 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
 }
 
 /// Rows and panels of a task, so that every thread has some and none waits long for the last.
-fn blocks(rows: usize, depth: usize, panels: usize, at_once: usize) -> (usize, usize) {
+fn blocks((rows, depth, panels): (usize, usize, usize), most: usize, at_once: usize) -> (usize, usize) {
     let threads = threads();
     let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 6 * threads);
-    let mut across = panels.div_ceil(PANELS);
+    let mut across = panels.div_ceil(most);
     let mut down = rows.div_ceil(ROWS);
     // Rows are gathered again for each part of the outputs, weights read again for each part of the rows.
     if down * across < worth && panels * PANEL > rows {

@@ -183,6 +183,19 @@ fn exp2(x: f32) -> f32 {
     if x < -126.0 { 0.0 } else { p * power }
 }
 
+/// Joins 32 numbers to one, halves at a time.
+#[inline(always)]
+fn fold(lanes: [f32; 32], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = lanes;
+    for half in [16, 8, 4, 2, 1] {
+        let (low, high) = lanes.split_at_mut(half);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low = join(*low, *high);
+        }
+    }
+    lanes[0]
+}
+
 #[inline(always)]
 pub(super) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
@@ -290,11 +303,7 @@ levels! {
                 }
             }
         }
-        let (low, high) = lanes.split_at_mut(16);
-        for (low, high) in low.iter_mut().zip(high) {
-            *low = if *high > *low { *high } else { *low };
-        }
-        low.iter().fold(before, |most, x| if *x > most { *x } else { most })
+        fold(lanes, |a, b| if b > a { b } else { a })
     }
 
     /// Replaces each of the first `seen` scores `x` by `2^((x - greatest) · factor)`, the rest by 0, and gives the sum.
@@ -315,7 +324,7 @@ levels! {
                 }
             }
         }
-        lanes.into_iter().sum()
+        fold(lanes, |a, b| a + b)
     }
 
     /// Sums of `x - pivot` and of its square per channel, added to `sums` and `squares`. `rows` is `[rows, C]`.
