@@ -11,6 +11,9 @@ mod cpu;
 pub mod plain;
 mod shapes;
 
+#[cfg(target_arch = "x86_64")]
+#[doc(hidden)]
+pub use cpu::amx_probe;
 pub use cpu::simd;
 
 use candle_core::{DType, Result, Tensor};

@@ -1,5 +1,6 @@
 //! Integration tests: behaviour at the boundaries, and goldens.
 
+mod amx;
 mod architecture;
 mod conditioning;
 mod config;
@@ -12,4 +13,5 @@ mod outputs;
 mod parity;
 mod scheduler;
 mod protocol;
+mod tile_emulator;
 mod wire;
