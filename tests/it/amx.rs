@@ -56,8 +56,9 @@ fn on_tiles(tests: impl FnOnce()) {
     let runner = install();
     let before = executed();
     tests();
-    eprintln!("{}", runner.describe());
-    assert_eq!(executed() > before, runner == Runner::Emulator, "{runner:?}, {} emulated", executed() - before);
+    let emulated = executed() - before;
+    eprintln!("{} ({emulated} instructions emulated)", runner.describe());
+    assert_eq!(emulated > 0, runner == Runner::Emulator, "{runner:?}, {emulated} emulated");
 }
 
 struct Case {
@@ -296,5 +297,79 @@ fn every_thread_has_tiles_of_its_own() {
                 });
             }
         });
+    });
+}
+
+#[test]
+#[expect(unsafe_code, reason = "inline assembly in a child that it ends")]
+fn misuse_of_tiles_ends_the_process() {
+    /// The signal that ends a child which runs `misuse`.
+    fn check(what: &str, misuse: impl FnOnce()) {
+        let mut status = 0;
+        // SAFETY: the child leaves no core, runs instructions and ends, all of it async-signal-safe; the parent waits.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+                libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+                libc::close(libc::STDERR_FILENO);
+                misuse();
+                libc::_exit(0);
+            }
+            assert!(child > 0, "no child");
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+        }
+        let expected: &[_] = match install() {
+            Runner::Emulator => &[libc::SIGABRT],
+            Runner::Processor => &[libc::SIGILL, libc::SIGSEGV],
+        };
+        let ended = libc::WIFSIGNALED(status) && expected.contains(&libc::WTERMSIG(status));
+        assert!(ended, "{what}: status {status:#x}, expected one of the signals {expected:?}");
+    }
+    // Configures tiles as given, then runs the instruction, an empty one for the shape's own sake.
+    macro_rules! after {
+        ($shape:expr, $instruction:literal) => {{
+            let shape = $shape;
+            let memory = [0u8; 2048];
+            check(concat!("`", $instruction, "`"), || {
+                // SAFETY: none is needed: this raises a fault.
+                unsafe {
+                    asm!(
+                        "ldtilecfg [rax]",
+                        $instruction,
+                        in("rax") &raw const shape, in("rdx") &raw const memory, in("rcx") 64usize,
+                        options(nostack)
+                    );
+                }
+            });
+        }};
+    }
+    let full = || Shape::new(&[(16, 64); 8]);
+    let with = |at: usize, byte: u8| {
+        let mut shape = full();
+        shape.0[at] = byte;
+        shape
+    };
+    on_tiles(|| {
+        amx_probe::int8(Product {
+            a: &lay_rows(1, 64, 0, |_, _| 1),
+            b: &lay_panel(64, 4, 0, |_, _| 1),
+            c: &mut [0; SIDE * SIDE],
+            depth: 64,
+            rows: 1,
+            add: false,
+        });
+        after!(full(), "ud2");
+        after!(with(0, 2), ""); // a palette that does not exist
+        after!(with(5, 1), ""); // reserved
+        after!(with(48, 17), ""); // rows
+        after!(with(16, 65), ""); // bytes in a row
+        after!(with(48, 0), ""); // no rows of 64 bytes
+        after!(with(0, 0), "tilezero tmm0"); // palette 0 releases
+        after!(Shape::new(&[(16, 64)]), "tileloadd tmm1, [rdx + rcx*1]"); // a tile without a shape
+        after!(full(), ".byte 0xc4, 0xe2, 0x7a, 0x5c, 0xc1"); // tdpbf16ps tmm0, tmm1, tmm0
+        after!(Shape::new(&[(16, 64), (16, 60), (16, 64)]), "tdpbssd tmm0, tmm1, tmm2");
+        after!(Shape::new(&[(16, 64), (16, 64), (16, 60)]), "tdpbssd tmm0, tmm1, tmm2");
+        after!(Shape::new(&[(15, 64), (16, 64), (16, 64)]), "tdpbf16ps tmm0, tmm1, tmm2");
     });
 }
