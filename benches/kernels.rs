@@ -144,13 +144,19 @@ fn convolutions(table: &Table) {
 }
 
 fn attentions(table: &Table) {
-    let shapes =
-        [(2, 10, 4096, 4096, 64), (2, 20, 1024, 1024, 64), (2, 10, 4096, 77, 64), (2, 20, 1024, 77, 64), (1, 1, 16384, 16384, 512)];
+    let shapes = [
+        (2, 10, 4096, 4096, 64),
+        (2, 20, 1024, 1024, 64),
+        (2, 10, 4096, 77, 64),
+        (2, 20, 1024, 77, 64),
+        (1, 1, 16384, 16384, 512),
+    ];
     for (batch, heads, queries, keys, depth) in shapes {
         let operations = 4 * batch * heads * queries * keys * depth;
         let name = format!("attention {batch}×{heads} heads of {depth}, {queries} on {keys}");
         table.row(&name, operations, |dtype| {
-            let (q, k) = (tensor(&[batch, queries, heads * depth], dtype), tensor(&[batch, keys, heads * depth], dtype));
+            let (q, k) =
+                (tensor(&[batch, queries, heads * depth], dtype), tensor(&[batch, keys, heads * depth], dtype));
             Box::new(move || drop(black_box(kernels::attention(&q, &k, &k, heads, Mask::None).expect("tokens"))))
         });
     }

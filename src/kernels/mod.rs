@@ -11,6 +11,9 @@ mod cpu;
 pub mod plain;
 mod shapes;
 
+#[cfg(target_arch = "x86_64")]
+#[doc(hidden)]
+pub use cpu::amx_probe;
 pub use cpu::simd;
 
 use std::sync::Arc;
@@ -133,9 +136,7 @@ impl Linear {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
         match &self.weight {
-            Weight::Packed(weight) => {
-                cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
-            }
+            Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
             Weight::Tensor(_) => plain::geglu(&self.forward(x)?),
         }
     }

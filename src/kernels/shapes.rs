@@ -59,12 +59,7 @@ pub(super) fn kernel(weight: &Tensor, shape: ConvShape) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn conv2d(
-    x: &Tensor,
-    bias: Option<&Tensor>,
-    shape: ConvShape,
-    after: Epilogue,
-) -> Result<Vec<usize>> {
+pub(super) fn conv2d(x: &Tensor, bias: Option<&Tensor>, shape: ConvShape, after: Epilogue) -> Result<Vec<usize>> {
     let ConvShape { inputs, outputs, kernel, stride, padding: Padding { top, bottom, left, right } } = shape;
     if kernel == 0 || stride == 0 {
         bail!("a convolution needs a kernel and a stride of at least 1, got kernel {kernel}, stride {stride}");

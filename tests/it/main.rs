@@ -4,7 +4,6 @@ mod architecture;
 mod conditioning;
 mod config;
 mod device;
-mod kernels;
 mod model;
 mod networks;
 mod noise;

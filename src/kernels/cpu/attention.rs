@@ -180,7 +180,8 @@ impl<T: Element> Attention<'_, T> {
                 let from = sums.wrapping_add((start / PANEL * padded + i) * PANEL);
                 // SAFETY: a row of 32 sums of this task.
                 let from = unsafe { std::slice::from_raw_parts(from, PANEL) };
-                let line = target.line(((sample * queries + row) * heads + head) * depth + start, PANEL.min(depth - start));
+                let line =
+                    target.line(((sample * queries + row) * heads + head) * depth + start, PANEL.min(depth - start));
                 simd::round_scaled(from, 1.0 / marks[i].total, line);
             }
         }

@@ -14,6 +14,10 @@ mod pool;
 mod product;
 pub mod simd;
 
+#[cfg(target_arch = "x86_64")]
+#[doc(hidden)]
+pub use self::micro::amx::probe as amx_probe;
+
 use candle_core::{DType, Result, Tensor, WithDType};
 use half::{bf16, f16};
 

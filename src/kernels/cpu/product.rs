@@ -214,8 +214,7 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                             if end == depth && lane + 1 == lanes {
                                 let spot = Spot { row: rows.start + first, rows: count, column, columns };
                                 // SAFETY: these sums have been written for all steps.
-                                let tile_at =
-                                    |at: *mut f32| unsafe { std::slice::from_raw_parts(at, count * PANEL) };
+                                let tile_at = |at: *mut f32| unsafe { std::slice::from_raw_parts(at, count * PANEL) };
                                 if self.gated {
                                     let value = tile_at(sums.wrapping_add(first * PANEL));
                                     finish_gated(&self.finish, value, tile_at(c), spot, target);

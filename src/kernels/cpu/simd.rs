@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::attention::Lines;
 use super::element::Element;
+#[cfg(target_arch = "x86_64")]
+use super::micro::amx;
 use crate::kernels::Activation;
 
 /// Accumulators kept side by side in a reduction.
@@ -22,13 +24,15 @@ pub enum Level {
     Avx512 = 3,
     /// AVX-512 BF16.
     Avx512Bf16 = 4,
+    /// AMX TILE, BF16 and INT8.
+    Amx = 5,
 }
 
 /// 0: not yet looked at.
 static LEVEL: AtomicU8 = AtomicU8::new(0);
 
 impl Level {
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// As the command line has it.
     #[must_use]
@@ -38,6 +42,7 @@ impl Level {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -54,6 +59,7 @@ impl Level {
                     Self::Avx2.is_here() && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
                 }
                 Self::Avx512Bf16 => Self::Avx512.is_here() && has!("avx512bf16"),
+                Self::Amx => Self::Avx512Bf16.is_here() && amx::available(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -66,7 +72,12 @@ impl Level {
 /// The level that is fastest here.
 #[must_use]
 pub fn best() -> Level {
-    let most = Level::ALL.into_iter().rev().find(|level| level.is_here()).unwrap_or(Level::Portable);
+    #[cfg(target_arch = "x86_64")]
+    if Level::Avx512Bf16.is_here() && amx::native() {
+        return Level::Amx;
+    }
+    let below = Level::ALL.into_iter().rev().filter(|level| *level < Level::Amx);
+    let most = below.into_iter().find(|level| level.is_here()).unwrap_or(Level::Portable);
     // Intel's cores finish one `vdpbf16ps` in the time of four f32 multiply-adds of half its work each (measured on
     // Sapphire Rapids: 86 and 176 GF/s a core); AMD's take it at full rate.
     if most == Level::Avx512Bf16 && !is_amd() { Level::Avx512 } else { most }
@@ -125,7 +136,7 @@ macro_rules! levels {
                 }
                 match $crate::kernels::simd::level() {
                     // SAFETY: `level` gives `Avx512` and what is above only where these features were detected.
-                    $crate::kernels::simd::Level::Avx512 | $crate::kernels::simd::Level::Avx512Bf16 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::simd::Level::Avx512 | $crate::kernels::simd::Level::Avx512Bf16 | $crate::kernels::simd::Level::Amx => return unsafe { avx512($($arg),*) },
                     // SAFETY: `level` gives `Avx2` only where it was detected.
                     $crate::kernels::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::kernels::simd::Level::Portable => {}

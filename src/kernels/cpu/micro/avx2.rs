@@ -24,10 +24,10 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
             let (mut a, mut b) = (call.a, call.b.cast::<f32>().add(half));
             for _ in 0..call.depth {
                 let (low, high) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
-                for r in 0..R {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let x = _mm256_set1_ps(a.add(r * A_STRIDE).cast::<f32>().read());
-                    sums[r][0] = _mm256_fmadd_ps(x, low, sums[r][0]);
-                    sums[r][1] = _mm256_fmadd_ps(x, high, sums[r][1]);
+                    sums[0] = _mm256_fmadd_ps(x, low, sums[0]);
+                    sums[1] = _mm256_fmadd_ps(x, high, sums[1]);
                 }
                 a = a.add(4);
                 b = b.add(PANEL);

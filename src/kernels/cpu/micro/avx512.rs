@@ -2,8 +2,8 @@
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::x86_64::{
-    __m512, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
@@ -33,10 +33,10 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
         let (mut a, mut b) = (call.a, call.b.cast::<f32>());
         for _ in 0..call.depth {
             let (low, high) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let x = _mm512_set1_ps(a.add(r * A_STRIDE).cast::<f32>().read());
-                sums[r][0] = _mm512_fmadd_ps(x, low, sums[r][0]);
-                sums[r][1] = _mm512_fmadd_ps(x, high, sums[r][1]);
+                sums[0] = _mm512_fmadd_ps(x, low, sums[0]);
+                sums[1] = _mm512_fmadd_ps(x, high, sums[1]);
             }
             a = a.add(4);
             b = b.add(PANEL);
@@ -52,18 +52,24 @@ unsafe fn bf16_rows<const R: usize>(call: &Call) {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         let (mut a, mut b) = (call.a, call.b);
         for _ in 0..call.depth / 2 {
-            let (low, high) =
-                (transmute(_mm512_loadu_si512(b.cast())), transmute(_mm512_loadu_si512(b.add(64).cast())));
-            for r in 0..R {
-                let x = transmute(_mm512_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned()));
-                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, low);
-                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, high);
+            let (low, high) = (pairs(_mm512_loadu_si512(b.cast())), pairs(_mm512_loadu_si512(b.add(64).cast())));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = pairs(_mm512_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned()));
+                sums[0] = _mm512_dpbf16_ps(sums[0], x, low);
+                sums[1] = _mm512_dpbf16_ps(sums[1], x, high);
             }
             a = a.add(4);
             b = b.add(4 * PANEL);
         }
         store(call, sums);
     }
+}
+
+/// The same bits as pairs of bf16.
+#[inline(always)]
+fn pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes of which any are valid.
+    unsafe { transmute::<__m512i, __m512bh>(bits) }
 }
 
 #[target_feature(enable = "avx512f")]

@@ -2,6 +2,8 @@
 //! them read the same blocks of rows and the same packed panels, so that the set can be chosen at run time.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -51,6 +53,9 @@ impl Operands {
     }
 }
 
+/// What prepares a thread, and what undoes it.
+type Around = (unsafe fn(), unsafe fn());
+
 /// A micro-kernel and what it wants.
 #[derive(Clone, Copy)]
 pub(super) struct Micro {
@@ -61,7 +66,7 @@ pub(super) struct Micro {
     pub(super) grain: usize,
     run: unsafe fn(&Call),
     /// Called on a thread before its first tile and after its last.
-    around: Option<(unsafe fn(), unsafe fn())>,
+    around: Option<Around>,
 }
 
 impl Micro {
@@ -73,10 +78,17 @@ impl Micro {
     #[cfg(target_arch = "x86_64")]
     fn of(level: Level, narrow: bool) -> Self {
         match (level, narrow) {
+            (Level::Amx, true) => Self {
+                operands: Operands::Bf16,
+                rows: 32,
+                grain: 32,
+                run: amx::bf16,
+                around: Some((amx::enter, amx::leave)),
+            },
             (Level::Avx512Bf16, true) => {
                 Self { operands: Operands::Bf16, rows: 14, grain: 2, run: avx512::bf16, around: None }
             }
-            (Level::Avx512 | Level::Avx512Bf16, _) => {
+            (Level::Avx512 | Level::Avx512Bf16 | Level::Amx, _) => {
                 Self { operands: Operands::F32, rows: 14, grain: 1, run: avx512::f32, around: None }
             }
             (Level::Avx2, _) => Self { operands: Operands::F32, rows: 6, grain: 1, run: avx2::f32, around: None },

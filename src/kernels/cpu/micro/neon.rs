@@ -22,9 +22,9 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
             let (mut a, mut b) = (call.a, call.b.cast::<f32>().add(half));
             for _ in 0..call.depth {
                 let lines = [vld1q_f32(b), vld1q_f32(b.add(4)), vld1q_f32(b.add(8)), vld1q_f32(b.add(12))];
-                for r in 0..R {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let x = a.add(r * A_STRIDE).cast::<f32>().read();
-                    for (sum, line) in sums[r].iter_mut().zip(lines) {
+                    for (sum, line) in sums.iter_mut().zip(lines) {
                         *sum = vfmaq_n_f32(*sum, line, x);
                     }
                 }

@@ -2,6 +2,8 @@
 //! not fit.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Result, Tensor};
 use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::kernels::{
@@ -103,14 +105,14 @@ impl Follow {
 
 #[test]
 fn linear_equals_the_plain_one() {
-    at_every_level("linear", |_| check_linear(72));
+    at_every_level("linear", |_, brief| check_linear(72, brief));
 }
 
-fn check_linear(cases: usize) {
+fn check_linear(cases: usize, brief: bool) {
     let mut dice = Dice(1);
-    for case in 0..cases {
-        let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
-        let weights = WEIGHTS[case % 3];
+    for case in 0..if brief { cases / 6 } else { cases } {
+        let dtype = if brief { DType::BF16 } else { dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]) };
+        let weights = if brief { DType::BF16 } else { WEIGHTS[case % 3] };
         let (inputs, outputs) = (dice.pick(&[1, 3, 16, 33, 320, 1100]), dice.pick(&[1, 2, 5, 64, 100, 1000]));
         let front = dice.pick(&[&[1][..], &[3], &[1, 77], &[2, 1], &[3, 5, 7], &[2, 300], &[1, 900]]);
         let shape = |last| [front, &[last]].concat();
@@ -150,14 +152,14 @@ fn long_sums_lose_few_digits() {
 
 #[test]
 fn convolution_equals_the_plain_one() {
-    at_every_level("convolution", |_| check_convolution(72));
+    at_every_level("convolution", |_, brief| check_convolution(72, brief));
 }
 
-fn check_convolution(cases: usize) {
+fn check_convolution(cases: usize, brief: bool) {
     let mut dice = Dice(2);
-    for case in 0..cases {
-        let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
-        let weights = WEIGHTS[case % 3];
+    for case in 0..if brief { cases / 6 } else { cases } {
+        let dtype = if brief { DType::BF16 } else { dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]) };
+        let weights = if brief { DType::BF16 } else { WEIGHTS[case % 3] };
         let shape = ConvShape {
             inputs: dice.pick(&[1, 3, 4, 9, 32, 130]),
             outputs: dice.pick(&[1, 3, 4, 17, 64, 160]),
@@ -199,13 +201,13 @@ fn one_pixel_is_a_feature_map() {
 
 #[test]
 fn attention_equals_the_plain_one() {
-    at_every_level("attention", |_| check_attention(48));
+    at_every_level("attention", |_, brief| check_attention(48, brief));
 }
 
-fn check_attention(cases: usize) {
+fn check_attention(cases: usize, brief: bool) {
     let mut dice = Dice(4);
-    for case in 0..cases {
-        let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
+    for case in 0..if brief { cases / 6 } else { cases } {
+        let dtype = if brief { DType::BF16 } else { dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]) };
         let (batch, heads) = (dice.pick(&[1, 2, 3]), dice.pick(&[1, 2, 5]));
         let depth = dice.pick(&[1, 8, 13, 40, 64, 160]);
         let queries = dice.pick(&[1, 5, 77, 250, 500]);
@@ -229,7 +231,7 @@ fn check_attention(cases: usize) {
         let expected = plain::attention(&q, &k, &v, heads, mask);
         close(&what, kernels::attention(&q, &k, &v, heads, mask), expected);
     }
-    for (queries, depth) in [(700, 512), (1500, 64)] {
+    for (queries, depth) in [(700, 512), (1500, 64)].into_iter().filter(|_| !brief) {
         let mut draw = || dice.tensor(&[1, queries, depth], DType::F32);
         let (q, k, v) = (draw(), draw(), draw());
         let expected = plain::attention(&q, &k, &v, 1, Mask::None);
@@ -351,6 +353,7 @@ fn copies_are_exact() {
 
 #[test]
 fn views_give_what_their_copies_give() {
+    let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     let mut dice = Dice(8);
     let x = dice.tensor(&[2, 12, 10, 16], DType::F32).transpose(1, 2).unwrap().narrow(3, 4, 8).unwrap();
     let copy = Tensor::from_vec(numbers(&x.contiguous().unwrap()), x.dims(), &Device::Cpu).unwrap();
@@ -374,18 +377,28 @@ fn views_give_what_their_copies_give() {
     }
 }
 
-/// Runs `check` at every level, and says which of them this machine has.
-fn at_every_level(what: &str, mut check: impl FnMut(Level)) {
+/// Held by tests that choose a level, or compare bits of what one level must have computed.
+static LEVEL: Mutex<()> = Mutex::new(());
+
+/// Runs `check` at every level, and says which of them this machine has. AMX may be run by the emulator, for which
+/// `check` is told to be brief.
+fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
+    let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     for level in Level::ALL {
-        if level.is_here() {
-            simd::choose(level);
-            check(level);
-            eprintln!("{what}: {} run", level.name());
-        } else {
-            eprintln!("{what}: {} NOT RUN, this machine does not have it", level.name());
+        let mut by = "run";
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        if level == Level::Amx {
+            by = crate::tile_emulator::install().describe();
         }
+        if level.is_here() {
+            assert_eq!(simd::choose(level), level);
+            check(level, by.contains("emulator"));
+            eprintln!("{what}: {}: {by}", level.name());
+        } else {
+            eprintln!("{what}: {}: NOT RUN, this machine does not have it", level.name());
+        }
+        simd::choose(simd::best());
     }
-    simd::choose(simd::best());
 }
 
 #[test]
@@ -395,7 +408,7 @@ fn loops_give_the_same_bits_at_every_level() {
         let x = (dice.tensor(&[2, 37, 33], dtype) * 3.0).unwrap();
         let weight = dice.tensor(&[33], DType::F32);
         let mut first = None;
-        at_every_level("loops", |level| {
+        at_every_level("loops", |level, _| {
             let made = [
                 GroupNorm::new(&weight, &weight, 3, 1e-5).unwrap().forward_silu(&x).unwrap(),
                 LayerNorm::new(&weight, &weight, 1e-5).unwrap().forward(&x).unwrap(),

@@ -1,0 +1,5 @@
+//! Tests of the kernels, in a process of their own: they choose the instruction set of the whole process.
+
+mod amx;
+mod tile_emulator;
+mod whole;
