@@ -5,6 +5,7 @@ mod conditioning;
 mod config;
 mod device;
 mod kernels;
+mod memory;
 mod model;
 mod networks;
 mod noise;
