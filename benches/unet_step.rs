@@ -50,7 +50,7 @@ fn main() {
     let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
     if arguments.iter().any(|argument| argument == "--load") {
         managers.model().placement = Some(placement);
-        for run in 0..2 {
+        for run in 0..3 {
             let ask = |request, managers: &mut Managers| {
                 let ctx = Context::detached();
                 ModelInstructor.instruct(request, managers.model(), &ctx).expect("a model that loads")

@@ -135,7 +135,7 @@ fn threads_never_share_a_block() {
                 for round in 0..200_usize {
                     let mark = thread.wrapping_mul(29).wrapping_add(round as u8);
                     let size = LARGE + (round * 7919 + usize::from(thread) * 104_729) % (3 * MIB);
-                    let mut memory = Memory::new(allocator, size);
+                    let memory = Memory::new(allocator, size);
                     // Both ends of every page tell who wrote them last.
                     for at in (0..size).step_by(4096).flat_map(|at| [at, (at + 4095).min(size - 1)]) {
                         // SAFETY: the place is within the block.

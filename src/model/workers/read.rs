@@ -156,7 +156,6 @@ fn numbers(weights: &Weights, batch: &[Wanted]) -> Result<Vec<Numbers>> {
         };
         threads.into_iter().map(ended).fold(own, Result::and)
     })?;
-    drop(chunks);
     Ok(all)
 }
 
