@@ -3,6 +3,8 @@
 //!
 //! `cargo bench --bench kernels [-- FILTER] [--cpu-features LEVEL]`
 
+#![expect(clippy::print_stdout, reason = "the table is what it is for")]
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
 //! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
 //! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16]`
 //! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
-//! peak memory.
+//! peak memory. With `--load` the model is only loaded, and then loaded anew.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,7 +12,11 @@ use sdxl_worker::context::Context;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::instructors::Instructors;
+use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
+use sdxl_worker::memory;
+use sdxl_worker::model::instructor::ModelInstructor;
+use sdxl_worker::model::interface::{ModelWish, Request, Response};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -44,6 +48,25 @@ fn main() {
     let inference = Instructors::new(settings).expect("the settings as shipped").inference;
     let plan = inference.plan(&request, &mut managers).expect("a plan");
     let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
+    if arguments.iter().any(|argument| argument == "--load") {
+        managers.model().placement = Some(placement);
+        for run in 0..3 {
+            let ask = |request, managers: &mut Managers| {
+                let ctx = Context::detached();
+                ModelInstructor.instruct(request, managers.model(), &ctx).expect("a model that loads")
+            };
+            let wish = ModelWish { model: request.model.clone() };
+            if let Response::Load(loaded) = ask(Request::Load(wish.clone()), &mut managers) {
+                let speed = loaded.bytes.0 as f64 / loaded.ms.max(1) as f64 / 1e6;
+                eprintln!("load {run}: {} in {} ms, {speed:.2} GB/s: {:?}", loaded.bytes, loaded.ms, loaded.components);
+            }
+            print_memory();
+            ask(Request::Unload(wish), &mut managers);
+            eprintln!("unloaded: {:?}", memory::usage());
+            print_memory();
+        }
+        return;
+    }
     for run in 0..runs {
         let ctx = Context::detached();
         let start = Instant::now();
@@ -54,10 +77,12 @@ fn main() {
         let (whole, steps) = (start.elapsed().as_secs_f64(), plan.sampling.steps());
         eprintln!("run {run}: {steps} steps {}×{} in {whole:.3} s: {}", pixels.width, pixels.height, stages.join(", "));
     }
-    if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
-        status
-            .lines()
-            .filter(|line| line.starts_with("VmHWM"))
-            .for_each(|line| eprintln!("peak resident {}", &line[6..]));
-    }
+    eprintln!("blocks: {:?}", memory::usage());
+    print_memory();
+}
+
+fn print_memory() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let lines = status.lines().filter(|line| ["VmHWM", "VmRSS"].iter().any(|key| line.starts_with(key)));
+    eprintln!("resident (VmHWM is the peak): {}", lines.collect::<Vec<_>>().join(", ").replace([' ', '\t'], ""));
 }

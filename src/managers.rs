@@ -6,6 +6,7 @@ use crate::conditioning::instructor::ConditioningCrew;
 use crate::conditioning::manager::EmbeddingManager;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
+use crate::memory;
 use crate::model::instructor::ModelCrew;
 use crate::model::interface::Settings as ModelSettings;
 use crate::pace::Pace;
@@ -73,6 +74,7 @@ impl Managers {
             }
             freed = freed + manager.evict(want.saturating_sub(freed));
         }
+        memory::release();
         freed
     }
 }

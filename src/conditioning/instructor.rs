@@ -126,6 +126,8 @@ impl ConditioningInstructor {
                 }
                 Ok(())
             })?;
+            drop(encoders);
+            crew.model.encoded(checkpoint, placement);
             if self.settings.cache_embeddings {
                 for (key, made) in keys.into_iter().zip(embeddings.iter().flatten()) {
                     if crew.embeddings.get(&key).is_none() {

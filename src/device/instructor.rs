@@ -8,6 +8,7 @@ use super::workers::{cuda, host, metal};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
+use crate::memory;
 use crate::units::Bytes;
 
 /// Where one request computes, decided.
@@ -66,7 +67,7 @@ impl DeviceInstructor {
     /// Bytes free on the device, where that can be read.
     #[must_use]
     pub fn free(&self, crew: &DeviceManager) -> Option<Bytes> {
-        crew.memory().map(|memory| memory.free).or(host::memory().available)
+        crew.memory().map(|memory| memory.free).or_else(host_available)
     }
 
     fn wish(&self) -> Result<DeviceWish> {
@@ -158,6 +159,13 @@ impl Instructor for DeviceInstructor {
             }
         })
     }
+}
+
+/// Bytes of the host's memory that this process can still use, where that can be read: what is free, and what the
+/// allocator keeps for reuse.
+#[must_use]
+pub fn host_available() -> Option<Bytes> {
+    host::memory().available.map(|available| available + memory::usage().kept)
 }
 
 /// What a device computes in.

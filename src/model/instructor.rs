@@ -6,15 +6,19 @@ use std::time::Instant;
 use super::catalog::Catalog;
 use super::checkpoint::Checkpoint;
 use super::interface::{
-    ComponentFacts, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request, Response,
-    SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
+    ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
+    Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
 use super::managers::{EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
 use crate::context::Context;
+use crate::device;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::units::Bytes;
+
+/// Share of the memory, in percent, above which a model's weights leave too little for activations.
+const CROWDED: u64 = 60;
 
 /// What the model domain draws on. `list` and `inspect` need only the catalog; they read what is in memory from
 /// `published` where the managers are another thread's.
@@ -24,6 +28,7 @@ pub struct ModelCrew {
     pub encoders: EncoderManager,
     pub unets: UnetManager,
     pub vaes: VaeManager,
+    pub text_encoders: EncoderPolicy,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
     pub placement: Option<Placement>,
     /// What is in memory on the compute thread; `None` on the compute thread itself.
@@ -40,6 +45,7 @@ impl ModelCrew {
             encoders: EncoderManager::new(capacity),
             unets: UnetManager::new(capacity),
             vaes: VaeManager::new(capacity),
+            text_encoders: settings.text_encoders,
             placement: None,
             published: None,
         }
@@ -53,6 +59,23 @@ impl ModelCrew {
             managers.into_iter().flat_map(Manager::resident).collect()
         };
         self.published.clone().unwrap_or_else(own)
+    }
+
+    /// Frees the text encoders of a checkpoint, whose prompts have been encoded, if that is the policy.
+    pub fn encoded(&mut self, checkpoint: &Checkpoint, placement: &Placement) {
+        let crowded = || {
+            let available = placement.device.is_cpu().then(device::instructor::host_available).flatten();
+            let whole = available.map(|available| available + self.bytes_of(checkpoint));
+            whole.is_some_and(|whole| checkpoint.file_bytes().0 > whole.0 / 100 * CROWDED)
+        };
+        let release = match self.text_encoders {
+            EncoderPolicy::Auto => crowded(),
+            EncoderPolicy::Keep => false,
+            EncoderPolicy::Release => true,
+        };
+        if release {
+            self.encoders.shelf.let_go(checkpoint.key);
+        }
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

@@ -14,6 +14,8 @@ use crate::units::Bytes;
 pub struct Settings {
     /// Bytes of weights that are kept in memory, as a number or as `4GB`.
     pub cache_size: Bytes,
+    /// What becomes of a model's text encoders when a prompt has been encoded.
+    pub text_encoders: EncoderPolicy,
     /// Folders beneath which models are looked for.
     pub roots: Vec<PathBuf>,
     /// Model of requests that name none; the demonstration model when it is left out.
@@ -22,8 +24,26 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { cache_size: Bytes(1024 * 1_000_000), roots: vec![PathBuf::from("models")], default: None }
+        Self {
+            cache_size: Bytes(1024 * 1_000_000),
+            text_encoders: EncoderPolicy::Auto,
+            roots: vec![PathBuf::from("models")],
+            default: None,
+        }
     }
+}
+
+/// What becomes of text encoders when a prompt has been encoded. Pinned ones stay, and embeddings that are kept need none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EncoderPolicy {
+    /// `keep`, unless on the CPU the model's weights take more than 60 % of the memory there is.
+    #[default]
+    Auto,
+    /// They stay for the next prompt.
+    Keep,
+    /// They are freed, and read again for the next prompt that is new.
+    Release,
 }
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]

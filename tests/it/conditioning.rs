@@ -11,7 +11,7 @@ use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
-use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface as model;
 use sdxl_worker::model::managers::{ClipTokenizer, TokenizerManager};
 use sdxl_worker::roots::Roots;
@@ -248,6 +248,25 @@ fn a_prompt_that_comes_again_needs_no_encoder() {
     let without = ConditioningInstructor { settings: Settings { cache_embeddings: false } };
     without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
     assert!(crew.embeddings.resident().is_empty());
+}
+
+#[test]
+fn text_encoders_stay_or_go_by_policy() {
+    use model::EncoderPolicy::{Keep, Release};
+    let (placement, ctx) = (placement(), Context::detached());
+    for (policy, pinned, stays) in [(Keep, false, true), (Release, false, false), (Release, true, true)] {
+        let mut crew = crew();
+        crew.model.text_encoders = policy;
+        let checkpoint = crew.model.catalog.resolve(None).unwrap();
+        if pinned {
+            let pin = model::Request::Pin(model::PinWish { model: None, pin: None });
+            ModelInstructor.instruct(pin, &mut crew.model, &ctx).unwrap();
+        }
+        let first = instructor().condition(&wish("a"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
+        assert_eq!(crew.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
+        let second = instructor().condition(&wish("b"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
+        assert_eq!(first.positive.context.dims(), second.positive.context.dims());
+    }
 }
 
 #[track_caller]

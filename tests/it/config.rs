@@ -2,6 +2,7 @@
 
 use sdxl_worker::config::{Config, LogLevel, OnEof};
 use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::model::interface::EncoderPolicy;
 use sdxl_worker::units::Bytes;
 
 fn parse(text: &str) -> Config {
@@ -34,7 +35,7 @@ fn every_documented_key_is_read() {
             "main_interface":{"log_level":"DEBUG","max_line_bytes":4096,"queue_limit":3,"on_eof":"cancel","announce":true,"heartbeat_ms":500},
             "instructors":{
                 "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16"},
-                "model":{"cache_size":"2GiB","roots":["a","b"],"default":"m"},
+                "model":{"cache_size":"2GiB","text_encoders":"release","roots":["a","b"],"default":"m"},
                 "conditioning":{"cache_embeddings":false},
                 "inference":{"batch_size":4},
                 "scheduler":{"default_scheduler":"euler"},
@@ -48,6 +49,7 @@ fn every_documented_key_is_read() {
     assert!(!all.device.auto_detect);
     assert_eq!((all.device.device.as_deref(), all.device.dtype), (Some("cuda:1"), Some(Dtype::Bf16)));
     assert_eq!((all.model.cache_size, all.model.default.as_deref()), (Bytes(2 << 30), Some("m")));
+    assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
     assert_eq!(all.model.roots, ["a", "b"].map(std::path::PathBuf::from));
     assert!(!all.conditioning.cache_embeddings);
     assert_eq!(all.inference.batch_size, 4);

@@ -187,7 +187,7 @@ fn exp2(x: f32) -> f32 {
     p = p * r + 1.333_355_8e-3;
     p = p * r + 9.618_129e-3;
     p = p * r + 5.550_411e-2;
-    p = p * r + 2.402_265_1e-1;
+    p = p * r + 2.402_265e-1;
     p = p * r + 6.931_472e-1;
     p = p * r + 1.0;
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUNDER.to_bits()).wrapping_add(127) << 23);

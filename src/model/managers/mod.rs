@@ -22,6 +22,7 @@ use crate::device::instructor::Placement;
 use crate::device::interface::Dtype;
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
+use crate::memory;
 use crate::units::Bytes;
 
 /// What tells one network on a shelf from another.
@@ -96,6 +97,13 @@ impl<T> Shelf<T> {
         freed
     }
 
+    /// Drops the items of a checkpoint that are not pinned.
+    pub(in crate::model) fn let_go(&mut self, checkpoint: CheckpointKey) {
+        let before = self.bytes();
+        self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint);
+        give_back(before.saturating_sub(self.bytes()));
+    }
+
     /// Whether items of a checkpoint may be evicted.
     pub fn pin(&mut self, checkpoint: CheckpointKey, pinned: bool) {
         for entry in self.entries.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
@@ -150,17 +158,10 @@ impl<T> Manager for Shelf<T> {
 /// Freed bytes from which on it is worth asking the allocator to let go of them.
 const WORTH: Bytes = Bytes(64 * Bytes::MIB);
 
-/// Returns what was freed to the system. glibc keeps blocks of up to 32 MiB for itself once it has seen such blocks freed,
-/// and most weights are smaller than that: without this, gigabytes stay with the process.
+/// Returns what was freed to the system: the allocator keeps blocks for reuse, and the next weights have other sizes.
 fn give_back(freed: Bytes) {
-    if freed < WORTH {
-        return;
-    }
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    #[expect(unsafe_code, reason = "the allocator is C's")]
-    // SAFETY: `malloc_trim` has no preconditions, and touches only memory that is free.
-    unsafe {
-        libc::malloc_trim(0);
+    if freed >= WORTH {
+        memory::release();
     }
 }
 

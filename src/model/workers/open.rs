@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -60,24 +60,6 @@ enum Source {
     Embedded(&'static [u8]),
 }
 
-/// The bytes of one tensor.
-pub(in crate::model) enum Span {
-    Mapped(memmap2::Mmap),
-    Embedded(&'static [u8]),
-    Empty,
-}
-
-impl Deref for Span {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Embedded(bytes) => bytes,
-            Self::Empty => &[],
-        }
-    }
-}
-
 impl StoredDtype {
     const KNOWN: &'static [(&'static str, Self, u64)] = &[
         ("F64", Self::F64, 8),
@@ -128,27 +110,42 @@ impl Weights {
         self.shards.get(shard).map_or(Path::new(""), |shard| &shard.path)
     }
 
-    /// Maps the bytes of one tensor; they are unmapped with the span, so what has been read does not stay resident.
-    pub(in crate::model) fn span(&self, shard: usize, stored: &Stored) -> Result<Span> {
+    /// Reads `into.len()` bytes of a file from `offset` on. Several threads may read at once.
+    ///
+    /// # Errors
+    /// `model_corrupt` if they cannot be read, as when the file was cut off since it was opened.
+    pub(in crate::model) fn read(&self, shard: usize, offset: u64, into: &mut [u8]) -> Result<()> {
         let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
-        let length = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
         match &shard.source {
-            _ if length == 0 => Ok(Span::Empty),
             Source::Embedded(bytes) => {
-                let range = stored.range.start as usize..stored.range.end as usize;
-                bytes.get(range).map(Span::Embedded).ok_or_else(|| Error::bug("a tensor lies outside its file"))
+                let from = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)?.get(..into.len()));
+                into.copy_from_slice(from.ok_or_else(|| Error::bug("a tensor lies outside its file"))?);
+                Ok(())
             }
             Source::Disk(file) => {
-                let mut options = memmap2::MmapOptions::new();
-                options.offset(stored.range.start).len(length).populate();
-                #[expect(unsafe_code, reason = "a memory map is unsafe because others may change the file under it")]
-                // SAFETY: the map is read-only and copied out of at once. Its bytes are only ever taken as numbers, for
-                // which every bit pattern is valid, so a file that is rewritten meanwhile gives wrong weights and no more.
-                let map = unsafe { options.map(file) };
-                map.map(Span::Mapped).map_err(|e| shard.corrupt(format!("cannot be mapped: {e}")))
+                read_at(file, offset, into).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
             }
         }
     }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, mut offset: u64, mut into: &mut [u8]) -> std::io::Result<()> {
+    while !into.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, into, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                offset += count as u64;
+                into = into.get_mut(count..).unwrap_or_default();
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Shard {

@@ -10,6 +10,8 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::open::{Stored, StoredDtype, Weights};
@@ -21,7 +23,11 @@ use crate::model::checkpoint::Part;
 use crate::units::Bytes;
 
 /// How much is read between two looks at cancellation.
-const BATCH: u64 = 64 * Bytes::MIB;
+const BATCH: u64 = 128 * Bytes::MIB;
+/// How much one thread reads at a time: whole huge pages, so that no two threads have the kernel make the same one.
+const CHUNK: usize = 4 << 20;
+/// Threads that read, however few cores there are: a disk is fast only while several reads are waiting for it.
+const READERS: usize = 4;
 
 /// The dtype in which a tensor is kept that is stored as `stored`, for a network that computes in `compute`: what is
 /// narrower stays as it is, as kernels widen weights where they use them; anything else becomes the compute dtype. On a
@@ -73,7 +79,7 @@ impl Worker<ReadTask<'_>> for Read {
     type Output = Tensors;
 
     /// # Errors
-    /// `model_unsupported` for eight-bit weights; `model_corrupt` if a file cannot be mapped; those of the device.
+    /// `model_unsupported` for eight-bit weights; `model_corrupt` if a file cannot be read; those of the device.
     fn run(&self, task: ReadTask, ctx: &Context) -> Result<Tensors> {
         let ReadTask { part, weights, compute, device } = task;
         let path = weights.path(0).to_owned();
@@ -91,12 +97,6 @@ impl Worker<ReadTask<'_>> for Read {
         let bytes_total = Bytes(wanted.iter().map(|(.., s)| s.range.end - s.range.start).sum());
         let mut bytes_done = Bytes(0);
         let mut tensors = HashMap::with_capacity(wanted.len());
-        let read = |&(name, shard, stored): &(&str, usize, &Stored)| -> Result<(String, Tensor)> {
-            let span = weights.span(shard, stored)?;
-            let tensor =
-                tensor(&span, stored, compute, device).map_err(|source| Error::Compute { stage: "load", source })?;
-            Ok((name.to_owned(), tensor))
-        };
         let mut rest = wanted.as_slice();
         while !rest.is_empty() {
             ctx.checkpoint()?;
@@ -107,10 +107,15 @@ impl Worker<ReadTask<'_>> for Read {
                 first || size <= BATCH
             });
             let (batch, after) = rest.split_at(count.count().max(1));
-            // A GPU's stream belongs to this thread; only the CPU's copies may be shared out.
+            let numbers = numbers(weights, batch)?;
+            let finish = |(&(name, _, stored), numbers): (&Wanted, Numbers)| -> Result<(String, Tensor)> {
+                let tensor = numbers.tensor(stored, compute, device);
+                Ok((name.to_owned(), tensor.map_err(|source| Error::Compute { stage: "load", source })?))
+            };
+            // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.
             let loaded: Vec<_> = match device.is_cpu() {
-                true => batch.par_iter().map(read).collect::<Result<_>>()?,
-                false => batch.iter().map(read).collect::<Result<_>>()?,
+                true => batch.par_iter().zip(numbers).map(finish).collect::<Result<_>>()?,
+                false => batch.iter().zip(numbers).map(finish).collect::<Result<_>>()?,
             };
             tensors.extend(loaded);
             bytes_done = bytes_done + Bytes(batch.iter().map(|(.., s)| s.range.end - s.range.start).sum());
@@ -121,17 +126,87 @@ impl Worker<ReadTask<'_>> for Read {
     }
 }
 
-fn tensor(bytes: &[u8], stored: &Stored, compute: Dtype, device: &Device) -> candle_core::Result<Tensor> {
-    let dtype = match stored.dtype {
-        StoredDtype::F64 => DType::F64,
-        StoredDtype::F32 => DType::F32,
-        StoredDtype::F16 => DType::F16,
-        StoredDtype::Bf16 | StoredDtype::F8(_) | StoredDtype::Other(_) => DType::BF16,
+/// A tensor's name, its file and its place there.
+type Wanted<'a> = (&'a str, usize, &'a Stored);
+
+/// The numbers of every tensor of a batch, as they are stored.
+fn numbers(weights: &Weights, batch: &[Wanted]) -> Result<Vec<Numbers>> {
+    let mut all: Vec<Numbers> = batch.iter().map(|(.., stored)| Numbers::zeros(stored)).collect();
+    let size: u64 = batch.iter().map(|(.., stored)| stored.range.end - stored.range.start).sum();
+    let chunks = batch.iter().zip(&mut all).flat_map(|(&(_, shard, stored), numbers)| {
+        let parts = numbers.bytes().chunks_mut(CHUNK).enumerate();
+        parts.map(move |(i, part)| (shard, stored.range.start + (i * CHUNK) as u64, part))
+    });
+    let chunks = Mutex::new(chunks);
+    let read = || -> Result<()> {
+        loop {
+            let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((shard, offset, part)) = next else { return Ok(()) };
+            weights.read(shard, offset, part)?;
+        }
     };
-    let kept = kept(stored.dtype, compute, device).unwrap_or(dtype);
-    // The cast is made where the bytes are, so that the wider copy never reaches the device.
-    let here = Tensor::from_raw_buffer(bytes, dtype, &stored.shape, &Device::Cpu)?.to_dtype(kept)?;
-    if device.is_cpu() { Ok(here) } else { here.to_device(device) }
+    let helpers = usize::try_from(size / CHUNK as u64).unwrap_or(READERS).min(READERS - 1);
+    std::thread::scope(|scope| {
+        // Where the system has no thread left, this one reads alone.
+        let thread = |_| std::thread::Builder::new().name("reader".to_owned()).spawn_scoped(scope, read).ok();
+        let threads: Vec<_> = (0..helpers).filter_map(thread).collect();
+        let own = read();
+        let ended = |thread: std::thread::ScopedJoinHandle<Result<()>>| {
+            thread.join().unwrap_or_else(|_| Err(Error::bug("a thread that reads weights panicked")))
+        };
+        threads.into_iter().map(ended).fold(own, Result::and)
+    })?;
+    Ok(all)
+}
+
+/// Numbers in one of the widths that weights are stored in.
+enum Numbers {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    /// f16 or bf16
+    Half(Vec<u16>),
+}
+
+impl Numbers {
+    /// Memory that the system hands over zeroed and that is first touched by whoever reads into it.
+    fn zeros(stored: &Stored) -> Self {
+        let count = stored.shape.iter().product();
+        match stored.dtype {
+            StoredDtype::F64 => Self::F64(vec![0.0; count]),
+            StoredDtype::F32 => Self::F32(vec![0.0; count]),
+            StoredDtype::F16 | StoredDtype::Bf16 | StoredDtype::F8(_) | StoredDtype::Other(_) => {
+                Self::Half(vec![0; count])
+            }
+        }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        let (start, length) = match self {
+            Self::F64(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
+            Self::F32(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
+            Self::Half(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
+        };
+        #[expect(unsafe_code, reason = "numbers are read as the bytes that they are")]
+        // SAFETY: the bytes are those of the vector's elements, borrowed as long as `self` is. Every bit pattern is a valid
+        // f64, f32 or u16, and a byte has no alignment.
+        unsafe {
+            std::slice::from_raw_parts_mut(start, length)
+        }
+    }
+
+    /// The tensor on `device`, in the dtype in which it is kept.
+    fn tensor(self, stored: &Stored, compute: Dtype, device: &Device) -> candle_core::Result<Tensor> {
+        let (shape, cpu) = (stored.shape.as_slice(), &Device::Cpu);
+        let here = match (self, stored.dtype) {
+            (Self::F64(numbers), _) => Tensor::from_vec(numbers, shape, cpu),
+            (Self::F32(numbers), _) => Tensor::from_vec(numbers, shape, cpu),
+            (Self::Half(bits), StoredDtype::F16) => Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, cpu),
+            (Self::Half(bits), _) => Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, cpu),
+        }?;
+        // The cast is made where the bytes are, so that the wider copy never reaches the device.
+        let here = kept(stored.dtype, compute, device).map_or(Ok(here.clone()), |dtype| here.to_dtype(dtype))?;
+        if device.is_cpu() { Ok(here) } else { here.to_device(device) }
+    }
 }
 
 /// What a network asked for and did not get; kept because candle's own error names neither file nor both shapes.

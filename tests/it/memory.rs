@@ -1,0 +1,239 @@
+//! The allocator: what it hands out is aligned, zero where that is asked for, its owner's alone, and bounded.
+
+#![cfg(target_os = "linux")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(unsafe_code, reason = "an allocator's interface is unsafe")]
+
+use std::alloc::{GlobalAlloc, Layout};
+
+use sdxl_worker::memory::{Allocator, HUGE, LARGE, Usage};
+use sdxl_worker::units::Bytes;
+
+const MIB: usize = 1 << 20;
+/// More than any test keeps.
+const AMPLE: usize = 1 << 30;
+
+/// Memory of one allocator.
+struct Memory<'a> {
+    from: &'a Allocator,
+    start: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: it is the only one that has the memory.
+unsafe impl Send for Memory<'_> {}
+
+impl<'a> Memory<'a> {
+    fn new(from: &'a Allocator, size: usize) -> Self {
+        Self::aligned(from, size, 8, false)
+    }
+
+    fn zeroed(from: &'a Allocator, size: usize) -> Self {
+        Self::aligned(from, size, 8, true)
+    }
+
+    #[track_caller]
+    fn aligned(from: &'a Allocator, size: usize, align: usize, zeroed: bool) -> Self {
+        let layout = Layout::from_size_align(size, align).unwrap();
+        // SAFETY: no size here is zero.
+        let start = unsafe { if zeroed { from.alloc_zeroed(layout) } else { from.alloc(layout) } };
+        assert!(!start.is_null(), "no memory for {layout:?}");
+        Self { from, start, layout }
+    }
+
+    fn resize(&mut self, size: usize) {
+        // SAFETY: the memory is of this allocator and layout, and no size here is zero.
+        self.start = unsafe { self.from.realloc(self.start, self.layout, size) };
+        assert!(!self.start.is_null(), "no memory for {size} bytes");
+        self.layout = Layout::from_size_align(size, self.layout.align()).unwrap();
+    }
+
+    /// Only of memory that was zeroed or filled.
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the allocator gave this many bytes, and they have been written.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.layout.size()) }
+    }
+
+    fn fill(&mut self, value: u8) {
+        // SAFETY: the allocator gave this many bytes.
+        unsafe { self.start.write_bytes(value, self.layout.size()) };
+    }
+}
+
+impl Drop for Memory<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the memory is of this allocator and layout, and is used no more.
+        unsafe { self.from.dealloc(self.start, self.layout) };
+    }
+}
+
+fn sizes() -> Vec<usize> {
+    let around = |size: usize| [size - 1, size, size + 1];
+    [LARGE, 2 * MIB, 3 * MIB + 128 * 1024, 4 * MIB, 17 * MIB, 33 * MIB].into_iter().flat_map(around).collect()
+}
+
+#[test]
+fn large_blocks_are_aligned_to_huge_pages_and_others_as_asked() {
+    let allocator = Allocator::new(AMPLE);
+    for size in sizes() {
+        for align in [1, 64, 4096, HUGE, 4 * HUGE] {
+            let mut memory = Memory::aligned(&allocator, size, align, true);
+            let wanted = if size >= LARGE { align.max(HUGE) } else { align };
+            assert_eq!(memory.start.addr() % wanted, 0, "{size} bytes aligned to {align}");
+            let last = memory.bytes().last_mut().unwrap();
+            *last = 1;
+        }
+    }
+    allocator.release();
+    assert_eq!(allocator.usage(), Usage::default());
+}
+
+#[test]
+fn zeroed_memory_is_zero_when_it_was_used_before() {
+    let allocator = Allocator::new(AMPLE);
+    for size in sizes() {
+        let mut first = Memory::new(&allocator, size);
+        first.fill(0xff);
+        let place = first.start;
+        drop(first);
+        let mut second = Memory::zeroed(&allocator, size);
+        if size >= LARGE {
+            assert_eq!(second.start, place, "{size} bytes were not reused");
+        }
+        assert!(second.bytes().iter().all(|&byte| byte == 0), "{size} bytes");
+    }
+    allocator.release();
+}
+
+#[test]
+fn resized_memory_keeps_its_contents() {
+    let allocator = Allocator::new(AMPLE);
+    let sizes = [1000, LARGE - 1, LARGE, LARGE + 1, 3 * MIB, 40 * MIB, 41 * MIB, 5 * MIB, 5 * MIB - 9, 2 * MIB, 10];
+    let mut memory = Memory::zeroed(&allocator, sizes[0]);
+    for (step, pair) in sizes.windows(2).enumerate() {
+        let value = |at: usize| (at * 31 + at / 251 + step) as u8;
+        memory.bytes().iter_mut().enumerate().for_each(|(at, byte)| *byte = value(at));
+        memory.resize(pair[1]);
+        let kept = pair[0].min(pair[1]);
+        let wrong = memory.bytes()[..kept].iter().enumerate().position(|(at, byte)| *byte != value(at));
+        assert_eq!(wrong, None, "{} to {} bytes", pair[0], pair[1]);
+        memory.fill(7);
+    }
+    drop(memory);
+    allocator.release();
+    assert_eq!(allocator.usage(), Usage::default());
+}
+
+#[test]
+fn threads_never_share_a_block() {
+    let allocator = Allocator::new(64 * MIB);
+    std::thread::scope(|scope| {
+        for thread in 0..8_u8 {
+            let allocator = &allocator;
+            scope.spawn(move || {
+                let mut held: Vec<(u8, Memory)> = Vec::new();
+                for round in 0..200_usize {
+                    let mark = thread.wrapping_mul(29).wrapping_add(round as u8);
+                    let size = LARGE + (round * 7919 + usize::from(thread) * 104_729) % (3 * MIB);
+                    let memory = Memory::new(allocator, size);
+                    // Both ends of every page tell who wrote them last.
+                    for at in (0..size).step_by(4096).flat_map(|at| [at, (at + 4095).min(size - 1)]) {
+                        // SAFETY: the place is within the block.
+                        unsafe { memory.start.add(at).write(mark) };
+                    }
+                    held.push((mark, memory));
+                    if held.len() > 3 {
+                        let (mark, memory) = held.swap_remove(round % 3);
+                        let size = memory.layout.size();
+                        for at in (0..size).step_by(4096).flat_map(|at| [at, (at + 4095).min(size - 1)]) {
+                            // SAFETY: the place is within the block, and was written above.
+                            assert_eq!(unsafe { memory.start.add(at).read() }, mark, "byte {at} of {size}");
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let usage = allocator.usage();
+    assert_eq!(usage.live, Bytes(0));
+    assert!(usage.kept <= Bytes(64 * Bytes::MIB) && usage.kept <= usage.peak, "{usage:?}");
+    allocator.release();
+}
+
+#[test]
+fn kept_blocks_never_exceed_the_limit() {
+    let allocator = Allocator::new(20 * MIB);
+    let held: Vec<Memory> = (0..10).map(|_| Memory::new(&allocator, 4 * MIB)).collect();
+    let usage = Usage { live: Bytes(40 * Bytes::MIB), peak: Bytes(40 * Bytes::MIB), kept: Bytes(0) };
+    assert_eq!(allocator.usage(), usage);
+    drop(held);
+    assert_eq!(allocator.usage().kept, Bytes(20 * Bytes::MIB));
+    drop(Memory::new(&allocator, 24 * MIB));
+    assert!(allocator.usage().kept <= Bytes(20 * Bytes::MIB), "{:?}", allocator.usage());
+    for _ in 0..2000 {
+        drop(Memory::new(&allocator, LARGE));
+    }
+    allocator.release();
+    assert_eq!(allocator.usage(), Usage::default());
+}
+
+#[test]
+fn what_is_kept_never_raises_the_peak() {
+    let allocator = Allocator::new(AMPLE);
+    let mut held: Vec<Memory> = Vec::new();
+    let mut most = 0;
+    // A walk through sizes that hardly ever come twice.
+    for round in 0..3000_usize {
+        held.push(Memory::new(&allocator, LARGE + (round * 7_368_787) % (15 * MIB)));
+        while held.len() > 1 + round % 7 {
+            held.swap_remove(round % held.len());
+        }
+        let usage = allocator.usage();
+        most = usage.live.0.max(most);
+        assert!(usage.live + usage.kept <= usage.peak, "round {round}: {usage:?}");
+    }
+    assert!(allocator.usage().peak.0 >= most && most > 0);
+    drop(held);
+    allocator.release();
+}
+
+#[test]
+fn little_is_lost_to_rounding() {
+    let allocator = Allocator::new(0);
+    for size in (0..400).map(|step| LARGE + step * 123_457) {
+        let memory = Memory::new(&allocator, size);
+        let taken = allocator.usage().live.0 as usize;
+        assert!(taken >= size && taken - size <= size / 8, "{size} bytes took {taken}");
+        drop(memory);
+    }
+}
+
+/// Resident bytes of the pages between two addresses.
+fn resident(start: usize, bytes: usize) -> usize {
+    let mut pages = vec![0_u8; bytes / 4096];
+    // SAFETY: the vector has a byte for every page asked for.
+    let answer = unsafe { libc::mincore(std::ptr::without_provenance_mut(start), bytes, pages.as_mut_ptr()) };
+    if answer == 0 { pages.iter().filter(|&&page| page & 1 == 1).count() * 4096 } else { 0 }
+}
+
+#[test]
+fn released_memory_returns_to_the_system() {
+    let allocator = Allocator::new(AMPLE);
+    let mut memory = Memory::new(&allocator, 64 * MIB);
+    memory.fill(1);
+    let start = memory.start.addr();
+    assert_eq!(resident(start, 64 * MIB), 64 * MIB);
+    drop(memory);
+    assert_eq!(allocator.usage().kept, Bytes(64 * Bytes::MIB));
+    allocator.release();
+    assert_eq!(allocator.usage(), Usage::default());
+    // Another thread's mapping may have taken the place; it would not be wholly resident.
+    assert!(resident(start, 64 * MIB) < 64 * MIB);
+}
+
+#[test]
+fn vectors_of_the_process_come_from_it() {
+    let numbers = vec![0.0_f32; 4 * MIB];
+    assert_eq!(numbers.as_ptr().addr() % HUGE, 0);
+    assert!(sdxl_worker::memory::usage().live >= Bytes(16 * Bytes::MIB));
+}
