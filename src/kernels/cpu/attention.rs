@@ -9,6 +9,7 @@ use super::packed::Aligned;
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::product::Block;
 use super::simd;
+use super::softmax::Row;
 use crate::kernels::Mask;
 
 use std::ops::Range;
@@ -142,13 +143,21 @@ impl<T: Element> Attention<'_, T> {
                 // SAFETY: row `i` of every panel of scores was written by the product.
                 let line = unsafe { Lines::new(scores.wrapping_add(i * PANEL), padded * PANEL) };
                 let before = mark.greatest;
-                let mut buffer = [0.0_f32; KEYS];
-                let now = simd::gather_scores(line, seen, &mut buffer, before);
+                let row = Row {
+                    scores: line,
+                    seen,
+                    keys: over_keys.depth,
+                    factor,
+                    operands: self.micro.operands,
+                    to: p.wrapping_add(i * A_STRIDE),
+                };
+                let now = row.greatest(before);
                 if now == f32::NEG_INFINITY {
                     p_block.clear(i, 0, over_keys.depth);
                     continue;
                 }
-                let total = simd::powers(&mut buffer[..over_keys.depth], seen, factor, now);
+                // SAFETY: a row of the block holds the operands of all keys of this step.
+                let total = unsafe { row.powers(now) };
                 if now > before && before > f32::NEG_INFINITY {
                     let shrink = ((before - now) * factor).exp2();
                     mark.total *= shrink;
@@ -160,14 +169,6 @@ impl<T: Element> Attention<'_, T> {
                 }
                 mark.total += total;
                 mark.greatest = now;
-                match self.micro.operands {
-                    Operands::F32 => p_block.put(i, 0, &buffer[..over_keys.depth]),
-                    Operands::Bf16 => {
-                        let mut narrow = [T::zero(); KEYS];
-                        simd::round_slice(&buffer[..over_keys.depth], &mut narrow[..over_keys.depth]);
-                        p_block.put(i, 0, &narrow[..over_keys.depth]);
-                    }
-                }
             }
             let v = self.lay_values(at(&self.v), first..first + width, over_keys.depth, panel);
             let whole = Sides { step: over_keys.depth, ..over_keys };

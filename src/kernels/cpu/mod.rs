@@ -13,6 +13,7 @@ mod patches;
 mod pool;
 mod product;
 pub mod simd;
+mod softmax;
 
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]

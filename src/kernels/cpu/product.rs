@@ -152,7 +152,7 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
 /// Rows and panels of a task, so that every thread has some and none waits long for the last.
 fn blocks((rows, depth, panels): (usize, usize, usize), most: usize, at_once: usize) -> (usize, usize) {
     let threads = threads();
-    let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 6 * threads);
+    let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 3 * threads);
     let mut across = panels.div_ceil(most);
     let mut down = rows.div_ceil(ROWS);
     // Rows are gathered again for each part of the outputs, weights read again for each part of the rows.

@@ -255,11 +255,6 @@ levels! {
         }
     }
 
-    fn round_slice<T>(from: &[f32], to: &mut [T]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = T::round(*from);
-        }
-    }
 
     fn scale(values: &mut [f32], factor: f32) {
         for value in values {
@@ -298,12 +293,11 @@ levels! {
         }
     }
 
-    /// Copies the first `seen` scores to `to` and gives the greatest of them and `before`; NaN is passed over.
-    fn gather_scores(scores: Lines, seen: usize, to: &mut [f32], before: f32) -> f32 {
+    /// The greatest of `before` and the first `seen` scores; NaN is passed over.
+    fn greatest_of(scores: Lines, seen: usize, before: f32) -> f32 {
         let mut lanes = [before; 32];
-        for (line, to) in to.as_chunks_mut::<32>().0.iter_mut().take(seen.div_ceil(32)).enumerate() {
+        for line in 0..seen.div_ceil(32) {
             let from = scores.at(line);
-            *to = *from;
             if (line + 1) * 32 <= seen {
                 for (lane, value) in lanes.iter_mut().zip(from) {
                     *lane = if *value > *lane { *value } else { *lane };
@@ -317,22 +311,19 @@ levels! {
         fold(lanes, |a, b| if b > a { b } else { a })
     }
 
-    /// Replaces each of the first `seen` scores `x` by `2^((x - greatest) · factor)`, the rest by 0, and gives the sum.
-    fn powers(values: &mut [f32], seen: usize, factor: f32, greatest: f32) -> f32 {
+    /// Writes `2^((x - greatest) · factor)` for each of the first `seen` scores `x`, 0 for the rest, and gives the sum.
+    fn powers(scores: Lines, seen: usize, factor: f32, greatest: f32, to: &mut [f32]) -> f32 {
         let shift = greatest * factor;
         let mut lanes = [0.0_f32; 32];
-        for (i, block) in values.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            for (lane, value) in lanes.iter_mut().zip(&mut *block) {
-                *value = exp2(*value * factor - shift);
-                *lane += *value;
+        for (line, to) in to.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (to, x) in to.iter_mut().zip(scores.at(line)) {
+                *to = exp2(*x * factor - shift);
             }
-            if (i + 1) * 32 > seen {
-                for (at, (lane, value)) in lanes.iter_mut().zip(block).enumerate() {
-                    if i * 32 + at >= seen {
-                        *lane -= *value;
-                        *value = 0.0;
-                    }
-                }
+            if (line + 1) * 32 > seen {
+                to[seen.saturating_sub(line * 32)..].fill(0.0);
+            }
+            for (lane, x) in lanes.iter_mut().zip(to) {
+                *lane += *x;
             }
         }
         fold(lanes, |a, b| a + b)
