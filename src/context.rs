@@ -1,8 +1,8 @@
 //! What travels with a request below the lane: its id, cancellation, deadline, progress and timings.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -89,10 +89,10 @@ pub struct Context {
     cancel: CancelToken,
     deadline: Option<Instant>,
     preview: Option<PreviewWish>,
-    sink: Box<dyn Fn(Progress)>,
-    timings: RefCell<Vec<(Stage, Duration)>>,
-    warnings: RefCell<Vec<String>>,
-    engine: RefCell<Option<Engine>>,
+    sink: Box<dyn Fn(Progress) + Send + Sync>,
+    timings: Mutex<Vec<(Stage, Duration)>>,
+    warnings: Mutex<Vec<String>>,
+    engine: Mutex<Option<Engine>>,
 }
 
 /// What computed a request.
@@ -111,7 +111,7 @@ impl Context {
         cancel: CancelToken,
         deadline: Option<Instant>,
         preview: Option<PreviewWish>,
-        sink: Box<dyn Fn(Progress)>,
+        sink: Box<dyn Fn(Progress) + Send + Sync>,
     ) -> Self {
         Self {
             request_id,
@@ -119,9 +119,9 @@ impl Context {
             deadline,
             preview,
             sink,
-            timings: RefCell::default(),
-            warnings: RefCell::default(),
-            engine: RefCell::default(),
+            timings: Mutex::default(),
+            warnings: Mutex::default(),
+            engine: Mutex::default(),
         }
     }
 
@@ -173,7 +173,7 @@ impl Context {
         self.progress(Progress::Stage { stage });
         let start = Instant::now();
         let result = work();
-        self.timings.borrow_mut().push((stage, start.elapsed()));
+        held(&self.timings).push((stage, start.elapsed()));
         result
     }
 
@@ -183,14 +183,14 @@ impl Context {
 
     /// Something the caller should know although the request succeeds.
     pub fn warn(&self, message: impl Into<String>) {
-        self.warnings.borrow_mut().push(message.into());
+        held(&self.warnings).push(message.into());
     }
 
     /// Time per stage so far; a stage that ran twice is summed.
     #[must_use]
     pub fn timings(&self) -> Vec<(Stage, Duration)> {
         let mut sums: Vec<(Stage, Duration)> = Vec::new();
-        for &(stage, time) in self.timings.borrow().iter() {
+        for &(stage, time) in held(&self.timings).iter() {
             match sums.iter_mut().find(|(known, _)| *known == stage) {
                 Some((_, sum)) => *sum += time,
                 None => sums.push((stage, time)),
@@ -201,17 +201,22 @@ impl Context {
 
     /// Says what computes this request.
     pub fn computed_by(&self, engine: Engine) {
-        self.engine.replace(Some(engine));
+        *held(&self.engine) = Some(engine);
     }
 
     /// What computed this request, if anything did.
     #[must_use]
     pub fn engine(&self) -> Option<Engine> {
-        self.engine.borrow().clone()
+        held(&self.engine).clone()
     }
 
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        self.warnings.borrow().clone()
+        held(&self.warnings).clone()
     }
+}
+
+/// A panic elsewhere leaves nothing half done in what a context keeps.
+fn held<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }

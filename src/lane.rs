@@ -3,9 +3,8 @@
 //! The queue lives above the lane, where a waiting job can still be cancelled, reordered or expire. Below it everything
 //! blocks. A panic costs the job and the managers, which are built anew, not the process.
 
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -120,10 +119,10 @@ impl Bench {
         let Job { request_id, call, cancel, deadline, preview } = job;
         let tell = Arc::clone(&self.tell);
         let id = request_id.clone();
-        let delivered = Rc::new(Cell::new(false));
-        let noted = Rc::clone(&delivered);
+        let delivered = Arc::new(AtomicBool::new(false));
+        let noted = Arc::clone(&delivered);
         let sink = Box::new(move |progress| {
-            noted.set(noted.get() || matches!(progress, Progress::Image { .. }));
+            noted.fetch_or(matches!(progress, Progress::Image { .. }), Ordering::Relaxed);
             tell(Event::Progress { request_id: id.clone(), progress });
         });
         let ctx = Context::new(request_id.clone(), cancel, deadline, preview, sink);
@@ -132,7 +131,7 @@ impl Bench {
             let again = call.clone();
             match instructors.dispatch(call, managers, &ctx) {
                 // What is kept for later may be what is missing now; images that are written are not made twice.
-                Err(Error::OutOfMemory { stage, needed, .. }) if !delivered.get() => {
+                Err(Error::OutOfMemory { stage, needed, .. }) if !delivered.load(Ordering::Relaxed) => {
                     let freed = managers.make_room(Bytes(u64::MAX));
                     tracing::warn!(request_id, stage, %needed, %freed, "out of memory; tried again with empty shelves");
                     ctx.warn(format!(

@@ -133,18 +133,38 @@ impl Packed {
             };
             let first = panel * PANEL;
             let lines = PANEL.min(outputs - first);
-            // One tap is the plain case; otherwise a run is one channel's taps after the other's.
-            let run = if taps == 1 { RUN } else { taps * (RUN / taps).max(1) };
-            for start in (0..depth).step_by(run) {
-                for n in 0..lines {
-                    let line = &from[(first + n) * depth + start..(first + n) * depth + (start + run).min(depth)];
-                    for (i, number) in line.iter().enumerate() {
-                        let k = if taps == 1 { start + i } else { (i % taps) * channels + start / taps + i / taps };
-                        let at = match stored {
-                            Stored::Bf16 => ((k / 2) * PANEL + n) * 2 + k % 2,
-                            Stored::F32 | Stored::F16 => k * PANEL + n,
-                        };
-                        to[at] = *number;
+            // A run is some channels, all their taps; it is copied first, as rows a power of two apart share cache sets.
+            let some = (RUN / taps).max(2).next_multiple_of(2).min(channels);
+            let mut run = vec![T::zero(); PANEL * (some * taps + 2)];
+            let stride = some * taps + 2;
+            for channel in (0..channels).step_by(some) {
+                let some = some.min(channels - channel);
+                for (n, line) in run.chunks_exact_mut(stride).take(lines).enumerate() {
+                    let start = (first + n) * depth + channel * taps;
+                    line[..some * taps].copy_from_slice(&from[start..start + some * taps]);
+                }
+                for tap in 0..taps {
+                    let k = tap * channels + channel;
+                    if stored == Stored::Bf16 && k % 2 == 0 && some % 2 == 0 {
+                        for pair in 0..some / 2 {
+                            let at = (k / 2 + pair) * 2 * PANEL;
+                            let line = to[at..at + 2 * lines].chunks_exact_mut(2);
+                            for (to, from) in line.zip(run.chunks_exact(stride)) {
+                                to[0] = from[2 * pair * taps + tap];
+                                to[1] = from[(2 * pair + 1) * taps + tap];
+                            }
+                        }
+                        continue;
+                    }
+                    for i in 0..some {
+                        let k = k + i;
+                        for (n, from) in run.chunks_exact(stride).take(lines).enumerate() {
+                            let at = match stored {
+                                Stored::Bf16 => ((k / 2) * PANEL + n) * 2 + k % 2,
+                                Stored::F32 | Stored::F16 => k * PANEL + n,
+                            };
+                            to[at] = from[i * taps + tap];
+                        }
                     }
                 }
             }

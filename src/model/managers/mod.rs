@@ -187,6 +187,6 @@ impl<'a> Opened<'a> {
     fn load<T>(&self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
         let task =
             ReadTask { part: self.part, weights: &self.weights, compute: self.dtype, device: &self.placement.device };
-        ctx.perform(&Read, task)?.build(load)
+        ctx.perform(&Read, task)?.build(ctx, load)
     }
 }

@@ -1,10 +1,9 @@
 //! Reads the weights of one network onto the device, and hands them to the network as it asks for them.
 //!
-//! All of them are read first, in the order of the file, so that the work can be followed and cancelled; then the
-//! network takes each tensor once, so that what it re-lays does not stay in memory twice.
+//! A tensor is read when it is asked for, together with its neighbours in the file, and given away: what a network
+//! re-lays is in memory twice only for a moment, and the memory of one batch serves the next.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
@@ -57,9 +56,10 @@ fn tensor_bytes(stored: &Stored, compute: Dtype, device: &Device) -> Bytes {
     Bytes(kept(stored.dtype, compute, device).map_or(0, |dtype| elements * dtype.size_in_bytes() as u64))
 }
 
-/// Reads every tensor of a network.
+/// Finds every tensor of a network.
 pub(in crate::model) struct Read;
 
+#[derive(Clone, Copy)]
 pub(in crate::model) struct ReadTask<'a> {
     pub(in crate::model) part: Part,
     pub(in crate::model) weights: &'a Weights,
@@ -68,62 +68,36 @@ pub(in crate::model) struct ReadTask<'a> {
 }
 
 /// The tensors of one network, by the names that the networks use.
-pub(in crate::model) struct Tensors {
-    path: PathBuf,
-    compute: Dtype,
-    device: Device,
-    tensors: HashMap<String, Tensor>,
+pub(in crate::model) struct Tensors<'a> {
+    task: ReadTask<'a>,
+    /// In the order of the file.
+    wanted: Vec<Wanted<'a>>,
 }
 
-impl Worker<ReadTask<'_>> for Read {
-    type Output = Tensors;
+impl<'a> Worker<ReadTask<'a>> for Read {
+    type Output = Tensors<'a>;
 
     /// # Errors
-    /// `model_unsupported` for eight-bit weights; `model_corrupt` if a file cannot be read; those of the device.
-    fn run(&self, task: ReadTask, ctx: &Context) -> Result<Tensors> {
-        let ReadTask { part, weights, compute, device } = task;
-        let path = weights.path(0).to_owned();
-        let order = weights.in_file_order();
+    /// `model_unsupported` for eight-bit weights.
+    fn run(&self, task: ReadTask<'a>, _: &Context) -> Result<Tensors<'a>> {
+        let order = task.weights.in_file_order();
         if let Some((name, shard, stored)) = order.iter().find(|(.., s)| matches!(s.dtype, StoredDtype::F8(_))) {
             return Err(Error::ModelUnsupported {
-                name: weights.path(*shard).display().to_string(),
+                name: task.weights.path(*shard).display().to_string(),
                 message: format!(
                     "tensor `{name}` is stored as {}, and weights must be f32, f16 or bf16",
                     stored.dtype.name()
                 ),
             });
         }
-        let wanted: Vec<_> = order.into_iter().filter(|(.., s)| kept(s.dtype, compute, device).is_some()).collect();
-        let bytes_total = Bytes(wanted.iter().map(|(.., s)| s.range.end - s.range.start).sum());
-        let mut bytes_done = Bytes(0);
-        let mut tensors = HashMap::with_capacity(wanted.len());
-        let mut rest = wanted.as_slice();
-        while !rest.is_empty() {
-            ctx.checkpoint()?;
-            let mut size = 0;
-            let count = rest.iter().take_while(|(.., s)| {
-                let first = size == 0;
-                size += s.range.end - s.range.start;
-                first || size <= BATCH
-            });
-            let (batch, after) = rest.split_at(count.count().max(1));
-            let numbers = numbers(weights, batch)?;
-            let finish = |(&(name, _, stored), numbers): (&Wanted, Numbers)| -> Result<(String, Tensor)> {
-                let tensor = numbers.tensor(stored, compute, device);
-                Ok((name.to_owned(), tensor.map_err(|source| Error::Compute { stage: "load", source })?))
-            };
-            // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.
-            let loaded: Vec<_> = match device.is_cpu() {
-                true => batch.par_iter().zip(numbers).map(finish).collect::<Result<_>>()?,
-                false => batch.iter().zip(numbers).map(finish).collect::<Result<_>>()?,
-            };
-            tensors.extend(loaded);
-            bytes_done = bytes_done + Bytes(batch.iter().map(|(.., s)| s.range.end - s.range.start).sum());
-            ctx.progress(Progress::ModelLoading { component: part.name(), bytes_done, bytes_total });
-            rest = after;
-        }
-        Ok(Tensors { path, compute, device: device.clone(), tensors })
+        let is_weight = |(.., stored): &Wanted| kept(stored.dtype, task.compute, task.device).is_some();
+        let wanted = order.into_iter().filter(is_weight).collect();
+        Ok(Tensors { task, wanted })
     }
+}
+
+fn size_of_wanted(batch: &[Wanted]) -> u64 {
+    batch.iter().map(|(.., stored)| stored.range.end - stored.range.start).sum()
 }
 
 /// A tensor's name, its file and its place there.
@@ -132,7 +106,7 @@ type Wanted<'a> = (&'a str, usize, &'a Stored);
 /// The numbers of every tensor of a batch, as they are stored.
 fn numbers(weights: &Weights, batch: &[Wanted]) -> Result<Vec<Numbers>> {
     let mut all: Vec<Numbers> = batch.iter().map(|(.., stored)| Numbers::zeros(stored)).collect();
-    let size: u64 = batch.iter().map(|(.., stored)| stored.range.end - stored.range.start).sum();
+    let size = size_of_wanted(batch);
     let chunks = batch.iter().zip(&mut all).flat_map(|(&(_, shard, stored), numbers)| {
         let parts = numbers.bytes().chunks_mut(CHUNK).enumerate();
         parts.map(move |(i, part)| (shard, stored.range.start + (i * CHUNK) as u64, part))
@@ -209,62 +183,146 @@ impl Numbers {
     }
 }
 
-/// What a network asked for and did not get; kept because candle's own error names neither file nor both shapes.
-#[derive(Default)]
-struct Taken {
-    tensors: HashMap<String, Tensor>,
-    bytes: u64,
-    failure: Option<String>,
+/// What has been read, what is still to be, and what went wrong: candle's own error names neither file nor both shapes.
+struct Source<'a> {
+    tensors: &'a Tensors<'a>,
+    ctx: &'a Context,
+    /// Place of each tensor in `tensors.wanted`, until it is read.
+    unread: HashMap<&'a str, usize>,
+    read: HashMap<&'a str, Tensor>,
+    bytes_done: u64,
+    /// Of the tensors that the network took.
+    bytes_taken: u64,
+    failure: Option<Error>,
 }
 
-impl Tensors {
+impl Tensors<'_> {
     /// Builds the network from the tensors. Gives it with the bytes of the tensors that it took.
     ///
     /// # Errors
-    /// `model_corrupt` if a tensor is missing or has another shape; those of the device.
-    pub(in crate::model) fn build<T>(self, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
-        let taken = Mutex::new(Taken { tensors: self.tensors, ..Taken::default() });
-        let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&taken));
-        let built = load(&VarBuilder::from_backend(backend, self.compute.tensor(), self.device.clone()));
-        let taken = taken.into_inner().unwrap_or_else(PoisonError::into_inner);
-        match (built, taken.failure) {
-            (Ok(network), _) => {
-                if let Some(name) = taken.tensors.keys().min() {
-                    let (count, path) = (taken.tensors.len(), self.path.display());
-                    tracing::debug!("{count} tensors of {path} belong to no part of the network, the first is {name}");
-                }
-                Ok((network, Bytes(taken.bytes)))
+    /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; that of cancellation; those of the
+    /// device.
+    pub(in crate::model) fn build<T>(
+        self,
+        ctx: &Context,
+        load: impl FnOnce(&VarBuilder) -> Result<T>,
+    ) -> Result<(T, Bytes)> {
+        ctx.checkpoint()?;
+        let ReadTask { part, weights, compute, device } = self.task;
+        let bytes_total = Bytes(size_of_wanted(&self.wanted));
+        let source = Mutex::new(Source {
+            tensors: &self,
+            ctx,
+            unread: self.wanted.iter().enumerate().map(|(i, (name, ..))| (*name, i)).collect(),
+            read: HashMap::new(),
+            bytes_done: 0,
+            bytes_taken: 0,
+            failure: None,
+        });
+        let built = {
+            let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&source));
+            load(&VarBuilder::from_backend(backend, compute.tensor(), device.clone()))
+        };
+        let source = source.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = source.failure {
+            return Err(failure);
+        }
+        let network = built?;
+        ctx.progress(Progress::ModelLoading { component: part.name(), bytes_done: bytes_total, bytes_total });
+        let left = source.read.len() + source.unread.len();
+        if let Some(name) = source.read.keys().chain(source.unread.keys()).min() {
+            let path = weights.path(0).display();
+            tracing::debug!("{left} tensors of {path} belong to no part of the network, the first is {name}");
+        }
+        Ok((network, Bytes(source.bytes_taken)))
+    }
+}
+
+impl Source<'_> {
+    /// Reads the tensor at `first` and those after it that are not read yet, up to a batch.
+    fn fetch(&mut self, first: usize) -> Result<()> {
+        self.ctx.checkpoint()?;
+        let ReadTask { part, weights, compute, device } = self.tensors.task;
+        let mut size = 0;
+        let rest = self.tensors.wanted[first..].iter().filter(|(name, ..)| self.unread.contains_key(name));
+        let batch: Vec<Wanted> = rest
+            .take_while(|(.., stored)| {
+                let first = size == 0;
+                size += stored.range.end - stored.range.start;
+                first || size <= BATCH
+            })
+            .copied()
+            .collect();
+        let numbers = numbers(weights, &batch)?;
+        let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, Numbers)| -> Result<Tensor> {
+            let tensor = numbers.tensor(stored, compute, device);
+            tensor.map_err(|source| {
+                tracing::debug!("tensor {name} could not be made");
+                Error::Compute { stage: "load", source }
+            })
+        };
+        // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.
+        let loaded: Vec<_> = match device.is_cpu() {
+            true => batch.par_iter().zip(numbers).map(finish).collect::<Result<_>>()?,
+            false => batch.iter().zip(numbers).map(finish).collect::<Result<_>>()?,
+        };
+        for ((name, ..), tensor) in batch.iter().zip(loaded) {
+            self.unread.remove(name);
+            self.read.insert(name, tensor);
+        }
+        self.bytes_done += size_of_wanted(&batch);
+        let bytes_total = Bytes(size_of_wanted(&self.tensors.wanted));
+        self.ctx.progress(Progress::ModelLoading {
+            component: part.name(),
+            bytes_done: Bytes(self.bytes_done),
+            bytes_total,
+        });
+        Ok(())
+    }
+
+    fn take(&mut self, name: &str, shape: Option<&Shape>) -> Result<Tensor> {
+        let corrupt =
+            |message: String| Error::ModelCorrupt { path: self.tensors.task.weights.path(0).to_owned(), message };
+        let wanted = || shape.map_or(&[][..], Shape::dims);
+        if let Some(&at) = self.unread.get(name) {
+            // Before it is read: a hostile shape costs nothing.
+            let stored = &self.tensors.wanted[at].2.shape;
+            if shape.is_some_and(|shape| shape.dims() != stored.as_slice()) {
+                let wanted = wanted();
+                return Err(corrupt(format!(
+                    "tensor `{name}` must be of shape {wanted:?}, and is of shape {stored:?}"
+                )));
             }
-            (Err(_), Some(message)) => Err(Error::ModelCorrupt { path: self.path, message }),
-            (Err(error), None) => Err(error),
+            self.fetch(at)?;
+        }
+        match self.read.remove(name) {
+            Some(tensor) if shape.is_none_or(|shape| shape == tensor.shape()) => {
+                self.bytes_taken += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+                Ok(tensor)
+            }
+            Some(tensor) => {
+                let (wanted, got) = (wanted(), tensor.dims());
+                Err(corrupt(format!("tensor `{name}` must be of shape {wanted:?}, and is of shape {got:?}")))
+            }
+            None => Err(corrupt(format!("tensor `{name}` of shape {:?} is missing", wanted()))),
         }
     }
 }
 
-struct Backend<'a>(&'a Mutex<Taken>);
+struct Backend<'m, 'a>(&'m Mutex<Source<'a>>);
 
-impl Backend<'_> {
+impl Backend<'_, '_> {
     fn take(&self, name: &str, shape: Option<&Shape>) -> candle_core::Result<Tensor> {
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let failure = match taken.tensors.remove(name) {
-            Some(tensor) if shape.is_none_or(|shape| shape == tensor.shape()) => {
-                taken.bytes += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-                return Ok(tensor);
-            }
-            Some(tensor) => format!(
-                "tensor `{name}` must be of shape {:?}, and is of shape {:?}",
-                shape.map_or(&[][..], Shape::dims),
-                tensor.dims()
-            ),
-            None => format!("tensor `{name}` of shape {:?} is missing", shape.map_or(&[][..], Shape::dims)),
-        };
-        let error = candle_core::Error::Msg(failure.clone());
-        taken.failure.get_or_insert(failure);
-        Err(error)
+        let mut source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        source.take(name, shape).map_err(|error| {
+            let told = candle_core::Error::Msg(error.to_string());
+            source.failure.get_or_insert(error);
+            told
+        })
     }
 }
 
-impl SimpleBackend for Backend<'_> {
+impl SimpleBackend for Backend<'_, '_> {
     fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
         self.take(name, Some(&shape))
     }
@@ -274,6 +332,7 @@ impl SimpleBackend for Backend<'_> {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).tensors.contains_key(name)
+        let source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        source.unread.contains_key(name) || source.read.contains_key(name)
     }
 }
