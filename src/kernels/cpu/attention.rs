@@ -162,7 +162,7 @@ impl<T: Element> Attention<'_, T> {
                 mark.greatest = now;
                 match self.micro.operands {
                     Operands::F32 => p_block.put(i, 0, &buffer[..over_keys.depth]),
-                    Operands::Bf16 => {
+                    _ => {
                         let mut narrow = [T::zero(); KEYS];
                         simd::round_slice(&buffer[..over_keys.depth], &mut narrow[..over_keys.depth]);
                         p_block.put(i, 0, &narrow[..over_keys.depth]);
@@ -238,7 +238,7 @@ impl<T: Element> Attention<'_, T> {
                         }
                     }
                 }
-                Operands::Bf16 => {
+                _ => {
                     // SAFETY: as above; the numbers are bf16.
                     let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
                     let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
@@ -284,7 +284,7 @@ impl<T: Element> Attention<'_, T> {
                         }
                     }
                 }
-                Operands::Bf16 => {
+                _ => {
                     // SAFETY: as above; the numbers are bf16.
                     let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
                     let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
