@@ -60,7 +60,7 @@ pub struct Unet {
 
 impl Unet {
     /// Whether the layer of this name, whose weight is `[O, I]` or `[O, C, K, K]`, may multiply bytes: those within
-    /// residual blocks and transformers, which are nearly all of the work. Left out are the time embedding, the text's
+    /// residual blocks, transformers and steps between resolutions, which are nearly all of the work. Left out are the time embedding, the text's
     /// keys and values, as a few of CLIP's channels are far greater than the others, and layers so narrow that they gain
     /// nothing.
     #[must_use]
@@ -69,7 +69,8 @@ impl Unet {
         const LEAST: usize = 64;
         let has = |part: &str| layer.split('.').any(|name| name == part);
         let of_text = has("attn2") && (has("to_k") || has("to_v"));
-        let inside = (has("resnets") || has("attentions")) && !has("time_emb_proj") && !of_text;
+        let within = ["resnets", "attentions", "downsamplers", "upsamplers"].into_iter().any(has);
+        let inside = within && !has("time_emb_proj") && !of_text;
         inside && weight.iter().take(2).all(|&side| side >= LEAST)
     }
 
