@@ -87,13 +87,18 @@ fn main() {
     let bf16_peak = if level == Level::Avx512Bf16 { of("avx512 bf16") } else { f32_peak };
     println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "GF/s and share of the registers'", "f32", "", "bf16", "");
     let table = Table { filter, peaks: [f32_peak, bf16_peak] };
-    linears(&table);
-    convolutions(&table);
+    linears(&table, "", |weight| Linear::new(weight, None));
+    convolutions(&table, "", |weight, shape| Conv2d::new(weight, None, shape));
     attentions(&table);
+    let int8_peak = if level >= Level::Avx512 { of("avx512 int8") } else { f32_peak };
+    println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "INT8, quantising included, activations in", "f32", "", "bf16", "");
+    let int8 = Table { filter: table.filter.clone(), peaks: [int8_peak; 2] };
+    linears(&int8, "int8 ", |weight| Linear::int8(&weight, None));
+    convolutions(&int8, "int8 ", |weight, shape| Conv2d::int8(weight, None, shape));
     rest(&table);
 }
 
-fn linears(table: &Table) {
+fn linears(table: &Table, kind: &str, layer: fn(Tensor) -> candle_core::Result<Linear>) {
     let gated = [(8192, 640, 5120), (2048, 1280, 10240)];
     let plain = [
         (8192, 640, 640),
@@ -106,22 +111,22 @@ fn linears(table: &Table) {
         (2, 1280, 1280),
     ];
     for (rows, inputs, outputs) in gated {
-        table.row(&format!("linear geglu {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
+        table.row(&format!("{kind}linear geglu {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
             let (x, weight) = (tensor(&[rows, inputs], dtype), tensor(&[outputs, inputs], dtype));
-            let layer = Linear::new(weight, None).expect("a layer");
+            let layer = layer(weight).expect("a layer");
             Box::new(move || drop(black_box(layer.forward_geglu(&x).expect("a product"))))
         });
     }
     for (rows, inputs, outputs) in plain {
-        table.row(&format!("linear {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
+        table.row(&format!("{kind}linear {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
             let (x, weight) = (tensor(&[rows, inputs], dtype), tensor(&[outputs, inputs], dtype));
-            let layer = Linear::new(weight, None).expect("a layer");
+            let layer = layer(weight).expect("a layer");
             Box::new(move || drop(black_box(layer.forward(&x).expect("a product"))))
         });
     }
 }
 
-fn convolutions(table: &Table) {
+fn convolutions(table: &Table, kind: &str, layer: fn(&Tensor, ConvShape) -> candle_core::Result<Conv2d>) {
     let shapes = [
         (2, 4, 320, 128),
         (2, 320, 320, 128),
@@ -136,10 +141,10 @@ fn convolutions(table: &Table) {
     ];
     for (batch, inputs, outputs, side) in shapes {
         let operations = 2 * batch * side * side * inputs * 9 * outputs;
-        table.row(&format!("conv 3×3 {batch}×{inputs} to {outputs} at {side}²"), operations, |dtype| {
+        table.row(&format!("{kind}conv 3×3 {batch}×{inputs} to {outputs} at {side}²"), operations, |dtype| {
             let shape = ConvShape { inputs, outputs, kernel: 3, stride: 1, padding: Padding::same(1) };
             let (x, weight) = (tensor(&[batch, side, side, inputs], dtype), tensor(&[outputs, inputs, 3, 3], dtype));
-            let layer = Conv2d::new(&weight, None, shape).expect("a layer");
+            let layer = layer(&weight, shape).expect("a layer");
             Box::new(move || drop(black_box(layer.forward(&x).expect("a map"))))
         });
     }

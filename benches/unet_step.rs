@@ -1,5 +1,5 @@
 //! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
-//! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16]`
+//! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16] [--int8]`
 //! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
 //! peak memory. With `--load` the model is only loaded, and then loaded anew;
 //! `--release` frees the text encoders once they have encoded.
@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
-use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::instructors::Instructors;
 use sdxl_worker::layers::Instructor as _;
@@ -44,6 +44,7 @@ fn main() {
         height: size,
         model: value("--model"),
         dtype,
+        quantization: arguments.iter().any(|argument| argument == "--int8").then_some(Quantization::Int8),
         ..GenerateRequest::default()
     };
 
@@ -52,6 +53,7 @@ fn main() {
     let inference = Instructors::new(settings).expect("the settings as shipped").inference;
     let plan = inference.plan(&request, &mut managers).expect("a plan");
     let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
+    let placement = placement.quantised(plan.quantization).expect("a device that has it");
     if arguments.iter().any(|argument| argument == "--load") {
         managers.model().placement = Some(placement);
         for run in 0..3 {

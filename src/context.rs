@@ -102,6 +102,8 @@ pub struct Engine {
     pub device: String,
     /// `f32`, `bf16`, `f16`
     pub dtype: &'static str,
+    /// `none`, `int8`
+    pub quantization: &'static str,
 }
 
 impl Context {

@@ -56,7 +56,7 @@
 //!
 //! # What is absent
 //!
-//! Image to image, inpainting, ControlNet, LoRA, single-file checkpoints, the hub, quantisation, upscaling and safety
+//! Image to image, inpainting, ControlNet, LoRA, single-file checkpoints, the hub, upscaling and safety
 //! checks: their operations answer `unsupported_feature`. `dpmpp_sde` is left out.
 
 pub mod units;

@@ -319,7 +319,8 @@ impl Floor {
         let engine = Engine {
             version: env!("CARGO_PKG_VERSION"),
             device: engine.as_ref().map(|engine| engine.device.clone()),
-            dtype: engine.map(|engine| engine.dtype),
+            dtype: engine.as_ref().map(|engine| engine.dtype),
+            quantization: engine.map(|engine| engine.quantization),
         };
         self.ledger.finish(&request_id, Terminal::Result { data, warnings: all, timings: told, engine });
     }

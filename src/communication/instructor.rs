@@ -14,7 +14,7 @@ use super::schema;
 use crate::conditioning::interface::Conditioning;
 use crate::config::{LogLevel, OnEof};
 use crate::context::Context;
-use crate::device::interface::{Device, Dtype};
+use crate::device::interface::{Device, Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::inference::interface::{Inference, Settings as InferenceSettings};
 use crate::layers::{Instructor, Interface};
@@ -80,6 +80,7 @@ impl CommunicationInstructor {
             formats: FORMATS.names().collect(),
             devices: devices(),
             dtypes: [Dtype::F32, Dtype::Bf16, Dtype::F16].map(Dtype::name).to_vec(),
+            quantizations: Quantization::ALL.map(Quantization::name).to_vec(),
             events: Event::NAMES.to_vec(),
             error_codes: Error::CODES.to_vec(),
             limits: Limits {

@@ -183,6 +183,7 @@ pub struct Capabilities {
     /// Kinds of device that are compiled in.
     pub devices: Vec<&'static str>,
     pub dtypes: Vec<&'static str>,
+    pub quantizations: Vec<&'static str>,
     pub events: Vec<&'static str>,
     pub error_codes: Vec<&'static str>,
     pub limits: Limits,

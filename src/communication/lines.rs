@@ -88,7 +88,7 @@ impl Timings {
     }
 }
 
-/// What computed the result; `device` and `dtype` only where tensors were used.
+/// What computed the result; all but `version` only where tensors were used.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Engine {
@@ -97,6 +97,9 @@ pub struct Engine {
     pub device: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<&'static str>,
+    /// `none`, `int8`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<&'static str>,
 }
 
 /// A request that failed; terminal.

@@ -254,7 +254,7 @@ fn control(floor: &mut Floor, instructor: &CommunicationInstructor, decoded: Dec
     match answer {
         Ok(data) => {
             let timings = Timings { total: super::manager::ms(begun.elapsed()), ..Timings::default() };
-            let engine = Engine { version: env!("CARGO_PKG_VERSION"), device: None, dtype: None };
+            let engine = Engine { version: env!("CARGO_PKG_VERSION"), device: None, dtype: None, quantization: None };
             floor.ledger.answer(&head.request_id, &Terminal::Result { data, warnings, timings, engine });
         }
         Err(error) => {

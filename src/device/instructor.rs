@@ -1,7 +1,8 @@
 //! Decides which device computes, and in which dtype.
 
 use super::interface::{
-    Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Request, Response, Settings,
+    Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Quantization, Request,
+    Response, Settings,
 };
 use super::manager::{DeviceManager, Opened};
 use super::workers::{cuda, host, metal};
@@ -21,6 +22,26 @@ pub struct Placement {
     pub compute: Dtype,
     /// The VAE, which overflows in f16.
     pub vae: Dtype,
+    /// Of the UNet.
+    pub quantization: Quantization,
+}
+
+impl Placement {
+    /// The same with what a request wishes for, if it wishes.
+    ///
+    /// # Errors
+    /// `unsupported_feature` for INT8 on a GPU.
+    pub fn quantised(self, wish: Option<Quantization>) -> Result<Self> {
+        let quantization = wish.unwrap_or(self.quantization);
+        if quantization == Quantization::Int8 && !self.device.is_cpu() {
+            return Err(Error::UnsupportedFeature {
+                what: format!("int8 on `{}`", self.name),
+                hint: Some("leave `quantization` out, or choose the device `cpu`".to_owned()),
+                field: Some("quantization".to_owned()),
+            });
+        }
+        Ok(Self { quantization, ..self })
+    }
 }
 
 pub struct DeviceInstructor {
@@ -38,16 +59,24 @@ impl DeviceInstructor {
     ///
     /// # Errors
     /// `device_unavailable`; `unknown_name` for a device in the configuration that is none; `unsupported_feature` for
-    /// a dtype the device does not have.
+    /// a dtype or quantization the device does not have.
     pub fn place(&self, crew: &mut DeviceManager, wish: Option<Dtype>) -> Result<Placement> {
         let opened = self.open(crew)?;
         let dtypes = Dtypes::choose(opened.id, opened.capability, wish.or(self.settings.dtype))?;
-        Ok(Placement {
+        Placement {
             device: opened.device.clone(),
             name: opened.id.to_string(),
             compute: dtypes.compute,
             vae: dtypes.vae,
-        })
+            quantization: self.settings.quantization,
+        }
+        .quantised(None)
+    }
+
+    /// The quantization of a request that wishes for `wish`.
+    #[must_use]
+    pub fn quantization(&self, wish: Option<Quantization>) -> Quantization {
+        wish.unwrap_or(self.settings.quantization)
     }
 
     /// The dtype that [`Self::place`] would choose, without opening a device.

@@ -39,6 +39,29 @@ impl Dtype {
     }
 }
 
+/// What the UNet multiplies in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// The compute dtype.
+    #[default]
+    None,
+    /// Signed bytes: weights by output, activations by token or feature map. On the CPU only.
+    Int8,
+}
+
+impl Quantization {
+    pub const ALL: [Self; 2] = [Self::None, Self::Int8];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
 /// A device by name: `cpu`, `cuda:0`, `metal`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceId {
@@ -100,11 +123,13 @@ pub struct Settings {
     pub device: Option<String>,
     /// Compute dtype; the device's own choice when it is left out.
     pub dtype: Option<Dtype>,
+    /// Whether the UNet multiplies in bytes: `none` or `int8`, the latter on the CPU only.
+    pub quantization: Quantization,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { auto_detect: true, device: None, dtype: None }
+        Self { auto_detect: true, device: None, dtype: None, quantization: Quantization::None }
     }
 }
 

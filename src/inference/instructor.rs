@@ -16,7 +16,7 @@ use super::workers::preview::{Preview, PreviewTask};
 use crate::conditioning::instructor::{ConditioningInstructor, PromptWish};
 use crate::context::{Context, Engine, Progress, Stage};
 use crate::device::instructor::{DeviceInstructor, Placement};
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
 use crate::managers::Managers;
@@ -150,6 +150,7 @@ impl InferenceInstructor {
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,
+            quantization: request.quantization,
             prompt,
             size,
             seeds,
@@ -169,12 +170,14 @@ impl InferenceInstructor {
     pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
         let plan = self.plan(request, crew)?;
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
+        let quantization = self.device.quantization(plan.quantization);
         let residents = crew.published.residents();
         let loaded = residents.iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan: &plan,
             compute,
-            key: &pace_key(&plan.checkpoint, compute),
+            quantization,
+            key: &pace_key(&plan.checkpoint, compute, quantization),
             pace: &crew.published.pace,
             free: self.device.free(&crew.device),
             loaded,
@@ -188,7 +191,8 @@ impl InferenceInstructor {
         let task = AppraiseTask {
             plan,
             compute: placement.compute,
-            key: &pace_key(&plan.checkpoint, placement.compute),
+            quantization: placement.quantization,
+            key: &pace_key(&plan.checkpoint, placement.compute, placement.quantization),
             pace: &crew.published.pace,
             free: self.device.free(&crew.device),
             loaded,
@@ -242,9 +246,14 @@ impl InferenceInstructor {
     }
 
     fn generate(&self, mut plan: GenerationPlan, crew: &mut Managers, ctx: &Context) -> Result<Generated> {
-        let placement = self.device.place(&mut crew.device, plan.dtype)?;
-        ctx.computed_by(Engine { device: placement.name.clone(), dtype: placement.compute.name() });
+        let placement = self.device.place(&mut crew.device, plan.dtype)?.quantised(plan.quantization)?;
+        ctx.computed_by(Engine {
+            device: placement.name.clone(),
+            dtype: placement.compute.name(),
+            quantization: placement.quantization.name(),
+        });
         plan.parameters.dtype = Some(placement.compute);
+        plan.parameters.quantization = Some(placement.quantization);
         self.check_room(&plan, &placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
         // Each image alone: it then depends on its own request only, to the last bit.
@@ -333,7 +342,8 @@ impl InferenceInstructor {
         })?;
         let passes = if plan.guidance.is_on() { 2 } else { 1 };
         let units = plan.sampling.evaluations() * passes * height * width;
-        crew.published.pace.record(&pace_key(checkpoint, placement.compute), Work::Evaluation, units, start.elapsed());
+        let key = pace_key(checkpoint, placement.compute, placement.quantization);
+        crew.published.pace.record(&key, Work::Evaluation, units, start.elapsed());
         Ok(latents)
     }
 
@@ -356,12 +366,8 @@ impl InferenceInstructor {
             ctx.perform(&Decode, task)
         })?;
         let units = plan.size.width * plan.size.height / 64;
-        crew.published.pace.record(
-            &pace_key(&plan.checkpoint, placement.compute),
-            Work::Decode,
-            units,
-            start.elapsed(),
-        );
+        let key = pace_key(&plan.checkpoint, placement.compute, placement.quantization);
+        crew.published.pace.record(&key, Work::Decode, units, start.elapsed());
         images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no image"))
     }
 
@@ -379,6 +385,9 @@ impl InferenceInstructor {
         }
         if let Some(skip) = plan.prompt.clip_skip.filter(|&skip| skip > 0) {
             more.push(("Clip skip", skip.to_string()));
+        }
+        if plan.parameters.quantization == Some(Quantization::Int8) {
+            more.push(("Quantization", Quantization::Int8.name().to_owned()));
         }
         more.push(("RNG", if plan.rng == RngKind::Nv { "NV" } else { "CPU" }.to_owned()));
         more.push(("Version", concat!("sdxl-worker ", env!("CARGO_PKG_VERSION")).to_owned()));
@@ -400,8 +409,8 @@ impl InferenceInstructor {
 }
 
 /// Under which name the time of a model is remembered.
-pub(super) fn pace_key(checkpoint: &Checkpoint, compute: Dtype) -> String {
-    format!("{:?} {}", checkpoint.key, compute.name())
+pub(super) fn pace_key(checkpoint: &Checkpoint, compute: Dtype, quantization: Quantization) -> String {
+    format!("{:?} {} {}", checkpoint.key, compute.name(), quantization.name())
 }
 
 /// The size conditioning. Diffusers' rule: the negative pass has the positive one's unless it is given its own, and

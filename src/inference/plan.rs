@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::interface::GenerateRequest;
 use crate::conditioning::instructor::PromptWish;
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
 use crate::noise::RngKind;
 use crate::postprocessing::instructor::OutputPlan;
@@ -16,6 +16,8 @@ pub struct GenerationPlan {
     pub checkpoint: Arc<Checkpoint>,
     /// What the request asks for; the device policy answers.
     pub dtype: Option<Dtype>,
+    /// Likewise.
+    pub quantization: Option<Quantization>,
     pub prompt: PromptWish,
     pub size: ImageSize,
     /// One image each.

@@ -10,7 +10,7 @@ use super::families::Family;
 use super::folder::{Folder, Found};
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
-use super::networks::unet::UnetConfig;
+use super::networks::unet::{Unet, UnetConfig};
 use super::networks::vae::VaeConfig;
 use super::workers::open::{Open, OpenTask, Weights};
 use crate::context::Context;
@@ -167,6 +167,21 @@ impl Checkpoint {
     #[must_use]
     pub fn file_bytes(&self) -> Bytes {
         self.weights.iter().flat_map(|(_, files)| &files.files).map(|found| Bytes(found.stamp().0)).sum()
+    }
+
+    /// Bytes by which the UNet is smaller with INT8 weights than its files.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub fn int8_saves(&self, ctx: &Context) -> Result<Bytes> {
+        let weights = self.open(Part::Unet, ctx)?;
+        let saved = weights.tensors().filter_map(|(name, stored)| {
+            let layer = name.strip_suffix(".weight")?;
+            let elements: u64 = stored.shape.iter().map(|&side| side as u64).product();
+            let chosen = stored.shape.len() > 1 && Unet::bears_int8(layer, &stored.shape);
+            chosen.then(|| Bytes((stored.range.end - stored.range.start).saturating_sub(elements)))
+        });
+        Ok(saved.sum())
     }
 
     /// The networks that it has.

@@ -187,6 +187,7 @@ impl ModelInstructor {
         let start = Instant::now();
         let key = |dtype| ShelfKey::new(checkpoint, &placement, dtype);
         let (compute, vae) = (key(placement.compute), key(placement.vae));
+        let unet = UnetManager::key(checkpoint, &placement);
         let mut components = Vec::new();
         let mut add = |name, before: Option<Bytes>, after: Option<Bytes>, begun: Instant| {
             let bytes = after.unwrap_or_default();
@@ -195,9 +196,9 @@ impl ModelInstructor {
         let (begun, before) = (Instant::now(), crew.encoders.shelf.bytes_at(&compute));
         crew.encoders.acquire(checkpoint, &placement, ctx)?;
         add("encoder", before, crew.encoders.shelf.bytes_at(&compute), begun);
-        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_at(&compute));
+        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_at(&unet));
         crew.unets.acquire(checkpoint, &placement, ctx)?;
-        add("unet", before, crew.unets.shelf.bytes_at(&compute), begun);
+        add("unet", before, crew.unets.shelf.bytes_at(&unet), begun);
         let (begun, before) = (Instant::now(), crew.vaes.shelf.bytes_at(&vae));
         crew.vaes.acquire(checkpoint, &placement, ctx)?;
         add("vae", before, crew.vaes.shelf.bytes_at(&vae), begun);

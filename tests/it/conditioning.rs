@@ -8,7 +8,7 @@ use sdxl_worker::conditioning::interface::{EncodeWish, Request, Response, Settin
 use sdxl_worker::conditioning::manager::EmbeddingManager;
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
-use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
@@ -37,7 +37,13 @@ struct GoldenText {
 }
 
 fn placement() -> Placement {
-    Placement { device: Device::Cpu, name: "cpu".to_owned(), compute: Dtype::F32, vae: Dtype::F32 }
+    Placement {
+        device: Device::Cpu,
+        name: "cpu".to_owned(),
+        compute: Dtype::F32,
+        vae: Dtype::F32,
+        quantization: Quantization::None,
+    }
 }
 
 fn crew() -> ConditioningCrew {

@@ -3,7 +3,9 @@
 
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::{DeviceInstructor, Dtypes};
-use sdxl_worker::device::interface::{DeviceId, DeviceList, DeviceWish, Dtype, Request, Response, Settings};
+use sdxl_worker::device::interface::{
+    DeviceId, DeviceList, DeviceWish, Dtype, Quantization, Request, Response, Settings,
+};
 use sdxl_worker::device::manager::DeviceManager;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Nothing};
@@ -63,9 +65,23 @@ fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
     assert_eq!((placed.name.as_str(), placed.compute, placed.vae), ("cpu", Dtype::F32, Dtype::F32));
     assert_eq!(instructor("cpu").place(&mut crew, Some(Dtype::Bf16)).unwrap().compute, Dtype::Bf16);
 
-    let settings = Settings { auto_detect: false, device: None, dtype: Some(Dtype::F16) };
+    let settings = Settings { auto_detect: false, device: None, dtype: Some(Dtype::F16), ..Settings::default() };
     let placed = DeviceInstructor::new(settings).place(&mut DeviceManager::default(), None).unwrap();
     assert_eq!((placed.name.as_str(), placed.compute, placed.vae), ("cpu", Dtype::F16, Dtype::F32));
+}
+
+#[test]
+fn quantization_follows_the_wish_then_the_settings() {
+    use Quantization::{Int8, None as Without};
+    let settings = Settings { device: Some("cpu".to_owned()), quantization: Int8, ..Settings::default() };
+    let check = |instructor: DeviceInstructor, wish, expected| {
+        let placed = instructor.place(&mut DeviceManager::default(), None).unwrap().quantised(wish).unwrap();
+        assert_eq!((placed.quantization, instructor.quantization(wish)), (expected, expected), "{wish:?}");
+    };
+    check(instructor("cpu"), None, Without);
+    check(instructor("cpu"), Some(Int8), Int8);
+    check(DeviceInstructor::new(settings.clone()), None, Int8);
+    check(DeviceInstructor::new(settings), Some(Without), Without);
 }
 
 #[test]

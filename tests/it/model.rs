@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex};
 use candle_core::Device;
 use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::instructor::Placement;
-use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::families::FAMILIES;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::interface::{LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
 use sdxl_worker::model::managers::{Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
@@ -25,8 +25,13 @@ use crate::conditioning::demo_folder;
 
 fn crew(roots: Vec<PathBuf>) -> ModelCrew {
     let mut crew = ModelCrew::new(&Settings { roots, ..Settings::default() });
-    crew.placement =
-        Some(Placement { device: Device::Cpu, name: "cpu".to_owned(), compute: Dtype::F32, vae: Dtype::F32 });
+    crew.placement = Some(Placement {
+        device: Device::Cpu,
+        name: "cpu".to_owned(),
+        compute: Dtype::F32,
+        vae: Dtype::F32,
+        quantization: Quantization::None,
+    });
     crew
 }
 
@@ -249,12 +254,41 @@ fn inspection_tells_what_the_files_say() {
 fn wider_weights_become_the_compute_dtype() {
     let mut crew = crew(Vec::new());
     for (compute, expected) in [(Dtype::F32, 2), (Dtype::Bf16, 2), (Dtype::F16, 2)] {
-        crew.placement = Some(Placement { device: Device::Cpu, name: "cpu".into(), compute, vae: Dtype::F32 });
+        crew.placement = Some(Placement {
+            device: Device::Cpu,
+            name: "cpu".into(),
+            compute,
+            vae: Dtype::F32,
+            quantization: Quantization::None,
+        });
         let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
             panic!("load")
         };
         assert!(loaded.components[1].bytes.0 / 8_800_000 == expected, "{compute:?}: {loaded:?}");
     }
+}
+
+#[test]
+fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
+    let mut crew = crew(Vec::new());
+    let mut load = |quantization| {
+        let (device, name) = (Device::Cpu, "cpu".to_owned());
+        crew.placement = Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization });
+        let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
+            panic!("load")
+        };
+        loaded.components
+    };
+    let (wide, narrow) = (load(Quantization::None), load(Quantization::Int8));
+    let cached = |components: &[LoadedComponent]| components.iter().map(|part| part.cached).collect::<Vec<_>>();
+    assert_eq!((cached(&wide), cached(&narrow)), (vec![false; 3], vec![true, false, true]));
+    let share = narrow[1].bytes.0 as f64 / wide[1].bytes.0 as f64;
+    println!("the quantised UNet takes {share:.3} of the one in f16");
+    assert!((0.5..0.7).contains(&share), "{share}");
+    let expected = Checkpoint::demo().unwrap().int8_saves(&Context::detached()).unwrap();
+    let saved = wide[1].bytes.saturating_sub(narrow[1].bytes);
+    assert!(saved <= expected && expected.0 - saved.0 < expected.0 / 4, "{saved} saved, {expected} expected");
+    assert_eq!(cached(&load(Quantization::None)), [true; 3]);
 }
 
 #[test]
@@ -280,7 +314,14 @@ fn loading_reports_progress_and_can_be_cancelled() {
 
 fn keys(count: u64) -> Vec<ShelfKey> {
     let checkpoint = Checkpoint::demo().unwrap().key;
-    (0..count).map(|n| ShelfKey { checkpoint, dtype: Dtype::F32, device: format!("cuda:{n}") }).collect()
+    (0..count)
+        .map(|n| ShelfKey {
+            checkpoint,
+            dtype: Dtype::F32,
+            quantization: Quantization::None,
+            device: format!("cuda:{n}"),
+        })
+        .collect()
 }
 
 fn names<T>(shelf: &Shelf<T>) -> Vec<String> {

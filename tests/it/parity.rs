@@ -14,7 +14,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
-use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::instructors::Instructors;
 use sdxl_worker::managers::Managers;
@@ -44,6 +44,7 @@ impl Worker {
         let inference = &self.instructors.inference;
         let plan = inference.plan(request, &mut self.managers).unwrap();
         let placement = inference.device.place(&mut self.managers.device, plan.dtype).unwrap();
+        let placement = placement.quantised(plan.quantization).unwrap();
         plan.seeds
             .iter()
             .map(|&seed| {
@@ -94,14 +95,19 @@ fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
     if mse == 0.0 { 99.0 } else { 10.0 * (255.0_f64.powi(2) / mse).log10() }
 }
 
-/// Runs `cases` in `dtype` and prints how far each is from the reference.
-fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance>, least: LeastPsnr) {
+/// Runs `cases` in `precision` and prints how far each is from the reference. Gives the PSNR of each image.
+fn check(
+    cases: &[String],
+    (dtype, quantization): (Dtype, Quantization),
+    latents: Option<LatentTolerance>,
+    least: LeastPsnr,
+) -> Vec<f64> {
     let mut worker = Worker::new();
-    let mut failures = Vec::new();
+    let (mut failures, mut all) = (Vec::new(), Vec::new());
     println!("{:<36} {:>13} {:>9} {:>9}", "case", "latents |Δ|/σ", "from f64", "PSNR dB");
     for case in cases {
         let mut request = request(case);
-        request.dtype = dtype;
+        (request.dtype, request.quantization) = (Some(dtype), Some(quantization));
         let stored =
             candle_core::safetensors::load(folder().join(format!("{case}.safetensors")), &Device::Cpu).unwrap();
         let drawn = worker.draw(&request);
@@ -115,6 +121,7 @@ fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance
             let from_exact = exact.map(|exact| self::distance(ours, &exact["latents"]));
             let shown = from_exact.map(|d| format!("{d:.2e}")).unwrap_or_default();
             println!("{png:<36} {distance:>13.2e} {shown:>9} {psnr:>9.1}");
+            all.push(psnr);
             let nearest = from_exact.map_or(distance, |exact| distance.min(exact));
             let far = latents.as_ref().is_some_and(|tolerance| nearest.is_nan() || nearest > tolerance.0);
             if far || psnr.is_nan() || psnr < least.0 {
@@ -123,18 +130,29 @@ fn check(cases: &[String], dtype: Option<Dtype>, latents: Option<LatentTolerance
         }
     }
     assert!(failures.is_empty(), "out of tolerance:\n{}", failures.join("\n"));
+    all
 }
 
 #[test]
 fn every_case_is_what_diffusers_draws() {
-    check(&cases(), Some(Dtype::F32), Some(LatentTolerance(5e-4)), LeastPsnr(60.0));
+    check(&cases(), (Dtype::F32, Quantization::None), Some(LatentTolerance(5e-4)), LeastPsnr(60.0));
 }
 
 #[test]
 fn bf16_stays_close_to_the_f32_reference() {
     let some: Vec<String> =
         ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
-    check(&some, Some(Dtype::Bf16), None, LeastPsnr(34.0));
+    check(&some, (Dtype::Bf16, Quantization::None), None, LeastPsnr(34.0));
+}
+
+#[test]
+fn int8_stays_near_the_f32_reference() {
+    let some: Vec<String> =
+        ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let all = check(&some, (dtype, Quantization::Int8), None, LeastPsnr(25.0));
+        assert!(all.iter().all(|psnr| *psnr < 50.0), "nothing was quantised: {all:?} dB");
+    }
 }
 
 #[test]

@@ -99,6 +99,7 @@ fn refusals_point_at_the_fault_and_name_what_was_meant() {
         "did you mean worker_type `inference`?",
     );
     check_refusal(r#"{"prompt":"a","steps":0}"#, "invalid_parameter", "/steps", "`steps`");
+    check_refusal(r#"{"prompt":"a","quantization":"int4"}"#, "invalid_parameter", "/quantization", "`none`");
     check_refusal(r#"{"prompt":"a","sampler_name":"eular"}"#, "unknown_name", "/sampler_name", "did you mean `euler`?");
 }
 
@@ -116,6 +117,18 @@ fn one_piped_line_prints_one_line() {
     assert!(worker.folder.path().join(line["data"]["images"][0]["path"].as_str().unwrap()).exists(), "{line}");
     assert!(line["timings_ms"]["total"].is_u64() && line["timings_ms"]["denoise"].is_u64(), "{line}");
     assert!(line["engine"]["device"].is_string(), "{line}");
+}
+
+#[test]
+fn quantization_is_said_in_the_result() {
+    let mut worker = Worker::start(&["--device", "cpu"]);
+    for quantization in ["none", "int8"] {
+        worker.send(&json!({ "request_id": quantization, "prompt": "a hill", "steps": 1, "width": 64, "height": 64,
+            "quantization": quantization }));
+        let line = worker.answer(quantization);
+        assert_eq!(line["engine"]["quantization"], quantization, "{line}");
+        assert_eq!(line["data"]["parameters"]["quantization"], quantization, "{line}");
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Tests of the kernels, in a process of their own: they choose the instruction set of the whole process.
 
 mod amx;
+mod int8;
 mod tile_emulator;
 mod whole;

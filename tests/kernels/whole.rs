@@ -13,7 +13,7 @@ use sdxl_worker::kernels::{
 const WEIGHTS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 /// xorshift64*: the same cases in every run.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
     fn next(&mut self) -> u64 {
@@ -23,11 +23,11 @@ impl Dice {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[(self.next() >> 33) as usize % of.len()]
     }
 
-    fn coin(&mut self) -> bool {
+    pub(crate) fn coin(&mut self) -> bool {
         self.pick(&[true, false])
     }
 
@@ -37,25 +37,25 @@ impl Dice {
         sum * 1.7
     }
 
-    fn tensor(&mut self, shape: &[usize], dtype: DType) -> Tensor {
+    pub(crate) fn tensor(&mut self, shape: &[usize], dtype: DType) -> Tensor {
         let numbers: Vec<f32> = (0..shape.iter().product()).map(|_| self.value()).collect();
         Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
     }
 
     /// Scaled so that results stay near 1.
-    fn weight(&mut self, shape: &[usize], dtype: DType) -> Tensor {
+    pub(crate) fn weight(&mut self, shape: &[usize], dtype: DType) -> Tensor {
         let depth: usize = shape[1..].iter().product();
         let scale = 1.0 / (depth.max(1) as f64).sqrt();
         (self.tensor(shape, DType::F32) * scale).unwrap().to_dtype(dtype).unwrap()
     }
 }
 
-fn numbers(t: &Tensor) -> Vec<f32> {
+pub(crate) fn numbers(t: &Tensor) -> Vec<f32> {
     t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// The greatest difference, relative to the greatest number expected.
-fn close(what: &str, got: Result<Tensor>, expected: Result<Tensor>) {
+pub(crate) fn close(what: &str, got: Result<Tensor>, expected: Result<Tensor>) {
     let (got, expected) = (got.unwrap_or_else(|e| panic!("{what}: {e}")), expected.unwrap());
     assert_eq!(got.dims(), expected.dims(), "{what}");
     assert_eq!(got.dtype(), expected.dtype(), "{what}");
@@ -82,14 +82,14 @@ fn close(what: &str, got: Result<Tensor>, expected: Result<Tensor>) {
     );
 }
 
-struct Follow {
+pub(crate) struct Follow {
     per_sample: Option<Tensor>,
     activation: Option<Activation>,
     residual: Option<Tensor>,
 }
 
 impl Follow {
-    fn roll(dice: &mut Dice, out: &[usize], dtype: DType) -> Self {
+    pub(crate) fn roll(dice: &mut Dice, out: &[usize], dtype: DType) -> Self {
         let (batch, outputs) = (out[0], out[out.len() - 1]);
         Self {
             per_sample: (out.len() > 1 && dice.coin()).then(|| dice.tensor(&[batch, outputs], dtype)),
@@ -98,7 +98,7 @@ impl Follow {
         }
     }
 
-    fn epilogue(&self) -> Epilogue<'_> {
+    pub(crate) fn epilogue(&self) -> Epilogue<'_> {
         Epilogue { per_sample: self.per_sample.as_ref(), activation: self.activation, residual: self.residual.as_ref() }
     }
 }
@@ -378,11 +378,11 @@ fn views_give_what_their_copies_give() {
 }
 
 /// Held by tests that choose a level, or compare bits of what one level must have computed.
-static LEVEL: Mutex<()> = Mutex::new(());
+pub(crate) static LEVEL: Mutex<()> = Mutex::new(());
 
 /// Runs `check` at every level, and says which of them this machine has. AMX may be run by the emulator, for which
 /// `check` is told to be brief.
-fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
+pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
     let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     for level in Level::ALL {
         let mut by = "run";

@@ -1,7 +1,7 @@
 //! What a generation will need, before it begins: bytes from the configuration, seconds from what was measured.
 
 use crate::context::Context;
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
 use crate::inference::interface::Estimate;
 use crate::inference::plan::GenerationPlan;
@@ -14,6 +14,7 @@ pub struct Appraise;
 pub struct AppraiseTask<'a> {
     pub plan: &'a GenerationPlan,
     pub compute: Dtype,
+    pub quantization: Quantization,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
     pub pace: &'a Pace,
@@ -26,12 +27,15 @@ pub struct AppraiseTask<'a> {
 impl Worker<AppraiseTask<'_>> for Appraise {
     type Output = Estimate;
 
-    fn run(&self, task: AppraiseTask<'_>, _ctx: &Context) -> Result<Estimate> {
-        let AppraiseTask { plan, compute, key, pace, free, loaded } = task;
+    fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
+        let AppraiseTask { plan, compute, quantization, key, pace, free, loaded } = task;
         let passes = if plan.guidance.is_on() { 2 } else { 1 };
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
         let positions = height * width;
-        let weights = plan.checkpoint.file_bytes();
+        let weights = match quantization {
+            Quantization::None => plan.checkpoint.file_bytes(),
+            Quantization::Int8 => plan.checkpoint.file_bytes().saturating_sub(plan.checkpoint.int8_saves(ctx)?),
+        };
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections; three full-size maps are the decoder's.

@@ -239,7 +239,7 @@ impl<T: Element> Attention<'_, T> {
                         }
                     }
                 }
-                Operands::Bf16 => {
+                _ => {
                     // SAFETY: as above; the numbers are bf16.
                     let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
                     let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
@@ -285,7 +285,7 @@ impl<T: Element> Attention<'_, T> {
                         }
                     }
                 }
-                Operands::Bf16 => {
+                _ => {
                     // SAFETY: as above; the numbers are bf16.
                     let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
                     let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];

@@ -59,6 +59,25 @@ impl Element for bf16 {
     }
 }
 
+/// What quantised activations are held as.
+impl Element for u8 {
+    const IS_F32: bool = false;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        value.round_ties_even() as Self
+    }
+
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0; count]
+    }
+}
+
 impl Element for f16 {
     const IS_F32: bool = false;
 

@@ -3,6 +3,7 @@
 
 use super::element::Element;
 use super::micro::PANEL;
+use super::quantise::Bytes;
 use super::simd::{gelu, levels, quick_gelu, silu};
 use crate::kernels::Activation;
 
@@ -59,6 +60,16 @@ fn put<T: Element>(line: &[f32; PANEL], to: &mut [T]) {
 }
 
 levels! {
+    /// i32 sums of products of bytes to what they stand for, in place: `(sum - offset) · step of the row · scale`.
+    fn rescale(tile: &mut [f32], bytes: &Bytes, row: usize, scales: &[f32; PANEL], offsets: &[i32; PANEL]) {
+        for (i, line) in tile.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            let step = bytes.step(row + i);
+            for ((sum, scale), offset) in line.iter_mut().zip(scales).zip(offsets) {
+                *sum = (sum.to_bits() as i32).wrapping_sub(*offset) as f32 * step * scale;
+            }
+        }
+    }
+
     /// `tile` is `[rows, 32]`; line `i` of the result is written by `to(i)`.
     fn finish_tile<T>(finish: &Finish<T>, tile: &[f32], spot: Spot, to: Target<T>) {
         let Spot { row, rows, column, columns } = spot;

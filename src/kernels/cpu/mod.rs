@@ -12,6 +12,7 @@ mod packed;
 mod patches;
 mod pool;
 mod product;
+mod quantise;
 pub mod simd;
 mod softmax;
 
@@ -30,6 +31,7 @@ pub(super) use self::packed::Packed;
 use self::patches::Patches;
 use self::pool::make_rows;
 use self::product::{After, Dense, product};
+use self::quantise::Bytes;
 use super::{Activation, ConvShape, Epilogue, Mask, Padding};
 
 /// Whether these kernels take activations like `x`.
@@ -89,6 +91,7 @@ impl Ordered {
             residual: self.residual.as_ref().map(Held::new),
             sample,
             gated,
+            bytes: None,
         }
     }
 }
@@ -114,17 +117,23 @@ pub(super) fn linear(
         let ordered = Ordered::new(epilogue, x.dtype())?;
         let rows = out.iter().rev().skip(1).product();
         let held = Held::new(&x);
-        let left = Dense { numbers: held.slice::<T>()?, depth: weight.depth() };
         let fused = !gated || weight.outputs().is_multiple_of(2 * PANEL);
         let after = ordered.after(bias, positions(out), gated && fused);
-        if fused {
-            tensor(product::<T, _>(&left, weight, rows, &after)?, out)
-        } else {
-            // Values and gates do not fall into panels of their own: they meet afterwards.
-            let half = weight.outputs() / 2;
-            tensor(gate(&product::<T, _>(&left, weight, rows, &after)?, half), out)
-        }
+        let made = dense::<T>(held.slice()?, weight, rows, after)?;
+        // Where values and gates do not fall into panels of their own, they meet afterwards.
+        tensor(if fused { made } else { gate(&made, weight.outputs() / 2) }, out)
     })
+}
+
+/// The product of a matrix `[rows, depth]`, each row for itself.
+fn dense<T: Element>(numbers: &[T], weight: &Packed, rows: usize, after: After) -> Result<Vec<T>> {
+    let depth = weight.depth();
+    if weight.is_int8() {
+        let bytes = Bytes::by_row(numbers, depth);
+        let left = Dense { numbers: &bytes.numbers[..], depth };
+        return product(&left, weight, rows, &After { bytes: Some(&bytes), ..after });
+    }
+    product(&Dense { numbers, depth }, weight, rows, &after)
 }
 
 /// `[rows, 2 · half]` to `[rows, half]`: the first half times GELU of the second.
@@ -158,9 +167,14 @@ pub(super) fn conv2d(
         let rows = batch * out_height * out_width;
         let pointwise = shape.kernel == 1 && shape.stride == 1 && shape.padding == Padding::default();
         let made = if pointwise {
-            product::<T, _>(&Dense { numbers, depth: weight.depth() }, weight, rows, &after)?
+            dense(numbers, weight, rows, after)?
+        } else if weight.is_int8() {
+            // A patch has pixels of many rows, so the whole map has one step: a result depends on its own sample only.
+            let bytes = Bytes::by_sample(numbers, batch, out_height * out_width);
+            let left = Patches { numbers: &bytes.numbers[..], height, width, out_height, out_width, shape };
+            product(&left, weight, rows, &After { bytes: Some(&bytes), ..after })?
         } else {
-            product::<T, _>(&Patches { numbers, height, width, out_height, out_width, shape }, weight, rows, &after)?
+            product(&Patches { numbers, height, width, out_height, out_width, shape }, weight, rows, &after)?
         };
         tensor(made, out)
     })

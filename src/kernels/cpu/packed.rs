@@ -10,11 +10,18 @@ use half::f16;
 
 use super::element::{Element, Held, Numbers};
 use super::micro::{Operands, PANEL};
-use super::pool::for_each;
+use super::pool::{Shared, for_each};
+use super::quantise::{Scale, greatest};
 use super::simd;
 
 /// The depth of a panel is filled up with zeros to a multiple of this: what the widest micro-kernel takes at once.
 const GRAIN: usize = 32;
+/// Likewise of a panel of bytes.
+const BYTE_GRAIN: usize = 64;
+/// The deepest weights that are quantised: sums of products of bytes stay within i32.
+const MAX_BYTE_DEPTH: usize = i32::MAX as usize / (127 * 127);
+/// Numbers of an output that are taken before the next output's: a few cache lines.
+const RUN: usize = 64;
 
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
@@ -72,18 +79,32 @@ impl Drop for Aligned {
     }
 }
 
-/// How the numbers of a panel stand: `[depth, 32]`, for bf16 `[depth/2, 32, 2]`.
+/// How the numbers of a panel stand: `[depth, 32]`, for bf16 `[depth/2, 32, 2]`, for signed bytes `[depth/4, 32, 4]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stored {
     F32,
     F16,
     Bf16,
+    Int8,
 }
 
 impl Stored {
     const fn size(self) -> usize {
-        if matches!(self, Self::F32) { 4 } else { 2 }
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
     }
+}
+
+/// What makes sums of products with the quantised weights of an output results; one for each output of every panel.
+#[derive(Debug, Default)]
+struct Quantised {
+    /// A weight is its byte times this.
+    scales: Vec<f32>,
+    /// 128 times the sum of the bytes: how much too great sums of unsigned bytes are.
+    offsets: Vec<i32>,
 }
 
 /// The weights of a linear layer or convolution.
@@ -95,6 +116,8 @@ pub(in crate::kernels) struct Packed {
     depth: usize,
     /// Numbers down a panel.
     padded: usize,
+    /// Empty where the weights are no bytes.
+    quantised: Quantised,
 }
 
 impl Packed {
@@ -115,10 +138,65 @@ impl Packed {
         })
     }
 
+    /// As [`Self::new`], the weights of each output rounded to 127 steps either side of zero, the greatest of them
+    /// exactly. Weights too deep for that, or without any depth, are laid as they are.
+    pub(in crate::kernels) fn int8(weight: &Tensor) -> Result<Self> {
+        let depth: usize = weight.dims()[1..].iter().product();
+        if !(1..=MAX_BYTE_DEPTH).contains(&depth) {
+            return Self::new(weight);
+        }
+        let weight = match weight.dtype() {
+            DType::F32 | DType::BF16 | DType::F16 => weight.contiguous()?,
+            _ => weight.to_dtype(DType::F32)?.contiguous()?,
+        };
+        let size = (weight.dim(0)?, weight.dim(1)?, weight.dims()[2..].iter().product());
+        let held = Held::new(&weight);
+        Ok(match held.numbers()? {
+            Numbers::F32(from) => Self::lay_bytes(from, size),
+            Numbers::F16(from) => Self::lay_bytes(from, size),
+            Numbers::Bf16(from) => Self::lay_bytes(from, size),
+        })
+    }
+
+    #[expect(unsafe_code, reason = "panels are written by several threads")]
+    fn lay_bytes<T: Element>(from: &[T], (outputs, channels, taps): (usize, usize, usize)) -> Self {
+        let depth = channels * taps;
+        let padded = depth.next_multiple_of(BYTE_GRAIN);
+        let panels = outputs.div_ceil(PANEL);
+        let memory = Aligned::zeros(panels * padded * PANEL);
+        let mut quantised = Quantised { scales: vec![0.0; panels * PANEL], offsets: vec![0; panels * PANEL] };
+        let (all_scales, all_offsets) = (Shared::new(&mut quantised.scales), Shared::new(&mut quantised.offsets));
+        for_each(panels, outputs * depth, |panel| {
+            let first = panel * PANEL;
+            // SAFETY: every panel and its scales are written by one task, within their memory.
+            let (to, scales, offsets) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(memory.at(first * padded), padded * PANEL),
+                    std::slice::from_raw_parts_mut(all_scales.at(first), PANEL),
+                    std::slice::from_raw_parts_mut(all_offsets.at(first), PANEL),
+                )
+            };
+            let lines = from[first * depth..].chunks_exact(depth).take(PANEL);
+            for (n, line) in lines.enumerate() {
+                let scale = Scale::new(greatest(line));
+                let mut sum = 0;
+                // In the order of the memory that is written.
+                for tap in 0..taps {
+                    let numbers = line.iter().skip(tap).step_by(taps);
+                    for (k, number) in (tap * channels..).zip(numbers) {
+                        let byte = scale.byte(*number);
+                        sum += i32::from(byte);
+                        to[((k / 4) * PANEL + n) * 4 + k % 4] = byte as u8;
+                    }
+                }
+                (scales[n], offsets[n]) = (scale.step, sum.wrapping_mul(128));
+            }
+        });
+        Self { memory, stored: Stored::Int8, outputs, depth, padded, quantised }
+    }
+
     #[expect(unsafe_code, reason = "panels are written by several threads")]
     fn lay<T: Element>(from: &[T], stored: Stored, (outputs, channels, taps): (usize, usize, usize)) -> Self {
-        /// Numbers of an output that are taken before the next output's: a few cache lines.
-        const RUN: usize = 64;
         let depth = channels * taps;
         let padded = depth.next_multiple_of(GRAIN);
         let panels = outputs.div_ceil(PANEL);
@@ -161,7 +239,7 @@ impl Packed {
                         for (n, from) in run.chunks_exact(stride).take(lines).enumerate() {
                             let at = match stored {
                                 Stored::Bf16 => ((k / 2) * PANEL + n) * 2 + k % 2,
-                                Stored::F32 | Stored::F16 => k * PANEL + n,
+                                Stored::F32 | Stored::F16 | Stored::Int8 => k * PANEL + n,
                             };
                             to[at] = from[i * taps + tap];
                         }
@@ -169,7 +247,23 @@ impl Packed {
                 }
             }
         });
-        Self { memory, stored, outputs, depth, padded }
+        Self { memory, stored, outputs, depth, padded, quantised: Quantised::default() }
+    }
+
+    /// Bytes of memory.
+    pub(in crate::kernels) fn bytes(&self) -> usize {
+        self.memory.bytes + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
+    }
+
+    /// Whether the weights are bytes, for activations that are bytes.
+    pub(super) fn is_int8(&self) -> bool {
+        self.stored == Stored::Int8
+    }
+
+    /// Scales and offsets of a panel of bytes.
+    pub(super) fn quantised(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
+        let scales = self.quantised.scales.as_chunks().0.get(panel)?;
+        Some((scales, self.quantised.offsets.as_chunks().0.get(panel)?))
     }
 
     pub(in crate::kernels) fn outputs(&self) -> usize {
@@ -191,13 +285,13 @@ impl Packed {
     }
 
     /// Bytes that `depth` numbers of the depth take in a panel.
-    pub(super) fn bytes(&self, depth: usize) -> usize {
+    pub(super) fn stretch(&self, depth: usize) -> usize {
         depth * PANEL * self.stored.size()
     }
 
     /// Bytes between a panel and the one `panels` after it.
     pub(super) fn between(&self, panels: usize) -> usize {
-        panels * self.bytes(self.padded)
+        panels * self.stretch(self.padded)
     }
 
     /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
@@ -213,7 +307,7 @@ impl Packed {
         let start = self.start(panel, depth.start);
         let count = depth.len().next_multiple_of(2) * PANEL;
         match (operands, self.stored) {
-            (Operands::F32, Stored::F32) | (Operands::Bf16, _) => start,
+            (Operands::F32, Stored::F32) | (Operands::Bf16 | Operands::I8 | Operands::U8, _) => start,
             (Operands::F32, narrow) => {
                 let to = scratch.at_least(count * 4).cast::<f32>();
                 // SAFETY: a panel is filled up to a multiple of 32, so `count` numbers are there; `scratch` has as many.

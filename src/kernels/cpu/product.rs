@@ -10,10 +10,11 @@ use candle_core::Result;
 use half::bf16;
 
 use super::element::{Element, Held};
-use super::finish::{Finish, Spot, Target, finish_gated, finish_tile};
+use super::finish::{Finish, Spot, Target, finish_gated, finish_tile, rescale};
 use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
 use super::packed::{LINE, Packed};
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
+use super::quantise::Bytes;
 use super::simd;
 use crate::kernels::Activation;
 
@@ -48,12 +49,16 @@ impl Block {
     pub(super) fn put<T: Element>(self, row: usize, column: usize, from: &[T]) {
         let to = self.start.wrapping_add(row * A_STRIDE + column * self.operands.size());
         debug_assert!((column + from.len()) * self.operands.size() <= A_STRIDE, "a row too long");
-        // SAFETY: the row is there; micro-kernels of bf16 operands are only chosen where the activations are bf16.
+        // SAFETY: the row is there; micro-kernels of bf16 operands are only chosen where the activations are bf16, those of
+        // bytes where they are bytes.
         unsafe {
             match self.operands {
                 Operands::F32 => simd::widen_slice(from, std::slice::from_raw_parts_mut(to.cast::<f32>(), from.len())),
                 Operands::Bf16 => {
                     std::ptr::copy_nonoverlapping(from.as_ptr().cast::<bf16>(), to.cast::<bf16>(), from.len());
+                }
+                Operands::I8 | Operands::U8 => {
+                    std::ptr::copy_nonoverlapping(from.as_ptr().cast::<u8>(), to, from.len());
                 }
             }
         }
@@ -66,8 +71,8 @@ impl Block {
         let size = self.operands.size();
         let to = self.start.wrapping_add(row * A_STRIDE + column * size);
         debug_assert!((column + count) * size <= A_STRIDE, "a row too long");
-        // SAFETY: the row is there; zero bits are a zero.
-        unsafe { to.write_bytes(0, count * size) }
+        // SAFETY: the row is there; these bytes are a zero.
+        unsafe { to.write_bytes(self.operands.zero(), count * size) }
     }
 }
 
@@ -103,6 +108,8 @@ pub(super) struct After<'a> {
     pub(super) sample: usize,
     /// The first half of the outputs is multiplied by GELU of the second. Half the outputs are a multiple of 32.
     pub(super) gated: bool,
+    /// Where the weights are bytes: what the left operand was made of.
+    pub(super) bytes: Option<&'a Bytes>,
 }
 
 struct Product<'a, R, T> {
@@ -114,6 +121,7 @@ struct Product<'a, R, T> {
     /// Columns of the result.
     outputs: usize,
     gated: bool,
+    bytes: Option<&'a Bytes>,
     finish: Finish<'a, T>,
 }
 
@@ -128,11 +136,11 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
         sample: after.sample.max(1),
         outputs,
     };
-    let micro = Micro::new(!T::IS_F32 && weight.is_bf16());
-    let longest = if T::IS_F32 { CHAIN } else { A_BYTES / micro.operands.size() };
+    let micro = after.bytes.map_or_else(|| Micro::new(!T::IS_F32 && weight.is_bf16()), |bytes| bytes.micro);
+    let longest = if T::IS_F32 && after.bytes.is_none() { CHAIN } else { A_BYTES / micro.operands.size() };
     let depth = weight.depth();
-    let step = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(32);
-    let product = Product { left, weight, micro, step, outputs, gated: after.gated, finish };
+    let step = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(micro.grain.max(32));
+    let product = Product { left, weight, micro, step, outputs, gated: after.gated, bytes: after.bytes, finish };
 
     let panels = outputs.div_ceil(PANEL);
     let most = if after.gated { PANELS / 2 } else { PANELS };
@@ -205,7 +213,7 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                     let next = if i + 1 < panels.len() { (panel + 1, start) } else { (panels.start, end) };
                     let ahead = (next.1 < depth).then(|| self.weight.start(next.0, next.1));
                     let tiles = rows.len().div_ceil(at_once);
-                    let part = self.weight.bytes(self.step).div_ceil(tiles).next_multiple_of(LINE);
+                    let part = self.weight.stretch(self.step).div_ceil(tiles).next_multiple_of(LINE);
                     for lane in 0..lanes {
                         let ahead = ahead.map(|at| at.wrapping_add(self.weight.between(lane * (self.outputs / PANEL))));
                         let panel = panel + lane * (self.outputs / PANEL);
@@ -222,6 +230,16 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                             unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }
                             if end == depth && lane + 1 == lanes {
                                 let spot = Spot { row: rows.start + first, rows: count, column, columns };
+                                if self.gated {
+                                    let of_values = panel - self.outputs / PANEL;
+                                    self.rescale(
+                                        of_values,
+                                        sums.wrapping_add(first * PANEL),
+                                        rows.start + first,
+                                        count,
+                                    );
+                                }
+                                self.rescale(panel, c, rows.start + first, count);
                                 // SAFETY: these sums have been written for all steps.
                                 let tile_at = |at: *mut f32| unsafe { std::slice::from_raw_parts(at, count * PANEL) };
                                 if self.gated {
@@ -240,5 +258,16 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                 }
             }
         });
+    }
+
+    /// Makes numbers of a tile of sums of bytes in place; nothing where they are numbers already.
+    #[expect(unsafe_code, reason = "sums are behind a pointer")]
+    fn rescale(&self, panel: usize, sums: *mut f32, row: usize, count: usize) {
+        if let (Some(bytes), Some((scales, offsets))) = (self.bytes, self.weight.quantised(panel)) {
+            // SAFETY: these sums have been written for all steps, and nothing else borrows them.
+            let tile = unsafe { std::slice::from_raw_parts_mut(sums, count * PANEL) };
+            let unsigned = self.micro.operands == Operands::U8;
+            rescale(tile, bytes, row, scales, if unsigned { offsets } else { &[0; PANEL] });
+        }
     }
 }

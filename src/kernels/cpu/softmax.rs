@@ -42,8 +42,8 @@ impl Row {
             // SAFETY: the level says which features are here; bf16 operands are chosen with AVX-512 BF16 alone.
             return unsafe {
                 match self.operands {
-                    Operands::F32 => avx512::powers(self, greatest),
                     Operands::Bf16 => avx512::powers_bf16(self, greatest),
+                    _ => avx512::powers(self, greatest),
                 }
             };
         }

@@ -19,7 +19,7 @@ use super::workers::open::Weights;
 use super::workers::read::{Read, ReadTask, kept_bytes};
 use crate::context::Context;
 use crate::device::instructor::Placement;
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
 use crate::memory;
@@ -30,13 +30,15 @@ use crate::units::Bytes;
 pub struct ShelfKey {
     pub checkpoint: CheckpointKey,
     pub dtype: Dtype,
+    pub quantization: Quantization,
     /// `cpu`, `cuda:0`, `metal`
     pub device: String,
 }
 
 impl ShelfKey {
     pub(in crate::model) fn new(checkpoint: &Checkpoint, placement: &Placement, dtype: Dtype) -> Self {
-        Self { checkpoint: checkpoint.key, dtype, device: placement.name.clone() }
+        let device = placement.name.clone();
+        Self { checkpoint: checkpoint.key, dtype, quantization: Quantization::None, device }
     }
 }
 

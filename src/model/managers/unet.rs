@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::{Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
+use crate::device::interface::Quantization;
 use crate::error::Result;
+use crate::kernels::quantising;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::networks::unet::Unet;
@@ -21,20 +23,32 @@ impl UnetManager {
         Self { shelf: Shelf::new("unet", capacity) }
     }
 
-    /// The UNet of a checkpoint in the placement's compute dtype, loaded if it is not here.
+    /// Under which key a UNet is kept.
+    pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
+        let quantization = placement.quantization;
+        ShelfKey { quantization, ..ShelfKey::new(checkpoint, placement, placement.compute) }
+    }
+
+    /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not here.
     ///
     /// # Errors
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
     pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Unet>> {
         let dtype = placement.compute;
-        let key = ShelfKey::new(checkpoint, placement, dtype);
+        let key = Self::key(checkpoint, placement);
         if let Some(found) = self.shelf.get(&key) {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
             let opened = Opened::new(checkpoint, Part::Unet, placement, dtype, ctx)?;
             self.shelf.reserve(opened.bytes());
-            let (unet, bytes) = opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet))?;
+            let load = || opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet));
+            let (loaded, saved) = match placement.quantization {
+                Quantization::None => (load(), 0),
+                Quantization::Int8 => quantising(Unet::bears_int8, load),
+            };
+            let (unet, bytes) = loaded?;
+            let bytes = bytes.saturating_sub(Bytes(saved as u64));
             Ok(self.shelf.insert(key, &checkpoint.name, bytes, unet))
         })
     }

@@ -22,7 +22,7 @@ pub(super) fn load_projection(vb: &VarBuilder, inputs: usize, outputs: usize) ->
         let weight = vb.get((outputs, inputs, 1, 1), "weight").map_err(|_| first)?;
         weight.reshape((outputs, inputs))
     })?;
-    Linear::new(weight, Some(vb.get(outputs, "bias")?))
+    Linear::named(vb, &weight, Some(vb.get(outputs, "bias")?))
 }
 
 /// Sizes of one attention layer or transformer.

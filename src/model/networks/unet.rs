@@ -59,6 +59,21 @@ pub struct Unet {
 }
 
 impl Unet {
+    /// Whether the layer of this name, whose weight is `[O, I]` or `[O, C, K, K]`, may multiply bytes: those within
+    /// residual blocks, transformers and steps between resolutions, which are nearly all of the work. Left out are the time embedding, the text's
+    /// keys and values, as a few of CLIP's channels are far greater than the others, and layers so narrow that they gain
+    /// nothing.
+    #[must_use]
+    pub fn bears_int8(layer: &str, weight: &[usize]) -> bool {
+        /// Inputs and outputs that a layer has at least.
+        const LEAST: usize = 64;
+        let has = |part: &str| layer.split('.').any(|name| name == part);
+        let of_text = has("attn2") && (has("to_k") || has("to_v"));
+        let within = ["resnets", "attentions", "downsamplers", "upsamplers"].into_iter().any(has);
+        let inside = within && !has("time_emb_proj") && !of_text;
+        inside && weight.iter().take(2).all(|&side| side >= LEAST)
+    }
+
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
     pub fn load(vb: &VarBuilder, config: &UnetConfig) -> Result<Self> {

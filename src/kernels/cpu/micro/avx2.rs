@@ -1,8 +1,10 @@
-//! AVX2 with FMA: six rows by two registers of sums, twice the half of a panel.
+//! AVX2 with FMA: six rows by two registers of sums, twice the half of a panel. Bytes: four rows.
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::x86_64::{
-    _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+    __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
 use super::{A_STRIDE, Call, PANEL, by_rows};
@@ -36,6 +38,49 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
                 for (quarter, sum) in quarters.into_iter().enumerate() {
                     let c = call.c.add(r * PANEL + half + 8 * quarter);
                     _mm256_storeu_ps(c, if call.add { _mm256_add_ps(_mm256_loadu_ps(c), sum) } else { sum });
+                }
+            }
+        }
+    }
+}
+
+/// Signed bytes of at most 127 in magnitude; `call.b` is `[depth/4, 32, 4]` bytes, `call.c` i32.
+///
+/// # Safety
+/// As [`Call`] says; AVX2 is there.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn int8(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
+}
+
+#[target_feature(enable = "avx2")]
+unsafe fn int8_rows<const R: usize>(call: &Call) {
+    // SAFETY: the panel has `depth / 4` lines of 32 fours, each row of `a` `depth / 4` fours, `c` `R` rows of 32 sums.
+    unsafe {
+        let ones = _mm256_set1_epi16(1);
+        for half in [0, PANEL / 2] {
+            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            let (mut a, mut b) = (call.a, call.b.add(half * 4));
+            for _ in 0..call.depth / 4 {
+                let weights = [_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(32).cast())];
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm256_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned());
+                    let size = _mm256_abs_epi8(x);
+                    for (sum, weight) in sums.iter_mut().zip(weights) {
+                        // |x| · (w with the sign of x): two such products are at most 32258 and fit 16 bits.
+                        let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, x));
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                a = a.add(4);
+                b = b.add(4 * PANEL);
+            }
+            for (r, quarters) in sums.into_iter().enumerate() {
+                for (quarter, sum) in quarters.into_iter().enumerate() {
+                    let c = call.c.add(r * PANEL + half + 8 * quarter).cast::<__m256i>();
+                    let sum = if call.add { _mm256_add_epi32(_mm256_loadu_si256(c), sum) } else { sum };
+                    _mm256_storeu_si256(c, sum);
                 }
             }
         }

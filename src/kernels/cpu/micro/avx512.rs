@@ -1,9 +1,11 @@
-//! AVX-512: 14 rows by two registers of sums. f32 by fused multiply-add, bf16 by `vdpbf16ps`, which sums pairs.
+//! AVX-512: 14 rows by two registers of sums. f32 by fused multiply-add, bf16 by `vdpbf16ps`, which sums pairs, bytes by
+//! `vpdpbusd` of VNNI, which sums fours.
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm512_add_epi32, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_storeu_ps, _mm512_storeu_si512,
 };
 use std::mem::transmute;
 
@@ -23,6 +25,42 @@ pub(super) unsafe fn f32(call: &Call) {
 pub(super) unsafe fn bf16(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, bf16_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
+}
+
+/// `call.a` has unsigned bytes, `call.b` `[depth/4, 32, 4]` signed ones, `call.c` i32.
+///
+/// # Safety
+/// As [`Call`] says; AVX-512 F and VNNI are there.
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(super) unsafe fn int8(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, int8_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn int8_rows<const R: usize>(call: &Call) {
+    // SAFETY: the panel has `depth / 4` lines of 32 fours, each row of `a` `depth / 4` fours, `c` `R` rows of 32 sums.
+    unsafe {
+        let mut sums = [[_mm512_setzero_si512(); 2]; R];
+        let (mut a, mut b) = (call.a, call.b);
+        for _ in 0..call.depth / 4 {
+            let (low, high) = (_mm512_loadu_si512(b.cast()), _mm512_loadu_si512(b.add(64).cast()));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = _mm512_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned());
+                sums[0] = _mm512_dpbusd_epi32(sums[0], x, low);
+                sums[1] = _mm512_dpbusd_epi32(sums[1], x, high);
+            }
+            a = a.add(4);
+            b = b.add(4 * PANEL);
+        }
+        for (r, halves) in sums.into_iter().enumerate() {
+            for (half, sum) in halves.into_iter().enumerate() {
+                let c = call.c.add(r * PANEL + 16 * half).cast::<__m512i>();
+                let sum = if call.add { _mm512_add_epi32(_mm512_loadu_si512(c), sum) } else { sum };
+                _mm512_storeu_si512(c, sum);
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f")]

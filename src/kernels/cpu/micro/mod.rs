@@ -42,6 +42,11 @@ pub(super) struct Call {
 pub(super) enum Operands {
     F32,
     Bf16,
+    /// Signed bytes.
+    I8,
+    /// On the left signed bytes with 128 added, on the right signed ones: the sums are too great by 128 times the sums
+    /// of the weights.
+    U8,
 }
 
 impl Operands {
@@ -49,7 +54,13 @@ impl Operands {
         match self {
             Self::F32 => 4,
             Self::Bf16 => 2,
+            Self::I8 | Self::U8 => 1,
         }
+    }
+
+    /// Every byte of a zero on the left.
+    pub(super) const fn zero(self) -> u8 {
+        if matches!(self, Self::U8) { 128 } else { 0 }
     }
 }
 
@@ -73,6 +84,26 @@ impl Micro {
     /// That of the level in use: for bf16 operands where there is one that gains by them, for f32 otherwise.
     pub(super) fn new(narrow: bool) -> Self {
         Self::of(level(), narrow)
+    }
+
+    /// That of the level in use for bytes, where the sums in `c` are i32. VNNI is no level of its own: processors with
+    /// AVX-512 have it from 2019 on.
+    pub(super) fn int8() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        match level() {
+            Level::Amx => {
+                let around = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
+                return Self { operands: Operands::I8, rows: 32, grain: 64, run: amx::int8, around };
+            }
+            Level::Avx512 | Level::Avx512Bf16 if std::arch::is_x86_feature_detected!("avx512vnni") => {
+                return Self { operands: Operands::U8, rows: 14, grain: 4, run: avx512::int8, around: None };
+            }
+            Level::Avx512 | Level::Avx512Bf16 | Level::Avx2 => {
+                return Self { operands: Operands::I8, rows: 4, grain: 4, run: avx2::int8, around: None };
+            }
+            Level::Portable => {}
+        }
+        Self { operands: Operands::I8, rows: 4, grain: 4, run: portable::int8, around: None }
     }
 
     #[cfg(target_arch = "x86_64")]

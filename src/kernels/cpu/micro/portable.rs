@@ -35,3 +35,38 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
         }
     }
 }
+
+/// Signed bytes; `call.b` is `[depth/4, 32, 4]` bytes, `call.c` i32.
+///
+/// # Safety
+/// As [`Call`] says.
+pub(super) unsafe fn int8(call: &Call) {
+    // SAFETY: handed on.
+    unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
+}
+
+unsafe fn int8_rows<const R: usize>(call: &Call) {
+    for part in (0..PANEL).step_by(WIDTH) {
+        let mut sums = [[0_i32; WIDTH]; R];
+        for k in (0..call.depth).step_by(4) {
+            // SAFETY: the panel has `depth / 4` lines of 32 fours, each row of `a` `depth / 4` fours.
+            let line = unsafe { &*call.b.add(k * PANEL + part * 4).cast::<[[i8; 4]; WIDTH]>() };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: as above.
+                let x = unsafe { call.a.add(r * A_STRIDE + k).cast::<[i8; 4]>().read() };
+                for (sum, y) in sums.iter_mut().zip(line) {
+                    for (x, y) in x.iter().zip(y) {
+                        *sum += i32::from(*x) * i32::from(*y);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: `c` has `R` rows of 32 sums, which nothing else borrows.
+            let c = unsafe { &mut *call.c.add(r * PANEL + part).cast::<[i32; WIDTH]>() };
+            for (c, sum) in c.iter_mut().zip(sums) {
+                *c = if call.add { c.wrapping_add(*sum) } else { *sum };
+            }
+        }
+    }
+}
