@@ -10,7 +10,7 @@ use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage as _};
 use crate::inference::plan::{Guidance, TimeIds};
 use crate::layers::Worker;
-use crate::model::networks::unet::{Unet, UnetInput};
+use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
 use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
@@ -19,10 +19,8 @@ pub struct Denoise;
 
 pub struct DenoiseTask<'a> {
     pub unet: &'a Unet,
-    /// Of one sample; every image of the batch has the same.
-    pub conditioning: &'a Conditioning,
-    pub time_ids: &'a TimeIds,
-    pub guidance: Guidance,
+    /// Of as many images as `noise` has.
+    pub prompt: &'a Prompt,
     pub sampling: &'a SamplingPlan,
     /// The images' own streams; the initial latents are drawn here.
     pub noise: &'a mut NoiseSource,
@@ -36,10 +34,10 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, conditioning, time_ids, guidance, sampling, noise, placement, observe } = task;
+        let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network::new(unet, conditioning, time_ids, guidance, placement, x.dim(0)?)?;
+        let network = Network { unet, prompt, compute: placement.compute.tensor() };
         let mut denoiser = |x: &Tensor, level: Level| network.denoised(x, level, sampling.prediction, ctx);
         let latents = sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, observe }, ctx)?;
         finite(&latents, placement)?;
@@ -47,29 +45,36 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     }
 }
 
-/// The UNet with everything that stays the same from step to step.
-struct Network<'a> {
-    unet: &'a Unet,
-    /// `[passes·B, L, D]`: the negative prompt's first where guidance is on.
-    context: Tensor,
+/// Makes what of a prompt stays the same from step to step and from image to image.
+pub struct Prepare;
+
+pub struct PrepareTask<'a> {
+    pub unet: &'a Unet,
+    pub conditioning: &'a Conditioning,
+    pub time_ids: &'a TimeIds,
+    pub guidance: Guidance,
+    pub placement: &'a Placement,
+    /// `B`: images made at once, all with this prompt.
+    pub batch: usize,
+}
+
+/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt in one batch,
+/// the negative one's samples first; without, for the prompt alone.
+pub struct Prompt {
+    text: ReadText,
     /// `[passes·B, P]`
     pooled: Tensor,
     /// One row a sample.
     time_ids: Vec<Vec<f64>>,
     guidance: Guidance,
-    compute: DType,
     batch: usize,
 }
 
-impl<'a> Network<'a> {
-    fn new(
-        unet: &'a Unet,
-        conditioning: &Conditioning,
-        time_ids: &TimeIds,
-        guidance: Guidance,
-        placement: &Placement,
-        batch: usize,
-    ) -> Result<Self> {
+impl Worker<PrepareTask<'_>> for Prepare {
+    type Output = Prompt;
+
+    fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
+        let PrepareTask { unet, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -88,17 +93,25 @@ impl<'a> Network<'a> {
             ids.push(time_ids.positive.clone());
         }
         let compute = placement.compute.tensor();
-        Ok(Self {
-            unet,
-            context: Tensor::cat(&contexts, 0)?.to_dtype(compute)?,
+        let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
+        Ok(Prompt {
+            text: unet.read(&context, compute, &|| ctx.checkpoint())?,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
             guidance,
-            compute,
             batch,
         })
     }
+}
 
+/// The UNet with the prompt.
+struct Network<'a> {
+    unet: &'a Unet,
+    prompt: &'a Prompt,
+    compute: DType,
+}
+
+impl Network<'_> {
     /// x₀ for `x` at `level`: `[B, H, W, C]`, f32.
     fn denoised(&self, x: &Tensor, level: Level, prediction: Prediction, ctx: &Context) -> Result<Tensor> {
         ctx.checkpoint()?;
@@ -106,24 +119,25 @@ impl<'a> Network<'a> {
         let scale = 1.0 / level.alpha.hypot(level.sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
         let input = scaled.to_dtype(self.compute)?;
-        let input = if self.guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
+        let Prompt { text, pooled, time_ids, guidance, batch } = self.prompt;
+        let input = if guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
         let predicted = self
             .unet
             .forward(UnetInput {
                 sample: &input,
                 timesteps: &[level.timestep],
-                context: &self.context,
-                pooled: &self.pooled,
-                time_ids: &self.time_ids,
+                text: Text::Read(text),
+                pooled,
+                time_ids,
                 down_residuals: None,
                 mid_residual: None,
                 check: &|| ctx.checkpoint(),
             })?
             .to_dtype(DType::F32)?;
-        let predicted = if self.guidance.is_on() {
-            let negative = predicted.narrow(0, 0, self.batch)?;
-            let positive = predicted.narrow(0, self.batch, self.batch)?;
-            ctx.perform(&Guide, GuideTask { negative, positive, guidance: self.guidance })?
+        let predicted = if guidance.is_on() {
+            let negative = predicted.narrow(0, 0, *batch)?;
+            let positive = predicted.narrow(0, *batch, *batch)?;
+            ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })?
         } else {
             predicted
         };
