@@ -90,7 +90,10 @@ fn an_unknown_key_names_its_path_and_the_nearest_key() {
     );
     check_error(r#"{"wrokers":{}}"#, &["unknown field `wrokers`", "did you mean `workers`?"]);
     check_error(r#"{"workers":{"instructors":{"zebra":{}}}}"#, &["workers.instructors", "unknown field `zebra`"]);
-    check_error(r#"{"workers":{"instructors":{"device":{"cpu_features":"protable"}}}}"#, &["cpu_features", "mean `portable`?"]);
+    check_error(
+        r#"{"workers":{"instructors":{"device":{"cpu_features":"protable"}}}}"#,
+        &["cpu_features", "mean `portable`?"],
+    );
     check_error(r#"{"workers":{"main_interface":{"log_level":"inf"}}}"#, &["log_level", "did you mean `info`?"]);
 }
 
