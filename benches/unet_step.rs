@@ -1,7 +1,8 @@
 //! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
 //! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16]`
 //! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
-//! peak memory. With `--load` the model is only loaded, and then loaded anew.
+//! peak memory. With `--load` the model is only loaded, and then loaded anew;
+//! `--release` frees the text encoders once they have encoded.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
 use sdxl_worker::memory;
 use sdxl_worker::model::instructor::ModelInstructor;
-use sdxl_worker::model::interface::{ModelWish, Request, Response};
+use sdxl_worker::model::interface::{EncoderPolicy, ModelWish, Request, Response};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -24,6 +25,9 @@ fn main() {
     let mut config = Config::default();
     if let Some(root) = value("--root") {
         config.workers.instructors.model.roots = vec![PathBuf::from(root)];
+    }
+    if arguments.iter().any(|argument| argument == "--release") {
+        config.workers.instructors.model.text_encoders = EncoderPolicy::Release;
     }
     let dtype = match value("--dtype").as_deref() {
         Some("bf16") => Some(Dtype::Bf16),

@@ -16,6 +16,9 @@ use super::simd;
 /// The depth of a panel is filled up with zeros to a multiple of this: what the widest micro-kernel takes at once.
 const GRAIN: usize = 32;
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
 /// Memory that begins with a cache line.
 #[derive(Debug)]
 pub(super) struct Aligned {
@@ -31,11 +34,9 @@ unsafe impl Send for Aligned {}
 unsafe impl Sync for Aligned {}
 
 impl Aligned {
-    const ALIGN: usize = 64;
-
     #[expect(unsafe_code, reason = "an alignment that `Vec` cannot ask for")]
     pub(super) fn zeros(bytes: usize) -> Self {
-        let Ok(layout) = Layout::from_size_align(bytes.max(1), Self::ALIGN) else {
+        let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else {
             handle_alloc_error(Layout::new::<u8>())
         };
         // SAFETY: the layout is not of size 0.
@@ -66,7 +67,7 @@ impl Default for Aligned {
 impl Drop for Aligned {
     #[expect(unsafe_code, reason = "gives back what `zeros` took")]
     fn drop(&mut self) {
-        if let Ok(layout) = Layout::from_size_align(self.bytes.max(1), Self::ALIGN) {
+        if let Ok(layout) = Layout::from_size_align(self.bytes.max(1), LINE) {
             // SAFETY: allocated by `zeros` with this layout.
             unsafe { dealloc(self.start.as_ptr(), layout) }
         }
@@ -166,6 +167,21 @@ impl Packed {
         self.stored == Stored::Bf16
     }
 
+    /// Where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
+    pub(super) fn start(&self, panel: usize, depth: usize) -> *const u8 {
+        self.memory.at((panel * self.padded + depth) * PANEL * self.stored.size())
+    }
+
+    /// Bytes that `depth` numbers of the depth take in a panel.
+    pub(super) fn bytes(&self, depth: usize) -> usize {
+        depth * PANEL * self.stored.size()
+    }
+
+    /// Bytes between a panel and the one `panels` after it.
+    pub(super) fn between(&self, panels: usize) -> usize {
+        panels * self.bytes(self.padded)
+    }
+
     /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
     /// stands, or widened into `scratch`.
     #[expect(unsafe_code, reason = "a panel seen as what it was stored as")]
@@ -176,7 +192,7 @@ impl Packed {
         depth: Range<usize>,
         scratch: &mut Aligned,
     ) -> *const u8 {
-        let start = self.memory.at((panel * self.padded + depth.start) * PANEL * self.stored.size());
+        let start = self.start(panel, depth.start);
         let count = depth.len().next_multiple_of(2) * PANEL;
         match (operands, self.stored) {
             (Operands::F32, Stored::F32) | (Operands::Bf16, _) => start,

@@ -11,16 +11,16 @@ use half::bf16;
 
 use super::element::{Element, Held};
 use super::finish::{Finish, Spot, Target, finish_gated, finish_tile};
-use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
-use super::packed::Packed;
+use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::packed::{LINE, Packed};
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::simd;
 use crate::kernels::Activation;
 
 /// Rows of a task, at most.
-const ROWS: usize = 336;
+const ROWS: usize = 512;
 /// Panels of a task, at most: their sums stay in the second cache beside the rows.
-const PANELS: usize = 20;
+const PANELS: usize = 14;
 /// f32 numbers summed in one chain: several short chains lose fewer digits than a long one, and at this length no more
 /// than torch's products and convolutions do. bf16 has lost them already.
 const CHAIN: usize = 128;
@@ -201,13 +201,22 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                     let sums = sums.wrapping_add((i % kept) * lanes * tile);
                     let column = panel * PANEL;
                     let columns = PANEL.min(self.outputs - column);
+                    // What comes after this panel is fetched meanwhile, a part with each tile.
+                    let next = if i + 1 < panels.len() { (panel + 1, start) } else { (panels.start, end) };
+                    let ahead = (next.1 < depth).then(|| self.weight.start(next.0, next.1));
+                    let tiles = rows.len().div_ceil(at_once);
+                    let part = self.weight.bytes(self.step).div_ceil(tiles).next_multiple_of(LINE);
                     for lane in 0..lanes {
+                        let ahead = ahead.map(|at| at.wrapping_add(self.weight.between(lane * (self.outputs / PANEL))));
                         let panel = panel + lane * (self.outputs / PANEL);
                         let b = self.weight.panel(self.micro.operands, panel, start..start + taken, wide);
                         for first in (0..rows.len()).step_by(at_once) {
                             let count = at_once.min(rows.len() - first);
                             let c = sums.wrapping_add(lane * tile + first * PANEL);
                             let a = block.wrapping_add(first * A_STRIDE);
+                            if let Some(ahead) = ahead {
+                                micro::prefetch(ahead.wrapping_add(first / at_once * part), part);
+                            }
                             // SAFETY: the block has `padded` rows and the sums as many of 32, both multiples of what is
                             // taken at once; the panel goes on to a multiple of 32 numbers.
                             unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }

@@ -140,6 +140,22 @@ impl Micro {
     }
 }
 
+/// Asks for memory to be brought to the second cache. Any address may be asked for.
+#[inline]
+pub(super) fn prefetch(at: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        #[expect(unsafe_code, reason = "a hint to the processor")]
+        // SAFETY: a prefetch never faults.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (at, bytes);
+}
+
 /// Calls `$rows::<R>` for the number of rows of `$call`, which is one of those listed.
 macro_rules! by_rows {
     ($call:ident, $rows:ident: $($count:literal)*) => {
