@@ -162,3 +162,59 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
         .then(|| "f16 may overflow: try `\"dtype\":\"bf16\"` or `\"f32\"`".to_owned());
     Err(Error::Numerical { stage: "denoise", hint })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use crate::conditioning::instructor::Conditioning;
+    use crate::context::Context;
+    use crate::device::instructor::Placement;
+    use crate::device::interface::Dtype;
+    use crate::model::checkpoint::Checkpoint;
+    use crate::model::instructor::ModelCrew;
+    use crate::model::interface::Settings;
+
+    /// What the demonstration model is told at `scale`.
+    fn prompt(scale: f64, batch: usize) -> Prompt {
+        let (ctx, device) = (Context::detached(), candle_core::Device::Cpu);
+        let placement =
+            Placement { device: device.clone(), name: "cpu".to_owned(), compute: Dtype::F32, vae: Dtype::F32 };
+        let checkpoint = Checkpoint::demo().unwrap();
+        let unet = ModelCrew::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();
+        let pooled = checkpoint.text_encoder_2.projection_dim.unwrap();
+        let text = |value: f32| crate::conditioning::Embeddings {
+            context: Tensor::full(value, (1, 77, checkpoint.unet.context_channels()), &device).unwrap(),
+            pooled: Tensor::full(value, (1, pooled), &device).unwrap(),
+        };
+        let conditioning = Conditioning { positive: text(1.0), negative: Some(text(-1.0)) };
+        let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
+        let guidance = Guidance { scale, rescale: 0.0 };
+        let task = PrepareTask {
+            unet: &unet,
+            conditioning: &conditioning,
+            time_ids: &time_ids,
+            guidance,
+            placement: &placement,
+            batch,
+        };
+        ctx.perform(&Prepare, task).unwrap()
+    }
+
+    /// Samples of one evaluation: -1 for the negative prompt's, 1 for the prompt's.
+    fn check(scale: f64, batch: usize, samples: &[f32]) {
+        let Prompt { text, pooled, time_ids, .. } = prompt(scale, batch);
+        assert_eq!((text.samples(), pooled.dtype()), (samples.len(), DType::F32), "scale {scale}, batch {batch}");
+        let firsts: Vec<f32> = pooled.to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
+        assert_eq!(firsts, samples, "scale {scale}, batch {batch}");
+        let ids: Vec<f32> = time_ids.iter().map(|row| row[0] as f32).collect();
+        assert_eq!(ids, samples, "scale {scale}, batch {batch}");
+    }
+
+    #[test]
+    fn guidance_evaluates_both_prompts_in_one_batch_and_no_guidance_one_alone() {
+        check(5.0, 1, &[-1.0, 1.0]);
+        check(5.0, 2, &[-1.0, -1.0, 1.0, 1.0]);
+        check(1.0, 1, &[1.0]);
+        check(0.0, 3, &[1.0, 1.0, 1.0]);
+    }
+}

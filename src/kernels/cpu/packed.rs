@@ -36,9 +36,7 @@ unsafe impl Sync for Aligned {}
 impl Aligned {
     #[expect(unsafe_code, reason = "an alignment that `Vec` cannot ask for")]
     pub(super) fn zeros(bytes: usize) -> Self {
-        let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else {
-            handle_alloc_error(Layout::new::<u8>())
-        };
+        let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout is not of size 0.
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
         Self { start, bytes }

@@ -37,6 +37,14 @@ pub struct ReadText {
     dtype: DType,
 }
 
+impl ReadText {
+    /// `B`
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+}
+
 /// One evaluation.
 #[derive(Clone, Copy)]
 pub struct UnetInput<'a> {
@@ -218,7 +226,7 @@ impl Unet {
         }
         let (samples, dtype) = match input.text {
             Text::Embedded(context) => (context.dims().first().copied().unwrap_or(0), input.sample.dtype()),
-            Text::Read(read) => (read.samples, read.dtype),
+            Text::Read(read) => (read.samples(), read.dtype),
         };
         if samples != batch || dtype != input.sample.dtype() {
             let wanted = input.sample.dtype();
