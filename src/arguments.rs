@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::config::{Config, ConfigError, LogLevel, OnEof};
+use crate::device::interface::CpuFeatures;
 use crate::units::Bytes;
 
 /// Makes SDXL images from newline-delimited JSON: requests on stdin, answers on stdout, logs on stderr.
@@ -20,6 +21,9 @@ pub struct Arguments {
     /// `cpu`, `cuda`, `cuda:1`, `metal` or `auto`
     #[arg(long)]
     device: Option<String>,
+    /// Instruction sets of the CPU's kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`
+    #[arg(long, value_name = "LEVEL", value_parser = by_name::<CpuFeatures>)]
+    cpu_features: Option<CpuFeatures>,
     /// `off`, `error`, `warn`, `info`, `debug` or `trace`, to stderr
     #[arg(long, value_name = "LEVEL", value_parser = by_name::<LogLevel>)]
     log_level: Option<LogLevel>,
@@ -68,6 +72,7 @@ impl Arguments {
         main.announce |= self.announce;
         let domains = &mut config.workers.instructors;
         put(&mut domains.postprocessing.output_dir, self.output_dir);
+        put(&mut domains.device.cpu_features, self.cpu_features);
         if self.device.is_some() {
             domains.device.device = self.device;
         }

@@ -8,17 +8,17 @@ use std::time::Instant;
 use clap::Parser as _;
 use sdxl_worker::arguments::Arguments;
 use sdxl_worker::communication::instructor::CommunicationInstructor;
+use sdxl_worker::communication::schema;
 use sdxl_worker::communication::serve::{Setup, serve};
-use sdxl_worker::communication::{
-    schema,
-    workers::{descriptor, log},
-};
+use sdxl_worker::communication::workers::{descriptor, log};
+use sdxl_worker::device::instructor::choose_cpu_features;
 use sdxl_worker::instructors::Instructors;
 use sdxl_worker::lane::Build;
 use sdxl_worker::managers::{Managers, Published};
 
 const USAGE: u8 = 64;
 const BAD_CONFIG: u8 = 65;
+const NO_DEVICE: u8 = 69;
 const NO_THREADS: u8 = 70;
 const STDOUT_GONE: u8 = 74;
 
@@ -38,14 +38,13 @@ fn main() -> ExitCode {
     }
     let config = match arguments.configure() {
         Ok(config) => config,
-        Err(error) => {
-            // Nobody may be reading stderr, which is no reason to fail differently.
-            let _ = writeln!(std::io::stderr(), "sdxl-worker: {error}");
-            return BAD_CONFIG.into();
-        }
+        Err(error) => return refuse(BAD_CONFIG, &error),
     };
     let instructors = config.workers.instructors;
     let set_log_level = log::begin(config.workers.main_interface.log_level);
+    if let Err(error) = choose_cpu_features(instructors.device.cpu_features) {
+        return refuse(NO_DEVICE, &error);
+    }
     let instructor = CommunicationInstructor { inference: instructors.inference.clone(), set_log_level };
     let published = Arc::new(Published::default());
     let seen = Arc::clone(&published);
@@ -68,6 +67,12 @@ fn main() -> ExitCode {
             NO_THREADS.into()
         }
     }
+}
+
+fn refuse(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    // Nobody may be reading stderr, which is no reason to fail differently.
+    let _ = writeln!(std::io::stderr(), "sdxl-worker: {error}");
+    code.into()
 }
 
 fn say(stdout: &mut std::fs::File, text: &str) -> ExitCode {

@@ -17,6 +17,7 @@ use crate::context::Context;
 use crate::device::interface::{Device, Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::inference::interface::{Inference, Settings as InferenceSettings};
+use crate::kernels::simd;
 use crate::layers::{Instructor, Interface};
 use crate::model::interface::Model;
 use crate::postprocessing::FORMATS;
@@ -126,6 +127,7 @@ fn hello(floor: &Floor) -> Hello {
         protocol: PROTOCOL,
         pid: std::process::id(),
         uptime_ms: floor.uptime_ms(),
+        cpu_features: simd::level().name(),
     }
 }
 

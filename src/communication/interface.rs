@@ -11,7 +11,7 @@ use crate::inference::interface::GenerateRequest;
 use crate::layers::{Domain, Interface, Nothing, Resident};
 
 /// Version of the protocol. Additions raise the minor number.
-pub const PROTOCOL: &str = "1.0";
+pub const PROTOCOL: &str = "1.1";
 /// Longest `request_id` and `idempotency_key`, in characters.
 pub const MAX_ID_CHARS: usize = 256;
 /// Deepest nesting of arrays and objects in a line.
@@ -168,6 +168,8 @@ pub struct Hello {
     pub protocol: &'static str,
     pub pid: u32,
     pub uptime_ms: u64,
+    /// Instruction sets of the CPU's kernels: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
+    pub cpu_features: &'static str,
 }
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]

@@ -1,13 +1,14 @@
 //! Decides which device computes, and in which dtype.
 
 use super::interface::{
-    Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Quantization, Request,
-    Response, Settings,
+    CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Quantization,
+    Request, Response, Settings,
 };
 use super::manager::{DeviceManager, Opened};
 use super::workers::{cuda, host, metal};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::kernels::simd::{self, Level};
 use crate::layers::Instructor;
 use crate::memory;
 use crate::units::Bytes;
@@ -188,6 +189,25 @@ impl Instructor for DeviceInstructor {
             }
         })
     }
+}
+
+/// Settles, before anything is computed, which of the CPU's instruction sets the whole process uses.
+///
+/// # Errors
+/// `device_unavailable`, naming what the machine has, where that lacks what is wished for.
+pub fn choose_cpu_features(wish: CpuFeatures) -> Result<()> {
+    let wanted = wish.level().unwrap_or_else(simd::best);
+    if wanted.is_here() {
+        tracing::info!(cpu_features = simd::choose(wanted).name(), "the CPU's kernels");
+        return Ok(());
+    }
+    let here = Level::ALL.into_iter().filter(|level| level.is_here()).map(|level| format!("`{}`", level.name()));
+    let here = here.collect::<Vec<_>>().join(", ");
+    Err(Error::DeviceUnavailable {
+        device: DeviceId::Cpu.to_string(),
+        message: format!("`cpu_features` must be `auto` or what this machine has, {here}, got `{}`", wanted.name()),
+        hint: None,
+    })
 }
 
 /// Bytes of the host's memory that this process can still use, where that can be read: what is free, and what the

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, nearest};
+use crate::kernels::simd::Level;
 use crate::layers::{Domain, Interface, Nothing};
 use crate::units::Bytes;
 
@@ -113,6 +114,40 @@ impl FromStr for DeviceWish {
     }
 }
 
+/// Which of the CPU's instruction sets the kernels use: what `--cpu-features` and the configuration's `cpu_features` say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CpuFeatures {
+    /// The fastest of them that the machine has.
+    #[default]
+    Auto,
+    /// What every machine of the architecture has.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 BF16.
+    Avx512Bf16,
+    /// AMX-TILE, AMX-BF16 and AMX-INT8.
+    Amx,
+}
+
+impl CpuFeatures {
+    /// The kernels' level of that name; `None` for `auto`.
+    #[must_use]
+    pub fn level(self) -> Option<Level> {
+        match self {
+            Self::Auto => None,
+            Self::Portable => Some(Level::Portable),
+            Self::Avx2 => Some(Level::Avx2),
+            Self::Avx512 => Some(Level::Avx512),
+            Self::Avx512Bf16 => Some(Level::Avx512Bf16),
+            Self::Amx => Some(Level::Amx),
+        }
+    }
+}
+
 /// The section `workers.instructors.device` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -125,11 +160,19 @@ pub struct Settings {
     pub dtype: Option<Dtype>,
     /// Whether the UNet multiplies in bytes: `none` or `int8`, the latter on the CPU only.
     pub quantization: Quantization,
+    /// Instruction sets of the CPU's kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
+    pub cpu_features: CpuFeatures,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { auto_detect: true, device: None, dtype: None, quantization: Quantization::None }
+        Self {
+            auto_detect: true,
+            device: None,
+            dtype: None,
+            quantization: Quantization::None,
+            cpu_features: CpuFeatures::Auto,
+        }
     }
 }
 
@@ -194,6 +237,8 @@ pub struct CpuInfo {
     pub model: Option<String>,
     /// Those of the instruction sets that matter here which the CPU has, as Linux spells them.
     pub instruction_sets: Vec<String>,
+    /// What the CPU's kernels use of them: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
+    pub cpu_features: &'static str,
 }
 
 /// The answer to `memory`. What a system does not tell is `null`.

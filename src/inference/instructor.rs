@@ -10,7 +10,7 @@ use super::interface::{
 };
 use super::plan::{GenerationPlan, Guidance, TimeIds};
 use super::workers::decode::{Decode, DecodeTask};
-use super::workers::denoise::{Denoise, DenoiseTask};
+use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask, Prompt};
 use super::workers::estimate::{Appraise, AppraiseTask};
 use super::workers::preview::{Preview, PreviewTask};
 use crate::conditioning::instructor::{ConditioningInstructor, PromptWish};
@@ -256,9 +256,11 @@ impl InferenceInstructor {
         plan.parameters.quantization = Some(placement.quantization);
         self.check_room(&plan, &placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
+        // The same for every image of the request.
+        let mut prompt = None;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, &seed) in plan.seeds.iter().enumerate() {
-            let latents = self.latents(&plan, seed, &placement, crew, ctx)?;
+            let latents = self.denoise(&plan, seed, &mut prompt, (&placement, crew, ctx))?;
             let pixels = self.pixels(&plan, &latents, &placement, crew, ctx)?;
             let delivered = ctx.stage(Stage::Write, || {
                 let text = Self::text(&plan, seed)?;
@@ -291,9 +293,24 @@ impl InferenceInstructor {
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Tensor> {
+        self.denoise(plan, seed, &mut None, (placement, crew, ctx))
+    }
+
+    /// [`Self::latents`], with the `prompt` of the image before, or to be left for the next one.
+    fn denoise(
+        &self,
+        plan: &GenerationPlan,
+        seed: u64,
+        prompt: &mut Option<Prompt>,
+        (placement, crew, ctx): (&Placement, &mut Managers, &Context),
+    ) -> Result<Tensor> {
         let checkpoint = &plan.checkpoint;
-        let conditioning =
-            self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?;
+        let conditioning = match prompt {
+            Some(_) => None,
+            None => {
+                Some(self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?)
+            }
+        };
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(checkpoint, placement, ctx)?)),
@@ -326,13 +343,25 @@ impl InferenceInstructor {
         };
         let start = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
+            if let Some(conditioning) = &conditioning {
+                *prompt = Some(ctx.perform(
+                    &Prepare,
+                    PrepareTask {
+                        unet: &unet,
+                        conditioning,
+                        time_ids: &plan.time_ids,
+                        guidance: plan.guidance,
+                        placement,
+                        batch: 1,
+                    },
+                )?);
+            }
+            let prompt = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
             ctx.perform(
                 &Denoise,
                 DenoiseTask {
                     unet: &unet,
-                    conditioning: &conditioning,
-                    time_ids: &plan.time_ids,
-                    guidance: plan.guidance,
+                    prompt,
                     sampling: &plan.sampling,
                     noise: &mut noise,
                     placement,

@@ -1,7 +1,7 @@
 //! The configuration file: every documented key is read, everything else is an error that names its place.
 
 use sdxl_worker::config::{Config, LogLevel, OnEof};
-use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::device::interface::{CpuFeatures, Dtype};
 use sdxl_worker::model::interface::EncoderPolicy;
 use sdxl_worker::units::Bytes;
 
@@ -34,7 +34,7 @@ fn every_documented_key_is_read() {
         r#"{"workers":{
             "main_interface":{"log_level":"DEBUG","max_line_bytes":4096,"queue_limit":3,"on_eof":"cancel","announce":true,"heartbeat_ms":500},
             "instructors":{
-                "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16"},
+                "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16"},
                 "model":{"cache_size":"2GiB","text_encoders":"release","roots":["a","b"],"default":"m"},
                 "conditioning":{"cache_embeddings":false},
                 "inference":{"batch_size":4},
@@ -47,6 +47,7 @@ fn every_documented_key_is_read() {
     assert_eq!((main.announce, main.heartbeat_ms), (true, 500));
     let all = &config.workers.instructors;
     assert!(!all.device.auto_detect);
+    assert_eq!(all.device.cpu_features, CpuFeatures::Avx512Bf16);
     assert_eq!((all.device.device.as_deref(), all.device.dtype), (Some("cuda:1"), Some(Dtype::Bf16)));
     assert_eq!((all.model.cache_size, all.model.default.as_deref()), (Bytes(2 << 30), Some("m")));
     assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
@@ -89,6 +90,10 @@ fn an_unknown_key_names_its_path_and_the_nearest_key() {
     );
     check_error(r#"{"wrokers":{}}"#, &["unknown field `wrokers`", "did you mean `workers`?"]);
     check_error(r#"{"workers":{"instructors":{"zebra":{}}}}"#, &["workers.instructors", "unknown field `zebra`"]);
+    check_error(
+        r#"{"workers":{"instructors":{"device":{"cpu_features":"protable"}}}}"#,
+        &["cpu_features", "mean `portable`?"],
+    );
     check_error(r#"{"workers":{"main_interface":{"log_level":"inf"}}}"#, &["log_level", "did you mean `info`?"]);
 }
 

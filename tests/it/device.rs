@@ -4,10 +4,11 @@
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::{DeviceInstructor, Dtypes};
 use sdxl_worker::device::interface::{
-    DeviceId, DeviceList, DeviceWish, Dtype, Quantization, Request, Response, Settings,
+    CpuFeatures, DeviceId, DeviceList, DeviceWish, Dtype, Quantization, Request, Response, Settings,
 };
 use sdxl_worker::device::manager::DeviceManager;
 use sdxl_worker::error::{Error, Result};
+use sdxl_worker::kernels::simd::Level;
 use sdxl_worker::layers::{Instructor, Nothing};
 
 fn instructor(device: &str) -> DeviceInstructor {
@@ -65,7 +66,7 @@ fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
     assert_eq!((placed.name.as_str(), placed.compute, placed.vae), ("cpu", Dtype::F32, Dtype::F32));
     assert_eq!(instructor("cpu").place(&mut crew, Some(Dtype::Bf16)).unwrap().compute, Dtype::Bf16);
 
-    let settings = Settings { auto_detect: false, device: None, dtype: Some(Dtype::F16), ..Settings::default() };
+    let settings = Settings { auto_detect: false, dtype: Some(Dtype::F16), ..Settings::default() };
     let placed = DeviceInstructor::new(settings).place(&mut DeviceManager::default(), None).unwrap();
     assert_eq!((placed.name.as_str(), placed.compute, placed.vae), ("cpu", Dtype::F16, Dtype::F32));
 }
@@ -101,6 +102,15 @@ fn a_device_that_is_not_there_is_device_unavailable() {
     if cfg!(not(feature = "cuda")) {
         assert!(error.hint().is_some_and(|hint| hint.contains("--features cuda")), "{:?}", error.hint());
     }
+}
+
+#[test]
+fn every_level_of_the_kernels_has_its_name_in_the_settings() {
+    for level in Level::ALL {
+        let read: CpuFeatures = serde_json::from_value(level.name().into()).unwrap();
+        assert_eq!(read.level(), Some(level));
+    }
+    assert_eq!(CpuFeatures::default().level(), None);
 }
 
 fn list(device: &str) -> DeviceList {

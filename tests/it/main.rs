@@ -4,6 +4,7 @@ mod architecture;
 mod conditioning;
 mod config;
 mod device;
+mod instruction_sets;
 mod memory;
 mod model;
 mod networks;

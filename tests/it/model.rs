@@ -308,8 +308,13 @@ fn loading_reports_progress_and_can_be_cancelled() {
     let error = ModelInstructor.instruct(Request::Load(ModelWish::default()), &mut crew, &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
     let seen = seen.lock().unwrap();
-    assert_eq!(seen.iter().map(|(component, ..)| *component).collect::<Vec<_>>(), ["text_encoder", "text_encoder_2"]);
-    assert!(seen.iter().all(|(_, done, total)| done == total && *total > Bytes(3_000_000)), "{seen:?}");
+    // How often depends on the machine; what is read grows, and nothing follows the cancellation.
+    let mut components: Vec<_> = seen.iter().map(|(component, ..)| *component).collect();
+    components.dedup();
+    assert_eq!(components, ["text_encoder", "text_encoder_2"]);
+    assert!(seen.is_sorted_by(|(a, before, _), (b, after, _)| a != b || before < after), "{seen:?}");
+    assert!(seen.iter().all(|(_, done, total)| done <= total && *total > Bytes(3_000_000)), "{seen:?}");
+    assert_eq!(seen.iter().filter(|(component, ..)| *component == "text_encoder_2").count(), 1, "{seen:?}");
 }
 
 fn keys(count: u64) -> Vec<ShelfKey> {

@@ -13,7 +13,7 @@ use candle_nn::VarBuilder;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
-use sdxl_worker::model::networks::unet::{Unet, UnetConfig, UnetInput};
+use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
 use sdxl_worker::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Value, json};
 
@@ -115,7 +115,11 @@ fn go() -> Result<()> {
 }
 
 fn run_unet(unet: &Unet, golden: &Golden, dtype: DType, check: &dyn Fn() -> Result<()>) -> Result<Tensor> {
-    let (context, pooled) = (golden.get("in.context"), golden.get("in.pooled"));
+    evaluate(unet, golden, Text::Embedded(&golden.get("in.context")), dtype, check)
+}
+
+fn evaluate(unet: &Unet, golden: &Golden, text: Text, dtype: DType, check: &dyn Fn() -> Result<()>) -> Result<Tensor> {
+    let pooled = golden.get("in.pooled");
     let timesteps: Vec<f64> = numbers(&golden.get("in.timesteps").unsqueeze(0).unwrap()).remove(0);
     let time_ids = numbers(&golden.get("in.time_ids"));
     let down: Vec<Tensor> =
@@ -124,7 +128,7 @@ fn run_unet(unet: &Unet, golden: &Golden, dtype: DType, check: &dyn Fn() -> Resu
     unet.forward(UnetInput {
         sample: &golden.map("in.sample", dtype),
         timesteps: &timesteps,
-        context: &context,
+        text,
         pooled: &pooled,
         time_ids: &time_ids,
         down_residuals: mid.as_ref().map(|_| down.as_slice()),
@@ -174,6 +178,36 @@ fn unets_of_every_layout_equal_diffusers() {
             assert_eq!(ours.dtype(), precision.activations);
             check_close(name, precision, &ours, &golden.map("out.sample", DType::F32));
         }
+    }
+}
+
+#[test]
+fn text_that_was_read_before_gives_the_same_bits_at_every_step() {
+    let bits = |x: &Tensor| -> Vec<f32> { x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap() };
+    for name in UNETS {
+        let golden = Golden::open(name);
+        for Precision { activations, weights, .. } in PRECISIONS {
+            let unet = Unet::load(&golden.weights(weights), &parse(&config(name))).unwrap();
+            let wanted = bits(&run_unet(&unet, &golden, activations, &go).unwrap());
+            let text = unet.read(&golden.get("in.context"), activations, &go).unwrap();
+            for step in 0..2 {
+                let ours = evaluate(&unet, &golden, Text::Read(&text), activations, &go).unwrap();
+                assert_eq!(bits(&ours), wanted, "{name}, {activations:?}, step {step}");
+            }
+        }
+    }
+}
+
+#[test]
+fn text_read_for_other_latents_is_a_bug() {
+    let golden = Golden::open("refiner");
+    let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
+    let context = golden.get("in.context");
+    let one = context.narrow(0, 0, 1).unwrap();
+    for (context, dtype) in [(&context, DType::BF16), (&Tensor::cat(&[&context, &one], 0).unwrap(), DType::F32)] {
+        let text = unet.read(context, dtype, &go).unwrap();
+        let answer = evaluate(&unet, &golden, Text::Read(&text), DType::F32, &go);
+        assert_eq!(answer.err().unwrap().code(), "internal");
     }
 }
 
@@ -267,10 +301,10 @@ fn cancellation_takes_effect_between_the_blocks_of_one_evaluation() {
         Ok(())
     })
     .unwrap();
-    // 15 layers and the middle block, 12 transformer blocks, the beginning and the end.
+    // 15 layers and the middle block, 12 transformer blocks, the beginning and the end; and the text is read by those 12.
     let whole = calls.get();
-    assert_eq!(whole, 30);
-    for stop in [1, 7, whole] {
+    assert_eq!(whole, 42);
+    for stop in [1, 7, 20, whole] {
         calls.set(0);
         let answer = run_unet(&unet, &golden, DType::F32, &|| {
             calls.set(calls.get() + 1);

@@ -3,7 +3,8 @@
 //!
 //! Three cases are chaotic: noise moved by one unit in the last place moves what diffusers draws by more than the
 //! tolerance, or nearly so (`tests/parity/spread.json`, by `make_spread.py`), and so does another CPU. For these, what
-//! diffusers draws in f64 is stored too, and ours must be as close to the one or to the other.
+//! diffusers draws in f64 is stored too. Ours must be within the tolerance of the one or the other, or err no more than
+//! the reference does: lie no farther from what is drawn in f64 than diffusers' own f32.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -118,12 +119,13 @@ fn check(
             let (distance, psnr) = (distance(ours, &reference), psnr(pixels, &folder().join(&png)));
             let exact = folder().join(format!("{case}.f64.safetensors"));
             let exact = exact.exists().then(|| candle_core::safetensors::load(exact, &Device::Cpu).unwrap());
-            let from_exact = exact.map(|exact| self::distance(ours, &exact["latents"]));
+            let from_exact = exact.as_ref().map(|exact| self::distance(ours, &exact["latents"]));
+            let of_reference = exact.map_or(0.0, |exact| self::distance(&reference, &exact["latents"]));
             let shown = from_exact.map(|d| format!("{d:.2e}")).unwrap_or_default();
             println!("{png:<36} {distance:>13.2e} {shown:>9} {psnr:>9.1}");
             all.push(psnr);
-            let nearest = from_exact.map_or(distance, |exact| distance.min(exact));
-            let far = latents.as_ref().is_some_and(|tolerance| nearest.is_nan() || nearest > tolerance.0);
+            let within = |most: f64| distance <= most || from_exact.is_some_and(|d| d <= most || d <= of_reference);
+            let far = latents.as_ref().is_some_and(|tolerance| !within(tolerance.0));
             if far || psnr.is_nan() || psnr < least.0 {
                 failures.push(format!("{png}: latents {distance:.2e}, PSNR {psnr:.1} dB"));
             }

@@ -354,7 +354,7 @@ fn stdout_carries_protocol_only_and_logs_go_to_stderr() {
 fn control_operations_answer_in_the_schema() {
     let mut worker = Worker::start(&[]);
     let hello = worker.ask("1", "hello", &json!({}));
-    assert_eq!(hello["protocol"], "1.0", "{hello}");
+    assert_eq!(hello["protocol"], "1.1", "{hello}");
     let told = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(told["operations"]["inference"], json!(["generate", "text2image", "batch"]), "{told}");
     assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");

@@ -4,6 +4,7 @@ use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
 use crate::device::interface::{CpuInfo, HostMemory, ProcessMemory};
+use crate::kernels::simd;
 use crate::units::Bytes;
 
 /// The instruction sets that the kernels have, or could have, a use for; `flags` of x86, then `Features` of ARM.
@@ -53,6 +54,7 @@ fn parse_cpuinfo(text: &str) -> CpuInfo {
             .filter(|set| flags.contains(set))
             .map(|&set| set.to_owned())
             .collect(),
+        cpu_features: simd::level().name(),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage as _};
 use crate::inference::plan::{Guidance, TimeIds};
 use crate::layers::Worker;
-use crate::model::networks::unet::{Unet, UnetInput};
+use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
 use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
@@ -19,10 +19,8 @@ pub struct Denoise;
 
 pub struct DenoiseTask<'a> {
     pub unet: &'a Unet,
-    /// Of one sample; every image of the batch has the same.
-    pub conditioning: &'a Conditioning,
-    pub time_ids: &'a TimeIds,
-    pub guidance: Guidance,
+    /// Of as many images as `noise` has.
+    pub prompt: &'a Prompt,
     pub sampling: &'a SamplingPlan,
     /// The images' own streams; the initial latents are drawn here.
     pub noise: &'a mut NoiseSource,
@@ -36,10 +34,10 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, conditioning, time_ids, guidance, sampling, noise, placement, observe } = task;
+        let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network::new(unet, conditioning, time_ids, guidance, placement, x.dim(0)?)?;
+        let network = Network { unet, prompt, compute: placement.compute.tensor() };
         let mut denoiser = |x: &Tensor, level: Level| network.denoised(x, level, sampling.prediction, ctx);
         let latents = sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, observe }, ctx)?;
         finite(&latents, placement)?;
@@ -47,29 +45,36 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     }
 }
 
-/// The UNet with everything that stays the same from step to step.
-struct Network<'a> {
-    unet: &'a Unet,
-    /// `[passes·B, L, D]`: the negative prompt's first where guidance is on.
-    context: Tensor,
+/// Makes what of a prompt stays the same from step to step and from image to image.
+pub struct Prepare;
+
+pub struct PrepareTask<'a> {
+    pub unet: &'a Unet,
+    pub conditioning: &'a Conditioning,
+    pub time_ids: &'a TimeIds,
+    pub guidance: Guidance,
+    pub placement: &'a Placement,
+    /// `B`: images made at once, all with this prompt.
+    pub batch: usize,
+}
+
+/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt in one batch,
+/// the negative one's samples first; without, for the prompt alone.
+pub struct Prompt {
+    text: ReadText,
     /// `[passes·B, P]`
     pooled: Tensor,
     /// One row a sample.
     time_ids: Vec<Vec<f64>>,
     guidance: Guidance,
-    compute: DType,
     batch: usize,
 }
 
-impl<'a> Network<'a> {
-    fn new(
-        unet: &'a Unet,
-        conditioning: &Conditioning,
-        time_ids: &TimeIds,
-        guidance: Guidance,
-        placement: &Placement,
-        batch: usize,
-    ) -> Result<Self> {
+impl Worker<PrepareTask<'_>> for Prepare {
+    type Output = Prompt;
+
+    fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
+        let PrepareTask { unet, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -88,17 +93,25 @@ impl<'a> Network<'a> {
             ids.push(time_ids.positive.clone());
         }
         let compute = placement.compute.tensor();
-        Ok(Self {
-            unet,
-            context: Tensor::cat(&contexts, 0)?.to_dtype(compute)?,
+        let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
+        Ok(Prompt {
+            text: unet.read(&context, compute, &|| ctx.checkpoint())?,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
             guidance,
-            compute,
             batch,
         })
     }
+}
 
+/// The UNet with the prompt.
+struct Network<'a> {
+    unet: &'a Unet,
+    prompt: &'a Prompt,
+    compute: DType,
+}
+
+impl Network<'_> {
     /// x₀ for `x` at `level`: `[B, H, W, C]`, f32.
     fn denoised(&self, x: &Tensor, level: Level, prediction: Prediction, ctx: &Context) -> Result<Tensor> {
         ctx.checkpoint()?;
@@ -106,24 +119,25 @@ impl<'a> Network<'a> {
         let scale = 1.0 / level.alpha.hypot(level.sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
         let input = scaled.to_dtype(self.compute)?;
-        let input = if self.guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
+        let Prompt { text, pooled, time_ids, guidance, batch } = self.prompt;
+        let input = if guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
         let predicted = self
             .unet
             .forward(UnetInput {
                 sample: &input,
                 timesteps: &[level.timestep],
-                context: &self.context,
-                pooled: &self.pooled,
-                time_ids: &self.time_ids,
+                text: Text::Read(text),
+                pooled,
+                time_ids,
                 down_residuals: None,
                 mid_residual: None,
                 check: &|| ctx.checkpoint(),
             })?
             .to_dtype(DType::F32)?;
-        let predicted = if self.guidance.is_on() {
-            let negative = predicted.narrow(0, 0, self.batch)?;
-            let positive = predicted.narrow(0, self.batch, self.batch)?;
-            ctx.perform(&Guide, GuideTask { negative, positive, guidance: self.guidance })?
+        let predicted = if guidance.is_on() {
+            let negative = predicted.narrow(0, 0, *batch)?;
+            let positive = predicted.narrow(0, *batch, *batch)?;
+            ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })?
         } else {
             predicted
         };
@@ -147,4 +161,65 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
     let hint = (placement.compute == crate::device::interface::Dtype::F16)
         .then(|| "f16 may overflow: try `\"dtype\":\"bf16\"` or `\"f32\"`".to_owned());
     Err(Error::Numerical { stage: "denoise", hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use crate::conditioning::instructor::Conditioning;
+    use crate::context::Context;
+    use crate::device::instructor::Placement;
+    use crate::device::interface::{Dtype, Quantization};
+    use crate::model::checkpoint::Checkpoint;
+    use crate::model::instructor::ModelCrew;
+    use crate::model::interface::Settings;
+
+    /// What the demonstration model is told at `scale`.
+    fn prompt(scale: f64, batch: usize) -> Prompt {
+        let (ctx, device) = (Context::detached(), candle_core::Device::Cpu);
+        let placement = Placement {
+            device: device.clone(),
+            name: "cpu".to_owned(),
+            compute: Dtype::F32,
+            vae: Dtype::F32,
+            quantization: Quantization::None,
+        };
+        let checkpoint = Checkpoint::demo().unwrap();
+        let unet = ModelCrew::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();
+        let pooled = checkpoint.text_encoder_2.projection_dim.unwrap();
+        let text = |value: f32| crate::conditioning::Embeddings {
+            context: Tensor::full(value, (1, 77, checkpoint.unet.context_channels()), &device).unwrap(),
+            pooled: Tensor::full(value, (1, pooled), &device).unwrap(),
+        };
+        let conditioning = Conditioning { positive: text(1.0), negative: Some(text(-1.0)) };
+        let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
+        let guidance = Guidance { scale, rescale: 0.0 };
+        let task = PrepareTask {
+            unet: &unet,
+            conditioning: &conditioning,
+            time_ids: &time_ids,
+            guidance,
+            placement: &placement,
+            batch,
+        };
+        ctx.perform(&Prepare, task).unwrap()
+    }
+
+    /// Samples of one evaluation: -1 for the negative prompt's, 1 for the prompt's.
+    fn check(scale: f64, batch: usize, samples: &[f32]) {
+        let Prompt { text, pooled, time_ids, .. } = prompt(scale, batch);
+        assert_eq!((text.samples(), pooled.dtype()), (samples.len(), DType::F32), "scale {scale}, batch {batch}");
+        let firsts: Vec<f32> = pooled.to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
+        assert_eq!(firsts, samples, "scale {scale}, batch {batch}");
+        let ids: Vec<f32> = time_ids.iter().map(|row| row[0] as f32).collect();
+        assert_eq!(ids, samples, "scale {scale}, batch {batch}");
+    }
+
+    #[test]
+    fn guidance_evaluates_both_prompts_in_one_batch_and_no_guidance_one_alone() {
+        check(5.0, 1, &[-1.0, 1.0]);
+        check(5.0, 2, &[-1.0, -1.0, 1.0, 1.0]);
+        check(1.0, 1, &[1.0]);
+        check(0.0, 3, &[1.0, 1.0, 1.0]);
+    }
 }

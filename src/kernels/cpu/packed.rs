@@ -201,7 +201,8 @@ impl Packed {
         let padded = depth.next_multiple_of(GRAIN);
         let panels = outputs.div_ceil(PANEL);
         let memory = Aligned::zeros(panels * padded * PANEL * stored.size());
-        for_each(panels, outputs * depth, |panel| {
+        // Without depth there is nothing to lay.
+        for_each(if depth == 0 { 0 } else { panels }, outputs * depth, |panel| {
             // SAFETY: every panel is written by one task, within the memory.
             let to = unsafe {
                 std::slice::from_raw_parts_mut(

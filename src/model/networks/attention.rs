@@ -2,13 +2,16 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens of the text, `D` width of a token.
 
+use std::cell::Cell;
+
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
-use crate::error::{Result, Stage};
+use crate::error::{Error, Result, Stage};
 use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
 
+const STAGE: &str = "unet";
 /// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
 const GROUP_NORM_EPS: f64 = 1e-6;
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -34,6 +37,32 @@ pub(super) struct AttentionShape {
     pub(super) context: usize,
 }
 
+/// What queries are compared with, and what they then read: both `[B, L, C]`, over the text or the feature map.
+#[derive(Clone, Debug)]
+pub(super) struct KeysValues {
+    keys: Tensor,
+    values: Tensor,
+}
+
+/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
+pub(super) struct TextReader<'a> {
+    ahead: Cell<&'a [KeysValues]>,
+}
+
+impl<'a> TextReader<'a> {
+    pub(super) fn new(all: &'a [KeysValues]) -> Self {
+        Self { ahead: Cell::new(all) }
+    }
+
+    fn next(&self) -> Result<&'a KeysValues> {
+        let Some((first, rest)) = self.ahead.get().split_first() else {
+            return Err(Error::bug("text was read by fewer blocks than there are"));
+        };
+        self.ahead.set(rest);
+        Ok(first)
+    }
+}
+
 /// Queries from the feature map, keys and values from it or from the text.
 #[derive(Clone, Debug)]
 struct Attention {
@@ -55,14 +84,19 @@ impl Attention {
         })
     }
 
-    /// `residual + attention(x, source)`; `x` and `residual` are `[B, HW, C]`.
-    fn forward(&self, x: &Tensor, source: &Tensor, residual: &Tensor) -> CandleResult<Tensor> {
-        let q = self.to_q.forward(x)?;
-        let k = self.to_k.forward(source)?;
-        let v = self.to_v.forward(source)?;
-        let y = attention(&q, &k, &v, self.heads, Mask::None)?;
-        drop((q, k, v));
-        self.to_out.forward_with(&y, Epilogue { residual: Some(residual), ..Epilogue::default() })
+    /// `source` is `[B, L, D]`.
+    fn read(&self, source: &Tensor) -> CandleResult<KeysValues> {
+        Ok(KeysValues { keys: self.to_k.forward(source)?, values: self.to_v.forward(source)? })
+    }
+
+    /// Gives `[B, HW, C]`, as `x` is.
+    fn attend(&self, x: &Tensor, given: &KeysValues) -> CandleResult<Tensor> {
+        attention(&self.to_q.forward(x)?, &given.keys, &given.values, self.heads, Mask::None)
+    }
+
+    /// `residual` plus the projection of what [`Self::attend`] gave.
+    fn join(&self, attended: &Tensor, residual: &Tensor) -> CandleResult<Tensor> {
+        self.to_out.forward_with(attended, Epilogue { residual: Some(residual), ..Epilogue::default() })
     }
 }
 
@@ -94,11 +128,15 @@ impl TransformerBlock {
         })
     }
 
-    /// `x` is `[B, HW, C]`, `context` `[B, L, D]`.
-    fn forward(&self, x: &Tensor, context: &Tensor) -> CandleResult<Tensor> {
-        let normal = self.norm1.forward(x)?;
-        let x = self.attn1.forward(&normal, &normal, x)?;
-        let x = self.attn2.forward(&self.norm2.forward(&x)?, context, &x)?;
+    /// `x` is `[B, HW, C]`; `text` was read by `attn2`.
+    fn forward(&self, x: &Tensor, text: &KeysValues) -> CandleResult<Tensor> {
+        let attended = {
+            let normal = self.norm1.forward(x)?;
+            self.attn1.attend(&normal, &self.attn1.read(&normal)?)?
+        };
+        let x = self.attn1.join(&attended, x)?;
+        let attended = self.attn2.attend(&self.norm2.forward(&x)?, text)?;
+        let x = self.attn2.join(&attended, &x)?;
         let gated = self.gate.forward_geglu(&self.norm3.forward(&x)?)?; // [B, HW, 4C]
         self.narrow.forward_with(&gated, Epilogue { residual: Some(&x), ..Epilogue::default() })
     }
@@ -126,12 +164,23 @@ impl SpatialTransformer {
         })
     }
 
-    /// `x` is `[B, H, W, C]`, `context` `[B, L, D]`; gives the shape of `x`.
+    /// What each block reads in `context`, `[B, L, D]`, added to `read` in the blocks' order.
     ///
     /// # Errors
     /// That of `check`, called before each block; shapes that do not fit, or the device's own.
-    pub(super) fn forward(&self, x: &Tensor, context: &Tensor, check: Check) -> Result<Tensor> {
-        const STAGE: &str = "unet";
+    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+        for block in &self.blocks {
+            check()?;
+            read.push(block.attn2.read(context).stage(STAGE)?);
+        }
+        Ok(())
+    }
+
+    /// `x` is `[B, H, W, C]`; gives the shape of `x`. `text` is what [`Self::read`] added.
+    ///
+    /// # Errors
+    /// That of `check`, called before each block; shapes that do not fit, or the device's own.
+    pub(super) fn forward(&self, x: &Tensor, text: &TextReader, check: Check) -> Result<Tensor> {
         let enter = || -> CandleResult<(Tensor, Tensor)> {
             let (batch, height, width, channels) = x.dims4()?;
             let residual = x.reshape((batch, height * width, channels))?;
@@ -141,7 +190,7 @@ impl SpatialTransformer {
         let (residual, mut tokens) = enter().stage(STAGE)?;
         for block in &self.blocks {
             check()?;
-            tokens = block.forward(&tokens, context).stage(STAGE)?;
+            tokens = block.forward(&tokens, text.next()?).stage(STAGE)?;
         }
         let epilogue = Epilogue { residual: Some(&residual), ..Epilogue::default() };
         self.proj_out.forward_with(&tokens, epilogue).and_then(|y| y.reshape(x.shape())).stage(STAGE)

@@ -7,6 +7,7 @@
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
+use super::attention::{KeysValues, TextReader};
 use super::embeddings::{Sinusoid, TimestepEmbedding};
 use super::resnet::load_same_conv;
 use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock};
@@ -17,6 +18,33 @@ use crate::kernels::{Activation, Conv2d, GroupNorm};
 
 const STAGE: &str = "unet";
 
+/// What the cross-attention of an evaluation reads.
+#[derive(Clone, Copy)]
+pub enum Text<'a> {
+    /// `[B, L, D]`, read for this evaluation alone.
+    Embedded(&'a Tensor),
+    /// Read before, by [`Unet::read`] of the same network.
+    Read(&'a ReadText),
+}
+
+/// Keys and values of the text for every transformer block, in the order of evaluation. The text is the same at every
+/// step, and so are they.
+#[derive(Clone, Debug)]
+pub struct ReadText {
+    blocks: Vec<KeysValues>,
+    /// `B` and the dtype of the activations that they are for.
+    samples: usize,
+    dtype: DType,
+}
+
+impl ReadText {
+    /// `B`
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+}
+
 /// One evaluation.
 #[derive(Clone, Copy)]
 pub struct UnetInput<'a> {
@@ -24,8 +52,7 @@ pub struct UnetInput<'a> {
     pub sample: &'a Tensor,
     /// 0 to 999, need not be whole. One for all samples, or one for each.
     pub timesteps: &'a [f64],
-    /// `[B, L, D]`: the text.
-    pub context: &'a Tensor,
+    pub text: Text<'a>,
     /// `[B, P]`: the pooled text.
     pub pooled: &'a Tensor,
     /// For each sample, in pixels: original height and width, top and left of the crop, target height and width;
@@ -113,6 +140,37 @@ impl Unet {
         1 + self.down_blocks.iter().map(DownBlock::skips).sum::<usize>()
     }
 
+    /// Keys and values of the text, `[B, L, D]`, for every evaluation with it whose sample is of `dtype`: two of
+    /// `[B, L, C]` a transformer block.
+    ///
+    /// # Errors
+    /// That of `check`, called before each transformer block; `model_unsupported` where the text is another network's;
+    /// those of the device.
+    pub fn read(&self, context: &Tensor, dtype: DType, check: Check) -> Result<ReadText> {
+        let &[samples, tokens, width] = context.dims() else {
+            return Err(Error::bug(format!("text of shape {:?}", context.dims())));
+        };
+        if samples == 0 || tokens == 0 {
+            return Err(Error::bug(format!("text of shape {:?}", context.dims())));
+        }
+        if width != self.context {
+            let message = format!("it takes text of {} channels, got {width}", self.context);
+            return Err(Judge { name: STAGE }.refuse(message));
+        }
+        let context = context.to_dtype(dtype).stage(STAGE)?;
+        let mut blocks = Vec::new();
+        for block in &self.down_blocks {
+            block.read(&context, check, &mut blocks)?;
+        }
+        if let Some(block) = &self.mid_block {
+            block.read(&context, check, &mut blocks)?;
+        }
+        for block in &self.up_blocks {
+            block.read(&context, check, &mut blocks)?;
+        }
+        Ok(ReadText { blocks, samples, dtype })
+    }
+
     /// Gives `[B, H, W, C]` in the dtype of the sample.
     ///
     /// # Errors
@@ -122,8 +180,16 @@ impl Unet {
         self.validate(input)?;
         (input.check)()?;
         let time = self.embed_time(input)?.to_dtype(dtype).stage(STAGE)?;
-        let context = input.context.to_dtype(dtype).stage(STAGE)?;
-        let given = Conditions { time: &time, context: &context, check: input.check };
+        let own;
+        let read = match input.text {
+            Text::Read(read) => read,
+            Text::Embedded(context) => {
+                own = self.read(context, dtype, input.check)?;
+                &own
+            }
+        };
+        let text = TextReader::new(&read.blocks);
+        let given = Conditions { time: &time, text: &text, check: input.check };
         let mut skips = Skips::new(input.down_residuals);
         let mut x = self.conv_in.forward(input.sample).stage(STAGE)?;
         skips.keep(&x);
@@ -173,13 +239,13 @@ impl Unet {
         if channels != self.inputs {
             return Err(judge.refuse(format!("it takes {} latent channels, got {channels}", self.inputs)));
         }
-        match *input.context.dims() {
-            [rows, tokens, context] if rows == batch && tokens > 0 => {
-                if context != self.context {
-                    return Err(judge.refuse(format!("it takes text of {} channels, got {context}", self.context)));
-                }
-            }
-            ref other => return Err(Error::bug(format!("text of shape {other:?} for {batch} latents"))),
+        let (samples, dtype) = match input.text {
+            Text::Embedded(context) => (context.dims().first().copied().unwrap_or(0), input.sample.dtype()),
+            Text::Read(read) => (read.samples(), read.dtype),
+        };
+        if samples != batch || dtype != input.sample.dtype() {
+            let wanted = input.sample.dtype();
+            return Err(Error::bug(format!("text of {samples} in {dtype:?} for {batch} latents in {wanted:?}")));
         }
         let ids = input.time_ids.first().map_or(0, Vec::len);
         let even = input.time_ids.len() == batch && input.time_ids.iter().all(|row| row.len() == ids);

@@ -7,7 +7,7 @@ use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
-use super::attention::{AttentionShape, SpatialTransformer};
+use super::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
 use super::unet_config::{BlockPlan, MidPlan, Shared};
 use crate::error::{Error, Result, Stage};
@@ -20,8 +20,7 @@ const STAGE: &str = "unet";
 pub(super) struct Conditions<'a> {
     /// `[B, T]`, SiLU already applied.
     pub(super) time: &'a Tensor,
-    /// `[B, L, D]`
-    pub(super) context: &'a Tensor,
+    pub(super) text: &'a TextReader<'a>,
     pub(super) check: Check<'a>,
 }
 
@@ -75,10 +74,15 @@ impl Layer {
         (given.check)()?;
         let x = self.resnet.forward(x, Some(given.time)).stage(STAGE)?;
         match &self.attention {
-            Some(attention) => attention.forward(&x, given.context, given.check),
+            Some(attention) => attention.forward(&x, given.text, given.check),
             None => Ok(x),
         }
     }
+}
+
+/// What the transformers of `layers` read in `context`, `[B, L, D]`, added to `read` in their order.
+fn read_text(layers: &[Layer], context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+    layers.iter().filter_map(|layer| layer.attention.as_ref()).try_for_each(|one| one.read(context, check, read))
 }
 
 fn load_layers(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Vec<Layer>> {
@@ -109,6 +113,12 @@ impl DownBlock {
             .then(|| Downsample::load(&vb.pp("downsamplers").pp("0"), plan.outputs, Padding::same(1)))
             .transpose()?;
         Ok(Self { layers: load_layers(vb, plan, shared)?, downsampler })
+    }
+
+    /// # Errors
+    /// Those of [`SpatialTransformer::read`].
+    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+        read_text(&self.layers, context, check, read)
     }
 
     pub(super) fn skips(&self) -> usize {
@@ -149,11 +159,17 @@ impl MidBlock {
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
     }
 
+    /// # Errors
+    /// Those of [`SpatialTransformer::read`].
+    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+        self.after.as_ref().map_or(Ok(()), |(attention, _)| attention.read(context, check, read))
+    }
+
     pub(super) fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
         (given.check)()?;
         let x = self.before.forward(x, Some(given.time)).stage(STAGE)?;
         let Some((attention, resnet)) = &self.after else { return Ok(x) };
-        let x = attention.forward(&x, given.context, given.check)?;
+        let x = attention.forward(&x, given.text, given.check)?;
         resnet.forward(x, Some(given.time)).stage(STAGE)
     }
 }
@@ -171,6 +187,12 @@ impl UpBlock {
         let upsampler =
             plan.resamples.then(|| Upsample::load(&vb.pp("upsamplers").pp("0"), plan.outputs)).transpose()?;
         Ok(Self { layers: load_layers(vb, plan, shared)?, upsampler })
+    }
+
+    /// # Errors
+    /// Those of [`SpatialTransformer::read`].
+    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+        read_text(&self.layers, context, check, read)
     }
 
     pub(super) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {

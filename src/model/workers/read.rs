@@ -228,7 +228,9 @@ impl Tensors<'_> {
             return Err(failure);
         }
         let network = built?;
-        ctx.progress(Progress::ModelLoading { component: part.name(), bytes_done: bytes_total, bytes_total });
+        if source.bytes_done < bytes_total.0 {
+            ctx.progress(Progress::ModelLoading { component: part.name(), bytes_done: bytes_total, bytes_total });
+        }
         let left = source.read.len() + source.unread.len();
         if let Some(name) = source.read.keys().chain(source.unread.keys()).min() {
             let path = weights.path(0).display();
