@@ -181,6 +181,7 @@ impl InferenceInstructor {
             pace: &crew.published.pace,
             free: self.device.free(&crew.device),
             loaded,
+            decode: self.settings.decode,
         };
         ctx.perform(&Appraise, task).map(Response::Estimate)
     }
@@ -196,6 +197,7 @@ impl InferenceInstructor {
             pace: &crew.published.pace,
             free: self.device.free(&crew.device),
             loaded,
+            decode: self.settings.decode,
         };
         let Estimate { needed, activations, free: Some(free), .. } = ctx.perform(&Appraise, task)? else {
             return Ok(());
@@ -391,7 +393,9 @@ impl InferenceInstructor {
         let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
         let start = Instant::now();
         let images = ctx.stage(Stage::Decode, || {
-            let task = DecodeTask { decoder: &vae.decoder, config: &plan.checkpoint.vae, latents, placement };
+            let (decoder, config) = (&vae.decoder, &plan.checkpoint.vae);
+            let (wish, free) = (self.settings.decode, self.device.free(&crew.device));
+            let task = DecodeTask { decoder, config, latents, placement, wish, free };
             ctx.perform(&Decode, task)
         })?;
         let units = plan.size.width * plan.size.height / 64;

@@ -19,12 +19,27 @@ pub struct Settings {
     pub max_side: u32,
     /// Most images one request may ask for.
     pub max_batch_size: u32,
+    /// How latents become pixels: `auto`, `whole` or `strips`.
+    pub decode: DecodeExtent,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { batch_size: 1, max_side: 4096, max_batch_size: 64 }
+        Self { batch_size: 1, max_side: 4096, max_batch_size: 64, decode: DecodeExtent::Auto }
     }
+}
+
+/// How much of a picture is decoded at a time. The pixels are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DecodeExtent {
+    /// `whole` where that much memory is free, otherwise `strips`.
+    #[default]
+    Auto,
+    /// All of it: the fastest.
+    Whole,
+    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
+    Strips,
 }
 
 /// One generation. Everything but `prompt` may be left out; the defaults used stand in the result's `parameters`.

@@ -11,6 +11,7 @@ mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
+mod tally;
 
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
@@ -22,6 +23,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
+
+use tally::Tally;
 
 /// What is applied to the result of a linear layer or convolution while it is still at hand, in this order:
 /// bias, `per_sample`, `activation`, `residual`.
@@ -330,16 +333,55 @@ impl GroupNorm {
         self.run(x, true)
     }
 
+    /// Of `x`, a part of a feature map; [`Statistics::merge`] makes those of the whole.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn statistics(&self, x: &Tensor) -> Result<Statistics> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        let tallies = if cpu::serves(x) { cpu::tallies(x)? } else { plain::tallies(x)? };
+        Ok(Statistics(tallies))
+    }
+
+    /// [`Self::forward_silu`] of a part of a feature map that has `statistics`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_silu_by(&self, x: &Tensor, statistics: &Statistics) -> Result<Tensor> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        let (tallies, affine) = (&statistics.0, (&self.weight, &self.bias));
+        if tallies.len() != x.dim(0)? || tallies.iter().any(|tally| tally.mean.len() != self.weight.elem_count()) {
+            candle_core::bail!("statistics of {} samples for {:?}", tallies.len(), x.dims());
+        }
+        if cpu::serves(x) {
+            return cpu::group_norm(x, tallies, affine, self.groups, self.eps, true);
+        }
+        let normal = plain::group_norm_by(x, tallies, affine, self.groups, self.eps)?;
+        plain::activation(Activation::Silu, &normal)
+    }
+
     fn run(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
         if empty(x.dims()) {
             return Ok(x.clone());
         }
         if cpu::serves(x) {
-            return cpu::group_norm(x, (&self.weight, &self.bias), self.groups, self.eps, silu);
+            let tallies = cpu::tallies(x)?;
+            return cpu::group_norm(x, &tallies, (&self.weight, &self.bias), self.groups, self.eps, silu);
         }
         let normal = plain::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
         if silu { plain::activation(Activation::Silu, &normal) } else { Ok(normal) }
+    }
+}
+
+/// Mean and spread of every channel of a feature map, or of a part of one.
+#[derive(Clone, Debug)]
+pub struct Statistics(Vec<Tally>);
+
+impl Statistics {
+    /// Adds those of another part, of as many samples and channels.
+    pub fn merge(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(ours, other)| ours.merge(other));
     }
 }
 

@@ -5,6 +5,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::tally::{OfGroup, Tally};
 use super::{Activation, ConvShape, Epilogue, Mask};
 
 /// Scores held at a time by [`attention`], in elements.
@@ -97,6 +98,35 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     let variance = (centred.sqr()?.sum_keepdim((1, 3))? / count)?;
     let normal = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.reshape(x.shape())?;
     normal.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
+}
+
+/// One tally a sample.
+pub fn tallies(x: &Tensor) -> Result<Vec<Tally>> {
+    let wide = x.to_dtype(DType::F32)?.reshape((x.dim(0)?, (), x.dim(D::Minus1)?))?; // [B, positions, C]
+    let count = wide.dim(1)? as f64;
+    let mean = wide.mean_keepdim(1)?;
+    let spread = wide.broadcast_sub(&mean)?.sqr()?.sum(1)?.to_dtype(DType::F64)?.to_vec2()?;
+    let mean = mean.squeeze(1)?.to_dtype(DType::F64)?.to_vec2()?;
+    Ok(mean.into_iter().zip(spread).map(|(mean, spread)| Tally { count, mean, spread }).collect())
+}
+
+/// [`group_norm`] by the statistics of other positions than these.
+pub fn group_norm_by(
+    x: &Tensor,
+    tallies: &[Tally],
+    (weight, bias): (&Tensor, &Tensor),
+    groups: usize,
+    eps: f64,
+) -> Result<Tensor> {
+    let (batch, channels) = (x.dim(0)?, x.dim(D::Minus1)?);
+    let of_groups: Vec<OfGroup> = tallies.iter().flat_map(|tally| tally.groups(groups, eps)).collect();
+    let column = |number: fn(&OfGroup) -> f64| {
+        let numbers: Vec<f32> = of_groups.iter().map(|group| number(group) as f32).collect();
+        Tensor::from_vec(numbers, (batch, 1, groups, 1), x.device())
+    };
+    let grouped = x.to_dtype(DType::F32)?.reshape((batch, (), groups, channels / groups))?;
+    let normal = grouped.broadcast_sub(&column(|g| g.mean)?)?.broadcast_mul(&column(|g| g.normal)?)?;
+    normal.reshape(x.shape())?.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
 }
 
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use sdxl_worker::config::{Config, LogLevel, OnEof};
 use sdxl_worker::device::interface::{CpuFeatures, Dtype};
+use sdxl_worker::inference::interface::DecodeExtent;
 use sdxl_worker::model::interface::EncoderPolicy;
 use sdxl_worker::units::Bytes;
 
@@ -37,7 +38,7 @@ fn every_documented_key_is_read() {
                 "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16"},
                 "model":{"cache_size":"2GiB","text_encoders":"release","roots":["a","b"],"default":"m"},
                 "conditioning":{"cache_embeddings":false},
-                "inference":{"batch_size":4},
+                "inference":{"batch_size":4,"decode":"strips"},
                 "scheduler":{"default_scheduler":"euler"},
                 "postprocessing":{"output_format":"webp","quality":55,"output_dir":"o","roots":["r"],"metadata":false}}}}"#,
     );
@@ -53,7 +54,7 @@ fn every_documented_key_is_read() {
     assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
     assert_eq!(all.model.roots, ["a", "b"].map(std::path::PathBuf::from));
     assert!(!all.conditioning.cache_embeddings);
-    assert_eq!(all.inference.batch_size, 4);
+    assert_eq!((all.inference.batch_size, all.inference.decode), (4, DecodeExtent::Strips));
     assert_eq!(all.scheduler.default_scheduler, "euler");
     let output = &all.postprocessing;
     assert_eq!((output.output_format.as_str(), output.quality, output.metadata), ("webp", 55, false));

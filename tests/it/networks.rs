@@ -14,7 +14,7 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
 use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
-use sdxl_worker::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
+use sdxl_worker::model::networks::vae::{Extent, VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Value, json};
 
 const UNETS: [&str; 6] =
@@ -148,9 +148,33 @@ fn check_vae(what: &str, vb: &VarBuilder, config: &VaeConfig, golden: &Golden, p
     check_close(&format!("{what} mean"), precision, &moments.mean, &golden.map("out.mean", DType::F32));
     check_close(&format!("{what} logvar"), precision, &moments.logvar, &golden.map("out.logvar", DType::F32));
     let decoder = VaeDecoder::load(vb, config).unwrap();
-    let picture = decoder.decode(&golden.map("in.latents", dtype), &go).unwrap();
-    assert_eq!(picture.dtype(), dtype);
-    check_close(&format!("{what} picture"), precision, &picture, &golden.map("out.picture", DType::F32));
+    for extent in [Extent::Whole, Extent::Strips] {
+        let picture = decoder.decode(&golden.map("in.latents", dtype), extent, &go).unwrap();
+        assert_eq!(picture.dtype(), dtype);
+        let what = format!("{what} picture, {extent:?}");
+        check_close(&what, precision, &picture, &golden.map("out.picture", DType::F32));
+    }
+}
+
+#[test]
+fn strips_decode_to_the_same_picture() {
+    let vb = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
+    let decoder = VaeDecoder::load(&vb, &parse(&demo_config("vae"))).unwrap();
+    // Two, so that samples are not mixed; several strips at the upper levels, the last of them short, and an odd width.
+    let latents: Vec<f32> = (0..2 * 41 * 13 * 4).map(|i| (f64::from(i) * 0.7).sin() as f32 * 3.0).collect();
+    let latents = Tensor::from_vec(latents, (2, 41, 13, 4), &Device::Cpu).unwrap();
+    let whole = decoder.decode(&latents, Extent::Whole, &go).unwrap();
+    let strips = decoder.decode(&latents, Extent::Strips, &go).unwrap();
+    assert_eq!((strips.dims(), strips.dtype()), (whole.dims(), whole.dtype()));
+    let precision = Precision { tolerance: 1e-5, ..PRECISIONS[0] };
+    check_close("strips", precision, &strips, &whole);
+    let asked = Cell::new(0);
+    let stop = || match asked.replace(asked.get() + 1) {
+        40.. => Err(Error::Cancelled),
+        _ => Ok(()),
+    };
+    assert_eq!(decoder.decode(&latents, Extent::Strips, &stop).unwrap_err().code(), "cancelled");
+    assert_eq!(asked.get(), 41);
 }
 
 fn check_clip(what: &str, vb: &VarBuilder, config: &ClipConfig, golden: &Golden, precision: Precision) {

@@ -175,18 +175,53 @@ fn check_convolution(cases: usize, brief: bool) {
         let batch = dice.pick(&[1, 2, 3]);
         let least = shape.kernel;
         let (height, width) = (dice.pick(&[least, 5, 8, 19]), dice.pick(&[least, 7, 16, 31]));
-        let x = dice.tensor(&[batch, height, width, shape.inputs], dtype);
-        let weight = dice.weight(&[shape.outputs, shape.inputs, shape.kernel, shape.kernel], weights);
-        let bias = dice.coin().then(|| dice.tensor(&[shape.outputs], DType::F32));
-        let layer = Conv2d::new(&weight, bias.clone(), shape).unwrap();
-        let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-        let bare = plain::conv2d(&x, &turned, bias.as_ref(), shape, Epilogue::default()).unwrap();
-        let what = format!("convolution {case}: [{batch}, {height}, {width}], {shape:?}, {dtype:?} with {weights:?}");
-        let follow = Follow::roll(&mut dice, bare.dims(), dtype);
-        let expected = plain::conv2d(&x, &turned, bias.as_ref(), shape, follow.epilogue());
-        close(&what, layer.forward_with(&x, follow.epilogue()), expected);
-        close(&what, layer.forward(&x), Ok(bare));
+        compare_convolution(&mut dice, case, [batch, height, width], shape, (dtype, weights));
     }
+}
+
+/// A convolution of random numbers in both ways, bare and with what may follow.
+fn compare_convolution(
+    dice: &mut Dice,
+    case: usize,
+    [batch, height, width]: [usize; 3],
+    shape: ConvShape,
+    (dtype, weights): (DType, DType),
+) {
+    let x = dice.tensor(&[batch, height, width, shape.inputs], dtype);
+    let weight = dice.weight(&[shape.outputs, shape.inputs, shape.kernel, shape.kernel], weights);
+    let bias = dice.coin().then(|| dice.tensor(&[shape.outputs], DType::F32));
+    let layer = Conv2d::new(&weight, bias.clone(), shape).unwrap();
+    let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+    let bare = plain::conv2d(&x, &turned, bias.as_ref(), shape, Epilogue::default()).unwrap();
+    let what = format!("convolution {case}: [{batch}, {height}, {width}], {shape:?}, {dtype:?} with {weights:?}");
+    let follow = Follow::roll(dice, bare.dims(), dtype);
+    let expected = plain::conv2d(&x, &turned, bias.as_ref(), shape, follow.epilogue());
+    close(&what, layer.forward_with(&x, follow.epilogue()), expected);
+    close(&what, layer.forward(&x), Ok(bare));
+}
+
+/// Large enough for minimal filtering, where that is in use.
+#[test]
+fn large_convolution_of_three_equals_the_plain_one() {
+    at_every_level("large convolution", |_, brief| {
+        let mut dice = Dice(22);
+        for case in 0..if brief { 3 } else { 20 } {
+            let dtype = if brief { DType::BF16 } else { dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]) };
+            let weights = if brief { DType::BF16 } else { WEIGHTS[case % 3] };
+            let (inputs, outputs) = (dice.pick(&[64, 96, 160, 288]), dice.pick(&[64, 65, 100, 160, 544]));
+            let shape = ConvShape { inputs, outputs, kernel: 3, stride: 1, padding: Padding::same(1) };
+            let size = dice.pick(&[
+                [1, 32, 32],
+                [2, 33, 37],
+                [3, 32, 35],
+                [1, 41, 26],
+                [1, 1, 1031],
+                [1, 1030, 1],
+                [2, 2, 700],
+            ]);
+            compare_convolution(&mut dice, case, size, shape, (dtype, weights));
+        }
+    });
 }
 
 #[test]
@@ -266,6 +301,16 @@ fn norms_equal_the_exact_ones() {
         close(&what, norm.forward(&x), expected.to_dtype(dtype));
         let with_silu = plain::activation(Activation::Silu, &expected).unwrap();
         close(&what, norm.forward_silu(&x), with_silu.to_dtype(dtype));
+        let rows = x.dim(1).unwrap();
+        let parts = [x.narrow(1, 0, rows / 2 + rows % 2).unwrap(), x.narrow(1, rows - rows / 2, rows / 2).unwrap()];
+        let mut statistics = norm.statistics(&parts[0]).unwrap();
+        if rows > 1 {
+            statistics.merge(&norm.statistics(&parts[1]).unwrap());
+        }
+        let by_parts: Vec<Tensor> = (parts.iter().filter(|part| part.elem_count() > 0))
+            .map(|part| norm.forward_silu_by(part, &statistics).unwrap())
+            .collect();
+        close(&format!("{what} in parts"), Tensor::cat(&by_parts, 1), with_silu.to_dtype(dtype));
         if channels > 1 {
             let normal = exact(&x, &[x.rank() - 1]).to_dtype(DType::F32).unwrap();
             let expected = normal.broadcast_mul(&weight).unwrap().broadcast_add(&bias).unwrap();

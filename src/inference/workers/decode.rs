@@ -5,9 +5,11 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::Result;
+use crate::inference::interface::DecodeExtent;
 use crate::layers::Worker;
-use crate::model::networks::vae::{VaeConfig, VaeDecoder};
+use crate::model::networks::vae::{Extent, VaeConfig, VaeDecoder};
 use crate::pixels::Rgb8;
+use crate::units::Bytes;
 
 pub struct Decode;
 
@@ -17,6 +19,9 @@ pub struct DecodeTask<'a> {
     /// `[B, H, W, C]`, f32, in the VAE's scale.
     pub latents: &'a Tensor,
     pub placement: &'a Placement,
+    pub wish: DecodeExtent,
+    /// Bytes free on the device, where that can be read.
+    pub free: Option<Bytes>,
 }
 
 impl Worker<DecodeTask<'_>> for Decode {
@@ -25,15 +30,30 @@ impl Worker<DecodeTask<'_>> for Decode {
 
     fn run(&self, task: DecodeTask<'_>, ctx: &Context) -> Result<Vec<Rgb8>> {
         let batch = task.latents.dim(0)?;
+        let extent = self.extent(&task);
         let mut images = Vec::with_capacity(batch);
         // One at a time: the decoder's feature maps are the largest tensors of the whole work.
         for index in 0..batch {
             ctx.checkpoint()?;
             let latents = task.latents.narrow(0, index, 1)?;
             let latents = task.config.from_model(&latents)?.to_dtype(task.placement.vae.tensor())?;
-            let pixels = task.decoder.decode(&latents, &|| ctx.checkpoint())?; // [1, 8H, 8W, 3]
+            let pixels = task.decoder.decode(&latents, extent, &|| ctx.checkpoint())?; // [1, 8H, 8W, 3]
             images.extend(Rgb8::from_tensor(&pixels)?);
         }
         Ok(images)
+    }
+}
+
+impl Decode {
+    /// Whole where that has room: strips take longer.
+    fn extent(&self, task: &DecodeTask) -> Extent {
+        let pixels = task.latents.elem_count() / task.latents.dim(0).unwrap_or(1).max(1) / task.config.latent_channels
+            * task.config.reduction().pow(2);
+        let whole = task.config.decode_bytes(pixels, task.placement.vae.tensor().size_in_bytes(), Extent::Whole);
+        match (task.wish, task.free) {
+            (DecodeExtent::Whole, _) | (DecodeExtent::Auto, None) => Extent::Whole,
+            (DecodeExtent::Auto, Some(free)) if free.0 >= whole as u64 => Extent::Whole,
+            (DecodeExtent::Auto | DecodeExtent::Strips, _) => Extent::Strips,
+        }
     }
 }

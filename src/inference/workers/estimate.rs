@@ -3,9 +3,10 @@
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
-use crate::inference::interface::Estimate;
+use crate::inference::interface::{DecodeExtent, Estimate};
 use crate::inference::plan::GenerationPlan;
 use crate::layers::Worker;
+use crate::model::networks::vae::Extent;
 use crate::pace::{Pace, Work};
 use crate::units::Bytes;
 
@@ -22,13 +23,14 @@ pub struct AppraiseTask<'a> {
     pub free: Option<Bytes>,
     /// What of the model is in memory already.
     pub loaded: Bytes,
+    pub decode: DecodeExtent,
 }
 
 impl Worker<AppraiseTask<'_>> for Appraise {
     type Output = Estimate;
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
-        let AppraiseTask { plan, compute, quantization, key, pace, free, loaded } = task;
+        let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
         let passes = if plan.guidance.is_on() { 2 } else { 1 };
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
         let positions = height * width;
@@ -38,22 +40,30 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         };
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
-        // beside the skip connections; three full-size maps are the decoder's.
+        // beside the skip connections.
         let unet: usize =
             plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
                 let here = (positions >> (2 * level)).max(1);
                 sum + here * channels * (6 + 4)
             });
-        let first = plan.checkpoint.vae.block_out_channels.first().copied().unwrap_or(1);
-        let decoder = plan.size.width * plan.size.height * first * 2 * 3;
-        let activations = Bytes(((passes * unet).max(decoder) * element) as u64);
+        let left = weights.saturating_sub(loaded);
+        let activations = |extent| {
+            let decoder = plan.checkpoint.vae.decode_bytes(plan.size.width * plan.size.height, element, extent);
+            Bytes((passes * unet * element).max(decoder) as u64)
+        };
+        let whole = activations(Extent::Whole);
+        let activations = match (decode, free) {
+            (DecodeExtent::Whole, _) | (DecodeExtent::Auto, None) => whole,
+            (DecodeExtent::Auto, Some(free)) if left + whole <= free => whole,
+            (DecodeExtent::Auto | DecodeExtent::Strips, _) => activations(Extent::Strips),
+        };
         let images = plan.seeds.len();
         let evaluations = plan.sampling.evaluations() * passes * positions;
         let seconds = pace
             .expect(key, Work::Evaluation, evaluations)
             .zip(pace.expect(key, Work::Decode, positions))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
-        let needed = weights.saturating_sub(loaded) + activations;
+        let needed = left + activations;
         Ok(Estimate {
             weights,
             activations,

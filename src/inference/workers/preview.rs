@@ -6,6 +6,7 @@ use super::decode::{Decode, DecodeTask};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
+use crate::inference::interface::DecodeExtent;
 use crate::layers::Worker;
 use crate::model::networks::vae::{VaeConfig, VaeDecoder};
 use crate::pixels::Rgb8;
@@ -44,7 +45,10 @@ impl Worker<PreviewTask<'_>> for Preview {
                 .unsqueeze(0)? // [1, rows, columns, C]
         };
         let PreviewTask { decoder, config, placement, .. } = task;
-        let images = ctx.perform(&Decode, DecodeTask { decoder, config, latents: &small, placement })?;
+        let images = ctx.perform(
+            &Decode,
+            DecodeTask { decoder, config, latents: &small, placement, wish: DecodeExtent::Whole, free: None },
+        )?;
         images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no preview"))
     }
 }

@@ -15,12 +15,13 @@ mod product;
 mod quantise;
 pub mod simd;
 mod softmax;
+mod winograd;
 
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
 pub use self::micro::amx::probe as amx_probe;
 
-use candle_core::{DType, Result, Tensor, WithDType};
+use candle_core::{D, DType, Result, Tensor, WithDType};
 use half::{bf16, f16};
 
 use self::attention::{Size, Tokens};
@@ -32,6 +33,7 @@ use self::patches::Patches;
 use self::pool::make_rows;
 use self::product::{After, Dense, product};
 use self::quantise::Bytes;
+use super::tally::Tally;
 use super::{Activation, ConvShape, Epilogue, Mask, Padding};
 
 /// Whether these kernels take activations like `x`.
@@ -173,6 +175,8 @@ pub(super) fn conv2d(
             let bytes = Bytes::by_sample(numbers, batch, out_height * out_width);
             let left = Patches { numbers: &bytes.numbers[..], height, width, out_height, out_width, shape };
             product(&left, weight, rows, &After { bytes: Some(&bytes), ..after })?
+        } else if winograd::serves::<T>(weight, shape, (height, width)) {
+            winograd::convolve(numbers, (batch, height, width), weight, &after)?
         } else {
             product(&Patches { numbers, height, width, out_height, out_width, shape }, weight, rows, &after)?
         };
@@ -206,8 +210,19 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: 
     })
 }
 
+/// One tally a sample of `x`, which is `[B, .., C]`.
+pub(super) fn tallies(x: &Tensor) -> Result<Vec<Tally>> {
+    let x = if x.dtype() == DType::F16 { x.to_dtype(DType::F32)?.contiguous()? } else { x.contiguous()? };
+    let (held, batch, channels) = (Held::new(&x), x.dim(0)?, x.dim(D::Minus1)?);
+    match x.dtype() {
+        DType::BF16 => norm::tallies::<bf16>(&held, batch, channels),
+        _ => norm::tallies::<f32>(&held, batch, channels),
+    }
+}
+
 pub(super) fn group_norm(
     x: &Tensor,
+    tallies: &[Tally],
     (weight, bias): (&Tensor, &Tensor),
     groups: usize,
     eps: f64,
@@ -218,7 +233,7 @@ pub(super) fn group_norm(
     let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
     by_dtype!(x, T => {
         let x = x.contiguous()?;
-        tensor(norm::group_norm::<T>(&Held::new(&x), x.dim(0)?, groups, &affine, silu)?, x.dims())
+        tensor(norm::group_norm::<T>(&Held::new(&x), tallies, groups, &affine, silu)?, x.dims())
     })
 }
 

@@ -6,6 +6,7 @@ use rayon::prelude::{IntoParallelIterator, ParallelIterator};
 use super::element::{Element, Held};
 use super::pool::{make_rows, rows_per_block};
 use super::simd;
+use crate::kernels::tally::{OfGroup, Tally};
 
 /// Mean, scale and shift of every channel of one sample.
 struct Channels {
@@ -22,19 +23,43 @@ pub(super) struct Affine<'a> {
     pub(super) eps: f64,
 }
 
-/// `x` is `[batch, positions, C]`.
+impl Channels {
+    fn new(tally: &Tally, groups: usize, affine: &Affine) -> Self {
+        let channels = affine.weight.len();
+        let of_group = channels / groups;
+        let (mut mean, mut scale, mut shift) = (vec![0.0; channels], vec![0.0; channels], vec![0.0; channels]);
+        for (group, OfGroup { mean: middle, normal }) in tally.groups(groups, affine.eps).into_iter().enumerate() {
+            for c in group * of_group..(group + 1) * of_group {
+                mean[c] = middle as f32;
+                scale[c] = (f64::from(affine.weight[c]) * normal) as f32;
+                // What the mean lost on its way to f32 comes back here.
+                let lost = (middle - f64::from(mean[c])) * f64::from(scale[c]);
+                shift[c] = (f64::from(affine.bias[c]) - lost) as f32;
+            }
+        }
+        Self { mean, scale, shift }
+    }
+}
+
+/// One tally a sample of `x`, which is `[batch, positions, C]`.
+pub(super) fn tallies<T: Element>(x: &Held, batch: usize, channels: usize) -> Result<Vec<Tally>> {
+    let x = x.slice::<T>()?;
+    let positions = x.len() / (batch * channels).max(1);
+    Ok(x.chunks_exact((positions * channels).max(1)).map(|sample| tally(sample, channels)).collect())
+}
+
+/// `x` is `[batch, positions, C]`; it need not be the positions that `tallies` are of.
 pub(super) fn group_norm<T: Element>(
     x: &Held,
-    batch: usize,
+    tallies: &[Tally],
     groups: usize,
     affine: &Affine,
     silu: bool,
 ) -> Result<Vec<T>> {
     let x = x.slice::<T>()?;
-    let channels = affine.weight.len();
+    let (batch, channels) = (tallies.len(), affine.weight.len());
     let positions = x.len() / (batch * channels).max(1);
-    let samples: Vec<Channels> =
-        x.chunks_exact((positions * channels).max(1)).map(|sample| statistics(sample, groups, affine)).collect();
+    let samples: Vec<Channels> = tallies.iter().map(|tally| Channels::new(tally, groups, affine)).collect();
     Ok(make_rows(batch * positions, channels, |first, out| {
         let mut row = first;
         let mut out = out;
@@ -56,8 +81,7 @@ pub(super) fn group_norm<T: Element>(
 }
 
 /// `sample` is `[positions, C]`.
-fn statistics<T: Element>(sample: &[T], groups: usize, affine: &Affine) -> Channels {
-    let channels = affine.weight.len();
+fn tally<T: Element>(sample: &[T], channels: usize) -> Tally {
     // Sums run over the distance to the first position, so that a large mean costs no digits.
     let mut pivot = vec![0.0; channels];
     simd::widen_slice(&sample[..channels], &mut pivot);
@@ -72,39 +96,20 @@ fn statistics<T: Element>(sample: &[T], groups: usize, affine: &Affine) -> Chann
     let blocks = sample.len().div_ceil(size);
     let partials: Vec<(Vec<f64>, Vec<f64>)> =
         if blocks < 2 { vec![partial(0)] } else { (0..blocks).into_par_iter().map(partial).collect() };
-    let (mut sums, mut squares) = (vec![0.0; channels], vec![0.0; channels]);
+    let (mut mean, mut spread) = (vec![0.0; channels], vec![0.0; channels]);
     for (part, part_squares) in &partials {
         for c in 0..channels {
-            sums[c] += part[c];
-            squares[c] += part_squares[c];
+            mean[c] += part[c];
+            spread[c] += part_squares[c];
         }
     }
-
     let count = (sample.len() / channels) as f64;
-    let of_group = channels / groups;
-    let (mut mean, mut scale, mut shift) = (vec![0.0; channels], vec![0.0; channels], vec![0.0; channels]);
-    for group in 0..groups {
-        let range = group * of_group..(group + 1) * of_group;
-        let middle = range.clone().map(|c| f64::from(pivot[c]) + sums[c] / count).sum::<f64>() / of_group as f64;
-        // Each channel's own spread, and its distance to the mean of the group (Chan et al.).
-        let spread: f64 = range
-            .clone()
-            .map(|c| {
-                let own = sums[c] / count;
-                let away = f64::from(pivot[c]) + own - middle;
-                squares[c] / count - own * own + away * away
-            })
-            .sum();
-        let normal = 1.0 / (spread.max(0.0) / of_group as f64 + affine.eps).sqrt();
-        for c in range {
-            mean[c] = middle as f32;
-            scale[c] = (f64::from(affine.weight[c]) * normal) as f32;
-            // What the mean lost on its way to f32 comes back here.
-            let lost = (middle - f64::from(mean[c])) * f64::from(scale[c]);
-            shift[c] = (f64::from(affine.bias[c]) - lost) as f32;
-        }
+    for (c, (mean, spread)) in mean.iter_mut().zip(&mut spread).enumerate() {
+        let own = *mean / count;
+        *spread -= own * own * count;
+        *mean = f64::from(pivot[c]) + own;
     }
-    Channels { mean, scale, shift }
+    Tally { count, mean, spread }
 }
 
 /// `x` is `[.., C]`.

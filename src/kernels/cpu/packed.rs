@@ -1,7 +1,7 @@
 //! Weights as the micro-kernels read them: panels of 32 outputs, the depth down a panel, laid once when a layer is made.
 //! One layout serves every instruction set: what differs is only how numbers of one dtype stand beside each other.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::NonNull;
 
@@ -46,6 +46,15 @@ impl Aligned {
         let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout is not of size 0.
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        Self { start, bytes }
+    }
+
+    /// Memory that must be written before it is read.
+    #[expect(unsafe_code, reason = "an alignment that `Vec` cannot ask for")]
+    pub(super) fn unwritten(bytes: usize) -> Self {
+        let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else { handle_alloc_error(Layout::new::<u8>()) };
+        // SAFETY: the layout is not of size 0.
+        let Some(start) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
         Self { start, bytes }
     }
 

@@ -12,6 +12,7 @@ pub mod attention;
 pub mod clip;
 pub mod embeddings;
 pub mod resnet;
+mod strips;
 pub mod unet;
 pub mod unet_blocks;
 pub mod unet_config;

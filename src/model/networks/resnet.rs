@@ -2,9 +2,13 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `O` output channels, `T` width of the time embedding.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::strips::{Source, Strips, cut};
+use crate::error::Result as StagedResult;
 use crate::kernels::{Conv2d, ConvShape, Epilogue, GroupNorm, Linear, Padding, upsample_nearest};
 
 /// A convolution that keeps height and width. `kernel` is odd.
@@ -78,6 +82,33 @@ impl ResnetBlock {
         drop(hidden);
         self.conv2.forward_with(&normal, Epilogue { residual: Some(&residual), ..Epilogue::default() })
     }
+
+    /// [`Self::forward`] without a time embedding, of a map of which `source` gives rows.
+    ///
+    /// # Errors
+    /// That of the strips' check; shapes that do not fit, or the device's own.
+    pub(super) fn forward_in_strips(&self, source: Source, strips: Strips) -> StagedResult<Tensor> {
+        let first = strips.statistics(&self.norm1, source)?;
+        let hidden = |x: &Tensor, has: &Range<usize>, wanted: &Range<usize>| {
+            cut(&self.conv1.forward(&self.norm1.forward_silu_by(x, &first)?)?, has, wanted)
+        };
+        let second = strips.statistics(&self.norm2, &|rows| {
+            let around = strips.around(rows, 1);
+            hidden(&source(&around)?, &around, rows)
+        })?;
+        strips.gather(&|rows| {
+            let (wide, around) = (strips.around(rows, 2), strips.around(rows, 1));
+            let x = source(&wide)?;
+            let normal = self.norm2.forward_silu_by(&hidden(&x, &wide, &around)?, &second)?;
+            let x = cut(&x, &wide, &around)?;
+            let residual = match &self.conv_shortcut {
+                Some(shortcut) => shortcut.forward(&x)?,
+                None => x,
+            };
+            let y = self.conv2.forward_with(&normal, Epilogue { residual: Some(&residual), ..Epilogue::default() })?;
+            cut(&y, &around, rows)
+        })
+    }
 }
 
 /// Halves height and width by a strided convolution.
@@ -122,5 +153,16 @@ impl Upsample {
         let enlarged = upsample_nearest(&x, height, width)?;
         drop(x);
         self.conv.forward(&enlarged)
+    }
+    /// Rows `rows` of what [`Self::forward`] gives for twice the height and width; `strips` are its.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub(super) fn rows(&self, x: &Tensor, rows: &Range<usize>, strips: Strips) -> Result<Tensor> {
+        let (_, height, width, _) = x.dims4()?;
+        let around = strips.around(rows, 1);
+        let low = around.start / 2..around.end.div_ceil(2);
+        let y = self.forward(cut(x, &(0..height), &low)?, 2 * low.len(), 2 * width)?;
+        cut(&y, &(2 * low.start..2 * low.end), rows)
     }
 }

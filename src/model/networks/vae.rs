@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::attention::load_projection;
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
+use super::strips::{Strips, cut};
 use super::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, Epilogue, GroupNorm, Linear, Mask, Padding, attention};
@@ -17,6 +18,17 @@ const STAGE_DECODE: &str = "vae decode";
 const EPS: f64 = 1e-6;
 /// Bounds of the logarithm of the variance.
 const LOGVAR: (f64, f64) = (-30.0, 20.0);
+
+/// Rows that are decoded at a time, at each resolution.
+const STRIP: usize = 64;
+
+/// How much of a feature map the decoder holds at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    Whole,
+    /// A few rows: less than half the memory at 1024², and less the larger the picture, for up to twice the work.
+    Strips,
+}
 
 /// `config.json` of an `AutoencoderKL`; what is left out has diffusers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -119,6 +131,19 @@ impl VaeConfig {
     #[must_use]
     pub fn reduction(&self) -> usize {
         1 << self.block_out_channels.len().saturating_sub(1).min(MAX_BLOCKS)
+    }
+
+    /// Bytes of feature maps of the decoder at its largest moment, roughly, for `pixels` in numbers of `element` bytes.
+    #[must_use]
+    pub fn decode_bytes(&self, pixels: usize, element: usize, extent: Extent) -> usize {
+        let (first, _) = self.ends();
+        // A map at full size has `first` channels or, before the last level's first block, those of the level below.
+        let below = self.block_out_channels.get(1).copied().unwrap_or(first);
+        let channels = match extent {
+            Extent::Whole => 2 * below + first,
+            Extent::Strips => 2 * first + below / 2,
+        };
+        pixels * channels * element
     }
 
     /// From the encoder's scale to the UNet's: `(z - mean) · scaling_factor / std`. `z` is `[B, H, W, Z]`.
@@ -393,13 +418,13 @@ impl VaeDecoder {
     }
 
     /// `z` is `[B, H, W, Z]` on the encoder's scale ([`VaeConfig::from_model`]), in the dtype of the activations; gives
-    /// `[B, 8H, 8W, 3]`, about -1..=1, in the same dtype. `check` is called between blocks.
+    /// `[B, 8H, 8W, 3]`, about -1..=1, in the same dtype. `check` is called between blocks, and between strips.
     ///
-    /// Three feature maps at the most are alive at a time: at 1024² in SDXL's network 1 GiB each in f32.
+    /// [`VaeConfig::decode_bytes`] says how much memory either extent takes.
     ///
     /// # Errors
     /// That of `check`; those of the device.
-    pub fn decode(&self, z: &Tensor, check: Check) -> Result<Tensor> {
+    pub fn decode(&self, z: &Tensor, extent: Extent, check: Check) -> Result<Tensor> {
         match *z.dims() {
             [.., channels] if z.rank() == 4 && z.elem_count() > 0 && channels == self.latent_channels => {}
             ref other => return Err(Error::bug(format!("latents of shape {other:?} to decode"))),
@@ -410,7 +435,15 @@ impl VaeDecoder {
                 None => self.conv_in.forward(z),
             }
         };
-        let mut x = self.mid_block.forward(enter().stage(STAGE_DECODE)?, STAGE_DECODE, check)?;
+        let x = self.mid_block.forward(enter().stage(STAGE_DECODE)?, STAGE_DECODE, check)?;
+        match extent {
+            Extent::Whole => self.enlarge(x, check),
+            Extent::Strips => self.enlarge_in_strips(x, check),
+        }
+    }
+
+    /// From what the middle block gives to pixels.
+    fn enlarge(&self, mut x: Tensor, check: Check) -> Result<Tensor> {
         for (resnets, upsampler) in &self.blocks {
             for resnet in resnets {
                 check()?;
@@ -426,5 +459,33 @@ impl VaeDecoder {
         let normal = self.conv_norm_out.forward_silu(&x).stage(STAGE_DECODE)?;
         drop(x);
         self.conv_out.forward(&normal).stage(STAGE_DECODE)
+    }
+
+    /// As [`Self::enlarge`]; the result differs by rounding alone.
+    fn enlarge_in_strips(&self, mut x: Tensor, check: Check) -> Result<Tensor> {
+        let strips = |height: usize| Strips { height, rows: STRIP, stage: STAGE_DECODE, check };
+        // An enlarged map is made by strips where it is used.
+        let mut pending: Option<&Upsample> = None;
+        for (resnets, upsampler) in &self.blocks {
+            for resnet in resnets {
+                let height = x.dim(1).stage(STAGE_DECODE)?;
+                x = match pending.take() {
+                    Some(upsampler) => {
+                        let strips = strips(2 * height);
+                        resnet.forward_in_strips(&|rows| upsampler.rows(&x, rows, strips), strips)?
+                    }
+                    None => resnet.forward_in_strips(&|rows| cut(&x, &(0..height), rows), strips(height))?,
+                };
+            }
+            pending = upsampler.as_ref();
+        }
+        let height = x.dim(1).stage(STAGE_DECODE)?;
+        let (strips, all) = (strips(height), 0..height);
+        let statistics = strips.statistics(&self.conv_norm_out, &|rows| cut(&x, &all, rows))?;
+        strips.gather(&|rows| {
+            let around = strips.around(rows, 1);
+            let normal = self.conv_norm_out.forward_silu_by(&cut(&x, &all, &around)?, &statistics)?;
+            cut(&self.conv_out.forward(&normal)?, &around, rows)
+        })
     }
 }

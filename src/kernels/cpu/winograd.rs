@@ -1,0 +1,345 @@
+//! Convolutions of 3×3 by minimal filtering, F(2×2, 3×3) (Winograd 1980; Lavin & Gray 2016): a tile of 2×2 results takes
+//! 16 products a channel in place of 36, for a few additions before and after. Only where products are made in f32: the
+//! sums of pixels and of weights would cost bf16 digits.
+//!
+//! Legend: a *tile* is 2×2 positions of the result; a *point* is one of the 16 products of a tile.
+
+use std::ops::Range;
+
+use candle_core::Result;
+
+use super::element::{Element, Held};
+use super::finish::{Finish, Spot, Target, finish_tile};
+use super::micro::{self, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::packed::{Aligned, LINE, Packed};
+use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
+use super::product::After;
+use super::simd::levels;
+use crate::kernels::{ConvShape, Padding};
+
+/// Products of a tile for one channel.
+const POINTS: usize = 16;
+/// Channels that are summed at a time: as many as [`super::product`] takes in a chain.
+const CHAIN: usize = 128;
+/// Channels of which filters are transformed at a time; the channels are a multiple of it.
+const GRAIN: usize = 32;
+/// Panels of a task, at most.
+const PANELS: usize = 16;
+/// What a task keeps in the second cache, in bytes.
+const CACHE: usize = 5 << 18;
+/// Positions of a sample below which the filters' transformation is not worth it.
+const LEAST: usize = 1024;
+
+/// Whether [`convolve`] takes such a convolution, and gains by it.
+pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
+    let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
+    let products = !weight.is_int8() && Micro::new(!T::IS_F32 && weight.is_bf16()).operands == Operands::F32;
+    let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && weight.outputs() >= 2 * PANEL;
+    same && products && wide && height * width >= LEAST
+}
+
+struct Convolution<'a, T> {
+    /// `[B, H, W, C]`
+    numbers: &'a [T],
+    height: usize,
+    width: usize,
+    channels: usize,
+    /// Tiles of a column and of a row.
+    tiles: (usize, usize),
+    /// `[panels, 16, C, 32]`
+    filters: Aligned,
+    outputs: usize,
+    micro: Micro,
+    finish: Finish<'a, T>,
+}
+
+/// `numbers` is `[batch, height, width, C]`; gives as many positions of the weights' outputs. `serves` said so.
+pub(super) fn convolve<T: Element>(
+    numbers: &[T],
+    (batch, height, width): (usize, usize, usize),
+    weight: &Packed,
+    after: &After,
+) -> Result<Vec<T>> {
+    let (outputs, channels) = (weight.outputs(), weight.depth() / 9);
+    let finish = Finish {
+        bias: after.bias.as_ref().map(Held::slice).transpose()?,
+        per_sample: after.per_sample.as_ref().map(Held::slice).transpose()?,
+        activation: after.activation,
+        residual: after.residual.as_ref().map(Held::slice).transpose()?,
+        sample: after.sample.max(1),
+        outputs,
+    };
+    let tiles = (height.div_ceil(2), width.div_ceil(2));
+    let all = batch * tiles.0 * tiles.1;
+    let micro = Micro::new(false);
+    let filters = transform(weight, channels);
+    let convolution = Convolution { numbers, height, width, channels, tiles, filters, outputs, micro, finish };
+
+    let panels = outputs.div_ceil(PANEL);
+    let across = panels.div_ceil(PANELS);
+    let panel_block = panels.div_ceil(across);
+    // A tile's share of the second cache: its pixels' sums, and its points' sums of every panel.
+    let bytes = POINTS * (CHAIN.min(channels) * 4 + panel_block * PANEL * 4);
+    let at_once = micro.rows;
+    let most = (CACHE / bytes / at_once).max(1) * at_once;
+    let down = all.div_ceil(most).next_multiple_of(threads());
+    let tile_block = all.div_ceil(down).next_multiple_of(at_once).min(most);
+    let down = all.div_ceil(tile_block);
+
+    let mut out = T::zeros(batch * height * width * outputs);
+    let shared = Shared::new(&mut out);
+    for_each(down * across, all * channels * outputs, |task| {
+        let (tile, panel) = ((task % down) * tile_block, (task / down) * panel_block);
+        let tiles = tile..(tile + tile_block).min(all);
+        let panels = panel..(panel + panel_block).min(panels);
+        with_scratch(|scratch| convolution.task(tiles, panels, &shared, scratch));
+    });
+    Ok(out)
+}
+
+/// The filters at all points.
+#[expect(unsafe_code, reason = "panels are written by several threads")]
+fn transform(weight: &Packed, channels: usize) -> Aligned {
+    const SOME: usize = GRAIN * PANEL;
+    let panels = weight.outputs().div_ceil(PANEL);
+    let size = POINTS * channels * PANEL;
+    let memory = Aligned::unwritten(panels * size * 4);
+    for_each(panels, panels * size, |panel| {
+        with_scratch(|Scratch { panel: wide, values, .. }| {
+            let taps = values.at_least(9 * SOME * 4).cast::<f32>();
+            // SAFETY: as long as it was just made.
+            let taps = unsafe { std::slice::from_raw_parts_mut(taps, 9 * SOME) };
+            for channel in (0..channels).step_by(GRAIN) {
+                for (tap, line) in taps.chunks_exact_mut(SOME).enumerate() {
+                    let start = tap * channels + channel;
+                    let from = weight.panel(Operands::F32, panel, start..start + GRAIN, wide).cast::<f32>();
+                    // SAFETY: a panel has 32 numbers at each of these depths.
+                    line.copy_from_slice(unsafe { std::slice::from_raw_parts(from, SOME) });
+                }
+                let start = memory.at((panel * size + channel * PANEL) * 4);
+                transform_filters(taps, Points { start, between: channels * PANEL * 4 });
+            }
+        });
+    });
+    memory
+}
+
+/// Of one column of three weights, all four points.
+#[inline(always)]
+fn filter(a: f32, b: f32, c: f32) -> [f32; 4] {
+    let (ends, middle) = (0.5 * (a + c), 0.5 * b);
+    [a, ends + middle, ends - middle, c]
+}
+
+/// Of one column of four pixels, all four points.
+#[inline(always)]
+fn spread([a, b, c, d]: [f32; 4]) -> [f32; 4] {
+    [a - c, b + c, c - b, b - d]
+}
+
+/// Of one column of four points, both results.
+#[inline(always)]
+fn collect([a, b, c, d]: [f32; 4]) -> [f32; 2] {
+    [a + b + c, b - c - d]
+}
+
+const LANES: usize = 16;
+
+levels! {
+    /// `taps` is `[9, n]`, `n` a multiple of 16.
+    fn transform_filters(taps: &[f32], to: Points) {
+        let count = taps.len() / 9;
+        for at in (0..count).step_by(LANES) {
+            let mut points = [[0.0; LANES]; POINTS];
+            for lane in 0..LANES {
+                let tap = |row: usize, column: usize| taps[(row * 3 + column) * count + at + lane];
+                let columns: [[f32; 4]; 3] =
+                    std::array::from_fn(|column| filter(tap(0, column), tap(1, column), tap(2, column)));
+                for row in 0..4 {
+                    let line = filter(columns[0][row], columns[1][row], columns[2][row]);
+                    for column in 0..4 {
+                        points[row * 4 + column][lane] = line[column];
+                    }
+                }
+            }
+            for (point, numbers) in points.iter().enumerate() {
+                to.put(point, at, numbers);
+            }
+        }
+    }
+
+    /// The points of the 16 pixels of a tile, for as many channels as each of `pixels` has, a multiple of 16.
+    fn transform_pixels<T>(pixels: [&[T]; POINTS], to: Points) {
+        for at in (0..pixels[0].len()).step_by(LANES) {
+            let mut numbers = [[0.0; LANES]; POINTS];
+            for (numbers, pixel) in numbers.iter_mut().zip(pixels) {
+                if let Some(pixel) = pixel[at..].first_chunk::<LANES>() {
+                    for (number, pixel) in numbers.iter_mut().zip(pixel) {
+                        *number = pixel.widen();
+                    }
+                }
+            }
+            let mut points = [[0.0; LANES]; POINTS];
+            for lane in 0..LANES {
+                let columns: [[f32; 4]; 4] =
+                    std::array::from_fn(|column| spread(std::array::from_fn(|row| numbers[row * 4 + column][lane])));
+                for row in 0..4 {
+                    let line = spread(std::array::from_fn(|column| columns[column][row]));
+                    for column in 0..4 {
+                        points[row * 4 + column][lane] = line[column];
+                    }
+                }
+            }
+            for (point, numbers) in points.iter().enumerate() {
+                to.put(point, at, numbers);
+            }
+        }
+    }
+
+    /// The four results of tiles: `sums` is `[16, stride, 32]`, of which tiles `first..` are taken, as many as `upper` has
+    /// pairs; `upper` and `lower` are `[2 · tiles, 32]`.
+    fn transform_sums(sums: &[f32], stride: usize, first: usize, upper: &mut [f32], lower: &mut [f32]) {
+        let pairs = upper.chunks_exact_mut(2 * PANEL).zip(lower.chunks_exact_mut(2 * PANEL));
+        for (tile, (upper, lower)) in (first..).zip(pairs) {
+            for at in (0..PANEL).step_by(LANES) {
+                let mut points = [[0.0; LANES]; POINTS];
+                for (point, numbers) in points.iter_mut().enumerate() {
+                    numbers.copy_from_slice(&sums[(point * stride + tile) * PANEL + at..][..LANES]);
+                }
+                let mut results = [[0.0; LANES]; 4];
+                for lane in 0..LANES {
+                    let columns: [[f32; 2]; 4] = std::array::from_fn(|column| {
+                        collect(std::array::from_fn(|row| points[row * 4 + column][lane]))
+                    });
+                    for row in 0..2 {
+                        let [left, right] = collect(std::array::from_fn(|column| columns[column][row]));
+                        (results[row * 2][lane], results[row * 2 + 1][lane]) = (left, right);
+                    }
+                }
+                upper[at..][..LANES].copy_from_slice(&results[0]);
+                upper[PANEL + at..][..LANES].copy_from_slice(&results[1]);
+                lower[at..][..LANES].copy_from_slice(&results[2]);
+                lower[PANEL + at..][..LANES].copy_from_slice(&results[3]);
+            }
+        }
+    }
+}
+
+/// Where 16 points go, `between` bytes apart. No other task uses the memory meanwhile.
+#[derive(Clone, Copy)]
+pub(super) struct Points {
+    start: *mut u8,
+    between: usize,
+}
+
+impl Points {
+    #[expect(unsafe_code, reason = "a block of bytes seen as rows of numbers")]
+    #[inline(always)]
+    fn put(self, point: usize, at: usize, numbers: &[f32; LANES]) {
+        let to = self.start.wrapping_add(point * self.between + at * 4).cast::<[f32; LANES]>();
+        // SAFETY: whoever made `self` has memory for 16 points of as many numbers as are transformed.
+        unsafe { to.write_unaligned(*numbers) }
+    }
+}
+
+impl<T: Element> Convolution<'_, T> {
+    /// Writes the points of `tiles`, one a row, of the channels `channels`.
+    fn fill(&self, tiles: Range<usize>, channels: Range<usize>, block: *mut u8, between: usize) {
+        let outside = [T::zero(); CHAIN];
+        let outside = &outside[..channels.len()];
+        for (line, tile) in tiles.enumerate() {
+            let (x, y) = (tile % self.tiles.1, tile / self.tiles.1 % self.tiles.0);
+            let sample = tile / (self.tiles.0 * self.tiles.1);
+            let pixels = std::array::from_fn(|i| {
+                let row = (2 * y + i / 4).checked_sub(1).filter(|row| *row < self.height);
+                let column = (2 * x + i % 4).checked_sub(1).filter(|column| *column < self.width);
+                row.zip(column).map_or(outside, |(row, column)| {
+                    let start = ((sample * self.height + row) * self.width + column) * self.channels;
+                    &self.numbers[start + channels.start..start + channels.end]
+                })
+            });
+            transform_pixels(pixels, Points { start: block.wrapping_add(line * A_STRIDE), between });
+        }
+    }
+
+    #[expect(unsafe_code, reason = "micro-kernels take pointers")]
+    fn task(&self, tiles: Range<usize>, panels: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
+        let Scratch { rows: block, values, sums, .. } = scratch;
+        let at_once = self.micro.rows;
+        let padded = tiles.len().next_multiple_of(at_once);
+        let between = padded * A_STRIDE;
+        let block = block.at_least(POINTS * between);
+        let tile_sums = padded * PANEL; // of one point of one panel
+        let sums = sums.at_least(panels.len() * POINTS * tile_sums * 4).cast::<f32>();
+        self.micro.within(|| {
+            for start in (0..self.channels).step_by(CHAIN) {
+                let channels = start..(start + CHAIN).min(self.channels);
+                let depth = channels.len();
+                self.fill(tiles.clone(), channels, block, between);
+                for (i, panel) in panels.clone().enumerate() {
+                    for point in 0..POINTS {
+                        let filters = |point: usize| {
+                            let number = ((panel * POINTS + point) * self.channels + start) * PANEL;
+                            self.filters.at(number * 4).cast_const()
+                        };
+                        let b = filters(point);
+                        let part = (depth * PANEL * 4 / (padded / at_once)).next_multiple_of(LINE);
+                        for first in (0..tiles.len()).step_by(at_once) {
+                            if point + 1 < POINTS {
+                                micro::prefetch(filters(point + 1).wrapping_add(first / at_once * part), part);
+                            }
+                            let a = block.wrapping_add(point * between + first * A_STRIDE);
+                            let c = sums.wrapping_add((i * POINTS + point) * tile_sums + first * PANEL);
+                            let rows = at_once.min(tiles.len() - first);
+                            // SAFETY: the block has `padded` rows a point and the sums as many of 32, both multiples of
+                            // what is taken at once; the grain of f32 operands is 1.
+                            unsafe { self.micro.run(&Call { a, b, depth, c, rows, add: start > 0 }) }
+                        }
+                    }
+                }
+            }
+        });
+        // SAFETY: these sums have been written.
+        let sums = unsafe { std::slice::from_raw_parts(sums, panels.len() * POINTS * tile_sums) };
+        // SAFETY: the positions and columns of this task are its own.
+        let target = unsafe { Target::new(out.at(0)) };
+        let results = values.at_least(2 * 2 * tiles.len() * PANEL * 4).cast::<f32>();
+        // SAFETY: as long as it was just made; nothing else uses it.
+        let results = unsafe { std::slice::from_raw_parts_mut(results, 4 * tiles.len() * PANEL) };
+        for (i, panel) in panels.enumerate() {
+            let sums = &sums[i * POINTS * tile_sums..][..POINTS * tile_sums];
+            self.write(sums, padded, &tiles, panel * PANEL, results, target);
+        }
+    }
+
+    /// Results of one panel: `sums` is `[16, padded, 32]`.
+    fn write(
+        &self,
+        sums: &[f32],
+        padded: usize,
+        tiles: &Range<usize>,
+        column: usize,
+        results: &mut [f32],
+        target: Target<T>,
+    ) {
+        let columns = PANEL.min(self.outputs - column);
+        let mut tile = tiles.start;
+        while tile < tiles.end {
+            let x = tile % self.tiles.1;
+            let line = tile / self.tiles.1; // of tiles, over all samples
+            let count = (self.tiles.1 - x).min(tiles.end - tile);
+            let (upper, rest) = results.split_at_mut(2 * count * PANEL);
+            let lower = &mut rest[..2 * count * PANEL];
+            transform_sums(sums, padded, tile - tiles.start, upper, lower);
+            let (sample, y) = (line / self.tiles.0, 2 * (line % self.tiles.0));
+            let rows = (2 * count).min(self.width - 2 * x);
+            for (y, results) in [(y, &*upper), (y + 1, &*lower)] {
+                if y < self.height {
+                    let row = (sample * self.height + y) * self.width + 2 * x;
+                    finish_tile(&self.finish, results, Spot { row, rows, column, columns }, target);
+                }
+            }
+            tile += count;
+        }
+    }
+}
