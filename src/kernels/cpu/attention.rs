@@ -49,10 +49,11 @@ struct Attention<'a, T> {
 /// Gives `[B, Lq, heads · D]`.
 pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
     let Size { batch, queries, keys, heads, depth } = size;
-    let mut out = T::zeros(batch * queries * heads * depth);
-    if keys == 0 || out.is_empty() {
-        return out;
+    let count = batch * queries * heads * depth;
+    if keys == 0 || count == 0 {
+        return vec![T::zero(); count];
     }
+    let mut out = T::unwritten(count);
     let micro = Micro::new(!T::IS_F32);
     let pairs = batch * heads;
     let wanted = (4 * threads()).div_ceil(pairs).min(queries.div_ceil(4 * micro.rows));

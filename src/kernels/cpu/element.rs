@@ -3,7 +3,6 @@
 use std::ops::Deref;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 /// A dtype that widens to f32 exactly and is rounded to from f32.
@@ -16,8 +15,27 @@ pub(super) trait Element: WithDType + Send + Sync {
     /// To nearest, ties to even; NaN stays NaN.
     fn round(value: f32) -> Self;
 
-    /// Memory that the system hands over zeroed, so that no pass is spent on filling it.
-    fn zeros(count: usize) -> Vec<Self>;
+    /// Numbers of no particular value, for whoever writes all of them: no pass over the memory is spent on filling it.
+    #[cfg_attr(
+        any(target_arch = "x86_64", target_arch = "aarch64"),
+        expect(unsafe_code, reason = "a vector of what its memory holds")
+    )]
+    fn unwritten(count: usize) -> Vec<Self> {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        {
+            let mut numbers: Vec<Self> = Vec::with_capacity(count);
+            // SAFETY: there is memory for `count` numbers. An assembly block may write whatever its operands reach, so that
+            // to the compiler the memory has been written; the processor has bytes there in any case, and any bytes are
+            // a number of each of these types.
+            unsafe {
+                std::arch::asm!("/* {0} */", in(reg) numbers.as_mut_ptr(), options(nostack, preserves_flags));
+                numbers.set_len(count);
+            }
+            numbers
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        vec![Self::zero(); count]
+    }
 }
 
 impl Element for f32 {
@@ -31,10 +49,6 @@ impl Element for f32 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         value
-    }
-
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0.0; count]
     }
 }
 
@@ -53,10 +67,6 @@ impl Element for bf16 {
         let quiet = (bits >> 16) | 0x40;
         Self::from_bits((if value.is_nan() { quiet } else { nearest }) as u16)
     }
-
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0_u16; count].reinterpret_into()
-    }
 }
 
 /// What quantised activations are held as.
@@ -71,10 +81,6 @@ impl Element for u8 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         value.round_ties_even() as Self
-    }
-
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0; count]
     }
 }
 
@@ -97,10 +103,6 @@ impl Element for f16 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
-    }
-
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0_u16; count].reinterpret_into()
     }
 }
 

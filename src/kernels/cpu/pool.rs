@@ -69,13 +69,14 @@ pub(super) fn rows_per_block(length: usize) -> usize {
     (BLOCK / length.max(1)).max(1)
 }
 
-/// Makes `rows` rows of `length` numbers: `fill` gets the number of its first row and a run of whole rows.
+/// Makes `rows` rows of `length` numbers: `fill` gets the number of its first row and a run of whole rows, and writes all of
+/// them.
 pub(super) fn make_rows<T: Element>(
     rows: usize,
     length: usize,
     fill: impl Fn(usize, &mut [T]) + Sync + Send,
 ) -> Vec<T> {
-    let mut out = T::zeros(rows * length);
+    let mut out = T::unwritten(rows * length);
     let block = rows_per_block(length);
     let size = (block * length).max(1);
     if out.len() < WORTH_SHARING / 4 {

@@ -146,7 +146,7 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
     let most = if after.gated { PANELS / 2 } else { PANELS };
     let (row_block, panel_block) = blocks((rows, depth, panels), most, micro.rows);
     let (down, across) = (rows.div_ceil(row_block), panels.div_ceil(panel_block));
-    let mut out = T::zeros(rows * outputs);
+    let mut out = T::unwritten(rows * outputs);
     let shared = Shared::new(&mut out);
     for_each(down * across, rows * depth * outputs, |task| {
         let (row, panel) = ((task % down) * row_block, (task / down) * panel_block);

@@ -1,6 +1,7 @@
 //! Convolutions of 3×3 by minimal filtering, F(2×2, 3×3) (Winograd 1980; Lavin & Gray 2016): a tile of 2×2 results takes
-//! 16 products a channel in place of 36, for a few additions before and after. Only where products are made in f32: the
-//! sums of pixels and of weights would cost bf16 digits.
+//! 16 products a channel in place of 36, for a few additions before and after. Those additions are made in f32; where
+//! products are of bf16, what they give is rounded to bf16 once more, which costs no more than the rounding of the result.
+//! AMX multiplies so fast that the additions would take longer than the products they save.
 //!
 //! Legend: a *tile* is 2×2 positions of the result; a *point* is one of the 16 products of a tile.
 
@@ -10,32 +11,47 @@ use candle_core::Result;
 
 use super::element::{Element, Held};
 use super::finish::{Finish, Spot, Target, finish_tile};
-use super::micro::{self, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
 use super::packed::{Aligned, LINE, Packed};
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::product::After;
-use super::simd::levels;
+use super::simd::{self, levels};
 use crate::kernels::{ConvShape, Padding};
 
 /// Products of a tile for one channel.
 const POINTS: usize = 16;
-/// Channels that are summed at a time: as many as [`super::product`] takes in a chain.
-const CHAIN: usize = 128;
 /// Channels of which filters are transformed at a time; the channels are a multiple of it.
 const GRAIN: usize = 32;
-/// Panels of a task, at most.
-const PANELS: usize = 16;
-/// What a task keeps in the second cache, in bytes.
-const CACHE: usize = 5 << 18;
-/// Positions of a sample below which the filters' transformation is not worth it.
-const LEAST: usize = 1024;
+
+/// Sizes that were found fastest.
+#[derive(Clone, Copy)]
+struct Tuning {
+    /// Channels that are summed at a time, at most. In f32 as many as [`super::product`] takes in a chain.
+    chain: usize,
+    /// Panels of a task, at most.
+    panels: usize,
+    /// What a task keeps in the second cache, in bytes.
+    cache: usize,
+    /// Positions of a sample below which the filters' transformation is not worth it.
+    least: usize,
+}
+
+impl Tuning {
+    fn of(operands: Operands) -> Self {
+        match operands {
+            Operands::Bf16 => Self { chain: 256, panels: 5, cache: 1 << 20, least: 256 },
+            _ => Self { chain: 128, panels: 4, cache: 5 << 18, least: 256 },
+        }
+    }
+}
 
 /// Whether [`convolve`] takes such a convolution, and gains by it.
 pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
     let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
-    let products = !weight.is_int8() && Micro::new(!T::IS_F32 && weight.is_bf16()).operands == Operands::F32;
     let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && weight.outputs() >= 2 * PANEL;
-    same && products && wide && height * width >= LEAST
+    let products = !weight.is_int8() && simd::level() != simd::Level::Amx;
+    let operands = Micro::new(!T::IS_F32 && weight.is_bf16()).operands;
+    same && products && wide && height * width >= Tuning::of(operands).least
 }
 
 struct Convolution<'a, T> {
@@ -46,10 +62,12 @@ struct Convolution<'a, T> {
     channels: usize,
     /// Tiles of a column and of a row.
     tiles: (usize, usize),
-    /// `[panels, 16, C, 32]`
+    /// `[panels, C / chain, 16, chain, 32]`, the last of the chains shorter where `C` is no multiple; bf16 in pairs of
+    /// channels, as in a panel of weights.
     filters: Aligned,
     outputs: usize,
     micro: Micro,
+    chain: usize,
     finish: Finish<'a, T>,
 }
 
@@ -71,22 +89,25 @@ pub(super) fn convolve<T: Element>(
     };
     let tiles = (height.div_ceil(2), width.div_ceil(2));
     let all = batch * tiles.0 * tiles.1;
-    let micro = Micro::new(false);
-    let filters = transform(weight, channels);
-    let convolution = Convolution { numbers, height, width, channels, tiles, filters, outputs, micro, finish };
+    let micro = Micro::new(!T::IS_F32 && weight.is_bf16());
+    let tuning = Tuning::of(micro.operands);
+    let chain = channels.div_ceil(channels.div_ceil(tuning.chain)).next_multiple_of(GRAIN);
+    let filters = transform(weight, (channels, chain), micro.operands);
+    let convolution = Convolution { numbers, height, width, channels, tiles, filters, outputs, micro, chain, finish };
 
     let panels = outputs.div_ceil(PANEL);
-    let across = panels.div_ceil(PANELS);
+    let across = panels.div_ceil(tuning.panels);
     let panel_block = panels.div_ceil(across);
-    // A tile's share of the second cache: its pixels' sums, and its points' sums of every panel.
-    let bytes = POINTS * (CHAIN.min(channels) * 4 + panel_block * PANEL * 4);
+    // A tile's share of the second cache: its pixels' sums, and its points' sums of every panel that waits for more.
+    let kept = if chain < channels { panel_block } else { 1 };
+    let bytes = POINTS * (chain * micro.operands.size() + kept * PANEL * 4);
     let at_once = micro.rows;
-    let most = (CACHE / bytes / at_once).max(1) * at_once;
+    let most = (tuning.cache / bytes / at_once).max(1) * at_once;
     let down = all.div_ceil(most).next_multiple_of(threads());
     let tile_block = all.div_ceil(down).next_multiple_of(at_once).min(most);
     let down = all.div_ceil(tile_block);
 
-    let mut out = T::zeros(batch * height * width * outputs);
+    let mut out = T::unwritten(batch * height * width * outputs);
     let shared = Shared::new(&mut out);
     for_each(down * across, all * channels * outputs, |task| {
         let (tile, panel) = ((task % down) * tile_block, (task / down) * panel_block);
@@ -99,25 +120,36 @@ pub(super) fn convolve<T: Element>(
 
 /// The filters at all points.
 #[expect(unsafe_code, reason = "panels are written by several threads")]
-fn transform(weight: &Packed, channels: usize) -> Aligned {
+fn transform(weight: &Packed, (channels, chain): (usize, usize), operands: Operands) -> Aligned {
     const SOME: usize = GRAIN * PANEL;
     let panels = weight.outputs().div_ceil(PANEL);
-    let size = POINTS * channels * PANEL;
-    let memory = Aligned::unwritten(panels * size * 4);
-    for_each(panels, panels * size, |panel| {
+    let size = operands.size();
+    let memory = Aligned::unwritten(panels * POINTS * channels * PANEL * size);
+    for_each(panels, POINTS * panels * channels * PANEL, |panel| {
         with_scratch(|Scratch { panel: wide, values, .. }| {
-            let taps = values.at_least(9 * SOME * 4).cast::<f32>();
-            // SAFETY: as long as it was just made.
-            let taps = unsafe { std::slice::from_raw_parts_mut(taps, 9 * SOME) };
             for channel in (0..channels).step_by(GRAIN) {
+                let first = channel / chain * chain;
+                let depth = chain.min(channels - first);
+                let number = (panel * channels + first) * POINTS + channel - first;
+                let to = Points { start: memory.at(number * PANEL * size), between: depth * PANEL * size };
+                #[cfg(target_arch = "x86_64")]
+                if operands == Operands::Bf16 {
+                    let taps = std::array::from_fn(|tap| weight.start(panel, tap * channels + channel));
+                    // SAFETY: a panel has `GRAIN` channels at each of these depths, and `memory` as many at each point;
+                    // bf16 operands are chosen with AVX-512 BF16 alone.
+                    unsafe { avx512::filters(taps, to) };
+                    continue;
+                }
+                let taps = values.at_least(9 * SOME * 4).cast::<f32>();
+                // SAFETY: as long as it was just made.
+                let taps = unsafe { std::slice::from_raw_parts_mut(taps, 9 * SOME) };
                 for (tap, line) in taps.chunks_exact_mut(SOME).enumerate() {
                     let start = tap * channels + channel;
                     let from = weight.panel(Operands::F32, panel, start..start + GRAIN, wide).cast::<f32>();
                     // SAFETY: a panel has 32 numbers at each of these depths.
                     line.copy_from_slice(unsafe { std::slice::from_raw_parts(from, SOME) });
                 }
-                let start = memory.at((panel * size + channel * PANEL) * 4);
-                transform_filters(taps, Points { start, between: channels * PANEL * 4 });
+                transform_filters(taps, to);
             }
         });
     });
@@ -244,8 +276,9 @@ impl Points {
 
 impl<T: Element> Convolution<'_, T> {
     /// Writes the points of `tiles`, one a row, of the channels `channels`.
+    #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "functions compiled for more than the baseline"))]
     fn fill(&self, tiles: Range<usize>, channels: Range<usize>, block: *mut u8, between: usize) {
-        let outside = [T::zero(); CHAIN];
+        let outside = [T::zero(); A_BYTES / 2];
         let outside = &outside[..channels.len()];
         for (line, tile) in tiles.enumerate() {
             let (x, y) = (tile % self.tiles.1, tile / self.tiles.1 % self.tiles.0);
@@ -258,7 +291,15 @@ impl<T: Element> Convolution<'_, T> {
                     &self.numbers[start + channels.start..start + channels.end]
                 })
             });
-            transform_pixels(pixels, Points { start: block.wrapping_add(line * A_STRIDE), between });
+            let to = Points { start: block.wrapping_add(line * A_STRIDE), between };
+            #[cfg(target_arch = "x86_64")]
+            if self.micro.operands == Operands::Bf16 {
+                // SAFETY: the operands are bf16 only where the numbers are, and where AVX-512 BF16 is here; the slices are
+                // of one length, a multiple of 32, and a row of the block has as many numbers.
+                unsafe { avx512::pixels(pixels.map(|pixel| pixel.as_ptr().cast()), channels.len(), to) };
+                continue;
+            }
+            transform_pixels(pixels, to);
         }
     }
 
@@ -270,46 +311,46 @@ impl<T: Element> Convolution<'_, T> {
         let between = padded * A_STRIDE;
         let block = block.at_least(POINTS * between);
         let tile_sums = padded * PANEL; // of one point of one panel
-        let sums = sums.at_least(panels.len() * POINTS * tile_sums * 4).cast::<f32>();
+        // With one chain a panel's sums are done with before the next begins.
+        let kept = if self.chain < self.channels { panels.len() } else { 1 };
+        let sums = sums.at_least(kept * POINTS * tile_sums * 4).cast::<f32>();
+        let results = values.at_least(2 * 2 * tiles.len() * PANEL * 4).cast::<f32>();
+        // SAFETY: as long as it was just made; nothing else uses it.
+        let results = unsafe { std::slice::from_raw_parts_mut(results, 4 * tiles.len() * PANEL) };
+        // SAFETY: the positions and columns of this task are its own.
+        let target = unsafe { Target::new(out.at(0)) };
+        let size = self.micro.operands.size();
         self.micro.within(|| {
-            for start in (0..self.channels).step_by(CHAIN) {
-                let channels = start..(start + CHAIN).min(self.channels);
+            for start in (0..self.channels).step_by(self.chain) {
+                let channels = start..(start + self.chain).min(self.channels);
                 let depth = channels.len();
                 self.fill(tiles.clone(), channels, block, between);
                 for (i, panel) in panels.clone().enumerate() {
+                    let sums = sums.wrapping_add((i % kept) * POINTS * tile_sums);
+                    let filters = (panel * self.channels + start) * POINTS * PANEL * size;
                     for point in 0..POINTS {
-                        let filters = |point: usize| {
-                            let number = ((panel * POINTS + point) * self.channels + start) * PANEL;
-                            self.filters.at(number * 4).cast_const()
-                        };
-                        let b = filters(point);
-                        let part = (depth * PANEL * 4 / (padded / at_once)).next_multiple_of(LINE);
+                        let b = self.filters.at(filters + point * depth * PANEL * size).cast_const();
+                        // What comes after this point is fetched meanwhile, a part with each tile.
+                        let ahead = b.wrapping_add(depth * PANEL * size);
+                        let part = (depth * PANEL * size / (padded / at_once)).next_multiple_of(LINE);
                         for first in (0..tiles.len()).step_by(at_once) {
-                            if point + 1 < POINTS {
-                                micro::prefetch(filters(point + 1).wrapping_add(first / at_once * part), part);
-                            }
+                            micro::prefetch(ahead.wrapping_add(first / at_once * part), part);
                             let a = block.wrapping_add(point * between + first * A_STRIDE);
-                            let c = sums.wrapping_add((i * POINTS + point) * tile_sums + first * PANEL);
+                            let c = sums.wrapping_add(point * tile_sums + first * PANEL);
                             let rows = at_once.min(tiles.len() - first);
                             // SAFETY: the block has `padded` rows a point and the sums as many of 32, both multiples of
-                            // what is taken at once; the grain of f32 operands is 1.
+                            // what is taken at once; channels are a multiple of the grain of f32 and bf16 operands.
                             unsafe { self.micro.run(&Call { a, b, depth, c, rows, add: start > 0 }) }
                         }
+                    }
+                    if start + depth == self.channels {
+                        // SAFETY: these sums have been written for all channels.
+                        let sums = unsafe { std::slice::from_raw_parts(sums, POINTS * tile_sums) };
+                        self.write(sums, padded, &tiles, panel * PANEL, results, target);
                     }
                 }
             }
         });
-        // SAFETY: these sums have been written.
-        let sums = unsafe { std::slice::from_raw_parts(sums, panels.len() * POINTS * tile_sums) };
-        // SAFETY: the positions and columns of this task are its own.
-        let target = unsafe { Target::new(out.at(0)) };
-        let results = values.at_least(2 * 2 * tiles.len() * PANEL * 4).cast::<f32>();
-        // SAFETY: as long as it was just made; nothing else uses it.
-        let results = unsafe { std::slice::from_raw_parts_mut(results, 4 * tiles.len() * PANEL) };
-        for (i, panel) in panels.enumerate() {
-            let sums = &sums[i * POINTS * tile_sums..][..POINTS * tile_sums];
-            self.write(sums, padded, &tiles, panel * PANEL, results, target);
-        }
     }
 
     /// Results of one panel: `sums` is `[16, padded, 32]`.
@@ -340,6 +381,116 @@ impl<T: Element> Convolution<'_, T> {
                 }
             }
             tile += count;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions on pointers")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m256bh, __m256i, __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_ps,
+        _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh,
+        _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_slli_epi32, _mm512_storeu_si512, _mm512_sub_ps,
+    };
+    use std::mem::transmute;
+
+    use half::bf16;
+
+    use super::{GRAIN, PANEL, POINTS, Points};
+
+    /// Numbers of a vector of f32.
+    const WIDTH: usize = 16;
+
+    /// As [`super::spread`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn spread([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
+        [_mm512_sub_ps(a, c), _mm512_add_ps(b, c), _mm512_sub_ps(c, b), _mm512_sub_ps(b, d)]
+    }
+
+    /// As [`super::filter`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn filter([a, b, c]: [__m512; 3]) -> [__m512; 4] {
+        let half = _mm512_set1_ps(0.5);
+        let (ends, middle) = (_mm512_mul_ps(half, _mm512_add_ps(a, c)), _mm512_mul_ps(half, b));
+        [a, _mm512_add_ps(ends, middle), _mm512_sub_ps(ends, middle), c]
+    }
+
+    /// The points of the 16 pixels of a tile for `count` channels, a multiple of 16.
+    ///
+    /// # Safety
+    /// Each pixel has `count` numbers, and there is memory for as many bf16 at each point.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn pixels(pixels: [*const bf16; POINTS], count: usize, to: Points) {
+        for at in (0..count).step_by(WIDTH) {
+            // SAFETY: 16 numbers from `at` on are there.
+            let number = |i: usize| unsafe {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(pixels[i].add(at).cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            };
+            let columns = [0, 1, 2, 3].map(|column| spread([0, 4, 8, 12].map(|row| number(row + column))));
+            for row in 0..4 {
+                let line = spread(columns.map(|column| column[row]));
+                for (column, numbers) in line.into_iter().enumerate() {
+                    // SAFETY: any bits are bf16, and there is memory for 16 of them.
+                    unsafe {
+                        let narrow = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers));
+                        let point = to.start.add((row * 4 + column) * to.between + at * size_of::<bf16>());
+                        _mm256_storeu_si256(point.cast(), narrow);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The points of [`GRAIN`] channels of a panel. Each of `taps` is where they begin in a panel of bf16; points are laid
+    /// likewise.
+    ///
+    /// # Safety
+    /// Each of `taps` has [`GRAIN`] channels, and there is memory for as many at each point.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn filters(taps: [*const u8; 9], to: Points) {
+        /// Numbers 0 to 15 of the first half and of the second in turn.
+        const PAIRS: [u16; 2 * WIDTH] = {
+            let mut pairs = [0; 2 * WIDTH];
+            let mut i = 0;
+            while i < 2 * WIDTH {
+                pairs[i] = (i / 2 + i % 2 * WIDTH) as u16;
+                i += 1;
+            }
+            pairs
+        };
+        let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        // SAFETY: 64 bytes.
+        let pairs = unsafe { _mm512_loadu_si512(PAIRS.as_ptr().cast()) };
+        // A line is 16 outputs of two channels.
+        for line in 0..GRAIN / 2 * PANEL / WIDTH {
+            let at = line * size_of::<__m512i>();
+            // SAFETY: a panel has as many lines.
+            let lines = taps.map(|tap| unsafe { _mm512_loadu_si512(tap.add(at).cast()) });
+            let evens = [0, 1, 2].map(|column| {
+                let even = |i: usize| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(lines[i]));
+                filter([even(column), even(3 + column), even(6 + column)])
+            });
+            let odds = [0, 1, 2].map(|column| {
+                let odd = |i: usize| _mm512_castsi512_ps(_mm512_and_si512(lines[i], high));
+                filter([odd(column), odd(3 + column), odd(6 + column)])
+            });
+            for row in 0..4 {
+                let even = filter(evens.map(|column| column[row]));
+                let odd = filter(odds.map(|column| column[row]));
+                for (column, (even, odd)) in even.into_iter().zip(odd).enumerate() {
+                    // SAFETY: any bits are bf16, and there is memory for a line at each point.
+                    unsafe {
+                        let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+                        let point = to.start.add((row * 4 + column) * to.between + at);
+                        _mm512_storeu_si512(point.cast(), _mm512_permutexvar_epi16(pairs, both));
+                    }
+                }
+            }
         }
     }
 }
