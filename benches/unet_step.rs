@@ -2,7 +2,7 @@
 //! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16] [--int8]`
 //! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
 //! peak memory. With `--load` the model is only loaded, and then loaded anew;
-//! `--release` frees the text encoders once they have encoded.
+//! `--release` frees the text encoders once they have encoded, `--no-mmap` reads weights rather than mapping them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,6 +29,7 @@ fn main() {
     if arguments.iter().any(|argument| argument == "--release") {
         config.workers.instructors.model.text_encoders = EncoderPolicy::Release;
     }
+    config.workers.instructors.model.mmap = !arguments.iter().any(|argument| argument == "--no-mmap");
     let dtype = match value("--dtype").as_deref() {
         Some("bf16") => Some(Dtype::Bf16),
         Some("f16") => Some(Dtype::F16),

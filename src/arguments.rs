@@ -51,6 +51,9 @@ pub struct Arguments {
     /// Model of requests that name none
     #[arg(long)]
     model: Option<String>,
+    /// Read weights into memory of the process rather than mapping their files
+    #[arg(long)]
+    no_mmap: bool,
     /// Print the JSON Schema of the wire and exit
     #[arg(long)]
     pub print_schema: bool,
@@ -73,6 +76,7 @@ impl Arguments {
         let domains = &mut config.workers.instructors;
         put(&mut domains.postprocessing.output_dir, self.output_dir);
         put(&mut domains.device.cpu_features, self.cpu_features);
+        domains.model.mmap &= !self.no_mmap;
         if self.device.is_some() {
             domains.device.device = self.device;
         }

@@ -26,7 +26,7 @@
 //! | where | what |
 //! |---|---|
 //! | [`units`] [`error`] [`context`] [`layers`] [`registry`] | the ground: quantities, the one error type, what travels with a request, the four traits, open sets by name |
-//! | [`memory`] | the allocator: large blocks on huge pages, kept for reuse |
+//! | [`memory`] | the allocator: large blocks on huge pages, kept for reuse; vectors that are parts of files |
 //! | [`roots`] | the folders beneath which requests may name files |
 //! | [`noise`] | Gaussian noise equal to torch's CPU generator, and to CUDA's Philox |
 //! | [`pixels`] [`image_source`] | RGB images and tensors, and images that requests bring |

@@ -5,8 +5,14 @@
 //! pages anew, four KiB at a time. Here they are aligned to huge pages, which are asked for, and a freed block waits
 //! for the next request of its size. What is kept never raises the peak: live and kept blocks together stay beneath
 //! what live blocks alone have once taken. What is small, and all of it where there is no Linux, goes to the system.
+//!
+//! Weights need not be blocks at all: [`map_file`] gives a `Vec` whose memory is a part of a file, which the system
+//! shares with its own cache of files and reads when it is touched. Such memory is told from blocks by its address alone:
+//! blocks begin with a huge page, and it never does.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::units::Bytes;
@@ -43,6 +49,51 @@ pub fn release() {
     }
 }
 
+/// A number that may come from a file: whatever its bits, they are a value.
+///
+/// # Safety
+/// Every pattern of bits is a value, and nothing but the bits makes it one.
+#[expect(unsafe_code, reason = "whoever says so answers for it")]
+pub unsafe trait FromBits: Copy {}
+
+#[expect(unsafe_code, reason = "any bits are an integer")]
+// SAFETY: any bits are an integer.
+unsafe impl FromBits for u16 {}
+#[expect(unsafe_code, reason = "any bits are an f32")]
+// SAFETY: any bits are an f32.
+unsafe impl FromBits for f32 {}
+
+/// The `count` numbers that `file` has from byte `offset` on, none of them read yet: the memory is the file's. What is
+/// written to it stays with this process. The file must neither be cut off nor be changed in place as long as it is in
+/// use: the former ends the process, the latter changes the numbers; another file may take its name.
+///
+/// `None` where numbers are to be read instead: they are fewer than a block's, lie askew, or not within the file, or
+/// the system has no such memory.
+#[must_use]
+pub fn map_file<T: FromBits>(file: &File, offset: u64, count: usize) -> Option<Vec<T>> {
+    let bytes = count.checked_mul(size_of::<T>())?;
+    let end = offset.checked_add(u64::try_from(bytes).ok()?)?;
+    let straight = offset.is_multiple_of(align_of::<T>() as u64);
+    if !large(bytes, align_of::<T>()) || !straight || end > file.metadata().ok()?.len() {
+        return None;
+    }
+    let start = pages::map_file(file, offset, bytes)?;
+    ALLOCATOR.state().mapped += bytes;
+    #[expect(unsafe_code, reason = "the vector's memory comes from this allocator by another way")]
+    // SAFETY: `bytes` bytes from `start` on are mapped for this vector alone, any bits are numbers, and `start` is as
+    // aligned as `offset`, since pages are. The global allocator knows it by its address, and unmaps it.
+    Some(unsafe { Vec::from_raw_parts(std::ptr::with_exposed_provenance_mut(start), count, count) })
+}
+
+/// Has the system read what of `mapped`, memory of [`map_file`], is not in memory, and enter it in this process's tables
+/// of pages. A system that cannot do this at once begins to read.
+///
+/// # Errors
+/// What keeps the file from being read.
+pub fn populate(mapped: &[u8]) -> io::Result<()> {
+    pages::populate(mapped.as_ptr().expose_provenance(), mapped.len())
+}
+
 /// Large blocks, in bytes of address space: pages that were never written take no memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -52,6 +103,9 @@ pub struct Usage {
     pub peak: Bytes,
     /// Free, waiting for reuse.
     pub kept: Bytes,
+    /// Parts of files, which are no blocks: their memory is the system's cache of files, which counts as available, and
+    /// which it takes back when it needs to.
+    pub mapped: Bytes,
 }
 
 /// Large blocks from the kernel, the rest from the system's allocator.
@@ -64,6 +118,7 @@ struct State {
     live: usize,
     peak: usize,
     kept: usize,
+    mapped: usize,
     /// Counts frees.
     turn: u64,
     count: usize,
@@ -84,14 +139,15 @@ impl Allocator {
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         let blocks = [Block { start: 0, bytes: 0, turn: 0 }; PLACES];
-        Self { limit, state: Mutex::new(State { live: 0, peak: 0, kept: 0, turn: 0, count: 0, blocks }) }
+        Self { limit, state: Mutex::new(State { live: 0, peak: 0, kept: 0, mapped: 0, turn: 0, count: 0, blocks }) }
     }
 
     /// What the large blocks take.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let State { live, peak, kept, .. } = *self.state();
-        Usage { live: Bytes(live as u64), peak: Bytes(peak as u64), kept: Bytes(kept as u64) }
+        let State { live, peak, kept, mapped, .. } = *self.state();
+        let [live, peak, kept, mapped] = [live, peak, kept, mapped].map(|bytes| Bytes(bytes as u64));
+        Usage { live, peak, kept, mapped }
     }
 
     /// Unmaps every block that waits for reuse. From here on the peak is counted anew.
@@ -121,11 +177,16 @@ impl Allocator {
         (std::ptr::with_exposed_provenance_mut(start), found.is_none())
     }
 
-    /// Takes back the block at `start` that was given for `size` bytes.
+    /// Takes back the block, or the part of a file, at `start` that was given for `size` bytes.
     fn put(&self, start: *mut u8, size: usize) {
         let Some(bytes) = extent(size) else { return };
         let start = start.expose_provenance();
         let mut state = self.state();
+        if !is_block(start) {
+            state.mapped = state.mapped.saturating_sub(size);
+            drop(state);
+            return pages::unmap_file(start, size);
+        }
         state.live = state.live.saturating_sub(bytes);
         if bytes > self.limit {
             return pages::unmap(start, bytes);
@@ -145,6 +206,9 @@ impl Allocator {
     /// Makes the block that was given for `old` bytes one for `new` bytes where it lies, if it is no smaller.
     fn shrink(&self, start: *mut u8, old: usize, new: usize) -> bool {
         let (Some(old), Some(new)) = (extent(old), extent(new)) else { return false };
+        if !is_block(start.expose_provenance()) {
+            return false;
+        }
         if new < old {
             let mut state = self.state();
             state.live = state.live.saturating_sub(old - new);
@@ -210,11 +274,16 @@ fn large(size: usize, align: usize) -> bool {
     cfg!(target_os = "linux") && size >= LARGE && align <= HUGE
 }
 
+/// Whether large memory at `start` is a block, and no part of a file.
+fn is_block(start: usize) -> bool {
+    start.is_multiple_of(HUGE)
+}
+
 #[expect(unsafe_code, reason = "an allocator hands out memory")]
 // SAFETY: a large block is mapped for this request alone, until it is given back; it is never smaller than its request,
 // as `extent` is no smaller than its argument, and is aligned to `HUGE`. Which allocator a block belongs to, and how much
-// is mapped for it, follow from its layout alone, which `dealloc` and `realloc` are given as `alloc` was. No method
-// allocates or panics.
+// is mapped for it, follow from its layout alone, which `dealloc` and `realloc` are given as `alloc` was, and for parts of
+// files from their address too. No method allocates or panics.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if large(layout.size(), layout.align()) {
@@ -271,7 +340,84 @@ unsafe impl GlobalAlloc for Allocator {
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "pages come from the kernel")]
 mod pages {
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::AsRawFd;
+
     use super::HUGE;
+
+    /// `bytes` of `file` from `offset` on, at an address that is no multiple of `HUGE`. What is written stays here.
+    pub(super) fn map_file(file: &File, offset: u64, bytes: usize) -> Option<usize> {
+        let page = page_size();
+        let within = usize::try_from(offset % page as u64).ok()?;
+        let from = offset - within as u64;
+        let length = within.checked_add(bytes)?.checked_next_multiple_of(page)?;
+        let reserve = length.checked_add(2 * HUGE)?;
+        let kind = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping at a place of the kernel's choice touches nothing that is there.
+        let whole =
+            unsafe { libc::mmap(std::ptr::null_mut(), reserve, libc::PROT_NONE, kind | libc::MAP_ANONYMOUS, -1, 0) };
+        if whole == libc::MAP_FAILED {
+            return None;
+        }
+        let begin = whole.expose_provenance();
+        // As far from a huge page's beginning as in the file, so that runs of pages lie alike in both; but not on it.
+        let into = usize::try_from(from % HUGE as u64).ok()?;
+        let place = begin.next_multiple_of(HUGE) + if into + within == 0 { page } else { into };
+        let (access, at) = (libc::PROT_READ | libc::PROT_WRITE, std::ptr::with_exposed_provenance_mut(place));
+        let from = libc::off_t::try_from(from).ok();
+        // SAFETY: the range is within the reservation, which nobody uses and this replaces: `place` is at most two huge
+        // pages less a page behind `begin`.
+        let made = from.is_some_and(|from| unsafe {
+            libc::mmap(at, length, access, kind | libc::MAP_FIXED, file.as_raw_fd(), from) == at
+        });
+        if !made {
+            unmap(begin, reserve);
+            return None;
+        }
+        unmap(begin, place - begin);
+        unmap(place + length, begin + reserve - (place + length));
+        Some(place + within)
+    }
+
+    /// Ends what `map_file` made of `bytes` at `start`.
+    pub(super) fn unmap_file(start: usize, bytes: usize) {
+        let (place, length) = whole_pages(start, bytes);
+        unmap(place, length);
+    }
+
+    pub(super) fn populate(start: usize, bytes: usize) -> io::Result<()> {
+        let (place, length) = whole_pages(start, bytes);
+        let advise = |advice| {
+            // SAFETY: reading ahead changes no contents.
+            match unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(place), length, advice) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        let done = if length == 0 { Ok(()) } else { advise(libc::MADV_POPULATE_READ) };
+        match done {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EIO | libc::EHWPOISON)) => {
+                Err(error)
+            }
+            // A kernel of before 5.14.
+            Err(_) => advise(libc::MADV_WILLNEED).or(Ok(())),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The pages that some memory lies on.
+    fn whole_pages(start: usize, bytes: usize) -> (usize, usize) {
+        let page = page_size();
+        let within = start % page;
+        (start - within, (within + bytes).next_multiple_of(page))
+    }
+
+    fn page_size() -> usize {
+        // SAFETY: asks for a constant.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+    }
 
     /// Fresh zeroed pages, aligned to `HUGE`; huge ones where the kernel has them. `bytes` is a multiple of the page.
     pub(super) fn map(bytes: usize) -> Option<usize> {
@@ -296,7 +442,7 @@ mod pages {
     /// Returns pages that nobody uses. The kernel refuses only where a process has too many mappings; then the pages stay.
     pub(super) fn unmap(start: usize, bytes: usize) {
         if bytes > 0 {
-            // SAFETY: the range is within a mapping of `map`, and its owner has given it up.
+            // SAFETY: the range is within a mapping of `map` or `map_file`, and its owner has given it up.
             unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(start), bytes) };
         }
     }
@@ -305,6 +451,19 @@ mod pages {
 /// Never reached: no request is large here.
 #[cfg(not(target_os = "linux"))]
 mod pages {
+    use std::fs::File;
+    use std::io;
+
+    pub(super) fn map_file(_file: &File, _offset: u64, _bytes: usize) -> Option<usize> {
+        None
+    }
+
+    pub(super) fn unmap_file(_start: usize, _bytes: usize) {}
+
+    pub(super) fn populate(_start: usize, _bytes: usize) -> io::Result<()> {
+        Ok(())
+    }
+
     pub(super) fn map(_bytes: usize) -> Option<usize> {
         None
     }

@@ -23,6 +23,7 @@ pub struct Catalog {
     folders: Vec<PathBuf>,
     roots: Roots,
     default: Option<String>,
+    mmap: bool,
     /// Those that were asked for, least recently first.
     known: Vec<Arc<Checkpoint>>,
 }
@@ -42,6 +43,7 @@ impl Catalog {
             folders: settings.roots.clone(),
             roots: Roots::new(settings.roots.clone()),
             default: settings.default.clone(),
+            mmap: settings.mmap,
             known: Vec::new(),
         }
     }
@@ -101,7 +103,11 @@ impl Catalog {
         }
         let fresh = match &listed.path {
             None => Checkpoint::demo()?,
-            Some(path) => Checkpoint::open_folder(&listed.name, path, &self.roots)?,
+            Some(path) => {
+                let mut found = Checkpoint::open_folder(&listed.name, path, &self.roots)?;
+                found.mmap = self.mmap;
+                found
+            }
         };
         let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
         let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));

@@ -82,6 +82,8 @@ pub struct Checkpoint {
     pub unet: UnetConfig,
     pub vae: VaeConfig,
     pub scheduler: SchedulerConfig,
+    /// Whether weights on disk may be mapped rather than read.
+    pub mmap: bool,
     pub(super) tokenizers: [Option<TokenizerFiles>; 2],
     weights: Vec<(Part, WeightFiles)>,
 }
@@ -203,7 +205,7 @@ impl Checkpoint {
         let (_, files) = self.weights.iter().find(|(known, _)| *known == part).ok_or_else(|| {
             Error::ModelUnsupported { name: self.name.clone(), message: format!("it has no `{}`", part.name()) }
         })?;
-        ctx.perform(&Open, OpenTask { files: &files.files, index: files.index.as_ref() })
+        ctx.perform(&Open, OpenTask { files: &files.files, index: files.index.as_ref(), mmap: self.mmap })
     }
 
     fn read(name: &str, folder: &Folder) -> Result<Self> {
@@ -272,6 +274,7 @@ impl Checkpoint {
             unet,
             vae,
             scheduler: scheduler.json(CONFIG_LIMIT)?,
+            mmap: true,
             tokenizers,
             weights,
         })

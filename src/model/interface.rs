@@ -16,6 +16,9 @@ pub struct Settings {
     pub cache_size: Bytes,
     /// What becomes of a model's text encoders when a prompt has been encoded.
     pub text_encoders: EncoderPolicy,
+    /// Whether, on the CPU, large weights stay in their file, which is mapped into memory, rather than being read. A file
+    /// in use must then not be cut off or changed in place.
+    pub mmap: bool,
     /// Folders beneath which models are looked for.
     pub roots: Vec<PathBuf>,
     /// Model of requests that name none; the demonstration model when it is left out.
@@ -27,6 +30,7 @@ impl Default for Settings {
         Self {
             cache_size: Bytes(1024 * 1_000_000),
             text_encoders: EncoderPolicy::Auto,
+            mmap: true,
             roots: vec![PathBuf::from("models")],
             default: None,
         }

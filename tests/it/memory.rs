@@ -1,12 +1,17 @@
 //! The allocator: what it hands out is aligned, zero where that is asked for, its owner's alone, and bounded.
 
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and says what it did not see"
+)]
 #![expect(unsafe_code, reason = "an allocator's interface is unsafe")]
 
 use std::alloc::{GlobalAlloc, Layout};
+use std::io::Write;
 
-use sdxl_worker::memory::{Allocator, HUGE, LARGE, Usage};
+use sdxl_worker::memory::{Allocator, HUGE, LARGE, Usage, map_file, populate};
 use sdxl_worker::units::Bytes;
 
 const MIB: usize = 1 << 20;
@@ -164,7 +169,7 @@ fn threads_never_share_a_block() {
 fn kept_blocks_never_exceed_the_limit() {
     let allocator = Allocator::new(20 * MIB);
     let held: Vec<Memory> = (0..10).map(|_| Memory::new(&allocator, 4 * MIB)).collect();
-    let usage = Usage { live: Bytes(40 * Bytes::MIB), peak: Bytes(40 * Bytes::MIB), kept: Bytes(0) };
+    let usage = Usage { live: Bytes(40 * Bytes::MIB), peak: Bytes(40 * Bytes::MIB), ..Usage::default() };
     assert_eq!(allocator.usage(), usage);
     drop(held);
     assert_eq!(allocator.usage().kept, Bytes(20 * Bytes::MIB));
@@ -236,4 +241,105 @@ fn vectors_of_the_process_come_from_it() {
     let numbers = vec![0.0_f32; 4 * MIB];
     assert_eq!(numbers.as_ptr().addr() % HUGE, 0);
     assert!(sdxl_worker::memory::usage().live >= Bytes(16 * Bytes::MIB));
+}
+
+/// A file of numbers, no two pages of which are the same.
+fn file_of(count: usize) -> (tempfile::NamedTempFile, Vec<u16>) {
+    let numbers: Vec<u16> = (0..count).map(|i| (i * 31 + i / 251) as u16).collect();
+    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    (file, numbers)
+}
+
+/// Lines of this process's table of mappings that name the file.
+fn mappings(file: &tempfile::NamedTempFile) -> usize {
+    let name = file.path().file_name().unwrap().to_str().unwrap();
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains(name)).count()
+}
+
+fn as_bytes(numbers: &[u16]) -> &[u8] {
+    // SAFETY: the bytes are those of the numbers, and are borrowed as long.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
+#[test]
+fn mapped_numbers_are_the_files_until_they_are_dropped() {
+    let (file, numbers) = file_of(5 * MIB);
+    let least = LARGE / 2;
+    for (first, count) in [
+        (0, least),
+        (1, least),
+        (2048, least + 1),
+        (2047, 3 * MIB),
+        (MIB, 4 * MIB),
+        (MIB + 9, 4 * MIB - 9),
+        (2 * MIB, MIB),
+    ] {
+        let mapped: Vec<u16> = map_file(file.as_file(), 2 * first as u64, count).unwrap();
+        assert_ne!(mapped.as_ptr().addr() % HUGE, 0, "{first}");
+        populate(as_bytes(&mapped)).unwrap();
+        assert!(mapped == numbers[first..first + count], "{count} from {first}");
+        assert_eq!(mappings(&file), 1);
+        let second: Vec<u16> = map_file(file.as_file(), 2 * first as u64, count).unwrap();
+        drop(mapped);
+        assert!(second == numbers[first..first + count]);
+        drop(second);
+        assert_eq!(mappings(&file), 0, "{count} from {first}");
+    }
+}
+
+#[test]
+fn what_is_written_to_mapped_numbers_stays_here() {
+    let (file, numbers) = file_of(MIB);
+    let mut mapped: Vec<u16> = map_file(file.as_file(), 2, MIB - 1).unwrap();
+    mapped.fill(7);
+    drop(mapped);
+    let bytes = std::fs::read(file.path()).unwrap();
+    assert!(bytes == as_bytes(&numbers));
+}
+
+#[test]
+fn mapped_vectors_grow_and_shrink_into_blocks_or_less() {
+    let (file, numbers) = file_of(4 * MIB);
+    for wanted in [10, LARGE / 2 - 1, LARGE / 2, MIB, 3 * MIB - 1] {
+        let mut mapped: Vec<u16> = map_file(file.as_file(), 34, 3 * MIB).unwrap();
+        mapped.truncate(wanted);
+        mapped.shrink_to_fit();
+        assert_eq!((mapped.capacity(), mappings(&file)), (wanted, 0));
+        assert!(mapped == numbers[17..17 + wanted], "{wanted}");
+    }
+    let mut mapped: Vec<u16> = map_file(file.as_file(), 34, 3 * MIB).unwrap();
+    mapped.push(99);
+    assert_eq!((mapped.as_ptr().addr() % HUGE, mappings(&file)), (0, 0));
+    assert!(mapped[..3 * MIB] == numbers[17..17 + 3 * MIB] && mapped[3 * MIB] == 99);
+}
+
+#[test]
+fn what_cannot_be_mapped_is_refused() {
+    let (file, numbers) = file_of(MIB);
+    let map = |offset, count| map_file::<u16>(file.as_file(), offset, count).is_some();
+    assert!(map(0, MIB) && map(2, MIB - 1));
+    let cases = [
+        ("askew", 1, MIB - 1),
+        ("small", 0, LARGE / 2 - 1),
+        ("too long", 0, MIB + 1),
+        ("beyond the end", 2, MIB),
+        ("far beyond", u64::MAX - 1, MIB),
+        ("without end", 0, usize::MAX),
+        ("of too many bytes", 0, usize::MAX / 2),
+    ];
+    for (what, offset, count) in cases {
+        assert!(!map(offset, count), "{what}");
+    }
+    assert!(map_file::<f32>(file.as_file(), 2, MIB / 2 - 1).is_none(), "f32 askew");
+    assert!(map_file::<f32>(file.as_file(), 4, MIB / 2 - 1).is_some());
+    // A file that is cut off later is found out before anybody touches it.
+    let mapped: Vec<u16> = map_file(file.as_file(), 0, MIB).unwrap();
+    file.as_file().set_len(MIB as u64).unwrap();
+    match populate(as_bytes(&mapped)) {
+        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EFAULT)),
+        Ok(()) => println!("NOT SEEN: this kernel cannot populate"),
+    }
+    assert!(mapped[..MIB / 2] == numbers[..MIB / 2]);
 }

@@ -3,4 +3,5 @@
 mod amx;
 mod int8;
 mod tile_emulator;
+mod unpacked;
 mod whole;

@@ -114,6 +114,16 @@ pub(super) enum Numbers<'a> {
     F16(&'a [f16]),
 }
 
+impl Numbers<'_> {
+    /// Bytes of one.
+    pub(super) const fn size(&self) -> usize {
+        match self {
+            Self::F32(_) => 4,
+            Self::Bf16(_) | Self::F16(_) => 2,
+        }
+    }
+}
+
 /// A tensor's memory, held for reading.
 pub(super) struct Held<'a> {
     /// The read lock, whose type candle does not re-export.

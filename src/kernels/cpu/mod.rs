@@ -1,5 +1,6 @@
 //! The kernels on the CPU: many threads, f32 and bf16 activations (f16 goes through f32), sums in f32, and nothing but
-//! the result and a few MiB of blocks in memory. Weights are laid once for the micro-kernels.
+//! the result and a few MiB of blocks in memory. Weights are laid for the micro-kernels: those of convolutions once, those of
+//! large linear layers a panel at a time, when a product comes to it.
 //!
 //! Shapes have been checked by the caller.
 
@@ -15,6 +16,7 @@ mod product;
 mod quantise;
 pub mod simd;
 mod softmax;
+mod unpacked;
 mod winograd;
 
 #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,7 @@
-//! Weights as the micro-kernels read them: panels of 32 outputs, the depth down a panel, laid once when a layer is made.
-//! One layout serves every instruction set: what differs is only how numbers of one dtype stand beside each other.
+//! Weights as the micro-kernels read them: panels of 32 outputs, the depth down a panel. Those of convolutions, INT8 ones
+//! and small ones are laid once, when a layer is made; the rest stay as they are stored, and a panel of them is made when
+//! a product comes to it (`unpacked.rs`). One layout serves every instruction set: what differs is only how numbers of one
+//! dtype stand beside each other.
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
@@ -12,7 +14,7 @@ use super::element::{Element, Held, Numbers};
 use super::micro::{Operands, PANEL};
 use super::pool::{Shared, for_each};
 use super::quantise::{Scale, greatest};
-use super::simd;
+use super::{simd, unpacked};
 
 /// The depth of a panel is filled up with zeros to a multiple of this: what the widest micro-kernel takes at once.
 const GRAIN: usize = 32;
@@ -119,7 +121,10 @@ struct Quantised {
 /// The weights of a linear layer or convolution.
 #[derive(Debug)]
 pub(in crate::kernels) struct Packed {
+    /// The panels; nothing where there is a `tensor`.
     memory: Aligned,
+    /// `[O, I, ..]`, contiguous: the weights as they are stored.
+    tensor: Option<Tensor>,
     stored: Stored,
     outputs: usize,
     depth: usize,
@@ -139,6 +144,15 @@ impl Packed {
         let outputs = weight.dim(0)?;
         let channels = weight.dim(1)?;
         let taps = weight.dims()[2..].iter().product();
+        if unpacked::serves(&weight) {
+            let stored = match weight.dtype() {
+                DType::BF16 => Stored::Bf16,
+                DType::F16 => Stored::F16,
+                _ => Stored::F32,
+            };
+            let (memory, quantised) = (Aligned::zeros(0), Quantised::default());
+            return Ok(Self { memory, tensor: Some(weight), stored, outputs, depth: channels, padded: 0, quantised });
+        }
         let held = Held::new(&weight);
         Ok(match held.numbers()? {
             Numbers::F32(from) => Self::lay(from, Stored::F32, (outputs, channels, taps)),
@@ -201,7 +215,7 @@ impl Packed {
                 (scales[n], offsets[n]) = (scale.step, sum.wrapping_mul(128));
             }
         });
-        Self { memory, stored: Stored::Int8, outputs, depth, padded, quantised }
+        Self { memory, tensor: None, stored: Stored::Int8, outputs, depth, padded, quantised }
     }
 
     #[expect(unsafe_code, reason = "panels are written by several threads")]
@@ -257,12 +271,18 @@ impl Packed {
                 }
             }
         });
-        Self { memory, stored, outputs, depth, padded, quantised: Quantised::default() }
+        Self { memory, tensor: None, stored, outputs, depth, padded, quantised: Quantised::default() }
     }
 
     /// Bytes of memory.
     pub(in crate::kernels) fn bytes(&self) -> usize {
-        self.memory.bytes + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
+        let stored = self.tensor.as_ref().map_or(0, |tensor| tensor.elem_count() * self.stored.size());
+        self.memory.bytes + stored + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
+    }
+
+    /// The weights as they are stored, held for reading, where they were not laid.
+    pub(super) fn held(&self) -> Option<Held<'_>> {
+        self.tensor.as_ref().map(Held::new)
     }
 
     /// Whether the weights are bytes, for activations that are bytes.
@@ -289,7 +309,7 @@ impl Packed {
         self.stored == Stored::Bf16
     }
 
-    /// Where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
+    /// Of weights that were laid: where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
     pub(super) fn start(&self, panel: usize, depth: usize) -> *const u8 {
         self.memory.at((panel * self.padded + depth) * PANEL * self.stored.size())
     }
@@ -299,12 +319,7 @@ impl Packed {
         depth * PANEL * self.stored.size()
     }
 
-    /// Bytes between a panel and the one `panels` after it.
-    pub(super) fn between(&self, panels: usize) -> usize {
-        panels * self.stretch(self.padded)
-    }
-
-    /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
+    /// Of weights that were laid: panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
     /// stands, or widened into `scratch`.
     #[expect(unsafe_code, reason = "a panel seen as what it was stored as")]
     pub(super) fn panel(

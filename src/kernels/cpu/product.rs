@@ -11,11 +11,12 @@ use half::bf16;
 
 use super::element::{Element, Held};
 use super::finish::{Finish, Spot, Target, finish_gated, finish_tile, rescale};
-use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
-use super::packed::{LINE, Packed};
+use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::packed::Packed;
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::quantise::Bytes;
 use super::simd;
+use super::unpacked::Panels;
 use crate::kernels::Activation;
 
 /// Rows of a task, at most.
@@ -115,6 +116,8 @@ pub(super) struct After<'a> {
 struct Product<'a, R, T> {
     left: &'a R,
     weight: &'a Packed,
+    /// Those of `weight`.
+    panels: Panels<'a>,
     micro: Micro,
     /// Numbers of the depth that are taken at once; a multiple of 32.
     step: usize,
@@ -140,7 +143,19 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
     let longest = if T::IS_F32 && after.bytes.is_none() { CHAIN } else { A_BYTES / micro.operands.size() };
     let depth = weight.depth();
     let step = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(micro.grain.max(32));
-    let product = Product { left, weight, micro, step, outputs, gated: after.gated, bytes: after.bytes, finish };
+    let held = weight.held();
+    let panels_of = Panels::new(weight, held.as_ref())?;
+    let product = Product {
+        left,
+        weight,
+        panels: panels_of,
+        micro,
+        step,
+        outputs,
+        gated: after.gated,
+        bytes: after.bytes,
+        finish,
+    };
 
     let panels = outputs.div_ceil(PANEL);
     let most = if after.gated { PANELS / 2 } else { PANELS };
@@ -211,20 +226,17 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                     let columns = PANEL.min(self.outputs - column);
                     // What comes after this panel is fetched meanwhile, a part with each tile.
                     let next = if i + 1 < panels.len() { (panel + 1, start) } else { (panels.start, end) };
-                    let ahead = (next.1 < depth).then(|| self.weight.start(next.0, next.1));
+                    let ahead = next.1..(next.1 + self.step).min(depth);
                     let tiles = rows.len().div_ceil(at_once);
-                    let part = self.weight.stretch(self.step).div_ceil(tiles).next_multiple_of(LINE);
                     for lane in 0..lanes {
-                        let ahead = ahead.map(|at| at.wrapping_add(self.weight.between(lane * (self.outputs / PANEL))));
-                        let panel = panel + lane * (self.outputs / PANEL);
-                        let b = self.weight.panel(self.micro.operands, panel, start..start + taken, wide);
+                        let gates = lane * (self.outputs / PANEL);
+                        let (panel, next_panel) = (panel + gates, next.0 + gates);
+                        let b = self.panels.panel(self.micro.operands, panel, start..start + taken, wide);
                         for first in (0..rows.len()).step_by(at_once) {
                             let count = at_once.min(rows.len() - first);
                             let c = sums.wrapping_add(lane * tile + first * PANEL);
                             let a = block.wrapping_add(first * A_STRIDE);
-                            if let Some(ahead) = ahead {
-                                micro::prefetch(ahead.wrapping_add(first / at_once * part), part);
-                            }
+                            self.panels.fetch(next_panel, ahead.clone(), (first / at_once, tiles));
                             // SAFETY: the block has `padded` rows and the sums as many of 32, both multiples of what is
                             // taken at once; the panel goes on to a multiple of 32 numbers.
                             unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }

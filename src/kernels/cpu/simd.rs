@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use half::f16;
+
 use super::attention::Lines;
 use super::element::Element;
 #[cfg(target_arch = "x86_64")]
@@ -255,6 +257,16 @@ levels! {
         }
     }
 
+    /// `[n, 32, 2]` f16 to `[2n, 32]`.
+    fn widen_half_pairs(from: &[u32], to: &mut [f32]) {
+        for (to, from) in to.as_chunks_mut::<64>().0.iter_mut().zip(from.as_chunks::<32>().0) {
+            let (even, odd) = to.split_at_mut(32);
+            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(from) {
+                *even = f16::from_bits(*pair as u16).widen();
+                *odd = f16::from_bits((pair >> 16) as u16).widen();
+            }
+        }
+    }
 
     fn scale(values: &mut [f32], factor: f32) {
         for value in values {

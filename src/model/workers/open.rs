@@ -16,6 +16,7 @@ use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
+use crate::memory::{self, FromBits};
 use crate::model::folder::Found;
 
 /// Longest header that is read, as the format's own library has it.
@@ -25,6 +26,7 @@ const RANK_LIMIT: usize = 8;
 
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
+    mmap: bool,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, (usize, Stored)>,
 }
@@ -110,6 +112,23 @@ impl Weights {
         self.shards.get(shard).map_or(Path::new(""), |shard| &shard.path)
     }
 
+    /// The `count` numbers of a file from byte `offset` on, in memory that is the file's; `None` if they must be read.
+    pub(in crate::model) fn map<T: FromBits>(&self, shard: usize, offset: u64, count: usize) -> Option<Vec<T>> {
+        match &self.shards.get(shard)?.source {
+            Source::Disk(file) if self.mmap => memory::map_file(file, offset, count),
+            Source::Disk(_) | Source::Embedded(_) => None,
+        }
+    }
+
+    /// Has the system read `mapped`, which lies in a file from `offset` on.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(in crate::model) fn populate(&self, shard: usize, offset: u64, mapped: &[u8]) -> Result<()> {
+        let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
+        memory::populate(mapped).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
+    }
+
     /// Reads `into.len()` bytes of a file from `offset` on. Several threads may read at once.
     ///
     /// # Errors
@@ -161,6 +180,8 @@ pub(in crate::model) struct Open;
 pub(in crate::model) struct OpenTask<'a> {
     pub(in crate::model) files: &'a [Found],
     pub(in crate::model) index: Option<&'a HashMap<String, String>>,
+    /// Whether tensors may be mapped.
+    pub(in crate::model) mmap: bool,
 }
 
 impl Worker<OpenTask<'_>> for Open {
@@ -169,7 +190,7 @@ impl Worker<OpenTask<'_>> for Open {
     /// # Errors
     /// `model_corrupt` with the file at fault.
     fn run(&self, task: OpenTask, ctx: &Context) -> Result<Weights> {
-        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut weights = Weights { mmap: task.mmap, shards: Vec::new(), tensors: BTreeMap::new() };
         for (number, found) in task.files.iter().enumerate() {
             ctx.checkpoint()?;
             let (shard, tensors) = open(found)?;

@@ -1,7 +1,8 @@
 //! Reads the weights of one network onto the device, and hands them to the network as it asks for them.
 //!
 //! A tensor is read when it is asked for, together with its neighbours in the file, and given away: what a network
-//! re-lays is in memory twice only for a moment, and the memory of one batch serves the next.
+//! re-lays is in memory twice only for a moment, and the memory of one batch serves the next. On the CPU a large tensor
+//! that is kept as it is stored is not read but mapped: its memory is the file's.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -104,19 +105,28 @@ fn size_of_wanted(batch: &[Wanted]) -> u64 {
 type Wanted<'a> = (&'a str, usize, &'a Stored);
 
 /// The numbers of every tensor of a batch, as they are stored.
-fn numbers(weights: &Weights, batch: &[Wanted]) -> Result<Vec<Numbers>> {
-    let mut all: Vec<Numbers> = batch.iter().map(|(.., stored)| Numbers::zeros(stored)).collect();
+fn numbers(task: &ReadTask, batch: &[Wanted]) -> Result<Vec<Numbers>> {
+    let weights = task.weights;
+    let begin = |wanted: &Wanted| {
+        let mapped = Numbers::mapped(task, wanted);
+        let is_mapped = mapped.is_some();
+        (mapped.unwrap_or_else(|| Numbers::zeros(wanted.2)), is_mapped)
+    };
+    let mut all: Vec<(Numbers, bool)> = batch.iter().map(begin).collect();
     let size = size_of_wanted(batch);
-    let chunks = batch.iter().zip(&mut all).flat_map(|(&(_, shard, stored), numbers)| {
+    let chunks = batch.iter().zip(&mut all).flat_map(|(&(_, shard, stored), (numbers, is_mapped))| {
         let parts = numbers.bytes().chunks_mut(CHUNK).enumerate();
-        parts.map(move |(i, part)| (shard, stored.range.start + (i * CHUNK) as u64, part))
+        parts.map(move |(i, part)| (shard, stored.range.start + (i * CHUNK) as u64, part, *is_mapped))
     });
     let chunks = Mutex::new(chunks);
     let read = || -> Result<()> {
         loop {
             let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((shard, offset, part)) = next else { return Ok(()) };
-            weights.read(shard, offset, part)?;
+            match next {
+                None => return Ok(()),
+                Some((shard, offset, part, true)) => weights.populate(shard, offset, part)?,
+                Some((shard, offset, part, false)) => weights.read(shard, offset, part)?,
+            }
         }
     };
     let helpers = usize::try_from(size / CHUNK as u64).unwrap_or(READERS).min(READERS - 1);
@@ -130,7 +140,7 @@ fn numbers(weights: &Weights, batch: &[Wanted]) -> Result<Vec<Numbers>> {
         };
         threads.into_iter().map(ended).fold(own, Result::and)
     })?;
-    Ok(all)
+    Ok(all.into_iter().map(|(numbers, _)| numbers).collect())
 }
 
 /// Numbers in one of the widths that weights are stored in.
@@ -142,6 +152,19 @@ enum Numbers {
 }
 
 impl Numbers {
+    /// Those of a tensor that is kept as it is stored, on the CPU, where they lie.
+    fn mapped(task: &ReadTask, &(_, shard, stored): &Wanted) -> Option<Self> {
+        let kept = kept(stored.dtype, task.compute, task.device).filter(|_| task.device.is_cpu())?;
+        let (offset, count) = (stored.range.start, stored.shape.iter().product());
+        match (stored.dtype, kept) {
+            (StoredDtype::F32, DType::F32) => task.weights.map(shard, offset, count).map(Self::F32),
+            (StoredDtype::F16, DType::F16) | (StoredDtype::Bf16, DType::BF16) => {
+                task.weights.map(shard, offset, count).map(Self::Half)
+            }
+            _ => None,
+        }
+    }
+
     /// Memory that the system hands over zeroed and that is first touched by whoever reads into it.
     fn zeros(stored: &Stored) -> Self {
         let count = stored.shape.iter().product();
@@ -244,7 +267,7 @@ impl Source<'_> {
     /// Reads the tensor at `first` and those after it that are not read yet, up to a batch.
     fn fetch(&mut self, first: usize) -> Result<()> {
         self.ctx.checkpoint()?;
-        let ReadTask { part, weights, compute, device } = self.tensors.task;
+        let ReadTask { part, compute, device, .. } = self.tensors.task;
         let mut size = 0;
         let rest = self.tensors.wanted[first..].iter().filter(|(name, ..)| self.unread.contains_key(name));
         let batch: Vec<Wanted> = rest
@@ -255,7 +278,7 @@ impl Source<'_> {
             })
             .copied()
             .collect();
-        let numbers = numbers(weights, &batch)?;
+        let numbers = numbers(&self.tensors.task, &batch)?;
         let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, Numbers)| -> Result<Tensor> {
             let tensor = numbers.tensor(stored, compute, device);
             tensor.map_err(|source| {

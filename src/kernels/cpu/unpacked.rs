@@ -1,0 +1,249 @@
+//! Panels of weights that are not laid beforehand: the file has `[outputs, depth]`, and a panel wants the outputs side by
+//! side. The turn costs about a hundredth of a product with 512 rows, and saves weights a second place in memory and the
+//! time in which the system would make its pages.
+
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+
+use super::element::{Element, Held, Numbers};
+use super::micro::{self, Operands, PANEL};
+use super::packed::{Aligned, LINE, Packed};
+use super::simd;
+
+/// Bytes of a word: what is moved as one, a pair of narrow numbers or one f32.
+const WORD: usize = 4;
+/// Words of a block that is turned at once, and so what the words of a turned panel are a multiple of.
+const BLOCK: usize = 16;
+
+/// The panels of one layer for the time of one product.
+pub(super) struct Panels<'a> {
+    packed: &'a Packed,
+    rows: Option<Rows<'a>>,
+}
+
+/// Weights as they are stored, `[outputs, depth]`.
+struct Rows<'a> {
+    numbers: Numbers<'a>,
+    bytes: &'a [u8],
+}
+
+impl<'a> Panels<'a> {
+    /// `held` is the tensor of `packed`, if that has one.
+    pub(super) fn new(packed: &'a Packed, held: Option<&'a Held<'a>>) -> Result<Self> {
+        let rows = held.map(|held| {
+            let numbers = held.numbers()?;
+            let bytes = match numbers {
+                Numbers::F32(numbers) => as_bytes(numbers),
+                Numbers::Bf16(numbers) => as_bytes(numbers),
+                Numbers::F16(numbers) => as_bytes(numbers),
+            };
+            Ok::<_, candle_core::Error>(Rows { numbers, bytes })
+        });
+        Ok(Self { packed, rows: rows.transpose()? })
+    }
+
+    /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
+    /// stands, or made in `scratch`. Beyond the weights it has zeros.
+    pub(super) fn panel(
+        &self,
+        operands: Operands,
+        panel: usize,
+        depth: Range<usize>,
+        scratch: &mut Aligned,
+    ) -> *const u8 {
+        match &self.rows {
+            None => self.packed.panel(operands, panel, depth, scratch),
+            Some(rows) => rows.panel(operands, self.packed, panel, depth, scratch),
+        }
+    }
+
+    /// Asks for a part of what [`Self::panel`] will read for `depth`: the `part`th of `parts`.
+    pub(super) fn fetch(&self, panel: usize, depth: Range<usize>, (part, parts): (usize, usize)) {
+        if depth.is_empty() {
+            return;
+        }
+        let Some(rows) = &self.rows else {
+            let part_bytes = self.packed.stretch(depth.len()).div_ceil(parts).next_multiple_of(LINE);
+            let start = self.packed.start(panel, depth.start);
+            return micro::prefetch(start.wrapping_add(part * part_bytes), part_bytes);
+        };
+        let size = rows.numbers.size();
+        // A row need not begin with a cache line.
+        let across = (depth.len() * size).div_ceil(LINE) + 1;
+        let count = (PANEL * across).div_ceil(parts);
+        for line in (part * count..(part + 1) * count).take_while(|line| *line < PANEL * across) {
+            let row = (panel * PANEL + line / across) * self.packed.depth();
+            let at = (row + depth.start) * size + line % across * LINE;
+            micro::prefetch(rows.bytes.as_ptr().wrapping_add(at), LINE);
+        }
+    }
+}
+
+impl Rows<'_> {
+    #[expect(unsafe_code, reason = "scratch memory seen as numbers")]
+    fn panel(
+        &self,
+        operands: Operands,
+        of: &Packed,
+        panel: usize,
+        depth: Range<usize>,
+        scratch: &mut Aligned,
+    ) -> *const u8 {
+        let size = self.numbers.size();
+        let (first, stride) = (panel * PANEL, of.depth() * size);
+        let words = (depth.len() * size).div_ceil(WORD).next_multiple_of(BLOCK);
+        let from = Lines {
+            bytes: self.bytes.get(first * stride + depth.start * size..).unwrap_or_default(),
+            stride,
+            count: PANEL.min(of.outputs().saturating_sub(first)),
+            length: depth.end.min(of.depth()).saturating_sub(depth.start) * size,
+        };
+        let as_is = operands != Operands::F32 || size == WORD;
+        // Narrow numbers are turned as pairs first, and widened behind them.
+        let turned = words * PANEL;
+        let to = scratch.at_least(if as_is { turned } else { 3 * turned } * WORD);
+        // SAFETY: `scratch` has as many bytes, which have been written before, if only with zeros; it begins with a cache
+        // line, and any bits are a number.
+        let (pairs, wide) = unsafe {
+            let wide = if as_is { 0 } else { 2 * turned };
+            (
+                std::slice::from_raw_parts_mut(to.cast::<u32>(), turned),
+                std::slice::from_raw_parts_mut(to.cast::<f32>().wrapping_add(turned), wide),
+            )
+        };
+        turn(from, pairs);
+        if as_is {
+            return to;
+        }
+        match self.numbers {
+            Numbers::F16(_) => simd::widen_half_pairs(pairs, wide),
+            Numbers::Bf16(_) | Numbers::F32(_) => simd::widen_pairs(pairs, wide),
+        }
+        wide.as_ptr().cast()
+    }
+}
+
+/// Tensors are kept as they are if they are of this kind: contiguous weights of one tap.
+pub(super) fn serves(weight: &Tensor) -> bool {
+    let bytes = weight.elem_count() * weight.dtype().size_in_bytes();
+    weight.dims()[2..].iter().all(|&side| side == 1) && bytes >= crate::memory::LARGE
+}
+
+#[expect(unsafe_code, reason = "numbers are moved as the bytes that they are")]
+fn as_bytes<T: Element>(numbers: &[T]) -> &[u8] {
+    // SAFETY: the bytes are those of the numbers, and are borrowed as long; f32, bf16 and f16 have no padding.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// `count` lines of `length` bytes, `stride` bytes apart.
+#[derive(Clone, Copy)]
+struct Lines<'a> {
+    bytes: &'a [u8],
+    stride: usize,
+    count: usize,
+    length: usize,
+}
+
+/// Writes `[words, 32]`: word `w` of line `n` to `w · 32 + n`, and zeros where there is no such line or word. `to` has a
+/// multiple of 16 words.
+fn turn(from: Lines, to: &mut [u32]) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() >= simd::Level::Avx512 {
+        let last = (from.count.saturating_sub(1)) * from.stride + from.length;
+        assert!(from.count == 0 || last <= from.bytes.len(), "lines beyond the weights");
+        #[expect(unsafe_code, reason = "vector instructions")]
+        // SAFETY: the lines are within `from.bytes`, as was just checked; the instructions are there at this level.
+        unsafe {
+            return avx512::turn(from, to);
+        }
+    }
+    let whole = from.length / WORD;
+    to.fill(0);
+    for n in 0..from.count {
+        let line = &from.bytes[n * from.stride..][..from.length];
+        let (words, rest) = line.as_chunks::<WORD>();
+        for (to, word) in to[n..].iter_mut().step_by(PANEL).zip(words) {
+            *to = u32::from_ne_bytes(*word);
+        }
+        if let [a, b, ..] = *rest {
+            to[whole * PANEL + n] = u32::from_ne_bytes([a, b, 0, 0]);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    //! Squares of 16 × 16 words, turned in registers.
+    #![expect(unsafe_code, reason = "vector instructions on pointers")]
+
+    use std::arch::x86_64::{
+        __m512i, __mmask32, _mm512_maskz_loadu_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    };
+
+    use super::{BLOCK, LINE, Lines, PANEL};
+
+    /// # Safety
+    /// The lines lie within their bytes; AVX-512 F and BW are there.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn turn(from: Lines, to: &mut [u32]) {
+        for (block, to) in to.as_chunks_mut::<{ BLOCK * PANEL }>().0.iter_mut().enumerate() {
+            let left = from.length.saturating_sub(block * LINE).min(LINE) / 2;
+            let mask = ((1_u64 << left) - 1) as __mmask32;
+            for half in 0..PANEL / BLOCK {
+                let mut lines = [_mm512_setzero_si512(); BLOCK];
+                let count = from.count.saturating_sub(half * BLOCK).min(BLOCK);
+                let start = from.bytes.as_ptr().wrapping_add(half * BLOCK * from.stride + block * LINE);
+                if count == BLOCK {
+                    for (n, line) in lines.iter_mut().enumerate() {
+                        // SAFETY: the line is there, and what is masked is not read.
+                        *line = unsafe { _mm512_maskz_loadu_epi16(mask, start.wrapping_add(n * from.stride).cast()) };
+                    }
+                } else {
+                    for (n, line) in lines.iter_mut().enumerate().take(count) {
+                        // SAFETY: as above.
+                        *line = unsafe { _mm512_maskz_loadu_epi16(mask, start.wrapping_add(n * from.stride).cast()) };
+                    }
+                }
+                let columns = square(&lines);
+                for (word, column) in columns.into_iter().enumerate() {
+                    let to = to[word * PANEL + half * BLOCK..][..BLOCK].as_mut_ptr();
+                    // SAFETY: 16 words are there.
+                    unsafe { _mm512_storeu_si512(to.cast(), column) };
+                }
+            }
+        }
+    }
+
+    /// Word `w` of line `n` becomes word `n` of line `w`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn square(lines: &[__m512i; BLOCK]) -> [__m512i; BLOCK] {
+        // Lane `l` of `fours[4g + c]` is word `4l + c` of lines `4g` to `4g + 3`.
+        let mut fours = [_mm512_setzero_si512(); BLOCK];
+        for (four, lines) in fours.as_chunks_mut::<4>().0.iter_mut().zip(lines.as_chunks::<4>().0) {
+            let [a, b, c, d] = *lines;
+            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            *four = [
+                _mm512_unpacklo_epi64(ab_low, cd_low),
+                _mm512_unpackhi_epi64(ab_low, cd_low),
+                _mm512_unpacklo_epi64(ab_high, cd_high),
+                _mm512_unpackhi_epi64(ab_high, cd_high),
+            ];
+        }
+        let mut columns = [_mm512_setzero_si512(); BLOCK];
+        for c in 0..4 {
+            let (a, b, c_, d) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+            // Even lanes, then odd ones.
+            let (ab, cd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c_, d));
+            columns[c] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
+            columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
+            let (ab, cd) = (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c_, d));
+            columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
+            columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
+        }
+        columns
+    }
+}
