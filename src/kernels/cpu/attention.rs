@@ -10,6 +10,7 @@ use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::product::Block;
 use super::simd;
 use super::softmax::Row;
+use super::unpacked::{Lines, turn};
 use crate::kernels::Mask;
 
 use std::ops::Range;
@@ -142,7 +143,7 @@ impl<T: Element> Attention<'_, T> {
                     Mask::Causal => (rows.start + i + 1).saturating_sub(first).min(width),
                 };
                 // SAFETY: row `i` of every panel of scores was written by the product.
-                let line = unsafe { Lines::new(scores.wrapping_add(i * PANEL), padded * PANEL) };
+                let line = unsafe { Scores::new(scores.wrapping_add(i * PANEL), padded * PANEL) };
                 let before = mark.greatest;
                 let row = Row {
                     scores: line,
@@ -226,33 +227,25 @@ impl<T: Element> Attention<'_, T> {
         };
         for p in 0..panels {
             let lines = PANEL.min(range.len() - p * PANEL);
-            match self.micro.operands {
-                Operands::F32 => {
-                    // SAFETY: `count` numbers are there, for this task alone.
-                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
-                    let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
-                    if lines < PANEL || depth < over.depth {
-                        to.fill(0.0);
-                    }
-                    for n in 0..lines {
-                        for (to, from) in to.iter_mut().skip(n).step_by(PANEL).zip(token(p * PANEL + n)) {
-                            *to = from.widen();
-                        }
-                    }
-                }
-                _ => {
-                    // SAFETY: as above; the numbers are bf16.
-                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
-                    let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
-                    if lines < PANEL || depth < over.depth {
-                        to.fill(T::zero());
-                    }
-                    for n in 0..lines {
-                        let pairs = to.chunks_exact_mut(2).skip(n).step_by(PANEL);
-                        for (to, from) in pairs.zip(token(p * PANEL + n).chunks(2)) {
-                            to[..from.len()].copy_from_slice(from);
-                        }
-                    }
+            let size = self.micro.operands.size();
+            if size == size_of::<T>() {
+                let words = over.depth * size / 4 * PANEL;
+                // SAFETY: `count` numbers are there, for this task alone; any bits are a number.
+                let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<u32>().wrapping_add(p * words), words) };
+                let first = at + (range.start + p * PANEL) * self.k.token_stride;
+                let from = Lines::new(&self.k.numbers[first..], self.k.token_stride, (lines, depth));
+                turn(from, to);
+                continue;
+            }
+            // SAFETY: as above.
+            let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
+            let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
+            if lines < PANEL || depth < over.depth {
+                to.fill(0.0);
+            }
+            for n in 0..lines {
+                for (to, from) in to.iter_mut().skip(n).step_by(PANEL).zip(token(p * PANEL + n)) {
+                    *to = from.widen();
                 }
             }
         }
@@ -264,6 +257,7 @@ impl<T: Element> Attention<'_, T> {
     fn lay_values(&self, at: usize, range: Range<usize>, padded: usize, panel: &mut Aligned) -> *const u8 {
         let depth = self.size.depth;
         let panels = depth.div_ceil(PANEL);
+        let zeros = [T::zero(); PANEL];
         let count = panels * padded * PANEL;
         let start = panel.at_least(count * self.micro.operands.size());
         for p in 0..panels {
@@ -293,15 +287,9 @@ impl<T: Element> Attention<'_, T> {
                     if columns < PANEL || range.len() < padded {
                         to.fill(T::zero());
                     }
-                    for (i, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
-                        for odd in 0..2 {
-                            let n = 2 * i + odd;
-                            if n < range.len() {
-                                for (to, from) in to.iter_mut().skip(odd).step_by(2).zip(token(n)) {
-                                    *to = *from;
-                                }
-                            }
-                        }
+                    for (i, to) in to.chunks_exact_mut(2 * PANEL).take(range.len().div_ceil(2)).enumerate() {
+                        let odd = if 2 * i + 1 < range.len() { token(2 * i + 1) } else { &zeros[..columns] };
+                        simd::interleave(token(2 * i), odd, to);
                     }
                 }
             }
@@ -320,12 +308,12 @@ pub(super) struct Mark {
 
 /// Lines of 32 numbers, some distance apart.
 #[derive(Clone, Copy)]
-pub(super) struct Lines {
+pub(super) struct Scores {
     start: *const f32,
     stride: usize,
 }
 
-impl Lines {
+impl Scores {
     /// # Safety
     /// Every line that is asked for is there, and nothing writes it meanwhile.
     #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]

@@ -21,8 +21,9 @@ use crate::kernels::Activation;
 
 /// Rows of a task, at most.
 const ROWS: usize = 512;
-/// Panels of a task, at most: their sums stay in the second cache beside the rows.
-const PANELS: usize = 14;
+/// Panels of a task, at most: the more, the fewer times rows are gathered; their sums overflow the second cache, but are
+/// read no more than once for each step of the depth.
+const PANELS: usize = 20;
 /// f32 numbers summed in one chain: several short chains lose fewer digits than a long one, and at this length no more
 /// than torch's products and convolutions do. bf16 has lost them already.
 const CHAIN: usize = 128;

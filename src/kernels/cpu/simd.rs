@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use half::f16;
 
-use super::attention::Lines;
+use super::attention::Scores;
 use super::element::Element;
 #[cfg(target_arch = "x86_64")]
 use super::micro::amx;
@@ -268,6 +268,19 @@ levels! {
         }
     }
 
+    /// Pairs of each number of `even` with that of `odd`; where both have 32, without a loop's rest.
+    fn interleave<T>(even: &[T], odd: &[T], to: &mut [T]) {
+        if let (Some(even), Some(odd)) = (even.first_chunk::<32>(), odd.first_chunk::<32>()) {
+            for ((to, even), odd) in to.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                *to = [*even, *odd];
+            }
+        } else {
+            for ((to, even), odd) in to.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                *to = [*even, *odd];
+            }
+        }
+    }
+
     fn scale(values: &mut [f32], factor: f32) {
         for value in values {
             *value *= factor;
@@ -306,7 +319,7 @@ levels! {
     }
 
     /// The greatest of `before` and the first `seen` scores; NaN is passed over.
-    fn greatest_of(scores: Lines, seen: usize, before: f32) -> f32 {
+    fn greatest_of(scores: Scores, seen: usize, before: f32) -> f32 {
         let mut lanes = [before; 32];
         for line in 0..seen.div_ceil(32) {
             let from = scores.at(line);
@@ -324,7 +337,7 @@ levels! {
     }
 
     /// Writes `2^((x - greatest) · factor)` for each of the first `seen` scores `x`, 0 for the rest, and gives the sum.
-    fn powers(scores: Lines, seen: usize, factor: f32, greatest: f32, to: &mut [f32]) -> f32 {
+    fn powers(scores: Scores, seen: usize, factor: f32, greatest: f32, to: &mut [f32]) -> f32 {
         let shift = greatest * factor;
         let mut lanes = [0.0_f32; 32];
         for (line, to) in to.as_chunks_mut::<32>().0.iter_mut().enumerate() {

@@ -138,16 +138,24 @@ fn as_bytes<T: Element>(numbers: &[T]) -> &[u8] {
 
 /// `count` lines of `length` bytes, `stride` bytes apart.
 #[derive(Clone, Copy)]
-struct Lines<'a> {
+pub(super) struct Lines<'a> {
     bytes: &'a [u8],
     stride: usize,
     count: usize,
     length: usize,
 }
 
+impl<'a> Lines<'a> {
+    /// `count` lines of `length` numbers, `stride` numbers apart.
+    pub(super) fn new<T: Element>(numbers: &'a [T], stride: usize, (count, length): (usize, usize)) -> Self {
+        let size = size_of::<T>();
+        Self { bytes: as_bytes(numbers), stride: stride * size, count, length: length * size }
+    }
+}
+
 /// Writes `[words, 32]`: word `w` of line `n` to `w · 32 + n`, and zeros where there is no such line or word. `to` has a
 /// multiple of 16 words.
-fn turn(from: Lines, to: &mut [u32]) {
+pub(super) fn turn(from: Lines, to: &mut [u32]) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() >= simd::Level::Avx512 {
         let last = (from.count.saturating_sub(1)) * from.stride + from.length;
