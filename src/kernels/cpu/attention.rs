@@ -10,7 +10,7 @@ use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::product::Block;
 use super::simd;
 use super::softmax::Row;
-use super::unpacked::{Lines, turn};
+use super::unpacked::{BLOCK, Lines, WORD, turn};
 use crate::kernels::Mask;
 
 use std::ops::Range;
@@ -220,21 +220,23 @@ impl<T: Element> Attention<'_, T> {
         let depth = self.size.depth;
         let panels = range.len().div_ceil(PANEL);
         let count = panels * over.depth * PANEL;
-        let start = panel.at_least(count * self.micro.operands.size());
+        let size = self.micro.operands.size();
+        let words = over.depth * size / WORD;
+        let start = panel.at_least((panels * words + BLOCK) * PANEL * WORD);
         let token = |n: usize| {
             let start = at + (range.start + n) * self.k.token_stride;
             &self.k.numbers[start..start + depth]
         };
         for p in 0..panels {
             let lines = PANEL.min(range.len() - p * PANEL);
-            let size = self.micro.operands.size();
             if size == size_of::<T>() {
-                let words = over.depth * size / 4 * PANEL;
-                // SAFETY: `count` numbers are there, for this task alone; any bits are a number.
-                let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<u32>().wrapping_add(p * words), words) };
+                let to = start.cast::<u32>().wrapping_add(p * words * PANEL);
+                // SAFETY: as many words are there, for this task alone; any bits are a number. What is left in those of the
+                // next panel is written after.
+                let to = unsafe { std::slice::from_raw_parts_mut(to, (words + BLOCK) * PANEL) };
                 let first = at + (range.start + p * PANEL) * self.k.token_stride;
                 let from = Lines::new(&self.k.numbers[first..], self.k.token_stride, (lines, depth));
-                turn(from, to);
+                turn(from, words, to);
                 continue;
             }
             // SAFETY: as above.

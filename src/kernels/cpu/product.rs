@@ -232,12 +232,13 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                     for lane in 0..lanes {
                         let gates = lane * (self.outputs / PANEL);
                         let (panel, next_panel) = (panel + gates, next.0 + gates);
+                        let mut ahead = self.panels.ahead(next_panel, ahead.clone(), tiles);
                         let b = self.panels.panel(self.micro.operands, panel, start..start + taken, wide);
                         for first in (0..rows.len()).step_by(at_once) {
                             let count = at_once.min(rows.len() - first);
                             let c = sums.wrapping_add(lane * tile + first * PANEL);
                             let a = block.wrapping_add(first * A_STRIDE);
-                            self.panels.fetch(next_panel, ahead.clone(), (first / at_once, tiles));
+                            ahead.fetch();
                             // SAFETY: the block has `padded` rows and the sums as many of 32, both multiples of what is
                             // taken at once; the panel goes on to a multiple of 32 numbers.
                             unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }

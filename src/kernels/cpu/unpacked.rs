@@ -12,9 +12,9 @@ use super::packed::{Aligned, LINE, Packed};
 use super::simd;
 
 /// Bytes of a word: what is moved as one, a pair of narrow numbers or one f32.
-const WORD: usize = 4;
-/// Words of a block that is turned at once, and so what the words of a turned panel are a multiple of.
-const BLOCK: usize = 16;
+pub(super) const WORD: usize = 4;
+/// Words of a block that is turned at once: a cache line of them.
+pub(super) const BLOCK: usize = 16;
 
 /// The panels of one layer for the time of one product.
 pub(super) struct Panels<'a> {
@@ -58,24 +58,50 @@ impl<'a> Panels<'a> {
         }
     }
 
-    /// Asks for a part of what [`Self::panel`] will read for `depth`: the `part`th of `parts`.
-    pub(super) fn fetch(&self, panel: usize, depth: Range<usize>, (part, parts): (usize, usize)) {
+    /// What [`Self::panel`] will read for `depth`, to be asked for in `parts`.
+    pub(super) fn ahead(&self, panel: usize, depth: Range<usize>, parts: usize) -> Ahead {
         if depth.is_empty() {
-            return;
+            return Ahead { at: std::ptr::null(), stride: 0, rows: 0, across: 0, line: 0, part: 0 };
         }
         let Some(rows) = &self.rows else {
-            let part_bytes = self.packed.stretch(depth.len()).div_ceil(parts).next_multiple_of(LINE);
-            let start = self.packed.start(panel, depth.start);
-            return micro::prefetch(start.wrapping_add(part * part_bytes), part_bytes);
+            let across = self.packed.stretch(depth.len()).div_ceil(LINE);
+            let (at, part) = (self.packed.start(panel, depth.start), across.div_ceil(parts));
+            return Ahead { at, stride: 0, rows: 1, across, line: 0, part };
         };
-        let size = rows.numbers.size();
+        let (size, first) = (rows.numbers.size(), panel * PANEL);
+        let at = rows.bytes.as_ptr().wrapping_add((first * self.packed.depth() + depth.start) * size);
+        let count = PANEL.min(self.packed.outputs().saturating_sub(first));
         // A row need not begin with a cache line.
-        let across = (depth.len() * size).div_ceil(LINE) + 1;
-        let count = (PANEL * across).div_ceil(parts);
-        for line in (part * count..(part + 1) * count).take_while(|line| *line < PANEL * across) {
-            let row = (panel * PANEL + line / across) * self.packed.depth();
-            let at = (row + depth.start) * size + line % across * LINE;
-            micro::prefetch(rows.bytes.as_ptr().wrapping_add(at), LINE);
+        let across = (depth.len() * size + at.addr() % LINE).div_ceil(LINE);
+        let part = (count * across).div_ceil(parts);
+        Ahead { at, stride: self.packed.depth() * size, rows: count, across, line: 0, part }
+    }
+}
+
+/// Memory that will be read: some rows of cache lines.
+pub(super) struct Ahead {
+    at: *const u8,
+    stride: usize,
+    rows: usize,
+    across: usize,
+    /// How many of the first row have been asked for.
+    line: usize,
+    /// How many are asked for at once.
+    part: usize,
+}
+
+impl Ahead {
+    /// Asks for the next part to be brought to the second cache.
+    #[inline]
+    pub(super) fn fetch(&mut self) {
+        let mut left = self.part;
+        while self.rows > 0 && left > 0 {
+            let lines = (self.across - self.line).min(left);
+            micro::prefetch(self.at.wrapping_add(self.line * LINE), lines * LINE);
+            (self.line, left) = (self.line + lines, left - lines);
+            if self.line == self.across {
+                (self.at, self.line, self.rows) = (self.at.wrapping_add(self.stride), 0, self.rows - 1);
+            }
         }
     }
 }
@@ -92,7 +118,7 @@ impl Rows<'_> {
     ) -> *const u8 {
         let size = self.numbers.size();
         let (first, stride) = (panel * PANEL, of.depth() * size);
-        let words = (depth.len() * size).div_ceil(WORD).next_multiple_of(BLOCK);
+        let words = (depth.len() * size).div_ceil(WORD);
         let from = Lines {
             bytes: self.bytes.get(first * stride + depth.start * size..).unwrap_or_default(),
             stride,
@@ -101,24 +127,23 @@ impl Rows<'_> {
         };
         let as_is = operands != Operands::F32 || size == WORD;
         // Narrow numbers are turned as pairs first, and widened behind them.
-        let turned = words * PANEL;
-        let to = scratch.at_least(if as_is { turned } else { 3 * turned } * WORD);
+        let (turned, wide) = ((words + BLOCK) * PANEL, if as_is { 0 } else { 2 * words * PANEL });
+        let to = scratch.at_least((turned + wide) * WORD);
         // SAFETY: `scratch` has as many bytes, which have been written before, if only with zeros; it begins with a cache
         // line, and any bits are a number.
         let (pairs, wide) = unsafe {
-            let wide = if as_is { 0 } else { 2 * turned };
             (
                 std::slice::from_raw_parts_mut(to.cast::<u32>(), turned),
                 std::slice::from_raw_parts_mut(to.cast::<f32>().wrapping_add(turned), wide),
             )
         };
-        turn(from, pairs);
+        turn(from, words, pairs);
         if as_is {
             return to;
         }
         match self.numbers {
-            Numbers::F16(_) => simd::widen_half_pairs(pairs, wide),
-            Numbers::Bf16(_) | Numbers::F32(_) => simd::widen_pairs(pairs, wide),
+            Numbers::F16(_) => simd::widen_half_pairs(&pairs[..words * PANEL], wide),
+            Numbers::Bf16(_) | Numbers::F32(_) => simd::widen_pairs(&pairs[..words * PANEL], wide),
         }
         wide.as_ptr().cast()
     }
@@ -153,9 +178,9 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Writes `[words, 32]`: word `w` of line `n` to `w · 32 + n`, and zeros where there is no such line or word. `to` has a
-/// multiple of 16 words.
-pub(super) fn turn(from: Lines, to: &mut [u32]) {
+/// Writes `[words, 32]`: word `w` of line `n` to `w · 32 + n`, and zeros where there is no such line or word. `to` has room
+/// for 16 words more, in which anything may be left.
+pub(super) fn turn(from: Lines, words: usize, to: &mut [u32]) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() >= simd::Level::Avx512 {
         let last = (from.count.saturating_sub(1)) * from.stride + from.length;
@@ -163,11 +188,11 @@ pub(super) fn turn(from: Lines, to: &mut [u32]) {
         #[expect(unsafe_code, reason = "vector instructions")]
         // SAFETY: the lines are within `from.bytes`, as was just checked; the instructions are there at this level.
         unsafe {
-            return avx512::turn(from, to);
+            return avx512::turn(from, words, to);
         }
     }
     let whole = from.length / WORD;
-    to.fill(0);
+    to[..words * PANEL].fill(0);
     for n in 0..from.count {
         let line = &from.bytes[n * from.stride..][..from.length];
         let (words, rest) = line.as_chunks::<WORD>();
@@ -186,53 +211,55 @@ mod avx512 {
     #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
     use std::arch::x86_64::{
-        __m512i, __mmask32, _mm512_maskz_loadu_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m512i, __mmask32, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+        _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
-    use super::{BLOCK, LINE, Lines, PANEL};
+    use super::{BLOCK, LINE, Lines, PANEL, WORD};
 
     /// # Safety
     /// The lines lie within their bytes; AVX-512 F and BW are there.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) unsafe fn turn(from: Lines, to: &mut [u32]) {
-        for (block, to) in to.as_chunks_mut::<{ BLOCK * PANEL }>().0.iter_mut().enumerate() {
-            let left = from.length.saturating_sub(block * LINE).min(LINE) / 2;
-            let mask = ((1_u64 << left) - 1) as __mmask32;
+    pub(super) unsafe fn turn(from: Lines, words: usize, to: &mut [u32]) {
+        // Lines often lie alike on cache lines. A first block that is short has the others begin with one, so that none is
+        // read twice: lines a power of two apart share so few places in the first cache that none stays there.
+        let askew = from.bytes.as_ptr().addr() % LINE;
+        let first = if askew.is_multiple_of(WORD) { LINE - askew } else { LINE };
+        let mut word = 0;
+        while word < words {
+            let length = if word == 0 { first } else { LINE };
+            let to = &mut to[word * PANEL..][..BLOCK * PANEL];
+            let left = from.length.saturating_sub(word * WORD).min(length);
             for half in 0..PANEL / BLOCK {
-                let mut lines = [_mm512_setzero_si512(); BLOCK];
+                let to = &mut to[half * BLOCK..];
+                let start = from.bytes.as_ptr().wrapping_add(half * BLOCK * from.stride + word * WORD);
                 let count = from.count.saturating_sub(half * BLOCK).min(BLOCK);
-                let start = from.bytes.as_ptr().wrapping_add(half * BLOCK * from.stride + block * LINE);
-                if count == BLOCK {
-                    for (n, line) in lines.iter_mut().enumerate() {
-                        // SAFETY: the line is there, and what is masked is not read.
-                        *line = unsafe { _mm512_maskz_loadu_epi16(mask, start.wrapping_add(n * from.stride).cast()) };
+                // SAFETY: the lines are there, and have a block's words, or what is masked is not read.
+                unsafe {
+                    if count == BLOCK && left == LINE {
+                        square(|n| _mm512_loadu_si512(start.wrapping_add(n * from.stride).cast()), to);
+                    } else {
+                        let mask = ((1_u64 << (left / 2)) - 1) as __mmask32;
+                        let line = |n| _mm512_maskz_loadu_epi16(mask, start.wrapping_add(n * from.stride).cast());
+                        square(|n| if n < count { line(n) } else { _mm512_setzero_si512() }, to);
                     }
-                } else {
-                    for (n, line) in lines.iter_mut().enumerate().take(count) {
-                        // SAFETY: as above.
-                        *line = unsafe { _mm512_maskz_loadu_epi16(mask, start.wrapping_add(n * from.stride).cast()) };
-                    }
-                }
-                let columns = square(&lines);
-                for (word, column) in columns.into_iter().enumerate() {
-                    let to = to[word * PANEL + half * BLOCK..][..BLOCK].as_mut_ptr();
-                    // SAFETY: 16 words are there.
-                    unsafe { _mm512_storeu_si512(to.cast(), column) };
                 }
             }
+            word += length / WORD;
         }
     }
 
-    /// Word `w` of line `n` becomes word `n` of line `w`.
+    /// Writes word `w` of line `n` to `w · 32 + n`.
     #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn square(lines: &[__m512i; BLOCK]) -> [__m512i; BLOCK] {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn square(line: impl Fn(usize) -> __m512i, to: &mut [u32]) {
         // Lane `l` of `fours[4g + c]` is word `4l + c` of lines `4g` to `4g + 3`.
         let mut fours = [_mm512_setzero_si512(); BLOCK];
-        for (four, lines) in fours.as_chunks_mut::<4>().0.iter_mut().zip(lines.as_chunks::<4>().0) {
-            let [a, b, c, d] = *lines;
+        for (group, four) in fours.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let (a, b) = (line(4 * group), line(4 * group + 1));
             let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (c, d) = (line(4 * group + 2), line(4 * group + 3));
             let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
             *four = [
                 _mm512_unpacklo_epi64(ab_low, cd_low),
@@ -241,17 +268,22 @@ mod avx512 {
                 _mm512_unpackhi_epi64(ab_high, cd_high),
             ];
         }
-        let mut columns = [_mm512_setzero_si512(); BLOCK];
+        let mut put = |word: usize, column: __m512i| {
+            let to = to[word * PANEL..][..BLOCK].as_mut_ptr();
+            // SAFETY: 16 words are there.
+            unsafe { _mm512_storeu_si512(to.cast(), column) };
+        };
         for c in 0..4 {
-            let (a, b, c_, d) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+            let lines = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
             // Even lanes, then odd ones.
-            let (ab, cd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c_, d));
-            columns[c] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
-            columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
-            let (ab, cd) = (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c_, d));
-            columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
-            columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
+            let low = _mm512_shuffle_i32x4::<0x88>(lines[0], lines[1]);
+            let high = _mm512_shuffle_i32x4::<0x88>(lines[2], lines[3]);
+            put(c, _mm512_shuffle_i32x4::<0x88>(low, high));
+            put(8 + c, _mm512_shuffle_i32x4::<0xdd>(low, high));
+            let low = _mm512_shuffle_i32x4::<0xdd>(lines[0], lines[1]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(lines[2], lines[3]);
+            put(4 + c, _mm512_shuffle_i32x4::<0x88>(low, high));
+            put(12 + c, _mm512_shuffle_i32x4::<0xdd>(low, high));
         }
-        columns
     }
 }
