@@ -36,7 +36,7 @@ fn every_documented_key_is_read() {
             "main_interface":{"log_level":"DEBUG","max_line_bytes":4096,"queue_limit":3,"on_eof":"cancel","announce":true,"heartbeat_ms":500},
             "instructors":{
                 "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16"},
-                "model":{"cache_size":"2GiB","text_encoders":"release","roots":["a","b"],"default":"m"},
+                "model":{"cache_size":"2GiB","text_encoders":"release","mmap":false,"roots":["a","b"],"default":"m"},
                 "conditioning":{"cache_embeddings":false},
                 "inference":{"batch_size":4,"decode":"strips"},
                 "scheduler":{"default_scheduler":"euler"},
@@ -52,6 +52,7 @@ fn every_documented_key_is_read() {
     assert_eq!((all.device.device.as_deref(), all.device.dtype), (Some("cuda:1"), Some(Dtype::Bf16)));
     assert_eq!((all.model.cache_size, all.model.default.as_deref()), (Bytes(2 << 30), Some("m")));
     assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
+    assert!(!all.model.mmap);
     assert_eq!(all.model.roots, ["a", "b"].map(std::path::PathBuf::from));
     assert!(!all.conditioning.cache_embeddings);
     assert_eq!((all.inference.batch_size, all.inference.decode), (4, DecodeExtent::Strips));
