@@ -5,14 +5,15 @@
 //! `--release` frees the text encoders once they have encoded, `--no-mmap` reads weights rather than mapping them.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use sdxl_worker::config::Config;
-use sdxl_worker::context::Context;
+use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::instructors::Instructors;
+use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
 use sdxl_worker::memory;
@@ -35,11 +36,16 @@ fn main() {
         Some("f16") => Some(Dtype::F16),
         _ => Some(Dtype::F32),
     };
+    if let Some(wanted) = value("--cpu-features") {
+        simd::choose(Level::ALL.into_iter().find(|level| level.name() == wanted).expect("the name of a level"));
+    }
     let size = value("--size").and_then(|size| size.parse().ok());
-    let runs = if value("--model").is_some() { 1 } else { 5 };
+    let (steps, runs) = if value("--model").is_some() { (2, 1) } else { (25, 5) };
+    let steps = value("--steps").and_then(|steps| steps.parse().ok()).unwrap_or(steps);
+    let runs = value("--runs").and_then(|runs| runs.parse().ok()).unwrap_or(runs);
     let request = GenerateRequest {
         prompt: Some("A sunset over mountains".to_owned()),
-        steps: Some(if value("--model").is_some() { 2 } else { 25 }),
+        steps: Some(steps),
         seed: Some(1),
         width: size,
         height: size,
@@ -75,7 +81,16 @@ fn main() {
         return;
     }
     for run in 0..runs {
-        let ctx = Context::detached();
+        let ended: Arc<Mutex<Vec<Instant>>> = Arc::default();
+        let sink = {
+            let ended = ended.clone();
+            Box::new(move |progress| {
+                if let Progress::Step { .. } | Progress::Stage { .. } = progress {
+                    ended.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
+                }
+            })
+        };
+        let ctx = Context::new(String::new(), CancelToken::default(), None, None, sink);
         let start = Instant::now();
         let latents = inference.latents(&plan, 1, &placement, &mut managers, &ctx).expect("latents");
         let pixels = inference.pixels(&plan, &latents, &placement, &mut managers, &ctx).expect("pixels");
@@ -83,6 +98,9 @@ fn main() {
             ctx.timings().iter().map(|(s, t)| format!("{} {:.3} s", s.name(), t.as_secs_f64())).collect();
         let (whole, steps) = (start.elapsed().as_secs_f64(), plan.sampling.steps());
         eprintln!("run {run}: {steps} steps {}×{} in {whole:.3} s: {}", pixels.width, pixels.height, stages.join(", "));
+        let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let spans: Vec<f64> = ended.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
+        eprintln!("run {run}: seconds between what it said of itself: {spans:.3?}");
     }
     eprintln!("blocks: {:?}", memory::usage());
     print_memory();
