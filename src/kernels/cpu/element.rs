@@ -5,6 +5,9 @@ use std::ops::Deref;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use super::simd;
+
 /// A dtype that widens to f32 exactly and is rounded to from f32.
 pub(super) trait Element: WithDType + Send + Sync {
     /// Whether f32 results may be built up in place.
@@ -14,6 +17,14 @@ pub(super) trait Element: WithDType + Send + Sync {
 
     /// To nearest, ties to even; NaN stays NaN.
     fn round(value: f32) -> Self;
+
+    /// [`Self::round`] of 16 numbers.
+    #[inline(always)]
+    fn round_block(from: &[f32; 16], to: &mut [Self; 16]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = Self::round(*from);
+        }
+    }
 
     /// Numbers of no particular value, for whoever writes all of them: no pass over the memory is spent on filling it.
     #[cfg_attr(
@@ -66,6 +77,34 @@ impl Element for bf16 {
         let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         let quiet = (bits >> 16) | 0x40;
         Self::from_bits((if value.is_nan() { quiet } else { nearest }) as u16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[expect(unsafe_code, reason = "a function compiled for more than the baseline")]
+    #[inline(always)]
+    fn round_block(from: &[f32; 16], to: &mut [Self; 16]) {
+        if simd::rounds_bf16() {
+            // SAFETY: the level says that AVX-512 BF16 is here.
+            unsafe { round_native(from, to) }
+        } else {
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = Self::round(*from);
+            }
+        }
+    }
+}
+
+/// As [`bf16::round`] does, but for numbers beneath 2^-126, which become zeros.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions on pointers")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round_native(from: &[f32; 16], to: &mut [bf16; 16]) {
+    use std::arch::x86_64::{__m256bh, __m256i, _mm256_storeu_si256, _mm512_cvtneps_pbh, _mm512_loadu_ps};
+    // SAFETY: 16 numbers are read, and as many written; any bits are bf16.
+    unsafe {
+        let narrow = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from.as_ptr())));
+        _mm256_storeu_si256(to.as_mut_ptr().cast(), narrow);
     }
 }
 

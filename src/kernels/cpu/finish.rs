@@ -2,7 +2,7 @@
 //! the cache, and the rounding to the dtype of the activations.
 
 use super::element::Element;
-use super::micro::PANEL;
+use super::micro::{self, PANEL};
 use super::quantise::Bytes;
 use super::simd::{gelu, levels, quick_gelu, silu};
 use crate::kernels::Activation;
@@ -32,6 +32,20 @@ pub(super) struct Spot {
     pub(super) columns: usize,
 }
 
+impl<T> Finish<'_, T> {
+    /// Asks for the lines that `spot` will read and write.
+    pub(super) fn fetch(&self, spot: Spot, to: *const T) {
+        let bytes = spot.columns * size_of::<T>();
+        for row in spot.row..spot.row + spot.rows {
+            let at = row * self.outputs + spot.column;
+            if let Some(residual) = self.residual {
+                micro::prefetch(residual.as_ptr().wrapping_add(at).cast(), bytes);
+            }
+            micro::prefetch(to.wrapping_add(at).cast(), bytes);
+        }
+    }
+}
+
 /// Adds as many numbers as there are; 32 of them in one go.
 #[inline(always)]
 fn add<T: Element>(line: &mut [f32; PANEL], from: &[T]) {
@@ -48,9 +62,9 @@ fn add<T: Element>(line: &mut [f32; PANEL], from: &[T]) {
 
 #[inline(always)]
 fn put<T: Element>(line: &[f32; PANEL], to: &mut [T]) {
-    if let Ok(to) = <&mut [T; PANEL]>::try_from(&mut *to) {
-        for (to, from) in to.iter_mut().zip(line) {
-            *to = T::round(*from);
+    if to.len() == PANEL {
+        for (to, from) in to.as_chunks_mut::<16>().0.iter_mut().zip(line.as_chunks::<16>().0) {
+            T::round_block(from, to);
         }
     } else {
         for (to, from) in to.iter_mut().zip(line) {

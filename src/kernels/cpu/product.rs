@@ -11,7 +11,7 @@ use half::bf16;
 
 use super::element::{Element, Held};
 use super::finish::{Finish, Spot, Target, finish_gated, finish_tile, rescale};
-use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
 use super::packed::Packed;
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::quantise::Bytes;
@@ -92,8 +92,12 @@ pub(super) struct Dense<'a, T> {
 
 impl<T: Element> Rows for Dense<'_, T> {
     fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: Block) {
+        /// Rows that are on their way from memory meanwhile: they lie so far apart that the processor foresees none.
+        const AHEAD: usize = 6;
         for (i, row) in rows.enumerate() {
             let start = row * self.depth;
+            let ahead = self.numbers.as_ptr().wrapping_add(start + AHEAD * self.depth + depth.start);
+            micro::prefetch(ahead.cast(), depth.len() * size_of::<T>());
             block.put(i, 0, &self.numbers[start + depth.start..start + depth.end]);
         }
     }
@@ -239,6 +243,10 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                             let c = sums.wrapping_add(lane * tile + first * PANEL);
                             let a = block.wrapping_add(first * A_STRIDE);
                             ahead.fetch();
+                            if end == depth {
+                                let spot = Spot { row: rows.start + first, rows: count, column, columns };
+                                self.finish.fetch(spot, out.at(0));
+                            }
                             // SAFETY: the block has `padded` rows and the sums as many of 32, both multiples of what is
                             // taken at once; the panel goes on to a multiple of 32 numbers.
                             unsafe { self.micro.run(&Call { a, b, depth: taken, c, rows: count, add: start > 0 }) }

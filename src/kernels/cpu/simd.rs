@@ -115,6 +115,14 @@ pub fn choose(wanted: Level) -> Level {
     chosen
 }
 
+/// Whether the processor itself rounds to bf16. Asked within loops that [`levels`] compiles for that level too, into which
+/// the instruction then comes without a call.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn rounds_bf16() -> bool {
+    LEVEL.load(Ordering::Relaxed) >= Level::Avx512Bf16 as u8
+}
+
 macro_rules! levels {
     ($($(#[$doc:meta])* fn $name:ident $(<$t:ident>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$doc])*
@@ -128,6 +136,10 @@ macro_rules! levels {
 
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+                fn avx512_bf16 $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
+                    portable($($arg),*)
+                }
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512 $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
                     portable($($arg),*)
@@ -137,8 +149,10 @@ macro_rules! levels {
                     portable($($arg),*)
                 }
                 match $crate::kernels::simd::level() {
-                    // SAFETY: `level` gives `Avx512` and what is above only where these features were detected.
-                    $crate::kernels::simd::Level::Avx512 | $crate::kernels::simd::Level::Avx512Bf16 | $crate::kernels::simd::Level::Amx => return unsafe { avx512($($arg),*) },
+                    // SAFETY: `level` gives `Avx512Bf16` and what is above only where these features were detected.
+                    $crate::kernels::simd::Level::Avx512Bf16 | $crate::kernels::simd::Level::Amx => return unsafe { avx512_bf16($($arg),*) },
+                    // SAFETY: `level` gives `Avx512` only where these features were detected.
+                    $crate::kernels::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: `level` gives `Avx2` only where it was detected.
                     $crate::kernels::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::kernels::simd::Level::Portable => {}
@@ -239,6 +253,41 @@ pub(super) fn gelu(x: f32) -> f32 {
     x * if x < 0.0 { tail } else { 1.0 - tail }
 }
 
+/// Rounds `value` of each number of `from`.
+#[inline(always)]
+fn map_into<T: Element>(from: &[T], to: &mut [T], value: impl Fn(f32) -> f32) {
+    let ((blocks, rest), (to_blocks, to_rest)) = (from.as_chunks::<LANES>(), to.as_chunks_mut::<LANES>());
+    for (to, from) in to_blocks.iter_mut().zip(blocks) {
+        let mut line = [0.0; LANES];
+        for (line, x) in line.iter_mut().zip(from) {
+            *line = value(x.widen());
+        }
+        T::round_block(&line, to);
+    }
+    for (to, from) in to_rest.iter_mut().zip(rest) {
+        *to = T::round(value(from.widen()));
+    }
+}
+
+/// Rounds `after((x - mean) · scale + shift)` of each number of a row.
+#[inline(always)]
+fn normalise_row<T: Element>(from: &[T], [mean, scale, shift]: [&[f32]; 3], to: &mut [T], after: impl Fn(f32) -> f32) {
+    let ((means, mean), (scales, scale)) = (mean.as_chunks::<LANES>(), scale.as_chunks::<LANES>());
+    let ((shifts, shift), (blocks, rest)) = (shift.as_chunks::<LANES>(), from.as_chunks::<LANES>());
+    let (to_blocks, to_rest) = to.as_chunks_mut::<LANES>();
+    let per_channel = means.iter().zip(scales).zip(shifts);
+    for ((to, from), ((mean, scale), shift)) in to_blocks.iter_mut().zip(blocks).zip(per_channel) {
+        let mut line = [0.0; LANES];
+        for i in 0..LANES {
+            line[i] = after((from[i].widen() - mean[i]) * scale[i] + shift[i]);
+        }
+        T::round_block(&line, to);
+    }
+    for ((to, from), ((mean, scale), shift)) in to_rest.iter_mut().zip(rest).zip(mean.iter().zip(scale).zip(shift)) {
+        *to = T::round(after((from.widen() - mean) * scale + shift));
+    }
+}
+
 levels! {
     fn widen_slice<T>(from: &[T], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
@@ -294,21 +343,15 @@ levels! {
     }
 
     fn silu_into<T>(from: &[T], to: &mut [T]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = T::round(silu(from.widen()));
-        }
+        map_into(from, to, silu);
     }
 
     fn gelu_into<T>(from: &[T], to: &mut [T]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = T::round(gelu(from.widen()));
-        }
+        map_into(from, to, gelu);
     }
 
     fn quick_gelu_into<T>(from: &[T], to: &mut [T]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = T::round(quick_gelu(from.widen()));
-        }
+        map_into(from, to, quick_gelu);
     }
 
     /// `value · gelu(gate)`
@@ -382,9 +425,7 @@ levels! {
     fn normalise<T>(from: &[T], mean: &[f32], scale: &[f32], shift: &[f32], to: &mut [T]) {
         let channels = mean.len().max(1);
         for (to, from) in to.chunks_exact_mut(channels).zip(from.chunks_exact(channels)) {
-            for ((to, from), ((mean, scale), shift)) in to.iter_mut().zip(from).zip(mean.iter().zip(scale).zip(shift)) {
-                *to = T::round((from.widen() - mean) * scale + shift);
-            }
+            normalise_row(from, [mean, scale, shift], to, |x| x);
         }
     }
 
@@ -392,9 +433,7 @@ levels! {
     fn normalise_silu<T>(from: &[T], mean: &[f32], scale: &[f32], shift: &[f32], to: &mut [T]) {
         let channels = mean.len().max(1);
         for (to, from) in to.chunks_exact_mut(channels).zip(from.chunks_exact(channels)) {
-            for ((to, from), ((mean, scale), shift)) in to.iter_mut().zip(from).zip(mean.iter().zip(scale).zip(shift)) {
-                *to = T::round(silu((from.widen() - mean) * scale + shift));
-            }
+            normalise_row(from, [mean, scale, shift], to, silu);
         }
     }
 
@@ -430,7 +469,23 @@ levels! {
         let variance = squares.into_iter().map(f64::from).sum::<f64>() / count - missed * missed;
         let scale = (1.0 / (variance.max(0.0) + eps).sqrt()) as f32;
         let missed = missed as f32;
-        for ((to, from), (weight, bias)) in to.iter_mut().zip(from).zip(weight.iter().zip(bias)) {
+        let affine = weight.iter().zip(bias);
+        if T::IS_F32 {
+            for ((to, from), (weight, bias)) in to.iter_mut().zip(from).zip(affine) {
+                *to = T::round((from.widen() - mean - missed) * scale * weight + bias);
+            }
+            return;
+        }
+        let (to_blocks, to_rest) = to.as_chunks_mut::<LANES>();
+        let ((weights, weight), (biases, bias)) = (weight.as_chunks::<LANES>(), bias.as_chunks::<LANES>());
+        for ((to, from), (weight, bias)) in to_blocks.iter_mut().zip(blocks).zip(weights.iter().zip(biases)) {
+            let mut line = [0.0; LANES];
+            for i in 0..LANES {
+                line[i] = (from[i].widen() - mean - missed) * scale * weight[i] + bias[i];
+            }
+            T::round_block(&line, to);
+        }
+        for ((to, from), (weight, bias)) in to_rest.iter_mut().zip(rest).zip(weight.iter().zip(bias)) {
             *to = T::round((from.widen() - mean - missed) * scale * weight + bias);
         }
     }
