@@ -90,6 +90,7 @@ fn main() {
     linears(&table, "", |weight| Linear::new(weight, None));
     convolutions(&table, "", |weight, shape| Conv2d::new(weight, None, shape));
     attentions(&table);
+    gemm(&table);
     let int8_peak = if level >= Level::Avx512 { of("avx512 int8") } else { f32_peak };
     println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "INT8, quantising included, activations in", "f32", "", "bf16", "");
     let int8 = Table { filter: table.filter.clone(), peaks: [int8_peak; 2] };
@@ -122,6 +123,17 @@ fn linears(table: &Table, kind: &str, layer: fn(Tensor) -> candle_core::Result<L
             let (x, weight) = (tensor(&[rows, inputs], dtype), tensor(&[outputs, inputs], dtype));
             let layer = layer(weight).expect("a layer");
             Box::new(move || drop(black_box(layer.forward(&x).expect("a product"))))
+        });
+    }
+}
+
+/// candle's own product, the crate gemm with its AVX-512 kernels, beside the linear layers of the same shapes.
+fn gemm(table: &Table) {
+    for (rows, inputs, outputs) in [(8192, 640, 640), (2048, 1280, 1280), (8192, 2560, 640), (2048, 5120, 1280)] {
+        table.row(&format!("gemm {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
+            let (x, weight) = (tensor(&[rows, inputs], dtype), tensor(&[outputs, inputs], dtype));
+            let turned = weight.t().expect("a matrix");
+            Box::new(move || drop(black_box(x.matmul(&turned).expect("a product"))))
         });
     }
 }

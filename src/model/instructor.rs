@@ -15,6 +15,7 @@ use crate::device;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
+use crate::memory;
 use crate::units::Bytes;
 
 /// Share of the memory, in percent, above which a model's weights leave too little for activations.
@@ -65,7 +66,9 @@ impl ModelCrew {
     pub fn encoded(&mut self, checkpoint: &Checkpoint, placement: &Placement) {
         let crowded = || {
             let available = placement.device.is_cpu().then(device::instructor::host_available).flatten();
-            let whole = available.map(|available| available + self.bytes_of(checkpoint));
+            // Mapped weights are the system's cache of the files, which it counts as available.
+            let taken = Bytes(self.bytes_of(checkpoint).0.saturating_sub(memory::usage().mapped.0));
+            let whole = available.map(|available| available + taken);
             whole.is_some_and(|whole| checkpoint.file_bytes().0 > whole.0 / 100 * CROWDED)
         };
         let release = match self.text_encoders {

@@ -4,6 +4,8 @@
 use super::element::Element;
 use super::micro::{self, PANEL};
 use super::quantise::Bytes;
+#[cfg(target_arch = "x86_64")]
+use super::simd::rounds_bf16;
 use super::simd::{gelu, levels, quick_gelu, silu};
 use crate::kernels::Activation;
 
@@ -73,6 +75,66 @@ fn put<T: Element>(line: &[f32; PANEL], to: &mut [T]) {
     }
 }
 
+/// `value · gelu(gate)`, as exact as the results' dtype can show.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "a function compiled for more than the baseline"))]
+#[inline(always)]
+fn gate_line<T: Element>(value: &mut [f32; PANEL], gate: &[f32; PANEL]) {
+    #[cfg(target_arch = "x86_64")]
+    if !T::IS_F32 && rounds_bf16() {
+        // SAFETY: where the processor rounds to bf16, AVX-512 F is here.
+        return unsafe { avx512::gate_line(value, gate) };
+    }
+    for (value, gate) in value.iter_mut().zip(gate) {
+        *value *= gelu(*gate);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm512_abs_ps, _mm512_cmp_ps_mask, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_mask_sub_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_rcp14_ps, _mm512_roundscale_ps,
+        _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
+    };
+
+    use super::PANEL;
+
+    /// As [`super::gelu`] has it, with a shorter `P` and an approximate reciprocal: right to 2e-4, a tenth of what bf16
+    /// tells apart.
+    #[expect(unsafe_code, reason = "vector instructions on pointers")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn gate_line(value: &mut [f32; PANEL], gate: &[f32; PANEL]) {
+        const P: [f32; 6] = [9.599_125e-2, 9.214_285e-2, 1.082_969_4e-1, 4.406_779_6e-2, 7.460_913e-2, 8.491_585e-2];
+        /// Of `2^r` within half of 0.
+        const POWER: [f32; 5] = [9.999_993e-1, 6.931_218e-1, 2.402_474_4e-1, 5.591_786e-2, 9.570_102e-3];
+        /// Beyond it nothing of the tail is left.
+        const FAR: f32 = 20.0;
+        for (value, gate) in value.as_chunks_mut::<16>().0.iter_mut().zip(gate.as_chunks::<16>().0) {
+            // SAFETY: 16 numbers are there.
+            let (v, x) = unsafe { (_mm512_loadu_ps(value.as_ptr()), _mm512_loadu_ps(gate.as_ptr())) };
+            // Of a number and a NaN, `min` gives its second operand.
+            let z = _mm512_min_ps(_mm512_set1_ps(FAR), _mm512_abs_ps(x));
+            let one = _mm512_set1_ps(1.0);
+            let t = _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.24), one));
+            let series = |terms: &[f32], at| {
+                let first = terms.iter().rev().take(1).fold(_mm512_setzero_ps(), |_, term| _mm512_set1_ps(*term));
+                terms.iter().rev().skip(1).fold(first, |p, term| _mm512_fmadd_ps(p, at, _mm512_set1_ps(*term)))
+            };
+            // e^(-z²/2)
+            let exponent = _mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-0.5 * std::f32::consts::LOG2_E));
+            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(exponent);
+            let power = _mm512_scalef_ps(series(&POWER, _mm512_sub_ps(exponent, n)), n);
+            let tail = _mm512_mul_ps(_mm512_mul_ps(series(&P, t), t), power);
+            let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps());
+            let phi = _mm512_mask_sub_ps(tail, !negative, one, tail);
+            let y = _mm512_mul_ps(v, _mm512_mul_ps(x, phi));
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(value.as_mut_ptr(), y) }
+        }
+    }
+}
+
 levels! {
     /// i32 sums of products of bytes to what they stand for, in place: `(sum - offset) · step of the row · scale`.
     fn rescale(tile: &mut [f32], bytes: &Bytes, row: usize, scales: &[f32; PANEL], offsets: &[i32; PANEL]) {
@@ -120,9 +182,7 @@ levels! {
                 add(&mut value, &bias[column..column + columns]);
                 add(&mut gate, &bias[finish.outputs + column..finish.outputs + column + columns]);
             }
-            for (value, gate) in value.iter_mut().zip(gate) {
-                *value *= gelu(gate);
-            }
+            gate_line::<T>(&mut value, &gate);
             put(&value, to.line((row + i) * finish.outputs + column, columns));
         }
     }
