@@ -47,6 +47,25 @@ struct Attention<'a, T> {
     micro: Micro,
 }
 
+/// Keys and values of every head as panels, made once for all blocks of queries.
+struct Laid {
+    /// `[head of a sample, block of keys, 2]` times `side` bytes: the keys of the block, then its values.
+    memory: Aligned,
+    side: usize,
+    /// Blocks of keys.
+    blocks: usize,
+}
+
+impl Laid {
+    fn keys(&self, pair: usize, block: usize) -> *mut u8 {
+        self.memory.at((pair * self.blocks + block) * 2 * self.side)
+    }
+
+    fn values(&self, pair: usize, block: usize) -> *mut u8 {
+        self.keys(pair, block).wrapping_add(self.side)
+    }
+}
+
 /// Gives `[B, Lq, heads · D]`.
 pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
     let Size { batch, queries, keys, heads, depth } = size;
@@ -62,11 +81,12 @@ pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, si
     let block = queries.div_ceil(blocks).next_multiple_of(micro.rows);
     let blocks = queries.div_ceil(block);
     let work = Attention { q, k, v, size, mask, micro };
+    let laid = work.lay();
     let shared = Shared::new(&mut out);
     for_each(pairs * blocks, 2 * pairs * queries * keys * depth, |task| {
         let (pair, start) = (task / blocks, (task % blocks) * block);
         let rows = start..(start + block).min(queries);
-        with_scratch(|scratch| work.block(pair / heads, pair % heads, rows, &shared, scratch));
+        with_scratch(|scratch| work.block(pair, rows, &laid, &shared, scratch));
     });
     out
 }
@@ -88,17 +108,37 @@ impl<T: Element> Attention<'_, T> {
         Sides { rows: rows.next_multiple_of(self.micro.rows), depth, step: depth.min(longest) }
     }
 
+    fn lay(&self) -> Laid {
+        let Size { batch, keys, heads, depth, .. } = self.size;
+        let (pairs, blocks) = (batch * heads, keys.div_ceil(KEYS));
+        let columns = depth.next_multiple_of(PANEL);
+        let side = KEYS.min(keys.next_multiple_of(PANEL)) * columns * self.micro.operands.size();
+        let laid = Laid { memory: Aligned::unwritten(pairs * blocks * 2 * side), side, blocks };
+        for_each(pairs * blocks, 2 * pairs * keys * columns, |task| {
+            let (pair, block) = (task / blocks, task % blocks);
+            let range = block * KEYS..(block * KEYS + KEYS).min(keys);
+            self.lay_keys(self.at(&self.k, pair), range.clone(), laid.keys(pair, block));
+            self.lay_values(self.at(&self.v, pair), range, laid.values(pair, block));
+        });
+        laid
+    }
+
+    /// Where the first token of head `pair` stands, heads counted over all samples.
+    fn at(&self, tokens: &Tokens<T>, pair: usize) -> usize {
+        pair / self.size.heads * tokens.sample_stride + pair % self.size.heads * self.size.depth
+    }
+
     /// One head of one sample, queries `rows`.
-    fn block(&self, sample: usize, head: usize, rows: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
-        self.micro.within(|| self.within(sample, head, rows, out, scratch));
+    fn block(&self, pair: usize, rows: Range<usize>, laid: &Laid, out: &Shared<T>, scratch: &mut Scratch) {
+        self.micro.within(|| self.within(pair, rows, laid, out, scratch));
     }
 
     #[expect(unsafe_code, reason = "rows of a result that is shared with other tasks, and operands of micro-kernels")]
-    fn within(&self, sample: usize, head: usize, rows: Range<usize>, out: &Shared<T>, scratch: &mut Scratch) {
+    fn within(&self, pair: usize, rows: Range<usize>, laid: &Laid, out: &Shared<T>, scratch: &mut Scratch) {
         let Size { queries, keys, heads, depth, .. } = self.size;
         let count = rows.len();
-        let Scratch { rows: wide_q, panel, sums, values, scores, marks } = scratch;
-        let at = |tokens: &Tokens<T>| sample * tokens.sample_stride + head * depth;
+        let (sample, head) = (pair / heads, pair % heads);
+        let Scratch { rows: wide_q, sums, values, scores, marks, .. } = scratch;
 
         let over_depth = self.sides(count, depth);
         let padded = over_depth.rows;
@@ -110,7 +150,7 @@ impl<T: Element> Attention<'_, T> {
             let wide = over_depth.step.min(over_depth.depth - first);
             let taken = over_depth.step.min(depth - first);
             for (to, row) in rows.clone().enumerate() {
-                let start = at(&self.q) + row * self.q.token_stride + first;
+                let start = self.at(&self.q, pair) + row * self.q.token_stride + first;
                 block.put(to, 0, &self.q.numbers[start..start + taken]);
                 block.clear(to, taken, wide - taken);
             }
@@ -131,9 +171,10 @@ impl<T: Element> Attention<'_, T> {
         };
         let factor = (std::f64::consts::LOG2_E / (depth as f64).sqrt()) as f32;
         for first in (0..end).step_by(KEYS) {
-            let width = KEYS.min(end - first);
+            // Of the whole block, as its panels are; what lies behind the end of a mask is not seen.
+            let width = KEYS.min(keys - first);
             let over_keys = self.sides(count, width);
-            let k = self.lay_keys(at(&self.k), first..first + width, &over_depth, panel);
+            let k = laid.keys(pair, first / KEYS);
             self.multiply(&over_depth, q, k, over_keys.depth / PANEL, scores, false);
 
             // Probabilities take the place of a left operand, in blocks of the depth as micro-kernels take it.
@@ -172,7 +213,7 @@ impl<T: Element> Attention<'_, T> {
                 mark.total += total;
                 mark.greatest = now;
             }
-            let v = self.lay_values(at(&self.v), first..first + width, over_keys.depth, panel);
+            let v = laid.values(pair, first / KEYS);
             let whole = Sides { step: over_keys.depth, ..over_keys };
             self.multiply(&whole, p, v, columns / PANEL, sums, first > 0);
         }
@@ -216,13 +257,13 @@ impl<T: Element> Attention<'_, T> {
 
     /// Keys `range` as panels `[D, 32]` of 32 keys each, filled up with zeros.
     #[expect(unsafe_code, reason = "memory seen as numbers")]
-    fn lay_keys(&self, at: usize, range: Range<usize>, over: &Sides, panel: &mut Aligned) -> *const u8 {
+    fn lay_keys(&self, at: usize, range: Range<usize>, start: *mut u8) {
         let depth = self.size.depth;
+        let padded = depth.next_multiple_of(PANEL);
         let panels = range.len().div_ceil(PANEL);
-        let count = panels * over.depth * PANEL;
+        let count = panels * padded * PANEL;
         let size = self.micro.operands.size();
-        let words = over.depth * size / WORD;
-        let start = panel.at_least((panels * words + BLOCK) * PANEL * WORD);
+        let words = padded * size / WORD;
         let token = |n: usize| {
             let start = at + (range.start + n) * self.k.token_stride;
             &self.k.numbers[start..start + depth]
@@ -232,7 +273,7 @@ impl<T: Element> Attention<'_, T> {
             if size == size_of::<T>() {
                 let to = start.cast::<u32>().wrapping_add(p * words * PANEL);
                 // SAFETY: as many words are there, for this task alone; any bits are a number. What is left in those of the
-                // next panel is written after.
+                // next panel is written after, and behind the last panel the values are laid after the keys.
                 let to = unsafe { std::slice::from_raw_parts_mut(to, (words + BLOCK) * PANEL) };
                 let first = at + (range.start + p * PANEL) * self.k.token_stride;
                 let from = Lines::new(&self.k.numbers[first..], self.k.token_stride, (lines, depth));
@@ -241,8 +282,8 @@ impl<T: Element> Attention<'_, T> {
             }
             // SAFETY: as above.
             let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
-            let to = &mut to[p * over.depth * PANEL..(p + 1) * over.depth * PANEL];
-            if lines < PANEL || depth < over.depth {
+            let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
+            if lines < PANEL || depth < padded {
                 to.fill(0.0);
             }
             for n in 0..lines {
@@ -251,17 +292,16 @@ impl<T: Element> Attention<'_, T> {
                 }
             }
         }
-        start
     }
 
-    /// Values `range` as panels `[keys, 32]` of 32 channels each, filled up with zeros to `padded` keys.
+    /// Values `range` as panels `[keys, 32]` of 32 channels each, filled up with zeros to a multiple of 32 keys.
     #[expect(unsafe_code, reason = "memory seen as numbers")]
-    fn lay_values(&self, at: usize, range: Range<usize>, padded: usize, panel: &mut Aligned) -> *const u8 {
+    fn lay_values(&self, at: usize, range: Range<usize>, start: *mut u8) {
         let depth = self.size.depth;
+        let padded = range.len().next_multiple_of(PANEL);
         let panels = depth.div_ceil(PANEL);
         let zeros = [T::zero(); PANEL];
         let count = panels * padded * PANEL;
-        let start = panel.at_least(count * self.micro.operands.size());
         for p in 0..panels {
             let columns = PANEL.min(depth - p * PANEL);
             let token = |n: usize| {
@@ -296,7 +336,6 @@ impl<T: Element> Attention<'_, T> {
                 }
             }
         }
-        start
     }
 }
 
