@@ -49,8 +49,9 @@ impl Tuning {
 pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
     let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
     let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && weight.outputs() >= 2 * PANEL;
-    let products = !weight.is_int8() && simd::level() != simd::Level::Amx;
     let operands = Micro::new(!T::IS_F32 && weight.is_bf16()).operands;
+    let by_tiles = operands == Operands::Bf16 && simd::level() == simd::Level::Amx;
+    let products = !weight.is_int8() && !by_tiles;
     same && products && wide && height * width >= Tuning::of(operands).least
 }
 
