@@ -28,7 +28,7 @@ fn samplers(c: &mut Criterion) {
                     x,
                     denoiser: &mut |x, _| Ok((x * 0.5)?),
                     noise: &mut noise,
-                    observe: &mut |_, _| Ok(()),
+                    land: &mut |_, x, _| Ok(x),
                 };
                 ctx.perform(sampler, task).expect("latents")
             });

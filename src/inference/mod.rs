@@ -3,4 +3,5 @@
 pub mod instructor;
 pub mod interface;
 pub mod plan;
+mod planning;
 pub mod workers;

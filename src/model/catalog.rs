@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
+use super::companion::Companion;
 use super::demo;
 use super::folder::admit;
 use super::interface::Settings;
@@ -117,17 +118,32 @@ impl Catalog {
         Ok(checkpoint)
     }
 
+    /// What `name` stands for beside a checkpoint: a safetensors file, with its ending or without, or a folder, beneath
+    /// a root. `field` is the part of the request in which the name stood.
+    ///
+    /// # Errors
+    /// `path_not_allowed` outside the roots and for `..`, `model_not_found`, `unsafe_format`, `model_unsupported` and
+    /// `model_corrupt` for what is found but cannot be used.
+    pub fn companion(&self, name: &str, field: &str) -> Result<Companion> {
+        let path = sound(name, field)?;
+        let mut refused = None;
+        let ended = path.with_added_extension("safetensors");
+        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
+            match admit(&self.roots, &candidate) {
+                Ok(Some(real)) => return Companion::find(name, &real, &self.roots, self.mmap),
+                Ok(None) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        let hint = "give the path of a safetensors file or a folder beneath the configured model roots".to_owned();
+        Err(refused.unwrap_or(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }))
+    }
+
     fn locate(&self, name: &str) -> Result<Listed> {
         if name == demo::NAME {
             return Ok(Listed { name: name.to_owned(), path: None });
         }
-        if name.trim().is_empty() || name.contains('\0') {
-            return Err(Error::invalid("model", "must be the name of a model or a path, got neither"));
-        }
-        let path = Path::new(name);
-        if path.components().any(|part| part == Component::ParentDir) {
-            return Err(Error::PathNotAllowed { path: path.to_owned() });
-        }
+        let path = sound(name, "model")?;
         let mut refused = None;
         for candidate in self.candidates(path) {
             match admit(&self.roots, &candidate) {
@@ -187,6 +203,18 @@ impl Catalog {
         };
         Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }
     }
+}
+
+/// A name that may be a path.
+fn sound<'a>(name: &'a str, field: &str) -> Result<&'a Path> {
+    if name.trim().is_empty() || name.contains('\0') {
+        return Err(Error::invalid(field, "must be the name of a model or a path, got neither"));
+    }
+    let path = Path::new(name);
+    if path.components().any(|part| part == Component::ParentDir) {
+        return Err(Error::PathNotAllowed { path: path.to_owned() });
+    }
+    Ok(path)
 }
 
 fn not_a_folder(name: &str, path: &Path) -> Error {

@@ -20,7 +20,7 @@ use crate::scheduler::schedule::SchedulerConfig;
 use crate::units::{Bytes, ImageSize};
 
 /// Longest configuration file.
-const CONFIG_LIMIT: u64 = 4 * Bytes::MIB;
+pub(super) const CONFIG_LIMIT: u64 = 4 * Bytes::MIB;
 /// Longest index of a sharded network.
 const INDEX_LIMIT: u64 = 64 * Bytes::MIB;
 /// Rows and columns of latents where `unet/config.json` does not say: SDXL was trained at 1024 pixels.
@@ -98,10 +98,10 @@ pub(super) struct TokenizerFiles {
 }
 
 #[derive(Debug)]
-struct WeightFiles {
-    files: Vec<Found>,
+pub(super) struct WeightFiles {
+    pub(super) files: Vec<Found>,
     /// Tensor name → file name, for a sharded network.
-    index: Option<HashMap<String, String>>,
+    pub(super) index: Option<HashMap<String, String>>,
 }
 
 #[derive(Deserialize)]
@@ -255,7 +255,7 @@ impl Checkpoint {
         files.push(scheduler.clone());
         let mut weights = Vec::new();
         for part in Part::ALL.into_iter().filter(|part| *part != Part::TextEncoder || first) {
-            let found = weight_files(folder, part)?;
+            let found = weight_files(folder, part.name(), part.stem())?;
             files.extend(found.files.iter().cloned());
             weights.push((part, found));
         }
@@ -288,7 +288,7 @@ fn typed<T: serde::de::DeserializeOwned>(folder: &Folder, part: Part, files: &mu
     Ok(config)
 }
 
-fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
+pub(super) fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
     let mut hasher = DefaultHasher::new();
     folder.path("").hash(&mut hasher);
     for found in files {
@@ -299,8 +299,7 @@ fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
 }
 
 /// The files of a part. The one without a variant's name is preferred, as diffusers prefers it.
-fn weight_files(folder: &Folder, part: Part) -> Result<WeightFiles> {
-    let (dir, stem) = (part.name(), part.stem());
+pub(super) fn weight_files(folder: &Folder, dir: &str, stem: &str) -> Result<WeightFiles> {
     let mut candidates = vec![(format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"))];
     for variant in VARIANTS {
         candidates.push((format!("{stem}.{variant}.safetensors"), format!("{stem}.safetensors.index.{variant}.json")));

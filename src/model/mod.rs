@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod checkpoint;
+pub mod companion;
 pub mod demo;
 pub mod families;
 mod folder;

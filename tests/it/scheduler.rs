@@ -116,11 +116,11 @@ fn walk(plan: &SamplingPlan, x: Tensor, noise: &mut NoiseSource, ctx: &Context) 
         calls += 1;
         Ok(denoise(plan, x, level))
     };
-    let mut observe = |done: usize, _: &Tensor| {
+    let mut land = |done: usize, x: Tensor, _: &Tensor| {
         steps.push(done);
-        Ok(())
+        Ok(x)
     };
-    let task = SampleTask { plan, x, denoiser: &mut denoiser, noise, observe: &mut observe };
+    let task = SampleTask { plan, x, denoiser: &mut denoiser, noise, land: &mut land };
     let x = ctx.perform(SAMPLERS.get(plan.sampler)?, task)?;
     Ok(Walked { x, calls, steps })
 }
@@ -313,8 +313,8 @@ fn a_failing_denoiser_ends_the_run() {
             calls += 1;
             if calls == 3 { Err(Error::Cancelled) } else { Ok(denoise(&plan, x, level)) }
         };
-        let mut observe = |_: usize, _: &Tensor| Ok(());
-        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, observe: &mut observe };
+        let mut land = |_: usize, x: Tensor, _: &Tensor| Ok(x);
+        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, land: &mut land };
         let result = Context::detached().perform(worker, task);
         assert!(matches!(result, Err(Error::Cancelled)), "{sampler}");
         assert_eq!(calls, 3, "{sampler}");
@@ -335,8 +335,8 @@ fn a_cancelled_request_makes_no_more_calls() {
             cancel.cancel();
             Ok(denoise(&plan, x, level))
         };
-        let mut observe = |_: usize, _: &Tensor| Ok(());
-        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, observe: &mut observe };
+        let mut land = |_: usize, x: Tensor, _: &Tensor| Ok(x);
+        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, land: &mut land };
         let result = ctx.perform(worker, task);
         assert!(matches!(result, Err(Error::Cancelled)), "{sampler}");
         assert_eq!(calls, 1, "{sampler}");

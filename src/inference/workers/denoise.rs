@@ -1,6 +1,8 @@
 //! Denoising: lends the UNet to a sampler as x₀(x, level). Input scaling, prediction type and guidance are applied
 //! here, so that every sampler has them and none sees a network.
 
+use std::cell::Cell;
+
 use candle_core::{DType, Tensor};
 
 use super::guidance::{Guide, GuideTask};
@@ -37,9 +39,18 @@ impl Worker<DenoiseTask<'_>> for Denoise {
         let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network { unet, prompt, compute: placement.compute.tensor() };
-        let mut denoiser = |x: &Tensor, level: Level| network.denoised(x, level, sampling.prediction, ctx);
-        let latents = sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, observe }, ctx)?;
+        let network = Network { unet, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
+        let done = Cell::new(0);
+        let steps = sampling.steps();
+        let mut denoiser =
+            |x: &Tensor, level: Level| network.denoised(x, Moment { level, step: done.get(), steps }, ctx);
+        let mut land = |landed: usize, x: Tensor, x0: &Tensor| -> Result<Tensor> {
+            done.set(landed);
+            observe(landed, x0)?;
+            Ok(x)
+        };
+        let latents =
+            sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, land: &mut land }, ctx)?;
         finite(&latents, placement)?;
         Ok(latents)
     }
@@ -104,51 +115,69 @@ impl Worker<PrepareTask<'_>> for Prepare {
     }
 }
 
+/// When an evaluation is made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moment {
+    pub(super) level: Level,
+    /// Steps that are done, of `steps` that will be walked.
+    pub(super) step: usize,
+    pub(super) steps: usize,
+}
+
 /// The UNet with the prompt.
 struct Network<'a> {
     unet: &'a Unet,
     prompt: &'a Prompt,
     compute: DType,
+    prediction: Prediction,
 }
 
 impl Network<'_> {
-    /// x₀ for `x` at `level`: `[B, H, W, C]`, f32.
-    fn denoised(&self, x: &Tensor, level: Level, prediction: Prediction, ctx: &Context) -> Result<Tensor> {
+    /// x₀ for `x` at a moment: `[B, H, W, C]`, f32.
+    fn denoised(&self, x: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
         ctx.checkpoint()?;
+        let Level { alpha, sigma, .. } = now.level;
         // The network was trained on variance-preserving inputs: x / √(α² + σ²).
-        let scale = 1.0 / level.alpha.hypot(level.sigma);
+        let scale = 1.0 / alpha.hypot(sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
-        let input = scaled.to_dtype(self.compute)?;
-        let Prompt { text, pooled, time_ids, guidance, batch } = self.prompt;
-        let input = if guidance.is_on() { Tensor::cat(&[&input, &input], 0)? } else { input };
-        let predicted = self
-            .unet
-            .forward(UnetInput {
-                sample: &input,
-                timesteps: &[level.timestep],
-                text: Text::Read(text),
-                pooled,
-                time_ids,
-                down_residuals: None,
-                mid_residual: None,
-                check: &|| ctx.checkpoint(),
-            })?
-            .to_dtype(DType::F32)?;
-        let predicted = if guidance.is_on() {
-            let negative = predicted.narrow(0, 0, *batch)?;
-            let positive = predicted.narrow(0, *batch, *batch)?;
-            ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })?
-        } else {
-            predicted
-        };
-        let x0 = match prediction {
+        let predicted = self.guided(&scaled, now, ctx)?;
+        let x0 = match self.prediction {
             // x = α x₀ + σ ε
-            Prediction::Epsilon => ((x - (predicted * level.sigma)?)? / level.alpha)?,
+            Prediction::Epsilon => ((x - (predicted * sigma)?)? / alpha)?,
             // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
-            Prediction::VPrediction => ((scaled * (level.alpha * scale))? - (predicted * (level.sigma * scale))?)?,
+            Prediction::VPrediction => ((scaled * (alpha * scale))? - (predicted * (sigma * scale))?)?,
             Prediction::Sample => predicted,
         };
         Ok(x0)
+    }
+
+    /// What the network predicts under guidance. `scaled` and the result are `[B, H, W, C]`, f32.
+    fn guided(&self, scaled: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
+        let Prompt { guidance, batch, .. } = self.prompt;
+        let input = scaled.to_dtype(self.compute)?;
+        if !guidance.is_on() {
+            return self.predicted(&input, now, ctx);
+        }
+        let predicted = self.predicted(&Tensor::cat(&[&input, &input], 0)?, now, ctx)?;
+        let negative = predicted.narrow(0, 0, *batch)?;
+        let positive = predicted.narrow(0, *batch, *batch)?;
+        ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })
+    }
+
+    /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
+    fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
+        let Prompt { text, pooled, time_ids, .. } = self.prompt;
+        let predicted = self.unet.forward(UnetInput {
+            sample: input,
+            timesteps: &[now.level.timestep],
+            text: Text::Read(text),
+            pooled,
+            time_ids,
+            down_residuals: None,
+            mid_residual: None,
+            check: &|| ctx.checkpoint(),
+        })?;
+        Ok(predicted.to_dtype(DType::F32)?)
     }
 }
 

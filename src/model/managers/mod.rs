@@ -167,9 +167,10 @@ fn give_back(freed: Bytes) {
     }
 }
 
-/// A part of a checkpoint whose header was read and whose weights were not.
+/// A network whose header was read and whose weights were not.
 struct Opened<'a> {
-    part: Part,
+    /// What progress calls it.
+    component: &'static str,
     weights: Weights,
     placement: &'a Placement,
     dtype: Dtype,
@@ -177,7 +178,7 @@ struct Opened<'a> {
 
 impl<'a> Opened<'a> {
     fn new(checkpoint: &Checkpoint, part: Part, placement: &'a Placement, dtype: Dtype, ctx: &Context) -> Result<Self> {
-        Ok(Self { part, weights: checkpoint.open(part, ctx)?, placement, dtype })
+        Ok(Self { component: part.name(), weights: checkpoint.open(part, ctx)?, placement, dtype })
     }
 
     /// Bytes that the weights will take.
@@ -187,8 +188,8 @@ impl<'a> Opened<'a> {
 
     /// Reads the weights and builds the network from them. Gives it with the bytes that it holds.
     fn load<T>(&self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
-        let task =
-            ReadTask { part: self.part, weights: &self.weights, compute: self.dtype, device: &self.placement.device };
+        let (component, device) = (self.component, &self.placement.device);
+        let task = ReadTask { component, weights: &self.weights, compute: self.dtype, device };
         ctx.perform(&Read, task)?.build(ctx, load)
     }
 }

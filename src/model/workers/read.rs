@@ -19,7 +19,6 @@ use crate::context::{Context, Progress};
 use crate::device::interface::Dtype;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::model::checkpoint::Part;
 use crate::units::Bytes;
 
 /// How much is read between two looks at cancellation.
@@ -62,7 +61,8 @@ pub(in crate::model) struct Read;
 
 #[derive(Clone, Copy)]
 pub(in crate::model) struct ReadTask<'a> {
-    pub(in crate::model) part: Part,
+    /// What progress calls the network.
+    pub(in crate::model) component: &'static str,
     pub(in crate::model) weights: &'a Weights,
     pub(in crate::model) compute: Dtype,
     pub(in crate::model) device: &'a Device,
@@ -231,7 +231,7 @@ impl Tensors<'_> {
         load: impl FnOnce(&VarBuilder) -> Result<T>,
     ) -> Result<(T, Bytes)> {
         ctx.checkpoint()?;
-        let ReadTask { part, weights, compute, device } = self.task;
+        let ReadTask { component, weights, compute, device } = self.task;
         let bytes_total = Bytes(size_of_wanted(&self.wanted));
         let source = Mutex::new(Source {
             tensors: &self,
@@ -252,7 +252,7 @@ impl Tensors<'_> {
         }
         let network = built?;
         if source.bytes_done < bytes_total.0 {
-            ctx.progress(Progress::ModelLoading { component: part.name(), bytes_done: bytes_total, bytes_total });
+            ctx.progress(Progress::ModelLoading { component, bytes_done: bytes_total, bytes_total });
         }
         let left = source.read.len() + source.unread.len();
         if let Some(name) = source.read.keys().chain(source.unread.keys()).min() {
@@ -267,7 +267,7 @@ impl Source<'_> {
     /// Reads the tensor at `first` and those after it that are not read yet, up to a batch.
     fn fetch(&mut self, first: usize) -> Result<()> {
         self.ctx.checkpoint()?;
-        let ReadTask { part, compute, device, .. } = self.tensors.task;
+        let ReadTask { component, compute, device, .. } = self.tensors.task;
         let mut size = 0;
         let rest = self.tensors.wanted[first..].iter().filter(|(name, ..)| self.unread.contains_key(name));
         let batch: Vec<Wanted> = rest
@@ -297,11 +297,7 @@ impl Source<'_> {
         }
         self.bytes_done += size_of_wanted(&batch);
         let bytes_total = Bytes(size_of_wanted(&self.tensors.wanted));
-        self.ctx.progress(Progress::ModelLoading {
-            component: part.name(),
-            bytes_done: Bytes(self.bytes_done),
-            bytes_total,
-        });
+        self.ctx.progress(Progress::ModelLoading { component, bytes_done: Bytes(self.bytes_done), bytes_total });
         Ok(())
     }
 

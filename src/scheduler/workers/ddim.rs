@@ -28,7 +28,7 @@ impl Worker<SampleTask<'_>> for Ddim {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, observe } = task;
+        let SampleTask { plan, mut x, denoiser, noise, land } = task;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
             let x0 = denoiser(&x, step.at)?;
@@ -43,7 +43,7 @@ impl Worker<SampleTask<'_>> for Ddim {
                 true => blend(&[(kept, &x), x0_part, (fresh, &noise.draw()?)])?,
                 false => blend(&[(kept, &x), x0_part])?,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

@@ -29,7 +29,7 @@ impl Worker<SampleTask<'_>> for Deis {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         let mut before: Option<(Tensor, f64)> = None;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
@@ -47,7 +47,7 @@ impl Worker<SampleTask<'_>> for Deis {
                 }
                 _ => blend(&[(kept, &x), (alpha * (rho_to - rho), &eps)])?,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
             before = Some((eps, rho));
         }
         Ok(x)

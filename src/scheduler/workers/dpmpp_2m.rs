@@ -31,7 +31,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2m {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         let mut before: Option<(Tensor, Level)> = None;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
@@ -47,7 +47,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2m {
                 }
                 _ => blend(&[(kept, &x), (taken, &x0)])?,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
             before = Some((x0, step.at));
         }
         Ok(x)

@@ -30,7 +30,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2mSde {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, observe } = task;
+        let SampleTask { plan, mut x, denoiser, noise, land } = task;
         let mut before: Option<(Tensor, Level)> = None;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
@@ -50,7 +50,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2mSde {
                 }
                 _ => blend(&[(kept, &x), (taken, &x0), (fresh, &draw)])?,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
             before = Some((x0, step.at));
         }
         Ok(x)

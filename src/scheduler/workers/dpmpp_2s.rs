@@ -36,7 +36,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2s {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         let mut start: Option<Start> = None;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
@@ -59,7 +59,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2s {
                     next
                 }
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

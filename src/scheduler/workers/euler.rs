@@ -28,13 +28,13 @@ impl Worker<SampleTask<'_>> for Euler {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
             let x0 = denoiser(&x, step.at)?;
             let kept = step.to.sigma / step.at.sigma;
             x = blend(&[(kept, &x), (1.0 - kept, &x0)])?;
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

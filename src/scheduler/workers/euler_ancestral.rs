@@ -29,7 +29,7 @@ impl Worker<SampleTask<'_>> for EulerAncestral {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, observe } = task;
+        let SampleTask { plan, mut x, denoiser, noise, land } = task;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
             let x0 = denoiser(&x, step.at)?;
@@ -37,7 +37,7 @@ impl Worker<SampleTask<'_>> for EulerAncestral {
             let kept = down / step.at.sigma;
             // Noise is drawn at the last step too, where it counts for nothing.
             x = blend(&[(kept, &x), (1.0 - kept, &x0), (up, &noise.draw()?)])?;
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

@@ -29,7 +29,7 @@ impl Worker<SampleTask<'_>> for Kdpm2Ancestral {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, observe } = task;
+        let SampleTask { plan, mut x, denoiser, noise, land } = task;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
             let mut x0 = denoiser(&x, step.at)?;
@@ -45,7 +45,7 @@ impl Worker<SampleTask<'_>> for Kdpm2Ancestral {
             } else {
                 x0.clone()
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

@@ -33,7 +33,7 @@ impl Worker<SampleTask<'_>> for Lcm {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, observe } = task;
+        let SampleTask { plan, mut x, denoiser, noise, land } = task;
         for (i, step) in plan.walk() {
             ctx.checkpoint()?;
             let x0 = denoiser(&x, step.at)?;
@@ -44,7 +44,7 @@ impl Worker<SampleTask<'_>> for Lcm {
                 true => denoised,
                 false => blend(&[(step.to.alpha, &denoised), (step.to.sigma, &noise.draw()?)])?,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

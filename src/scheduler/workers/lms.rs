@@ -33,7 +33,7 @@ impl Worker<SampleTask<'_>> for Lms {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         // Slopes (x − x₀)/σ, newest first.
         let mut slopes: VecDeque<Tensor> = VecDeque::with_capacity(ORDER);
         for (i, step) in plan.walk() {
@@ -47,7 +47,7 @@ impl Worker<SampleTask<'_>> for Lms {
             let nodes: Vec<f64> = plan.path[i + 1 - order..=i].iter().rev().map(|step| step.at.sigma).collect();
             let terms = slopes.iter().enumerate().map(|(k, slope)| (weight(&nodes, k, step.to.sigma), slope));
             x = blend(&std::iter::once((1.0, &x)).chain(terms).collect::<Vec<_>>())?;
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

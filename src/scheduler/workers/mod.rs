@@ -42,8 +42,8 @@ pub struct SampleTask<'a> {
     pub denoiser: &'a mut Denoiser<'a>,
     /// The images' own streams, after the initial noise was drawn from them.
     pub noise: &'a mut NoiseSource,
-    /// Told after each step how many are done, and the latest x₀.
-    pub observe: &'a mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    /// Told after each step how many are done, the sample there and the latest x₀; gives the sample to go on from.
+    pub land: &'a mut dyn FnMut(usize, Tensor, &Tensor) -> Result<Tensor>,
 }
 
 /// A sampling algorithm and what a plan must know of it.

@@ -32,7 +32,7 @@ impl Worker<SampleTask<'_>> for Pndm {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         let v = plan.prediction == Prediction::VPrediction;
         // Network outputs, newest first. Of the two in the first step only the first is kept.
         let mut outputs: VecDeque<Tensor> = VecDeque::with_capacity(4);
@@ -58,7 +58,7 @@ impl Worker<SampleTask<'_>> for Pndm {
                 }
                 _ => next,
             };
-            observe(i + 1 - plan.run.start, &x0)?;
+            x = land(i + 1 - plan.run.start, x, &x0)?;
         }
         Ok(x)
     }

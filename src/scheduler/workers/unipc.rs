@@ -37,7 +37,7 @@ impl Worker<SampleTask<'_>> for Unipc {
     type Output = Tensor;
 
     fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, observe, .. } = task;
+        let SampleTask { plan, mut x, denoiser, land, .. } = task;
         let mut older: Option<Known> = None;
         let mut newest: Option<(Known, Tensor, usize)> = None; // with the corrected x there, and the order used from it
         for (i, step) in plan.walk() {
@@ -54,7 +54,7 @@ impl Worker<SampleTask<'_>> for Unipc {
             older = newest.take().map(|(known, ..)| known);
             let next = predicted(step, &x, &known, older.as_ref().filter(|_| order == 2))?;
             newest = Some((known, std::mem::replace(&mut x, next), order));
-            observe(taken + 1, &x0)?;
+            x = land(taken + 1, x, &x0)?;
         }
         Ok(x)
     }
