@@ -9,8 +9,9 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use image::{ImageFormat, ImageReader};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::pixels::Rgb8;
@@ -63,6 +64,20 @@ impl ImageSource {
             Self::Base64(text) => decode_base64(text, field)?,
         };
         ImageFile::inspect(bytes)
+    }
+}
+
+/// As it came: a path is a string.
+impl Serialize for ImageSource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Path(path) => serializer.serialize_str(&path.to_string_lossy()),
+            Self::Base64(text) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("base64", text)?;
+                map.end()
+            }
+        }
     }
 }
 

@@ -67,14 +67,16 @@ impl Instructors {
     /// # Errors
     /// A setting that names what this worker does not have.
     pub fn new(settings: &config::Instructors) -> Result<Self> {
+        let postprocessing = PostprocessingInstructor::new(settings.postprocessing.clone());
+        let roots = postprocessing.roots().clone();
         Ok(Self {
             inference: InferenceInstructor {
                 settings: settings.inference.clone(),
                 device: DeviceInstructor::new(settings.device.clone()),
                 scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
                 model: ModelInstructor,
-                conditioning: ConditioningInstructor { settings: settings.conditioning.clone() },
-                postprocessing: PostprocessingInstructor::new(settings.postprocessing.clone()),
+                conditioning: ConditioningInstructor { settings: settings.conditioning.clone(), roots },
+                postprocessing,
             },
         })
     }

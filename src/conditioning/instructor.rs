@@ -21,6 +21,7 @@ use crate::layers::Instructor;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelCrew;
 use crate::model::managers::{ClipTokenizer, Token, Tokenizers};
+use crate::roots::Roots;
 
 const STAGE: &str = "text encoder";
 
@@ -54,6 +55,8 @@ pub struct ConditioningCrew {
 
 pub struct ConditioningInstructor {
     pub settings: Settings,
+    /// Beneath which requests may name images.
+    pub roots: Roots,
 }
 
 /// One text for both encoders, decided.

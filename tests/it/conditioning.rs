@@ -53,7 +53,7 @@ fn crew() -> ConditioningCrew {
 }
 
 fn instructor() -> ConditioningInstructor {
-    ConditioningInstructor { settings: Settings::default() }
+    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]) }
 }
 
 #[track_caller]
@@ -251,7 +251,7 @@ fn a_prompt_that_comes_again_needs_no_encoder() {
 
     crew.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
     crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
-    let without = ConditioningInstructor { settings: Settings { cache_embeddings: false } };
+    let without = ConditioningInstructor { settings: Settings { cache_embeddings: false }, roots: Roots::new([]) };
     without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
     assert!(crew.embeddings.resident().is_empty());
 }

@@ -10,52 +10,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use sdxl_worker::config::Config;
-use sdxl_worker::context::Context;
+use candle_core::Device;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::inference::interface::GenerateRequest;
-use sdxl_worker::instructors::Instructors;
-use sdxl_worker::managers::Managers;
 use sdxl_worker::pixels::Rgb8;
+
+use super::drawing::{Worker, distance};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 struct LatentTolerance(f64);
 /// Decibels, over the 8-bit images.
 struct LeastPsnr(f64);
-
-struct Worker {
-    instructors: Instructors,
-    managers: Managers,
-}
-
-impl Worker {
-    fn new() -> Self {
-        let config = Config::default();
-        let settings = &config.workers.instructors;
-        let managers = Managers::new(&settings.model, Arc::default());
-        Self { instructors: Instructors::new(settings).unwrap(), managers }
-    }
-
-    /// Latents as `[1, C, H, W]` and pixels of each image of a request.
-    fn draw(&mut self, request: &GenerateRequest) -> Vec<(Tensor, Rgb8)> {
-        let ctx = Context::detached();
-        let inference = &self.instructors.inference;
-        let plan = inference.plan(request, &mut self.managers).unwrap();
-        let placement = inference.device.place(&mut self.managers.device, plan.dtype).unwrap();
-        let placement = placement.quantised(plan.quantization).unwrap();
-        plan.seeds
-            .iter()
-            .map(|&seed| {
-                let latents = inference.latents(&plan, seed, &placement, &mut self.managers, &ctx).unwrap();
-                let pixels = inference.pixels(&plan, &latents, &placement, &mut self.managers, &ctx).unwrap();
-                (latents.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap(), pixels)
-            })
-            .collect()
-    }
-}
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity")
@@ -77,14 +43,6 @@ fn request(case: &str) -> GenerateRequest {
     }
     let text = fs::read_to_string(folder().join(format!("{case}.request.json"))).unwrap();
     serde_json::from_str::<Line>(&text).unwrap().data
-}
-
-/// Largest |Δ| over the standard deviation of the reference.
-fn distance(ours: &Tensor, reference: &Tensor) -> f64 {
-    let (ours, reference) = (ours.to_dtype(DType::F64).unwrap(), reference.to_dtype(DType::F64).unwrap());
-    let worst = (&ours - &reference).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
-    let std = reference.flatten_all().unwrap().var(0).unwrap().to_scalar::<f64>().unwrap().sqrt();
-    worst / std
 }
 
 fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
