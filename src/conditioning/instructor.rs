@@ -8,20 +8,24 @@
 use candle_core::{DType, Tensor};
 
 use super::interface::{
-    Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EncodedPrompt, Request, Response, Settings,
-    TokenList, Tokenized,
+    Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EncodedPrompt, Request, ResizeMode, Response,
+    Settings, TokenList, Tokenized,
 };
 use super::manager::{EmbeddingKey, EmbeddingManager};
 use super::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
+use super::workers::hint::{Fit, FitTask};
 use super::workers::prompt::{MOST_CHUNKS, Tokenize, TokenizeTask, chunks, rows};
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage};
+use crate::image_source::ImageFile;
 use crate::layers::Instructor;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelCrew;
 use crate::model::managers::{ClipTokenizer, Token, Tokenizers};
+use crate::pixels::Rgb8;
 use crate::roots::Roots;
+use crate::units::ImageSize;
 
 const STAGE: &str = "text encoder";
 
@@ -37,6 +41,14 @@ pub struct PromptWish {
     pub clip_skip: Option<u32>,
     /// Whether the negative prompt is needed: guidance above 1.
     pub guided: bool,
+}
+
+/// What a ControlNet shall be shown.
+pub struct HintWish {
+    pub image: ImageFile,
+    /// What makes the hint of the image; `none` if it is left out.
+    pub preprocessor: Option<String>,
+    pub resize_mode: ResizeMode,
 }
 
 /// What the UNet is told.
@@ -147,6 +159,31 @@ impl ConditioningInstructor {
             (true, false) => Some(made.next().ok_or_else(|| Error::bug("a negative prompt was not encoded"))?),
         };
         Ok(Conditioning { positive, negative })
+    }
+}
+
+impl ConditioningInstructor {
+    /// Refuses what no hint can be made of.
+    ///
+    /// # Errors
+    /// `unknown_name` for a preprocessor that there is not.
+    pub fn check_hint(&self, wish: &HintWish) -> Result<()> {
+        match wish.preprocessor.as_deref() {
+            None | Some("none") => Ok(()),
+            Some(name) => {
+                let (name, nearest) = (name.to_owned(), None);
+                Err(Error::UnknownName { kind: "preprocessor", name, nearest, field: Some("preprocessor".to_owned()) })
+            }
+        }
+    }
+
+    /// The hint, of the size of the image that is generated.
+    ///
+    /// # Errors
+    /// `image_decode_failed` for a damaged file; those of [`Self::check_hint`].
+    pub fn hint(&self, wish: &HintWish, size: ImageSize, ctx: &Context) -> Result<Rgb8> {
+        self.check_hint(wish)?;
+        ctx.perform(&Fit, FitTask { image: wish.image.decode()?, size, mode: wish.resize_mode })
     }
 }
 

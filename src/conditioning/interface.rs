@@ -18,6 +18,22 @@ impl Default for Settings {
     }
 }
 
+/// How an image of other proportions is brought to a size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ResizeMode {
+    /// Both sides to the size; proportions change.
+    #[default]
+    #[serde(alias = "Just Resize")]
+    Stretch,
+    /// The size is covered, and what reaches beyond is cut off on both sides.
+    #[serde(alias = "Crop and Resize")]
+    Crop,
+    /// The whole image, in the middle, its edges repeated outwards.
+    #[serde(alias = "Resize and Fill")]
+    Fill,
+}
+
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {

@@ -4,10 +4,12 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
+use super::controlling::is_of;
 use super::interface::{
     BatchRequest, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response, Settings,
 };
 use super::plan::GenerationPlan;
+use super::workers::control::Controls;
 use super::workers::decode::{Decode, DecodeTask};
 use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask, Prompt};
 use super::workers::estimate::{Appraise, AppraiseTask};
@@ -48,6 +50,13 @@ impl Instructor for InferenceInstructor {
                 let plan = self.plan(&request, crew)?;
                 self.generate(plan, crew, ctx).map(Response::Generated)
             }
+            Request::Controlnet(request) => {
+                if request.controlnet.as_ref().is_none_or(|wishes| wishes.0.is_empty()) {
+                    return Err(Error::invalid("controlnet", "is missing: name a ControlNet and its image"));
+                }
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
             Request::Batch(batch) => self.batch(&batch, crew, ctx).map(Response::Batch),
         }
     }
@@ -79,7 +88,7 @@ impl InferenceInstructor {
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
         let residents = crew.published.residents();
-        let loaded = residents.iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = residents.iter().filter(|one| is_of(&plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan: &plan,
             compute,
@@ -95,7 +104,7 @@ impl InferenceInstructor {
 
     /// Refuses what cannot fit before anything is loaded for it.
     fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
-        let loaded = crew.resident().iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = crew.resident().iter().filter(|one| is_of(plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan,
             compute: placement.compute,
@@ -176,14 +185,16 @@ impl InferenceInstructor {
         &self,
         plan: &GenerationPlan,
         seed: u64,
-        prompt: &mut Option<Prompt>,
+        prompt: &mut Option<(Controls, Prompt)>,
         (placement, crew, ctx): (&Placement, &mut Managers, &Context),
     ) -> Result<Tensor> {
         let checkpoint = &plan.checkpoint;
-        let conditioning = match prompt {
+        let fresh = match prompt {
             Some(_) => None,
             None => {
-                Some(self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?)
+                let controls = self.prepare_controls(plan, placement, crew, ctx)?;
+                let crew = &mut crew.conditioning;
+                Some((controls, self.conditioning.condition(&plan.prompt, checkpoint, crew, placement, ctx)?))
             }
         };
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
@@ -208,24 +219,25 @@ impl InferenceInstructor {
         };
         let start = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
-            if let Some(conditioning) = &conditioning {
-                *prompt = Some(ctx.perform(
-                    &Prepare,
-                    PrepareTask {
-                        unet: &unet,
-                        conditioning,
-                        time_ids: &plan.time_ids,
-                        guidance: plan.guidance,
-                        placement,
-                        batch: 1,
-                    },
-                )?);
+            if let Some((controls, conditioning)) = fresh {
+                let task = PrepareTask {
+                    unet: &unet,
+                    controls: &controls,
+                    conditioning: &conditioning,
+                    time_ids: &plan.time_ids,
+                    guidance: plan.guidance,
+                    placement,
+                    batch: 1,
+                };
+                let made = ctx.perform(&Prepare, task)?;
+                *prompt = Some((controls, made));
             }
-            let prompt = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
+            let (controls, prompt) = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
             ctx.perform(
                 &Denoise,
                 DenoiseTask {
                     unet: &unet,
+                    controls,
                     prompt,
                     sampling: &plan.sampling,
                     noise: &mut noise,

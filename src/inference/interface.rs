@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::controlnet::ControlWishes;
 use crate::device::interface::{Dtype, Quantization};
 use crate::layers::{Domain, Interface};
 use crate::noise::RngKind;
@@ -124,6 +125,9 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
+    /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controlnet: Option<ControlWishes>,
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
@@ -150,7 +154,6 @@ pub const FIELDS_TO_COME: &[&str] = &[
     "strength",
     "denoising_start",
     "denoising_end",
-    "controlnet",
     "control_image",
     "lora",
     "loras",
@@ -178,6 +181,8 @@ pub struct BatchRequest {
 pub enum Request {
     Generate(Box<GenerateRequest>),
     Text2image(Box<GenerateRequest>),
+    /// As `generate`, with at least one ControlNet.
+    Controlnet(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -242,7 +247,7 @@ pub struct Inference;
 
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
-    const OPERATIONS: &'static [&'static str] = &["generate", "text2image", "batch"];
+    const OPERATIONS: &'static [&'static str] = &["generate", "text2image", "controlnet", "batch"];
     type Request = Request;
     type Response = Response;
 }

@@ -1,5 +1,7 @@
 //! Generation of images.
 
+pub mod controlnet;
+mod controlling;
 pub mod instructor;
 pub mod interface;
 pub mod plan;

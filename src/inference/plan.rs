@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::interface::GenerateRequest;
-use crate::conditioning::instructor::PromptWish;
+use crate::conditioning::instructor::{HintWish, PromptWish};
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
 use crate::noise::RngKind;
 use crate::postprocessing::instructor::OutputPlan;
 use crate::scheduler::schedule::SamplingPlan;
@@ -26,9 +27,26 @@ pub struct GenerationPlan {
     pub guidance: Guidance,
     pub sampling: SamplingPlan,
     pub time_ids: TimeIds,
+    pub controls: Vec<ControlPlan>,
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
+}
+
+/// A ControlNet, decided and checked.
+pub struct ControlPlan {
+    /// Its place in the request.
+    pub index: usize,
+    /// The same for all that name one network.
+    pub net: Arc<Companion>,
+    pub hint: HintWish,
+    /// What a union is told that the image is.
+    pub kind: Option<usize>,
+    pub weight: f64,
+    /// Shares of the steps.
+    pub start: f64,
+    pub end: f64,
+    pub guess: bool,
 }
 
 /// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.

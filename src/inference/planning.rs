@@ -3,6 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use super::controlling::said;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
 use super::plan::{GenerationPlan, Guidance, TimeIds};
@@ -59,6 +60,7 @@ impl InferenceInstructor {
         };
         let seeds = self.seeds(request)?;
         let time_ids = time_ids(request, size, &checkpoint)?;
+        let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
         let parameters = GenerateRequest {
@@ -75,6 +77,7 @@ impl InferenceInstructor {
             height: Some(size.height as i64),
             batch_size: Some(seeds.len() as i64),
             clip_skip: clip_skip.map(i64::from),
+            controlnet: said(request, &controls),
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
@@ -99,6 +102,7 @@ impl InferenceInstructor {
             guidance,
             sampling,
             time_ids,
+            controls,
             output,
             parameters,
         })
@@ -176,7 +180,7 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
     })
 }
 
-fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
+pub(super) fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
     if (low..=high).contains(&value) {
         return Ok(value);
     }

@@ -15,5 +15,6 @@ mod outputs;
 mod parity;
 mod scheduler;
 mod protocol;
+mod random_networks;
 mod steer;
 mod wire;

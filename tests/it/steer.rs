@@ -13,6 +13,7 @@ use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::inference::interface::GenerateRequest;
 
 use super::drawing::{Worker, distance};
+use super::random_networks;
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-3;
@@ -36,7 +37,7 @@ fn check(file: &Path) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();
     let mut config = Config::default();
-    config.workers.instructors.model.roots = vec![folder().join("models")];
+    config.workers.instructors.model.roots = vec![folder().join("models"), random_networks::folder().to_owned()];
     config.workers.instructors.postprocessing.roots = vec![folder()];
     let mut worker = Worker::with(&config);
     let mut failures = Vec::new();

@@ -5,6 +5,7 @@ use std::cell::Cell;
 
 use candle_core::{DType, Tensor};
 
+use super::control::{Controls, Evaluation};
 use super::guidance::{Guide, GuideTask};
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
@@ -21,6 +22,7 @@ pub struct Denoise;
 
 pub struct DenoiseTask<'a> {
     pub unet: &'a Unet,
+    pub controls: &'a Controls,
     /// Of as many images as `noise` has.
     pub prompt: &'a Prompt,
     pub sampling: &'a SamplingPlan,
@@ -36,10 +38,11 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
+        let DenoiseTask { unet, controls, prompt, sampling, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network { unet, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
+        let network =
+            Network { unet, controls, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
         let done = Cell::new(0);
         let steps = sampling.steps();
         let mut denoiser =
@@ -61,6 +64,7 @@ pub struct Prepare;
 
 pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
+    pub controls: &'a Controls,
     pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
     pub guidance: Guidance,
@@ -73,6 +77,8 @@ pub struct PrepareTask<'a> {
 /// the negative one's samples first; without, for the prompt alone.
 pub struct Prompt {
     text: ReadText,
+    /// For each ControlNet.
+    control_texts: Vec<ReadText>,
     /// `[passes·B, P]`
     pooled: Tensor,
     /// One row a sample.
@@ -85,7 +91,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
     type Output = Prompt;
 
     fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
-        let PrepareTask { unet, conditioning, time_ids, guidance, placement, batch } = task;
+        let PrepareTask { unet, controls, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -106,6 +112,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         Ok(Prompt {
+            control_texts: controls.read(&context, compute, ctx)?,
             text: unet.read(&context, compute, &|| ctx.checkpoint())?,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
@@ -127,6 +134,7 @@ pub(super) struct Moment {
 /// The UNet with the prompt.
 struct Network<'a> {
     unet: &'a Unet,
+    controls: &'a Controls,
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
@@ -166,15 +174,18 @@ impl Network<'_> {
 
     /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
     fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, pooled, time_ids, .. } = self.prompt;
+        let Prompt { text, control_texts, pooled, time_ids, guidance, batch } = self.prompt;
+        let negative = if guidance.is_on() { *batch } else { 0 };
+        let task = Evaluation { sample: input, texts: control_texts, pooled, time_ids, negative, now };
+        let residuals = self.controls.residuals(task, ctx)?;
         let predicted = self.unet.forward(UnetInput {
             sample: input,
             timesteps: &[now.level.timestep],
             text: Text::Read(text),
             pooled,
             time_ids,
-            down_residuals: None,
-            mid_residual: None,
+            down_residuals: residuals.as_ref().map(|residuals| residuals.down.as_slice()),
+            mid_residual: residuals.as_ref().map(|residuals| &residuals.mid),
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -194,7 +205,7 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use super::{Controls, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
     use crate::conditioning::instructor::Conditioning;
     use crate::context::Context;
     use crate::device::instructor::Placement;
@@ -225,6 +236,7 @@ mod tests {
         let guidance = Guidance { scale, rescale: 0.0 };
         let task = PrepareTask {
             unet: &unet,
+            controls: &Controls::default(),
             conditioning: &conditioning,
             time_ids: &time_ids,
             guidance,

@@ -38,6 +38,9 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             Quantization::None => plan.checkpoint.file_bytes(),
             Quantization::Int8 => plan.checkpoint.file_bytes().saturating_sub(plan.checkpoint.int8_saves(ctx)?),
         };
+        let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
+        let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
+        let weights = weights + nets.map(|at| plan.controls[at].net.file_bytes()).sum();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections.

@@ -229,8 +229,7 @@ impl ControlNet {
                 _ => input.sample,
             };
             let device = sample.device();
-            let numbers =
-                StepNumbers { timesteps: input.timesteps, pooled: input.pooled, time_ids: input.time_ids };
+            let numbers = StepNumbers { timesteps: input.timesteps, pooled: input.pooled, time_ids: input.time_ids };
             let time = self.step.embed(numbers, device)?;
             let x = self.conv_in.forward(sample)?;
             let (x, time) = match (&self.union, hints) {

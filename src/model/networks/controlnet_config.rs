@@ -140,18 +140,16 @@ impl ControlNetConfig {
 
 /// The trunk of a single file: what its tensors show, and otherwise that of `unet`.
 fn seen(judge: Judge, shapes: Shapes, unet: &UnetConfig) -> Result<UnetConfig> {
-    let count = |limit: usize, name: &dyn Fn(usize) -> String| {
-        (0..limit).take_while(|&i| shapes(&name(i)).is_some()).count()
-    };
+    let count =
+        |limit: usize, name: &dyn Fn(usize) -> String| (0..limit).take_while(|&i| shapes(&name(i)).is_some()).count();
     let outputs = |i: usize| shapes(&format!("down_blocks.{i}.resnets.0.conv1.weight"))?.first().copied();
     let channels: Vec<usize> = (0..MAX_BLOCKS).map_while(outputs).collect();
     let blocks = channels.len();
     if blocks == 0 {
         return Err(judge.refuse("it is no ControlNet: it has no tensor `down_blocks.0.resnets.0.conv1.weight`"));
     }
-    let depth = |place: &str| {
-        count(MAX_LAYERS, &|i| format!("{place}.attentions.0.transformer_blocks.{i}.attn2.to_k.weight"))
-    };
+    let depth =
+        |place: &str| count(MAX_LAYERS, &|i| format!("{place}.attentions.0.transformer_blocks.{i}.attn2.to_k.weight"));
     let places = (0..blocks).map(|i| format!("down_blocks.{i}"));
     let crosses = |place: &str| shapes(&format!("{place}.attentions.0.norm.weight")).is_some();
     let kind = |place: &str| if crosses(place) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }.to_owned();
@@ -204,7 +202,8 @@ fn union(judge: Judge, shapes: Shapes, heads: usize) -> Result<Option<UnionShape
     judge.within("num_control_type", kinds, 1..=64)?;
     judge.channels("num_trans_channel", channels)?;
     judge.divides("num_trans_head", heads, channels)?;
-    let layers = (0..MAX_LAYERS).take_while(|i| shapes(&format!("transformer_layes.{i}.ln_1.weight")).is_some()).count();
+    let layers =
+        (0..MAX_LAYERS).take_while(|i| shapes(&format!("transformer_layes.{i}.ln_1.weight")).is_some()).count();
     Ok(Some(UnionShape { kinds, channels, heads, layers }))
 }
 

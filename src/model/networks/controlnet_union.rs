@@ -81,11 +81,8 @@ impl Union {
         let UnionShape { kinds, channels, layers, .. } = shape;
         let width = plan.down.first().map_or(0, |block| block.outputs);
         let blocks = vb.pp("transformer_layes");
-        let sinusoid = Sinusoid {
-            width: plan.addition,
-            flip_sin_to_cos: config.flip_sin_to_cos,
-            freq_shift: config.freq_shift,
-        };
+        let sinusoid =
+            Sinusoid { width: plan.addition, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
         Ok(Self {
             task_embedding: vb.get((kinds, channels), "task_embedding")?,
             blocks: (0..layers).map(|i| Block::load(&blocks.pp(i), shape)).collect::<Result<_>>()?,
