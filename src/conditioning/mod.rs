@@ -1,5 +1,6 @@
 //! The conditioning domain: from words to the tensors that guide the UNet.
 
+pub mod canvas;
 pub mod instructor;
 pub mod interface;
 pub mod manager;

@@ -1,4 +1,6 @@
 //! Workers of the conditioning domain.
 
 pub(super) mod encode;
+pub(super) mod fit;
+pub(super) mod mask;
 pub(super) mod prompt;
