@@ -3,6 +3,8 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use super::editing::cut;
+use super::further::First;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
 use super::plan::{GenerationPlan, Guidance, TimeIds};
@@ -32,27 +34,27 @@ impl InferenceInstructor {
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
         let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
-        let size = self.size(request, &checkpoint)?;
+        let mut parameters = request.clone();
+        let editing = self.editing(request, &mut parameters)?;
+        let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let guidance = Guidance {
             scale: within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?,
             rescale: within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?,
         };
-        let sampling = self.scheduler.plan(
-            &SamplingWish {
-                sampler_name: request.sampler_name.clone(),
-                scheduler: request.scheduler.clone(),
-                steps: request
-                    .steps
-                    .or(Some(STEPS))
-                    .filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
-                eta: request.eta,
-                sigmas: request.sigmas.clone(),
-                timesteps: request.timesteps.clone(),
-                prediction_type: request.prediction_type,
-                zero_terminal_snr: request.zero_terminal_snr,
-            },
-            &checkpoint.scheduler,
-        )?;
+        let wish = SamplingWish {
+            sampler_name: request.sampler_name.clone(),
+            scheduler: request.scheduler.clone(),
+            steps: request.steps.or(Some(STEPS)).filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
+            eta: request.eta,
+            sigmas: request.sigmas.clone(),
+            timesteps: request.timesteps.clone(),
+            prediction_type: request.prediction_type,
+            zero_terminal_snr: request.zero_terminal_snr,
+        };
+        let sampling = self.scheduler.plan(&wish, &checkpoint.scheduler)?;
+        let mut sampling = cut(request, editing.as_ref(), sampling)?;
+        let first = First { checkpoint: &checkpoint, size, sampling: &mut sampling, wish: &wish };
+        let further = self.further(request, first, &mut parameters, crew)?;
         let clip_skip = match request.clip_skip.unwrap_or(0) {
             skip @ 0..=64 => u32::try_from(skip).ok(),
             other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
@@ -63,7 +65,7 @@ impl InferenceInstructor {
         let rng = request.rng.unwrap_or_default();
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
-            steps: Some(sampling.steps() as i64),
+            steps: Some(sampling.path.len() as i64),
             cfg_scale: Some(guidance.scale),
             guidance_rescale: Some(guidance.rescale),
             sampler_name: Some(sampling.sampler.to_owned()),
@@ -78,7 +80,7 @@ impl InferenceInstructor {
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
-            ..request.clone()
+            ..parameters
         };
         let prompt = PromptWish {
             prompt,
@@ -99,14 +101,15 @@ impl InferenceInstructor {
             guidance,
             sampling,
             time_ids,
+            editing,
+            further,
             output,
             parameters,
         })
     }
 
-    fn size(&self, request: &GenerateRequest, checkpoint: &Checkpoint) -> Result<ImageSize> {
+    fn size(&self, request: &GenerateRequest, default: ImageSize) -> Result<ImageSize> {
         let max = i64::from(self.settings.max_side);
-        let default = checkpoint.default_size();
         let side = |field: &str, wish: Option<i64>, default: usize| -> Result<usize> {
             let side = wish.unwrap_or(default as i64);
             match usize::try_from(side) {
@@ -141,7 +144,7 @@ impl InferenceInstructor {
 
 /// The size conditioning. Diffusers' rule: the negative pass has the positive one's unless it is given its own, and
 /// then its crop is 0, 0 where none is given.
-fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint) -> Result<TimeIds> {
+pub(super) fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint) -> Result<TimeIds> {
     let image = [size.height as f64, size.width as f64];
     let pair = |field: &str, wish: Option<[i64; 2]>, default: [f64; 2]| -> Result<[f64; 2]> {
         let Some(given) = wish else { return Ok(default) };
@@ -163,6 +166,10 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
         if own { [0.0; 2] } else { crop },
     )?;
     let negative_target = pair("negative_target_size", request.negative_target_size, target)?;
+    let aesthetic = [
+        within("aesthetic_score", request.aesthetic_score.unwrap_or(AESTHETIC[0]), 0.0, 10.0)?,
+        within("negative_aesthetic_score", request.negative_aesthetic_score.unwrap_or(AESTHETIC[1]), 0.0, 10.0)?,
+    ];
     let ids = |original: [f64; 2], crop: [f64; 2], target: [f64; 2], aesthetic: f64| -> Vec<f64> {
         if wants_aesthetic_score(checkpoint) {
             vec![original[0], original[1], crop[0], crop[1], aesthetic]
@@ -171,12 +178,12 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
         }
     };
     Ok(TimeIds {
-        positive: ids(original, crop, target, AESTHETIC[0]),
-        negative: ids(negative_original, negative_crop, negative_target, AESTHETIC[1]),
+        positive: ids(original, crop, target, aesthetic[0]),
+        negative: ids(negative_original, negative_crop, negative_target, aesthetic[1]),
     })
 }
 
-fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
+pub(super) fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
     if (low..=high).contains(&value) {
         return Ok(value);
     }

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use candle_core::{DType, Tensor};
 
 use super::guidance::{Guide, GuideTask};
+use super::latents::Masking;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
@@ -24,7 +25,11 @@ pub struct DenoiseTask<'a> {
     /// Of as many images as `noise` has.
     pub prompt: &'a Prompt,
     pub sampling: &'a SamplingPlan,
-    /// The images' own streams; the initial latents are drawn here.
+    /// `[B, H, W, C]`, f32: the sample at the level where the run starts.
+    pub x: Tensor,
+    /// What is repainted; all of it where there is none.
+    pub masking: Option<&'a Masking>,
+    /// The images' own streams, after what `x` was made of.
     pub noise: &'a mut NoiseSource,
     pub placement: &'a Placement,
     /// Told after each step how many are done, and the latest x₀.
@@ -36,10 +41,15 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
+        let DenoiseTask { unet, prompt, sampling, x, masking, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
-        let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network { unet, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
+        let network = Network {
+            unet,
+            prompt,
+            compute: placement.compute.tensor(),
+            prediction: sampling.prediction,
+            beside: masking.and_then(|masking| masking.beside.as_ref()),
+        };
         let done = Cell::new(0);
         let steps = sampling.steps();
         let mut denoiser =
@@ -47,7 +57,10 @@ impl Worker<DenoiseTask<'_>> for Denoise {
         let mut land = |landed: usize, x: Tensor, x0: &Tensor| -> Result<Tensor> {
             done.set(landed);
             observe(landed, x0)?;
-            Ok(x)
+            match masking {
+                Some(Masking { mask, outside: Some(outside), .. }) => outside.hold(mask, &x, sampling, landed),
+                _ => Ok(x),
+            }
         };
         let latents =
             sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, land: &mut land }, ctx)?;
@@ -130,6 +143,8 @@ struct Network<'a> {
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
+    /// `[B, H, W, ·]`, f32: what the UNet takes beside the latents.
+    beside: Option<&'a Tensor>,
 }
 
 impl Network<'_> {
@@ -154,7 +169,10 @@ impl Network<'_> {
     /// What the network predicts under guidance. `scaled` and the result are `[B, H, W, C]`, f32.
     fn guided(&self, scaled: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
         let Prompt { guidance, batch, .. } = self.prompt;
-        let input = scaled.to_dtype(self.compute)?;
+        let input = match self.beside {
+            Some(beside) => Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute)?,
+            None => scaled.to_dtype(self.compute)?,
+        };
         if !guidance.is_on() {
             return self.predicted(&input, now, ctx);
         }
