@@ -3,8 +3,8 @@
 
     make_edits.py MODEL          MODEL is the demonstration model's folder; writes beside this script
 
-Final latents, in f32 on the CPU, one generator a request. `edits.json` names the versions. Pillow makes the resized
-pictures of `resized.json`.
+Final latents, in f32 on the CPU, one generator a request. `edits.json` names the versions. `resized/pillow.json`
+holds what Pillow makes of the scene at other sizes.
 """
 import json, pathlib, sys
 import diffusers, numpy as np, PIL, torch, transformers
@@ -41,6 +41,20 @@ def pictures(pipe):
     spot = np.zeros((128, 128), "uint8")
     spot[40:75, 60:100] = 255
     Image.fromarray(spot).save(files / "spot.png")
+
+
+def resized():
+    """Pillow's bytes of the scene at other sizes, as FNV-1a."""
+    scene = Image.open(HERE / "files" / "scene.png").convert("RGB")
+    found = []
+    for name, filter in (("lanczos", Image.LANCZOS), ("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
+        for size in ((128, 64), (61, 200), (300, 301), (17, 5), (1, 1)):
+            hash = 0xCBF29CE484222325
+            for byte in scene.resize(size, filter).tobytes():
+                hash = ((hash ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+            found.append({"filter": name, "size": size, "fnv1a": hash})
+    (HERE / "resized").mkdir(exist_ok=True)
+    (HERE / "resized" / "pillow.json").write_text("[\n " + ",\n ".join(map(json.dumps, found)) + "\n]\n")
 
 
 def cases():
@@ -120,6 +134,7 @@ def main(model):
     for pipe in (image, paint, paint9):
         pipe.set_progress_bar_config(disable=True)
     pictures(text)
+    resized()
     root = HERE.parent.parent
     goldens, requests = {}, {}
     for name, data in cases():
