@@ -3,6 +3,8 @@
 pub mod instructor;
 pub mod interface;
 pub mod manager;
+mod reading;
+pub mod script;
 mod workers;
 
 pub use workers::encode::Embeddings;

@@ -5,14 +5,16 @@ use std::time::Instant;
 use candle_core::Tensor;
 
 use super::interface::{
-    BatchRequest, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response, Settings,
+    BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response,
+    Settings,
 };
 use super::plan::GenerationPlan;
 use super::workers::decode::{Decode, DecodeTask};
-use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask, Prompt};
+use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask};
 use super::workers::estimate::{Appraise, AppraiseTask};
 use super::workers::preview::{Preview, PreviewTask};
-use crate::conditioning::instructor::ConditioningInstructor;
+use super::workers::prompts::Prompts;
+use crate::conditioning::instructor::{Conditioning, ConditioningInstructor};
 use crate::context::{Context, Engine, Progress, Stage};
 use crate::device::instructor::{DeviceInstructor, Placement};
 use crate::device::interface::{Dtype, Quantization};
@@ -132,10 +134,10 @@ impl InferenceInstructor {
         self.check_room(&plan, &placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
         // The same for every image of the request.
-        let mut prompt = None;
+        let mut prompts = None;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, &seed) in plan.seeds.iter().enumerate() {
-            let latents = self.denoise(&plan, seed, &mut prompt, (&placement, crew, ctx))?;
+            let latents = self.denoise(&plan, seed, &mut prompts, (&placement, crew, ctx))?;
             let pixels = self.pixels(&plan, &latents, &placement, crew, ctx)?;
             let delivered = ctx.stage(Stage::Write, || {
                 let text = Self::text(&plan, seed)?;
@@ -153,7 +155,9 @@ impl InferenceInstructor {
             });
         }
         let model = plan.checkpoint.name.clone();
-        Ok(Generated { images, model, parameters: Box::new(plan.parameters) })
+        let (embeddings, cache) = prompts.map(|told| (told.script.applied, told.script.cache)).unwrap_or_default();
+        let cache = CacheUse { embeddings: cache };
+        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache })
     }
 
     /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
@@ -171,21 +175,21 @@ impl InferenceInstructor {
         self.denoise(plan, seed, &mut None, (placement, crew, ctx))
     }
 
-    /// [`Self::latents`], with the `prompt` of the image before, or to be left for the next one.
+    /// [`Self::latents`], with the `prompts` of the image before, or to be left for the next one.
     fn denoise(
         &self,
         plan: &GenerationPlan,
         seed: u64,
-        prompt: &mut Option<Prompt>,
+        prompts: &mut Option<Prompts>,
         (placement, crew, ctx): (&Placement, &mut Managers, &Context),
     ) -> Result<Tensor> {
         let checkpoint = &plan.checkpoint;
-        let conditioning = match prompt {
-            Some(_) => None,
-            None => {
-                Some(self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?)
-            }
-        };
+        if prompts.is_none() {
+            let script =
+                self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?;
+            *prompts = Some(Prompts::new(script));
+        }
+        let prompts = prompts.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(checkpoint, placement, ctx)?)),
@@ -208,25 +212,17 @@ impl InferenceInstructor {
         };
         let start = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
-            if let Some(conditioning) = &conditioning {
-                *prompt = Some(ctx.perform(
-                    &Prepare,
-                    PrepareTask {
-                        unet: &unet,
-                        conditioning,
-                        time_ids: &plan.time_ids,
-                        guidance: plan.guidance,
-                        placement,
-                        batch: 1,
-                    },
-                )?);
-            }
-            let prompt = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
+            let prepare = |conditioning: &Conditioning| {
+                let (time_ids, guidance) = (&plan.time_ids, plan.guidance);
+                let task = PrepareTask { unet: &unet, conditioning, time_ids, guidance, placement, batch: 1 };
+                ctx.perform(&Prepare, task)
+            };
             ctx.perform(
                 &Denoise,
                 DenoiseTask {
                     unet: &unet,
-                    prompt,
+                    prompts,
+                    prepare: &prepare,
                     sampling: &plan.sampling,
                     noise: &mut noise,
                     placement,
@@ -234,7 +230,7 @@ impl InferenceInstructor {
                 },
             )
         })?;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let passes = prompts.script.passes();
         let units = plan.sampling.evaluations() * passes * height * width;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, start.elapsed());
