@@ -4,6 +4,8 @@ pub mod canvas;
 pub mod instructor;
 pub mod interface;
 pub mod manager;
+mod reading;
+pub mod script;
 mod workers;
 
 pub use workers::encode::Embeddings;

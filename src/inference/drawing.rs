@@ -5,14 +5,17 @@ use std::time::Instant;
 use candle_core::Tensor;
 
 use super::instructor::{InferenceInstructor, pace_key};
-use super::plan::{Editing, Entry, GenerationPlan, TimeIds};
+use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::decode::{Decode, DecodeTask};
-use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask, Prompt};
+use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask};
 use super::workers::latents::{
     Encode, EncodeTask, Enlarge, EnlargeTask, Masking, Outside, hidden, mask_of_latents, noised,
 };
 use super::workers::preview::{Preview, PreviewTask};
+use super::workers::prompts::Prompts;
 use crate::conditioning::canvas::{Canvas, InpaintingFill, Paste};
+use crate::conditioning::instructor::{Conditioning, PromptWish};
+use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
 use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -29,7 +32,7 @@ use crate::units::ImageSize;
 pub(super) struct Shared {
     canvas: Option<Canvas>,
     /// One a run, made where it is first used.
-    prompts: Vec<Option<Prompt>>,
+    prompts: Vec<Option<Prompts>>,
 }
 
 /// One run over latents.
@@ -43,6 +46,15 @@ struct Run<'a> {
     time_ids: &'a TimeIds,
     /// Steps of the runs before it.
     before: usize,
+    pass: Pass,
+}
+
+/// What a prompt's schedule divides: runs that carry latents on are one pass.
+#[derive(Clone, Copy)]
+struct Pass {
+    steps: usize,
+    /// Steps of the pass before this run.
+    before: usize,
 }
 
 /// Where a run starts.
@@ -55,6 +67,12 @@ struct Start {
 type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
 
 impl Shared {
+    /// The textual inversions that the prompts used, and what of the prompts was known already.
+    pub(super) fn told(&self) -> (Vec<AppliedEmbedding>, CacheCount) {
+        let first = self.prompts.iter().flatten().next();
+        first.map(|prompts| (prompts.script.applied.clone(), prompts.script.cache)).unwrap_or_default()
+    }
+
     /// How a result goes back into the request's image.
     pub(super) fn paste(&self) -> Option<&Paste> {
         self.canvas.as_ref()?.paste.as_ref()
@@ -102,11 +120,21 @@ impl InferenceInstructor {
             sampling: &plan.sampling,
             time_ids: &plan.time_ids,
             before: 0,
+            pass: Pass { steps: plan.sampling.steps() + carried(&plan.further), before: 0 },
         };
+        let mut pass = run.pass;
         let start = self.start(plan, shared.canvas.as_ref(), &mut noise, (placement, crew, ctx))?;
         let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, crew, ctx))?;
         let mut before = plan.sampling.steps();
+        let mut walked = before;
         for (index, further) in plan.further.iter().enumerate() {
+            pass = match further.entry {
+                Entry::Carried => Pass { before: pass.before + walked, ..pass },
+                Entry::Latents(_) | Entry::Pixels(_) => {
+                    let after = plan.further.get(index + 1..).unwrap_or_default();
+                    Pass { steps: further.sampling.steps() + carried(after), before: 0 }
+                }
+            };
             let x = match further.entry {
                 Entry::Carried => latents,
                 Entry::Latents(between) => {
@@ -130,8 +158,10 @@ impl InferenceInstructor {
                 sampling: &further.sampling,
                 time_ids: &further.time_ids,
                 before,
+                pass,
             };
-            before += further.sampling.steps();
+            walked = further.sampling.steps();
+            before += walked;
             let start = Start { x, masking: None };
             latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         }
@@ -251,14 +281,14 @@ impl InferenceInstructor {
         shared: &mut Shared,
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
-        let Run { checkpoint, sampling, before, .. } = run;
-        let prompt = shared.prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
-        let conditioning = match prompt {
-            Some(_) => None,
-            None => {
-                Some(self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?)
-            }
-        };
+        let Run { checkpoint, sampling, before, pass, .. } = run;
+        let prompts = shared.prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
+        if prompts.is_none() {
+            let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };
+            let script = self.conditioning.condition(&wish, checkpoint, &mut crew.conditioning, placement, ctx)?;
+            *prompts = Some(Prompts::new(script));
+        }
+        let prompts = prompts.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?)),
@@ -279,25 +309,27 @@ impl InferenceInstructor {
         };
         let begun = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
-            if let Some(conditioning) = &conditioning {
-                let task = PrepareTask {
-                    unet: &unet,
-                    conditioning,
-                    time_ids: run.time_ids,
-                    guidance: plan.guidance,
-                    placement,
-                    batch: 1,
-                };
-                *prompt = Some(ctx.perform(&Prepare, task)?);
-            }
-            let prompt = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
+            let prepare = |conditioning: &Conditioning| {
+                let (time_ids, guidance) = (run.time_ids, plan.guidance);
+                let task = PrepareTask { unet: &unet, conditioning, time_ids, guidance, placement, batch: 1 };
+                ctx.perform(&Prepare, task)
+            };
             let Start { x, masking } = start;
-            let masking = masking.as_ref();
-            let task =
-                DenoiseTask { unet: &unet, prompt, sampling, x, masking, noise, placement, observe: &mut observe };
+            let task = DenoiseTask {
+                unet: &unet,
+                prompts,
+                prepare: &prepare,
+                before: pass.before,
+                sampling,
+                x,
+                masking: masking.as_ref(),
+                noise,
+                placement,
+                observe: &mut observe,
+            };
             ctx.perform(&Denoise, task)
         })?;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let passes = prompts.script.passes();
         let units = sampling.evaluations() * passes * run.size.width * run.size.height / 64;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());
@@ -340,4 +372,9 @@ fn beneath(latents: &Tensor, noise: &Tensor, mask: &Tensor, editing: &Editing) -
         InpaintingFill::Zeros => seen(),
         InpaintingFill::Noise => Ok((seen()? + noise.broadcast_mul(mask)?)?),
     }
+}
+
+/// Steps of the runs at the beginning of `runs` that carry latents on.
+fn carried(runs: &[Further]) -> usize {
+    runs.iter().take_while(|run| run.entry == Entry::Carried).map(|run| run.sampling.steps()).sum()
 }

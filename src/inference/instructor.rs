@@ -1,8 +1,8 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
 use super::interface::{
-    BatchRequest, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish, Request,
-    Response, Settings,
+    BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish,
+    Request, Response, Settings,
 };
 use super::plan::GenerationPlan;
 use super::workers::estimate::{Appraise, AppraiseTask};
@@ -169,7 +169,9 @@ impl InferenceInstructor {
             });
         }
         let model = plan.checkpoint.name.clone();
-        Ok(Generated { images, model, parameters: Box::new(plan.parameters) })
+        let (embeddings, cache) = shared.told();
+        let cache = CacheUse { embeddings: cache };
+        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache })
     }
 
     /// What the file says of itself; the request in it makes this one image.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
+use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface};
@@ -183,6 +184,16 @@ pub struct GenerateRequest {
     /// Layers of the text encoders left out beyond SDXL's penultimate. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_skip: Option<i64>,
+    /// How the weights of words act: `a1111`, `compel`, `comfy`; `none`: prompts are plain text. Default: `a1111`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_weighting: Option<PromptWeighting>,
+    /// Tokens, 0 to 74: where a chunk of 75 is full, it ends at a comma that stands no farther back. 0: where it is full.
+    /// Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comma_padding_backtrack: Option<i64>,
+    /// Textual inversions for words of the prompts, at most 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Vec<EmbeddingWish>>,
     /// Size conditioning: height and width in pixels. Default: the image's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub original_size: Option<[i64; 2]>,
@@ -296,6 +307,18 @@ pub struct Generated {
     pub model: String,
     /// Every value used. Sent back as `data`, it makes the same image.
     pub parameters: Box<GenerateRequest>,
+    /// The textual inversions that the prompts used.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub embeddings: Vec<AppliedEmbedding>,
+    /// What was known from earlier requests.
+    pub cache: CacheUse,
+}
+
+/// Work that earlier requests had done already.
+#[derive(Clone, Copy, Debug, Default, Serialize, schemars::JsonSchema)]
+pub struct CacheUse {
+    /// Texts of the prompts.
+    pub embeddings: CacheCount,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]

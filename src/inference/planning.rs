@@ -8,7 +8,7 @@ use super::further::First;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
 use super::plan::{GenerationPlan, Guidance, TimeIds};
-use crate::conditioning::instructor::PromptWish;
+use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
@@ -59,6 +59,13 @@ impl InferenceInstructor {
             skip @ 0..=64 => u32::try_from(skip).ok(),
             other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
         };
+        let weighting = request.prompt_weighting.unwrap_or_default();
+        let backtrack = match request.comma_padding_backtrack.unwrap_or(0) {
+            tokens @ 0..=74 => tokens,
+            other => return Err(Error::invalid("comma_padding_backtrack", format!("must be 0 to 74, got {other}"))),
+        };
+        let wishes = request.embeddings.as_deref().unwrap_or_default();
+        let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
         let time_ids = time_ids(request, size, &checkpoint)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
@@ -77,6 +84,9 @@ impl InferenceInstructor {
             height: Some(size.height as i64),
             batch_size: Some(seeds.len() as i64),
             clip_skip: clip_skip.map(i64::from),
+            prompt_weighting: Some(weighting),
+            comma_padding_backtrack: Some(backtrack),
+            embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
@@ -89,7 +99,12 @@ impl InferenceInstructor {
             negative_prompt_2: request.negative_prompt_2.clone(),
             clip_skip,
             guided: guidance.is_on(),
+            weighting,
+            steps: sampling.steps(),
+            backtrack: usize::try_from(backtrack).unwrap_or(0),
+            embeddings,
         };
+        self.conditioning.check(&prompt, &checkpoint)?;
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,

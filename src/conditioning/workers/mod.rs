@@ -4,3 +4,6 @@ pub(super) mod encode;
 pub(super) mod fit;
 pub(super) mod mask;
 pub(super) mod prompt;
+pub(super) mod schedule;
+pub(super) mod syntax;
+mod weigh;

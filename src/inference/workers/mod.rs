@@ -7,3 +7,4 @@ pub mod guidance;
 pub mod latents;
 pub mod paste;
 pub mod preview;
+pub mod prompts;
