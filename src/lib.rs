@@ -29,7 +29,7 @@
 //! | [`memory`] | the allocator: large blocks on huge pages, kept for reuse; vectors that are parts of files |
 //! | [`roots`] | the folders beneath which requests may name files |
 //! | [`noise`] | Gaussian noise equal to torch's CPU generator, and to CUDA's Philox |
-//! | [`pixels`] [`image_source`] | RGB images and tensors, and images that requests bring |
+//! | [`resample`] [`pixels`] [`image_source`] | pictures at another size, RGB images and tensors, and images that requests bring |
 //! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/plain.rs` everywhere, the measure of the other |
 //! | [`device`] | which device, which dtype, how much memory |
 //! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
@@ -67,6 +67,7 @@ pub mod registry;
 pub mod memory;
 pub mod roots;
 pub mod noise;
+pub mod resample;
 pub mod pixels;
 pub mod image_source;
 pub mod kernels;

@@ -1,8 +1,11 @@
 //! The conditioning domain: from words to the tensors that guide the UNet.
 
+pub mod canvas;
 pub mod instructor;
 pub mod interface;
 pub mod manager;
+mod reading;
+pub mod script;
 mod workers;
 
 pub use workers::encode::Embeddings;

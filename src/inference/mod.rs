@@ -1,7 +1,8 @@
 //! Generation of images.
 
-pub mod controlnet;
-mod controlling;
+mod drawing;
+mod editing;
+mod further;
 pub mod instructor;
 pub mod interface;
 pub mod plan;

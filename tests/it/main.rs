@@ -5,6 +5,7 @@ mod conditioning;
 mod config;
 mod device;
 mod drawing;
+mod edits;
 mod instruction_sets;
 mod mapping;
 mod memory;

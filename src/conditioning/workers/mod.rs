@@ -1,5 +1,9 @@
 //! Workers of the conditioning domain.
 
 pub(super) mod encode;
-pub(super) mod hint;
+pub(super) mod fit;
+pub(super) mod mask;
 pub(super) mod prompt;
+pub(super) mod schedule;
+pub(super) mod syntax;
+mod weigh;
