@@ -7,11 +7,12 @@
 
 use candle_core::{DType, Tensor};
 
+use super::hints;
 use super::interface::{
     Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EncodedPrompt, Request, Response, Settings,
     TokenList, Tokenized,
 };
-use super::manager::{EmbeddingKey, EmbeddingManager};
+use super::manager::{EmbeddingKey, EmbeddingManager, HintManager};
 use super::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
 use super::workers::prompt::{MOST_CHUNKS, Tokenize, TokenizeTask, chunks, rows};
 use crate::context::{Context, Stage as Part};
@@ -21,6 +22,7 @@ use crate::layers::Instructor;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelCrew;
 use crate::model::managers::{ClipTokenizer, Token, Tokenizers};
+use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::roots::Roots;
 
 const STAGE: &str = "text encoder";
@@ -51,12 +53,15 @@ pub struct Conditioning {
 pub struct ConditioningCrew {
     pub model: ModelCrew,
     pub embeddings: EmbeddingManager,
+    pub hints: HintManager,
 }
 
 pub struct ConditioningInstructor {
     pub settings: Settings,
     /// Beneath which requests may name images.
     pub roots: Roots,
+    /// Writes the hints that are asked for as images.
+    pub delivery: PostprocessingInstructor,
 }
 
 /// One text for both encoders, decided.
@@ -158,9 +163,10 @@ impl Instructor for ConditioningInstructor {
         match request {
             Request::List(_) => Ok(Response::List(ConditioningList {
                 prompt_syntax: Vec::new(),
-                preprocessors: Vec::new(),
+                preprocessors: hints::list(),
                 max_tokens: MOST_CHUNKS * 75,
             })),
+            Request::Preprocess(wish) => self.preprocess(&wish, ctx).map(Response::Preprocess),
             Request::Tokenize(wish) => {
                 let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
                 let positions = positions(&checkpoint)?;

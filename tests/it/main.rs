@@ -5,6 +5,8 @@ mod conditioning;
 mod config;
 mod device;
 mod drawing;
+mod hints;
+mod image_files;
 mod instruction_sets;
 mod mapping;
 mod memory;
