@@ -10,11 +10,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use super::hints;
 use super::interface::{
     AppliedEmbedding, CacheCount, Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EmbeddingWish,
     EncodedPrompt, PromptWeighting, Request, Response, Settings, TokenList, Tokenized,
 };
-use super::manager::{EmbeddingKey, EmbeddingManager};
+use super::manager::{EmbeddingKey, EmbeddingManager, HintManager};
 use super::reading::{Reading, Telling, Text, read};
 use super::script::Span;
 pub use super::script::{Conditioning, Positive, Script};
@@ -31,6 +32,7 @@ use crate::model::instructor::ModelCrew;
 use crate::model::inversion::Inversion;
 use crate::model::managers::{ClipTokenizer, Tokenizers};
 use crate::model::networks::clip::FIRST_VECTOR;
+use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::roots::Roots;
 
 const STAGE: &str = "text encoder";
@@ -84,12 +86,15 @@ impl EmbeddingChoice {
 pub struct ConditioningCrew {
     pub model: ModelCrew,
     pub embeddings: EmbeddingManager,
+    pub hints: HintManager,
 }
 
 pub struct ConditioningInstructor {
     pub settings: Settings,
     /// Beneath which requests may name images.
     pub roots: Roots,
+    /// Writes the hints that are asked for as images.
+    pub delivery: PostprocessingInstructor,
 }
 
 impl ConditioningInstructor {
@@ -325,9 +330,10 @@ impl Instructor for ConditioningInstructor {
                     PromptWeighting::Comfy,
                     PromptWeighting::None,
                 ],
-                preprocessors: Vec::new(),
+                preprocessors: hints::list(),
                 max_tokens: MOST_CHUNKS * 75,
             })),
+            Request::Preprocess(wish) => self.preprocess(&wish, ctx).map(Response::Preprocess),
             Request::Tokenize(wish) => {
                 let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
                 let positions = positions(&checkpoint)?;

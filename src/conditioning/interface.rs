@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::canvas::ResizeMode;
+use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, Nothing};
+use crate::postprocessing::interface::OutputWish;
 
 /// The section `workers.instructors.conditioning` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
@@ -10,11 +13,13 @@ use crate::layers::{Domain, Interface, Nothing};
 pub struct Settings {
     /// Whether the embeddings of prompts are kept for the next request.
     pub cache_embeddings: bool,
+    /// Whether the hints of ControlNets are kept for the next request.
+    pub cache_hints: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { cache_embeddings: true }
+        Self { cache_embeddings: true, cache_hints: true }
     }
 }
 
@@ -70,6 +75,8 @@ pub enum Request {
     EncodePrompt(EncodeWish),
     /// The tokens of a text.
     Tokenize(TokenizeWish),
+    /// The hint that a preprocessor makes of an image.
+    Preprocess(Box<PreprocessWish>),
     /// Which conditioning there is.
     List(Nothing),
 }
@@ -79,7 +86,7 @@ impl Request {
     #[must_use]
     pub fn needs_compute(&self) -> bool {
         match self {
-            Self::List(_) | Self::Tokenize(_) => false,
+            Self::List(_) | Self::Tokenize(_) | Self::Preprocess(_) => false,
             Self::EncodePrompt(_) => true,
         }
     }
@@ -124,11 +131,72 @@ pub struct TokenizeWish {
     pub model: Option<String>,
 }
 
+/// An image and what to make of it.
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct PreprocessWish {
+    /// PNG, JPEG or WebP.
+    pub image: ImageSource,
+    /// A name that `conditioning.list` gives.
+    pub preprocessor: String,
+    #[serde(default)]
+    pub parameters: HintParameters,
+    /// Of the hint, 1 to 8192 pixels. Default: the image's.
+    #[serde(default)]
+    pub width: Option<i64>,
+    /// Of the hint, 1 to 8192 pixels. Default: the image's.
+    #[serde(default)]
+    pub height: Option<i64>,
+    /// How an image of another size is brought to the hint's, before the preprocessor sees it. Default: `stretch`.
+    #[serde(default)]
+    pub resize_mode: ResizeMode,
+    /// Where the hint goes, and in which format.
+    #[serde(default)]
+    pub output: Option<OutputWish>,
+}
+
+/// What a preprocessor can be told; `conditioning.list` says which has which, with range and default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+#[schemars(deny_unknown_fields)]
+pub struct HintParameters {
+    /// `canny`: the gradient |dx| + |dy| above which an edge goes on, 0 to 2040. Default 100.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub low_threshold: Option<f64>,
+    /// `canny`: the gradient |dx| + |dy| above which an edge begins, 0 to 2040. Default 200.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub high_threshold: Option<f64>,
+    /// `threshold`: what a pixel's darkest channel must exceed to become white, 0 to 255. Default 127.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    /// Standard deviation of the Gaussian in pixels. `blur`: 0.1 to 64, default 9. `lineart`: 0.5 to 32, default 6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sigma: Option<f64>,
+    /// `tile`: by what width and height are divided, 1 to 32. Default 1, which changes nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub down_sampling_rate: Option<f64>,
+}
+
+impl HintParameters {
+    /// Each by its name.
+    #[must_use]
+    pub fn said(&self) -> [(&'static str, Option<f64>); 5] {
+        [
+            ("low_threshold", self.low_threshold),
+            ("high_threshold", self.high_threshold),
+            ("threshold", self.threshold),
+            ("sigma", self.sigma),
+            ("down_sampling_rate", self.down_sampling_rate),
+        ]
+    }
+}
+
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum Response {
     EncodePrompt(EncodedPrompt),
     Tokenize(Tokenized),
+    Preprocess(PreprocessedImage),
     List(ConditioningList),
 }
 
@@ -183,17 +251,50 @@ pub struct ConditioningList {
     pub prompt_syntax: Vec<&'static str>,
     /// What `prompt_weighting` may be.
     pub prompt_weightings: Vec<PromptWeighting>,
-    /// ControlNet preprocessors. There are none as yet.
-    pub preprocessors: Vec<&'static str>,
+    /// ControlNet preprocessors.
+    pub preprocessors: Vec<PreprocessorEntry>,
     /// Tokens that a prompt may have.
     pub max_tokens: usize,
+}
+
+/// A preprocessor and what it can be told.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct PreprocessorEntry {
+    pub name: &'static str,
+    pub parameters: Vec<ParameterEntry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct ParameterEntry {
+    /// A field of `parameters`.
+    pub name: &'static str,
+    pub default: f64,
+    pub least: f64,
+    pub most: f64,
+}
+
+/// The answer to `preprocess`.
+#[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
+pub struct PreprocessedImage {
+    /// The file that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The file's bytes, where the request asked for them in place of a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base64: Option<String>,
+    pub format: &'static str,
+    pub width: usize,
+    pub height: usize,
+    pub preprocessor: &'static str,
+    /// Every number used.
+    pub parameters: HintParameters,
 }
 
 pub struct Conditioning;
 
 impl Interface for Conditioning {
     const DOMAIN: Domain = Domain::Conditioning;
-    const OPERATIONS: &'static [&'static str] = &["encode_prompt", "tokenize", "list"];
+    const OPERATIONS: &'static [&'static str] = &["encode_prompt", "tokenize", "preprocess", "list"];
     type Request = Request;
     type Response = Response;
 }

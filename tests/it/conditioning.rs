@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use sdxl_worker::conditioning::Embeddings;
 use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish, Script};
 use sdxl_worker::conditioning::interface::{CacheCount, EncodeWish, Request, Response, Settings, TokenizeWish};
-use sdxl_worker::conditioning::manager::EmbeddingManager;
+use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
@@ -15,6 +15,7 @@ use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface as model;
 use sdxl_worker::model::managers::{ClipTokenizer, TokenizerManager};
+use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
 use sdxl_worker::roots::Roots;
 
 const TOKENS: &str = include_str!("../goldens/tokens.json");
@@ -50,11 +51,12 @@ fn placement() -> Placement {
 fn crew() -> ConditioningCrew {
     let mut model = ModelCrew::new(&model::Settings::default());
     model.placement = Some(placement());
-    ConditioningCrew { model, embeddings: EmbeddingManager::default() }
+    ConditioningCrew { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
 }
 
 fn instructor() -> ConditioningInstructor {
-    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]) }
+    let delivery = PostprocessingInstructor::new(Default::default());
+    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
 }
 
 #[track_caller]
@@ -259,7 +261,8 @@ fn a_prompt_that_comes_again_needs_no_encoder() {
 
     crew.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
     crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
-    let without = ConditioningInstructor { settings: Settings { cache_embeddings: false }, roots: Roots::new([]) };
+    let settings = Settings { cache_embeddings: false, ..Settings::default() };
+    let without = ConditioningInstructor { settings, ..instructor() };
     without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
     assert!(crew.embeddings.resident().is_empty());
 }

@@ -6,6 +6,8 @@ mod config;
 mod device;
 mod drawing;
 mod edits;
+mod hints;
+mod image_files;
 mod instruction_sets;
 mod mapping;
 mod memory;
