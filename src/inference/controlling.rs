@@ -9,15 +9,26 @@ use super::interface::GenerateRequest;
 use super::plan::{ControlPlan, GenerationPlan};
 use super::planning::within;
 use super::workers::control::{Control, Controls, Shown};
-use crate::conditioning::instructor::HintWish;
+use crate::conditioning::hints::{Hint, HintWish};
+use crate::conditioning::interface::CacheCount;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::Resident;
 use crate::managers::Managers;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
 use crate::model::networks::controlnet::ControlNet;
 use crate::model::networks::controlnet_config::kind;
+use crate::units::ImageSize;
+
+/// A run over latents that ControlNets may steer.
+#[derive(Clone, Copy)]
+pub(super) struct ControlledRun<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) size: ImageSize,
+    pub(super) placement: &'a Placement,
+}
 
 impl InferenceInstructor {
     /// Decides what `request` leaves open of its ControlNets, and reads the headers of their images.
@@ -63,34 +74,43 @@ impl InferenceInstructor {
             Some(net) => net,
             None => Arc::new(crew.model().catalog.companion(name, "model")?),
         };
-        let image = image.read(&self.conditioning.roots, "image")?;
-        let preprocessor = wish.preprocessor.clone();
-        let hint = HintWish { image, preprocessor, resize_mode: wish.resize_mode.unwrap_or_default() };
-        self.conditioning.check_hint(&hint)?;
+        let hint = self.conditioning.plan_hint(&HintWish {
+            image,
+            preprocessor: wish.preprocessor.as_deref(),
+            parameters: &wish.parameters.unwrap_or_default(),
+            resize: wish.resize_mode.unwrap_or_default(),
+            fields: ["image", "preprocessor", "parameters"],
+        })?;
         Ok(ControlPlan { index, net, hint, kind, weight, start, end, guess: wish.guess_mode.unwrap_or(false) })
     }
 
-    /// Every ControlNet of the plan, loaded, having seen its images.
+    /// Every ControlNet of the plan, loaded, having seen its images. A run of another model, as the refiner's, has none.
     ///
     /// # Errors
     /// Those of loading; `invalid_parameter` for a union that is not told what its image is; those of the device.
     pub(super) fn prepare_controls(
         &self,
         plan: &GenerationPlan,
-        placement: &Placement,
+        run: ControlledRun<'_>,
+        count: &mut CacheCount,
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Controls> {
+        let ControlledRun { checkpoint, size, placement } = run;
+        if checkpoint.key != plan.checkpoint.key {
+            return Ok(Controls::default());
+        }
         let mut controls: Vec<(Arc<Companion>, Control)> = Vec::new();
         for wish in &plan.controls {
             let held = controls.iter().find(|(companion, _)| companion.key == wish.net.key);
             let net = match held {
                 Some((_, control)) => Arc::clone(&control.net),
-                None => crew.model().controlnets.acquire(&wish.net, &plan.checkpoint, placement, ctx)?,
+                None => crew.model().controlnets.acquire(&wish.net, checkpoint, placement, ctx)?,
             };
             let kind = place(wish, &net, ctx)?;
-            let pixels = self.conditioning.hint(&wish.hint, plan.size, ctx)?;
-            let embedded = net.embed(&pixels.to_unit_tensor(&placement.device)?, placement.compute.tensor())?;
+            let Hint { image, cached } = self.conditioning.hint(&wish.hint, size, &mut crew.conditioning, ctx)?;
+            *(if cached { &mut count.hits } else { &mut count.misses }) += 1;
+            let embedded = net.embed(&image.to_unit_tensor(&placement.device)?, placement.compute.tensor())?;
             let shown = Shown { embedded, kind, weight: wish.weight, start: wish.start, end: wish.end };
             let together = controls.iter_mut().find(|(companion, control)| {
                 companion.key == wish.net.key && control.net.kinds().is_some() && control.guess == wish.guess
@@ -127,12 +147,13 @@ fn place(wish: &ControlPlan, net: &ControlNet, ctx: &Context) -> Result<Option<u
 pub(super) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<ControlWishes> {
     let ControlWishes(wishes) = request.controlnet.as_ref()?;
     let decided = |(wish, plan): (&ControlWish, &ControlPlan)| ControlWish {
-        preprocessor: Some(wish.preprocessor.clone().unwrap_or_else(|| "none".to_owned())),
+        preprocessor: Some(plan.hint.preprocessor.to_owned()),
+        parameters: wish.parameters.map(|_| plan.hint.parameters),
         weight: Some(plan.weight),
         start: Some(plan.start),
         end: Some(plan.end),
         guess_mode: Some(plan.guess),
-        resize_mode: Some(plan.hint.resize_mode),
+        resize_mode: Some(plan.hint.resize),
         ..wish.clone()
     };
     Some(ControlWishes(wishes.iter().zip(plans).map(decided).collect()))

@@ -8,7 +8,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::conditioning::interface::ResizeMode;
+use crate::conditioning::canvas::ResizeMode;
+use crate::conditioning::interface::HintParameters;
 use crate::image_source::ImageSource;
 
 /// Most ControlNets of one request.
@@ -26,9 +27,12 @@ pub struct ControlWish {
     /// What the network is shown. It is brought to the size of the generated image.
     #[serde(alias = "input_image", skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageSource>,
-    /// What makes the hint of the image. Default: `none`, the image is the hint.
+    /// What makes the hint of the image, a name that `conditioning.list` gives. Default: `none`, the image is the hint.
     #[serde(alias = "module", skip_serializing_if = "Option::is_none")]
     pub preprocessor: Option<String>,
+    /// Numbers for the preprocessor. `conditioning.list` says which there are, with range and default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<HintParameters>,
     /// How strongly it steers, 0 to 2. Default: 1.
     #[serde(alias = "conditioning_scale", skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,

@@ -3,6 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use super::controlling::said;
 use super::editing::cut;
 use super::further::First;
 use super::instructor::InferenceInstructor;
@@ -68,6 +69,7 @@ impl InferenceInstructor {
         let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
         let time_ids = time_ids(request, size, &checkpoint)?;
+        let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
         let parameters = GenerateRequest {
@@ -87,6 +89,7 @@ impl InferenceInstructor {
             prompt_weighting: Some(weighting),
             comma_padding_backtrack: Some(backtrack),
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
+            controlnet: said(request, &controls),
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
@@ -118,6 +121,7 @@ impl InferenceInstructor {
             time_ids,
             editing,
             further,
+            controls,
             output,
             parameters,
         })
