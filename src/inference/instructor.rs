@@ -230,7 +230,7 @@ impl InferenceInstructor {
                 },
             )
         })?;
-        let passes = prompts.script.passes();
+        let passes = plan.prompt.passes;
         let units = plan.sampling.evaluations() * passes * height * width;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, start.elapsed());

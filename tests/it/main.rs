@@ -14,6 +14,7 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
+mod prompts;
 mod protocol;
 mod steer;
 mod wire;

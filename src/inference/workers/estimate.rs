@@ -31,7 +31,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
         let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let passes = plan.prompt.passes;
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
         let positions = height * width;
         let weights = match quantization {
