@@ -131,7 +131,8 @@ impl ImageFile {
     /// # Errors
     /// `image_decode_failed` if the file is damaged.
     pub fn decode(&self) -> Result<Rgb8> {
-        let image = DynamicImage::from_decoder(decoder(&self.bytes, self.format)?).map_err(|error| undecodable(&error))?;
+        let image =
+            DynamicImage::from_decoder(decoder(&self.bytes, self.format)?).map_err(|error| undecodable(&error))?;
         let mut image = DynamicImage::ImageRgb8(image.into_rgb8());
         image.apply_orientation(self.orientation);
         let image = image.into_rgb8();
@@ -142,7 +143,9 @@ impl ImageFile {
 /// Whether rows become columns.
 fn turned(orientation: Orientation) -> bool {
     match orientation {
-        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH => true,
+        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH => {
+            true
+        }
         Orientation::NoTransforms
         | Orientation::Rotate180
         | Orientation::FlipHorizontal

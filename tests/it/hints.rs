@@ -82,7 +82,8 @@ fn difference(ours: &[u8], theirs: &[u8]) -> (f64, u8) {
 fn preprocessors_are_opencv_s() {
     let goldens = goldens();
     let mut wrong = Vec::new();
-    let mut names: Vec<&String> = goldens.keys().filter(|name| name.contains('.') && !name.ends_with("tile.small")).collect();
+    let mut names: Vec<&String> =
+        goldens.keys().filter(|name| name.contains('.') && !name.ends_with("tile.small")).collect();
     names.sort();
     for key in names {
         let (source, hint) = key.split_once('.').unwrap();
@@ -156,7 +157,10 @@ fn every_preprocessor_takes_every_size_and_can_be_stopped() {
             }
             for value in [dial.least - 1.0, dial.most + 1.0, f64::NAN, f64::INFINITY] {
                 let error = told(name, set(value)).unwrap_err();
-                assert_eq!((error.code(), error.pointer().unwrap()), ("invalid_parameter", format!("/data/parameters/{}", dial.name)));
+                assert_eq!(
+                    (error.code(), error.pointer().unwrap()),
+                    ("invalid_parameter", format!("/data/parameters/{}", dial.name))
+                );
             }
         }
     }
@@ -223,13 +227,15 @@ fn hints_are_kept_by_content() {
     crew.hints.evict(Bytes(u64::MAX));
     assert!(crew.hints.resident().is_empty());
 
-    let file = |source: &str| instructor.plan_hint(&HintWish {
-        image: &ImageSource::Path(coffee.clone()),
-        preprocessor: Some(source),
-        parameters: &HintParameters::default(),
-        resize: Stretch,
-        fields: ["controlnet.0.image", "controlnet.0.preprocessor", "controlnet.0.parameters"],
-    });
+    let file = |source: &str| {
+        instructor.plan_hint(&HintWish {
+            image: &ImageSource::Path(coffee.clone()),
+            preprocessor: Some(source),
+            parameters: &HintParameters::default(),
+            resize: Stretch,
+            fields: ["controlnet.0.image", "controlnet.0.preprocessor", "controlnet.0.parameters"],
+        })
+    };
     let error = file("cany").err().unwrap();
     assert_eq!((error.code(), error.hint().as_deref()), ("unknown_name", Some("did you mean `canny`?")));
     assert_eq!(error.pointer().unwrap(), "/data/controlnet/0/preprocessor");
@@ -271,11 +277,13 @@ fn preprocess_writes_the_hint() {
     assert_eq!((made.parameters.low_threshold, made.parameters.sigma), (Some(100.0), None));
     let path = folder.path().join("edges.png");
     assert_eq!(made.path.as_deref(), path.to_str());
-    let read = ImageSource::Path(path).read(&Roots::new([folder.path().to_owned()]), "image").unwrap().decode().unwrap();
+    let read =
+        ImageSource::Path(path).read(&Roots::new([folder.path().to_owned()]), "image").unwrap().decode().unwrap();
     let golden = bytes(&goldens()["chelsea.canny"]);
     assert!(read.data.chunks_exact(3).zip(&golden).all(|(pixel, edge)| pixel == [*edge; 3]));
 
-    let more = serde_json::json!({ "width": 64, "height": 40, "resize_mode": "crop", "output": { "return": "base64" } });
+    let more =
+        serde_json::json!({ "width": 64, "height": 40, "resize_mode": "crop", "output": { "return": "base64" } });
     let Response::Preprocess(made) = instructor.instruct(wish(more), &mut crew, &ctx).unwrap() else { panic!() };
     assert!(made.path.is_none());
     let read = ImageSource::Base64(made.base64.unwrap()).read(&Roots::new([]), "image").unwrap();
@@ -291,8 +299,13 @@ fn preprocess_writes_the_hint() {
         let error = instructor.instruct(wish(more), &mut crew, &ctx).unwrap_err();
         assert!(error.to_string().starts_with(&format!("`{field}`")), "{error}");
     }
-    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else { panic!() };
+    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
+        panic!()
+    };
     let canny = list.preprocessors.iter().find(|entry| entry.name == "canny").unwrap();
-    assert_eq!(canny.parameters.iter().map(|p| (p.name, p.default)).collect::<Vec<_>>(), [("low_threshold", 100.0), ("high_threshold", 200.0)]);
+    assert_eq!(
+        canny.parameters.iter().map(|p| (p.name, p.default)).collect::<Vec<_>>(),
+        [("low_threshold", 100.0), ("high_threshold", 200.0)]
+    );
     assert_eq!(list.preprocessors.len(), PREPROCESSORS.names().count());
 }

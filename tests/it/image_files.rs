@@ -123,7 +123,9 @@ fn hostile_files_are_refused_at_once() {
         let mut body = b"x\0\0".to_vec();
         let zeros = vec![0u8; 1 << 24];
         let mut packed = Vec::new();
-        image::codecs::png::PngEncoder::new(&mut packed).write_image(&zeros, 4096, 4096, ExtendedColorType::L8).unwrap();
+        image::codecs::png::PngEncoder::new(&mut packed)
+            .write_image(&zeros, 4096, 4096, ExtendedColorType::L8)
+            .unwrap();
         // Its pixels are a zlib stream of a filter byte and zeros a row.
         let start = packed.windows(4).position(|name| name == b"IDAT").unwrap();
         let length = u32::from_be_bytes(packed[start - 4..start].try_into().unwrap()) as usize;

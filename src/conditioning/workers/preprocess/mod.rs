@@ -78,7 +78,9 @@ impl Parameters {
     /// `invalid_parameter` for a value out of range, or one that `name` has no dial for.
     pub fn resolve(name: &str, dials: &[Dial], wish: &HintParameters, field: &str) -> Result<Self> {
         let said = wish.said();
-        if let Some((other, _)) = said.iter().find(|(key, value)| value.is_some() && dials.iter().all(|d| d.name != *key)) {
+        if let Some((other, _)) =
+            said.iter().find(|(key, value)| value.is_some() && dials.iter().all(|d| d.name != *key))
+        {
             let known: Vec<String> = dials.iter().map(|dial| format!("`{}`", dial.name)).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
             return Err(Error::InvalidParameter {
