@@ -9,7 +9,7 @@ use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstru
 use sdxl_worker::conditioning::interface::{
     AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting, Request, Response, Settings,
 };
-use sdxl_worker::conditioning::manager::EmbeddingManager;
+use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
@@ -19,6 +19,7 @@ use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::instructor::ModelCrew;
 use sdxl_worker::model::interface as model;
+use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
 use sdxl_worker::roots::Roots;
 
 use super::drawing::Worker;
@@ -37,7 +38,11 @@ fn placement() -> Placement {
 
 fn crew(root: &Path) -> ConditioningCrew {
     let settings = model::Settings { roots: vec![root.to_owned()], ..model::Settings::default() };
-    ConditioningCrew { model: ModelCrew::new(&settings), embeddings: EmbeddingManager::default() }
+    ConditioningCrew {
+        model: ModelCrew::new(&settings),
+        embeddings: EmbeddingManager::default(),
+        hints: HintManager::default(),
+    }
 }
 
 fn models() -> std::path::PathBuf {
@@ -45,7 +50,8 @@ fn models() -> std::path::PathBuf {
 }
 
 fn instructor() -> ConditioningInstructor {
-    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]) }
+    let delivery = PostprocessingInstructor::new(Default::default());
+    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
 }
 
 fn told(wish: &PromptWish, crew: &mut ConditioningCrew) -> Result<Script> {
