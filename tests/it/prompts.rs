@@ -101,6 +101,30 @@ fn weights_of_one_change_nothing() {
     assert_eq!(difference(&literal, &context(&wish(r"a \(red:1.5\) hill"))), 0.0);
 }
 
+/// What the first step is told of the prompt, and of the negative prompt.
+fn contexts(wish: &PromptWish) -> [Tensor; 2] {
+    let script = told(wish, &mut crew(&models())).unwrap();
+    let told = &script.told[0];
+    [told.positive[0].embeddings.context.clone(), told.negative.as_ref().unwrap().context.clone()]
+}
+
+#[test]
+fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
+    let blurry = |prompt: &str| PromptWish { negative_prompt: Some("blurry".to_owned()), ..wish(prompt) };
+    let [alone, _] = contexts(&wish("a hill"));
+    let [beside, negative] = contexts(&blurry("a hill"));
+    assert_eq!(difference(&alone, &beside), 0.0);
+    for prompt in ["[a hill|b|c|d|e]", "a hill AND fog :0.5 AND (rain:1.3)"] {
+        let [first, other] = contexts(&blurry(prompt));
+        assert_eq!(difference(&other, &negative), 0.0, "{prompt}");
+        assert!(prompt.starts_with('a') || difference(&first, &alone) == 0.0, "{prompt}");
+    }
+    let weighed = PromptWish { weighting: PromptWeighting::Compel, ..blurry("a (hill:0.5) in (fog:0.2)") };
+    assert_eq!(difference(&contexts(&weighed)[1], &negative), 0.0);
+    let again = PromptWish { negative_prompt: Some("a (hill:0.5) in (fog:0.2)".to_owned()), ..weighed.clone() };
+    assert_eq!(difference(&contexts(&weighed)[0], &contexts(&again)[1]), 0.0);
+}
+
 #[test]
 fn unguided_parts_have_a_negative_all_the_same() {
     let script = told(&PromptWish { guided: false, ..wish("a AND b") }, &mut crew(&models())).unwrap();
@@ -187,6 +211,8 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     let own = Some("c :2 AND d".to_owned());
     check_refused(GenerateRequest { prompt_2: own, ..request("a AND b") }, "/data/prompt_2", "weight of its own");
     check_refused(request(&"a AND ".repeat(20)), "/data/prompt", "at most 16 parts");
+    let often = GenerateRequest { steps: Some(1000), ..request(&format!("[a|b] {}", "c ".repeat(30_000))) };
+    check_refused(often, "/data/prompt", "changes 1000 times");
     let backtrack = Some(75);
     check_refused(
         GenerateRequest { comma_padding_backtrack: backtrack, ..plain() },
@@ -197,6 +223,16 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     check_refused(GenerateRequest { embeddings: style("b"), ..plain() }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style("b"), ..request("ab b1") }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style(" "), ..plain() }, "/data/embeddings/0/token", "must be a word");
+}
+
+#[test]
+fn what_would_fill_the_memory_is_refused() {
+    let changing = PromptWish { steps: 600, ..wish(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
+    let mut crew = crew(&models());
+    assert_eq!(told(&PromptWish { steps: 40, ..changing.clone() }, &mut crew).unwrap().told.len(), 1);
+    let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
+    let error = told(&PromptWish { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut crew);
+    assert!(error.unwrap_err().to_string().contains("must be at most 512 texts"));
 }
 
 #[test]

@@ -211,7 +211,7 @@ def cases():
     case("schedule-negative", lambda step: ([(1.0, [("a hill", 1.0)])], [("blue" if step <= 4 else "grey", 1.0)]),
          prompt="a hill", negative_prompt="[blue:grey:4]")
     case("alternate", lambda step: ([(1.0, [(f"a {['cat', 'dog', 'fox'][(step - 1) % 3]} on grass", 1.0)])], [("blurry", 1.0)]), SAMPLERS,
-         prompt="a [cat|dog|fox] on grass", negative_prompt="blurry")
+         prompt="a [cat|dog|fox] on grass", negative_prompt="blurry", seed=12)
     case("alternate-five", lambda step: ([(1.0, [(["a", "b", "c", "d", "e"][(step - 1) % 5], 1.0)])], None), prompt="[a|b|c|d|e]")
     parts = [(1.0, [("a red circle ", 1.0)]), (0.6, [(" a ", 1.0), ("blue", 1.2), (" square", 1.0)]), (-0.2, [(" fog", 1.0)])]
     case("and", still(parts, [("blurry", 1.0)]), SAMPLERS, prompt="a red circle AND a (blue:1.2) square :0.6 AND fog:-0.2", negative_prompt="blurry")
