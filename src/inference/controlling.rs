@@ -164,3 +164,24 @@ pub(super) fn is_of(plan: &GenerationPlan, resident: &Resident) -> bool {
     let control = || plan.controls.iter().any(|control| control.net.name == resident.name);
     resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control())
 }
+
+/// A ControlNet in an image's text, as AUTOMATIC1111's extension has it.
+pub(super) fn told(plan: &ControlPlan) -> (&'static str, String) {
+    const KEYS: [&str; MOST] = [
+        "ControlNet 0",
+        "ControlNet 1",
+        "ControlNet 2",
+        "ControlNet 3",
+        "ControlNet 4",
+        "ControlNet 5",
+        "ControlNet 6",
+        "ControlNet 7",
+    ];
+    let ControlPlan { net, hint, weight, start, end, guess, .. } = plan;
+    let guess = if *guess { ", Guess Mode: True" } else { "" };
+    let (preprocessor, name) = (hint.preprocessor, &net.name);
+    let told = format!(
+        "\"Module: {preprocessor}, Model: {name}, Weight: {weight}, Guidance Start: {start}, Guidance End: {end}{guess}\""
+    );
+    (KEYS.get(plan.index).copied().unwrap_or("ControlNet"), told)
+}
