@@ -1,6 +1,6 @@
 //! ControlNets: what a request may say of them, what is refused and how, and what is kept of them.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
 use std::fs;
 use std::path::Path;
@@ -151,6 +151,43 @@ fn what_was_decided_is_said_and_what_was_made_is_kept() {
 }
 
 #[test]
+fn a_larger_second_pass_is_steered_too() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    let mut draw = |controlnet: serde_json::Value| {
+        let larger = GenerateRequest { enable_hr: Some(true), hr_scale: Some(1.5), ..request(controlnet) };
+        generate(&mut worker, Request::Generate(Box::new(larger)), &Context::detached()).unwrap()
+    };
+    let net = json!({ "model": "control_small", "image": EDGES });
+    let steered = draw(net.clone());
+    assert_eq!((steered.cache.hints.misses, steered.images[0].width), (2, 96), "one hint for each size");
+    assert_eq!(draw(net).images[0].base64, steered.images[0].base64);
+    assert_ne!(draw(json!([])).images[0].base64, steered.images[0].base64);
+}
+
+#[test]
+fn every_kind_of_network_computes_in_every_number_format() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    for (model, kind) in [("control_single", None), ("control_union", Some("depth")), ("control_lora", None)] {
+        let mut draw = |more: serde_json::Value| -> Vec<u8> {
+            let mut data =
+                serde_json::to_value(request(json!({ "model": model, "image": EDGES, "control_type": kind }))).unwrap();
+            data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            worker.draw(&serde_json::from_value(data).unwrap()).remove(0).1.data
+        };
+        let exact = draw(json!({}));
+        for format in [json!({ "dtype": "bf16" }), json!({ "quantization": "int8" })] {
+            let other = draw(format.clone());
+            let apart =
+                exact.iter().zip(&other).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / exact.len() as f64;
+            println!("{model:<16} {format:<24} {apart:>6.2} of 255 a byte");
+            assert!(apart > 0.0 && apart < 12.0, "{model} {format}: {apart}");
+        }
+    }
+}
+
+#[test]
 fn an_estimate_counts_each_network_once() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
@@ -200,7 +237,7 @@ fn the_wire_knows_the_fields_of_a_list() {
     };
     check("list", "/controlnet/0/weigth", "is not a known key", Some("did you mean `weight`?"));
     check("alone", "/controlnet/weigth", "is not a known key", None);
-    check("twins", "/controlnet/0/input_image", "two names of one field", None);
+    check("twins", "/controlnet/0/image", "two names of one field", None);
     check("text", "/controlnet", "an array of objects, or one object", None);
     check("array", "/controlnet/0", "must be an object", None);
 }
