@@ -37,7 +37,7 @@ fn jpeg(bytes: &[u8]) -> Option<()> {
         let mark = at + bytes.get(at..)?.iter().position(|&byte| byte != 0xff)?;
         match bytes[mark] {
             0xd9 if mark > at => return Some(()),
-            0x01 | 0xd0..=0xd8 if mark > at => at = mark + 1,
+            0x00 | 0x01 | 0xd0..=0xd8 if mark > at => at = mark + 1,
             // Not a marker: what a decoder skips as well.
             _ if mark == at => at += 1,
             marker => {

@@ -353,7 +353,7 @@ impl InferenceInstructor {
             };
             ctx.perform(&Denoise, task)
         })?;
-        let passes = prompts.script.passes();
+        let passes = plan.prompt.passes;
         let units = sampling.evaluations() * passes * run.size.width * run.size.height / 64;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());

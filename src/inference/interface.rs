@@ -51,7 +51,7 @@ pub enum DecodeExtent {
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct GenerateRequest {
-    /// What the image shall show. Beyond 75 tokens it goes on in further chunks.
+    /// What the image shall show, in AUTOMATIC1111's syntax. Beyond 75 tokens it goes on in further chunks.
     pub prompt: Option<String>,
     /// For the second text encoder. Default: `prompt`.
     #[serde(skip_serializing_if = "Option::is_none")]

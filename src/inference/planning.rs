@@ -95,7 +95,7 @@ impl InferenceInstructor {
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
             ..parameters
         };
-        let prompt = PromptWish {
+        let mut prompt = PromptWish {
             prompt,
             prompt_2: request.prompt_2.clone(),
             negative_prompt: request.negative_prompt.clone(),
@@ -106,8 +106,9 @@ impl InferenceInstructor {
             steps: sampling.steps(),
             backtrack: usize::try_from(backtrack).unwrap_or(0),
             embeddings,
+            passes: 0,
         };
-        self.conditioning.check(&prompt, &checkpoint)?;
+        prompt.passes = self.conditioning.check(&prompt, &checkpoint)?;
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,

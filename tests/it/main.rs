@@ -18,6 +18,7 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
+mod prompts;
 mod protocol;
 mod random_networks;
 mod steer;
