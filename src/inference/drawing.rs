@@ -295,12 +295,16 @@ impl InferenceInstructor {
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
         let Shared { prompts, controls, hints, .. } = shared;
-        let controls = controls.get_mut(run.index).ok_or_else(|| Error::bug("a run without its ControlNets"))?;
-        if controls.is_none() {
+        if matches!(controls.get(run.index), Some(None)) {
             let wanted = ControlledRun { checkpoint, size: run.size, placement };
-            *controls = Some(self.prepare_controls(plan, wanted, hints, crew, ctx)?);
+            let earlier: Vec<&Controls> = controls.iter().flatten().collect();
+            let made = self.prepare_controls(plan, wanted, (&earlier, hints), crew, ctx)?;
+            if let Some(place) = controls.get_mut(run.index) {
+                *place = Some(made);
+            }
         }
-        let controls = controls.as_ref().ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
+        let controls = controls.get(run.index).and_then(Option::as_ref);
+        let controls = controls.ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
         let prompts = prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
         if prompts.is_none() {
             let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };

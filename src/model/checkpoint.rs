@@ -32,6 +32,16 @@ const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CheckpointKey(u64);
 
+impl CheckpointKey {
+    /// Of a network that is made of this one's files and of another's.
+    #[must_use]
+    pub(super) fn over(self, other: Self) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (self, other).hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
+
 /// The networks of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Part {
@@ -342,7 +352,7 @@ fn sharded(folder: &Folder, dir: &str, found: &Found) -> Result<WeightFiles> {
         if name.contains(['/', '\\', '\0']) || !name.ends_with(".safetensors") {
             return Err(corrupt(format!("must name safetensors files of its own folder, and names `{name}`")));
         }
-        files.push(folder.need(&place(dir, &name))?);
+        files.push(folder.need(&place(dir, name))?);
     }
     Ok(WeightFiles { files, index: Some(weight_map) })
 }

@@ -3,6 +3,7 @@
 mod architecture;
 mod conditioning;
 mod config;
+mod control;
 mod device;
 mod drawing;
 mod edits;
