@@ -23,6 +23,51 @@ impl Default for Settings {
     }
 }
 
+/// How the weights of a prompt's words act. The way in which they are written is the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptWeighting {
+    /// AUTOMATIC1111's: states times weights, and the mean of the chunk restored.
+    #[default]
+    A1111,
+    /// compel's: away from the states of the empty text; below 1 also towards those without the words.
+    Compel,
+    /// ComfyUI's: away from the states of the empty text.
+    Comfy,
+    /// The prompt is plain text: brackets and `AND` are characters.
+    None,
+}
+
+/// A textual inversion: a safetensors file for SDXL, whose vectors stand in for a word of the prompts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct EmbeddingWish {
+    /// The file beneath a model root, or in a folder `embeddings` there; with its ending or without.
+    #[serde(alias = "path")]
+    pub name: String,
+    /// The word of the prompts that stands for it, in whatever case. Default: the name of the file without its ending.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+/// A textual inversion that a prompt used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct AppliedEmbedding {
+    pub name: String,
+    pub token: String,
+    /// Positions of a prompt that it takes.
+    pub vectors: usize,
+    /// The text encoders that it was given to: `text_encoder`, `text_encoder_2`.
+    pub encoders: Vec<&'static str>,
+}
+
+/// How many texts were known, and how many a network had to read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct CacheCount {
+    pub hits: usize,
+    pub misses: usize,
+}
+
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
@@ -50,7 +95,8 @@ impl Request {
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct EncodeWish {
-    /// At most 2400 tokens; beyond 75 it is encoded in chunks of 75.
+    /// At most 2400 tokens; beyond 75 it is encoded in chunks of 75. Of one that changes from step to step, or has
+    /// parts joined by `AND`, the first step's first part is encoded, of 25 steps.
     pub prompt: String,
     /// Prompt of the second text encoder. Default: `prompt`.
     #[serde(default)]
@@ -64,6 +110,12 @@ pub struct EncodeWish {
     /// Layers of the text encoders left out for the prompt, from 0 (the default).
     #[serde(default)]
     pub clip_skip: Option<u32>,
+    /// How the weights of words act. Default: `a1111`.
+    #[serde(default)]
+    pub prompt_weighting: Option<PromptWeighting>,
+    /// Textual inversions for words of the prompts, at most 64.
+    #[serde(default)]
+    pub embeddings: Option<Vec<EmbeddingWish>>,
     /// A name that `model.list` gives. Default: the default model.
     #[serde(default)]
     pub model: Option<String>,
@@ -195,8 +247,10 @@ pub struct TokenList {
 /// The answer to `list`.
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct ConditioningList {
-    /// Ways of writing weights into a prompt. A prompt is plain text as yet.
+    /// What a prompt may be written with.
     pub prompt_syntax: Vec<&'static str>,
+    /// What `prompt_weighting` may be.
+    pub prompt_weightings: Vec<PromptWeighting>,
     /// ControlNet preprocessors.
     pub preprocessors: Vec<PreprocessorEntry>,
     /// Tokens that a prompt may have.

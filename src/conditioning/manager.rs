@@ -4,7 +4,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 use crate::conditioning::canvas::ResizeMode;
-use crate::conditioning::workers::encode::Embeddings;
+use crate::conditioning::interface::PromptWeighting;
+use crate::conditioning::workers::encode::{Embeddings, EncodeText};
 use crate::conditioning::workers::preprocess::Parameters;
 use crate::device::interface::Dtype;
 use crate::layers::{Manager, Resident};
@@ -16,15 +17,18 @@ use crate::units::{Bytes, ImageSize};
 const CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
 
 /// Everything that decides the embeddings of a text.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct EmbeddingKey {
     pub(super) checkpoint: CheckpointKey,
     pub(super) dtype: Dtype,
     pub(super) device: String,
-    /// What each encoder is given.
-    pub(super) texts: [String; 2],
+    /// What each encoder is given: ids and weights.
+    pub(super) text: EncodeText,
     pub(super) skip: usize,
-    pub(super) chunks: usize,
+    /// `None` for a text without weights.
+    pub(super) weighting: PromptWeighting,
+    /// The files whose vectors the ids mean.
+    pub(super) embeddings: Vec<CheckpointKey>,
 }
 
 /// Embeddings by text, least recently used first.

@@ -5,6 +5,8 @@ pub mod hints;
 pub mod instructor;
 pub mod interface;
 pub mod manager;
+mod reading;
+pub mod script;
 mod workers;
 
 pub use workers::encode::Embeddings;

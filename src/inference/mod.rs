@@ -1,5 +1,8 @@
 //! Generation of images.
 
+mod drawing;
+mod editing;
+mod further;
 pub mod instructor;
 pub mod interface;
 pub mod plan;

@@ -5,6 +5,7 @@ mod conditioning;
 mod config;
 mod device;
 mod drawing;
+mod edits;
 mod hints;
 mod image_files;
 mod instruction_sets;

@@ -5,3 +5,6 @@ pub(super) mod fit;
 pub(super) mod mask;
 pub(super) mod preprocess;
 pub(super) mod prompt;
+pub(super) mod schedule;
+pub(super) mod syntax;
+mod weigh;

@@ -4,4 +4,7 @@ pub mod decode;
 pub mod denoise;
 pub mod estimate;
 pub mod guidance;
+pub mod latents;
+pub mod paste;
 pub mod preview;
+pub mod prompts;
