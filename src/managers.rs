@@ -70,8 +70,15 @@ impl Managers {
     /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
     pub fn make_room(&mut self, want: Bytes) -> Bytes {
         let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 6] =
-            [hints, embeddings, &mut model.tokenizers, &mut model.encoders, &mut model.vaes, &mut model.unets];
+        let order: [&mut dyn Manager; 7] = [
+            hints,
+            embeddings,
+            &mut model.tokenizers,
+            &mut model.encoders,
+            &mut model.controlnets,
+            &mut model.vaes,
+            &mut model.unets,
+        ];
         let mut freed = Bytes(0);
         for manager in order {
             if freed >= want {

@@ -3,7 +3,7 @@
 //! The rules are those of diffusers' SDXL pipelines: a missing or empty second prompt is the first; a missing negative
 //! prompt is zeros where the checkpoint says so; `clip_skip` is for the prompt and not for the negative prompt; a model
 //! with the second encoder alone gives it the first prompt. Beyond diffusers, a prompt of more than 75 tokens is
-//! encoded in chunks, whose states follow each other.
+//! encoded in chunks, whose states follow each other, and prompts have the syntax of AUTOMATIC1111's web UI.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -65,6 +65,8 @@ pub struct PromptWish {
     /// How many tokens back a comma may stand for a chunk to end there; 0: it ends where it is full.
     pub backtrack: usize,
     pub embeddings: Vec<EmbeddingChoice>,
+    /// Samples of the UNet for one image in the largest evaluation, which [`ConditioningInstructor::check`] counts.
+    pub passes: usize,
 }
 
 /// A textual inversion that was found.
@@ -132,11 +134,12 @@ impl ConditioningInstructor {
         Ok(choices)
     }
 
-    /// Whether the prompts can be read, before anything is loaded.
+    /// Whether the prompts can be read, before anything is loaded. Gives the UNet's samples of one image in the largest
+    /// evaluation.
     ///
     /// # Errors
-    /// `invalid_parameter`, with the field and the character.
-    pub fn check(&self, wish: &PromptWish, checkpoint: &Checkpoint) -> Result<()> {
+    /// `invalid_parameter`, with the field and the character; for an embedding whose word stands in no prompt.
+    pub fn check(&self, wish: &PromptWish, checkpoint: &Checkpoint) -> Result<usize> {
         let reading = read(wish, checkpoint, zeros(wish, checkpoint))?;
         for (index, choice) in wish.embeddings.iter().enumerate() {
             let used = reading.texts.iter().flat_map(|text| &text.fragments).any(|f| stands_in(f, &choice.token));
@@ -145,7 +148,8 @@ impl ConditioningInstructor {
                 return Err(Error::invalid(format!("embeddings.{index}.token"), message));
             }
         }
-        Ok(())
+        let parts = reading.tellings.iter().map(|telling| telling.positive.len()).max().unwrap_or(1);
+        Ok(parts + usize::from(wish.guided || parts > 1))
     }
 
     /// The embeddings of a request's prompts, in the placement's compute dtype. All have the same number of tokens.
@@ -357,7 +361,7 @@ impl Instructor for ConditioningInstructor {
                     placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
                 let embeddings = wish.embeddings.as_deref().unwrap_or_default();
                 let embeddings = self.embeddings(embeddings, &crew.model.catalog)?;
-                let wish = PromptWish {
+                let mut wish = PromptWish {
                     prompt: wish.prompt,
                     prompt_2: wish.prompt_2,
                     negative_prompt: wish.negative_prompt,
@@ -368,8 +372,9 @@ impl Instructor for ConditioningInstructor {
                     steps: STEPS,
                     backtrack: 0,
                     embeddings,
+                    passes: 0,
                 };
-                self.check(&wish, &checkpoint)?;
+                wish.passes = self.check(&wish, &checkpoint)?;
                 let made = self.condition(&wish, &checkpoint, crew, &placement, ctx)?;
                 let told = made.told.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
                 let first = told.positive.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;

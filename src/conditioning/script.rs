@@ -47,11 +47,4 @@ impl Script {
         let span = self.spans.iter().find(|span| done < span.until).or(self.spans.last());
         span.map_or(0, |span| span.told)
     }
-
-    /// Samples of the UNet for one image, in the largest evaluation.
-    #[must_use]
-    pub fn passes(&self) -> usize {
-        let passes = |told: &Conditioning| told.positive.len() + usize::from(told.negative.is_some());
-        self.told.iter().map(passes).max().unwrap_or(1)
-    }
 }

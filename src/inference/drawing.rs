@@ -4,8 +4,10 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
+use super::controlling::ControlledRun;
 use super::instructor::{InferenceInstructor, pace_key};
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
+use super::workers::control::Controls;
 use super::workers::decode::{Decode, DecodeTask};
 use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask};
 use super::workers::latents::{
@@ -33,6 +35,10 @@ pub(super) struct Shared {
     canvas: Option<Canvas>,
     /// One a run, made where it is first used.
     prompts: Vec<Option<Prompts>>,
+    /// Likewise.
+    controls: Vec<Option<Controls>>,
+    /// Hints of ControlNets that earlier requests had made, and that this one made.
+    pub(super) hints: CacheCount,
 }
 
 /// One run over latents.
@@ -85,7 +91,13 @@ impl InferenceInstructor {
     pub(super) fn shared(&self, plan: &GenerationPlan, ctx: &Context) -> Result<Shared> {
         let canvas = |editing: &Editing| self.conditioning.canvas(&editing.canvas, plan.size, ctx);
         let canvas = plan.editing.as_ref().map(canvas).transpose()?;
-        Ok(Shared { canvas, prompts: (0..=plan.further.len()).map(|_| None).collect() })
+        let runs = 1 + plan.further.len();
+        Ok(Shared {
+            canvas,
+            prompts: (0..runs).map(|_| None).collect(),
+            controls: (0..runs).map(|_| None).collect(),
+            hints: CacheCount::default(),
+        })
     }
 
     /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
@@ -282,7 +294,14 @@ impl InferenceInstructor {
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
-        let prompts = shared.prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
+        let Shared { prompts, controls, hints, .. } = shared;
+        let controls = controls.get_mut(run.index).ok_or_else(|| Error::bug("a run without its ControlNets"))?;
+        if controls.is_none() {
+            let wanted = ControlledRun { checkpoint, size: run.size, placement };
+            *controls = Some(self.prepare_controls(plan, wanted, hints, crew, ctx)?);
+        }
+        let controls = controls.as_ref().ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
+        let prompts = prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
         if prompts.is_none() {
             let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };
             let script = self.conditioning.condition(&wish, checkpoint, &mut crew.conditioning, placement, ctx)?;
@@ -311,12 +330,13 @@ impl InferenceInstructor {
         let latents = ctx.stage(Stage::Denoise, || {
             let prepare = |conditioning: &Conditioning| {
                 let (time_ids, guidance) = (run.time_ids, plan.guidance);
-                let task = PrepareTask { unet: &unet, conditioning, time_ids, guidance, placement, batch: 1 };
+                let task = PrepareTask { unet: &unet, controls, conditioning, time_ids, guidance, placement, batch: 1 };
                 ctx.perform(&Prepare, task)
             };
             let Start { x, masking } = start;
             let task = DenoiseTask {
                 unet: &unet,
+                controls,
                 prompts,
                 prepare: &prepare,
                 before: pass.before,
@@ -329,7 +349,7 @@ impl InferenceInstructor {
             };
             ctx.perform(&Denoise, task)
         })?;
-        let passes = prompts.script.passes();
+        let passes = plan.prompt.passes;
         let units = sampling.evaluations() * passes * run.size.width * run.size.height / 64;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());

@@ -1,5 +1,6 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
+use super::controlling::is_of;
 use super::interface::{
     BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish,
     Request, Response, Settings,
@@ -62,6 +63,12 @@ impl Instructor for InferenceInstructor {
                 let plan = self.plan(&request, crew)?;
                 self.generate(plan, crew, ctx).map(Response::Generated)
             }
+            Request::Controlnet(request) => {
+                let given = request.controlnet.as_ref().is_some_and(|wishes| !wishes.0.is_empty());
+                present("controlnet", "controlnet", given)?;
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
             Request::Batch(batch) => self.batch(&batch, crew, ctx).map(Response::Batch),
         }
     }
@@ -93,7 +100,7 @@ impl InferenceInstructor {
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
         let residents = crew.published.residents();
-        let loaded = residents.iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = residents.iter().filter(|one| is_of(&plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan: &plan,
             compute,
@@ -109,7 +116,7 @@ impl InferenceInstructor {
 
     /// Refuses what cannot fit before anything is loaded for it.
     fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
-        let loaded = crew.resident().iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = crew.resident().iter().filter(|one| is_of(plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan,
             compute: placement.compute,
@@ -170,7 +177,7 @@ impl InferenceInstructor {
         }
         let model = plan.checkpoint.name.clone();
         let (embeddings, cache) = shared.told();
-        let cache = CacheUse { embeddings: cache };
+        let cache = CacheUse { embeddings: cache, hints: shared.hints };
         Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache })
     }
 

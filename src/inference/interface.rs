@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::controlnet::ControlWishes;
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
@@ -50,7 +51,7 @@ pub enum DecodeExtent {
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct GenerateRequest {
-    /// What the image shall show. Beyond 75 tokens it goes on in further chunks.
+    /// What the image shall show, in AUTOMATIC1111's syntax. Beyond 75 tokens it goes on in further chunks.
     pub prompt: Option<String>,
     /// For the second text encoder. Default: `prompt`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -222,6 +223,9 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controlnet: Option<ControlWishes>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
@@ -232,7 +236,8 @@ impl GenerateRequest {
     /// are left out, paths stay.
     #[must_use]
     pub fn without_carried_images(mut self) -> Self {
-        for image in [&mut self.init_image, &mut self.mask] {
+        let controls = self.controlnet.iter_mut().flat_map(|wishes| &mut wishes.0).map(|wish| &mut wish.image);
+        for image in [&mut self.init_image, &mut self.mask].into_iter().chain(controls) {
             if matches!(image, Some(ImageSource::Base64(_))) {
                 *image = None;
             }
@@ -264,7 +269,7 @@ pub enum VaeSample {
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
 pub const FIELDS_TO_COME: &[&str] =
-    &["controlnet", "control_image", "lora", "loras", "n_iter", "subseed", "subseed_strength", "ip_adapter_image"];
+    &["control_image", "lora", "loras", "n_iter", "subseed", "subseed_strength", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -282,6 +287,8 @@ pub enum Request {
     Text2image(Box<GenerateRequest>),
     Img2img(Box<GenerateRequest>),
     Inpaint(Box<GenerateRequest>),
+    /// As `generate`, with at least one ControlNet.
+    Controlnet(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -319,6 +326,8 @@ pub struct Generated {
 pub struct CacheUse {
     /// Texts of the prompts.
     pub embeddings: CacheCount,
+    /// Hints of ControlNets.
+    pub hints: CacheCount,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
@@ -358,7 +367,8 @@ pub struct Inference;
 
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
-    const OPERATIONS: &'static [&'static str] = &["generate", "text2image", "img2img", "inpaint", "batch"];
+    const OPERATIONS: &'static [&'static str] =
+        &["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"];
     type Request = Request;
     type Response = Response;
 }

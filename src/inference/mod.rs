@@ -1,5 +1,7 @@
 //! Generation of images.
 
+mod controlling;
+pub mod controlnet;
 mod drawing;
 mod editing;
 mod further;

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use super::interface::GenerateRequest;
 use super::workers::latents::Between;
 use crate::conditioning::canvas::CanvasWish;
+use crate::conditioning::hints::HintPlan;
 use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
 use crate::noise::RngKind;
 use crate::postprocessing::instructor::OutputPlan;
 use crate::resample::Filter;
@@ -33,9 +35,26 @@ pub struct GenerationPlan {
     pub editing: Option<Editing>,
     /// What follows the first run.
     pub further: Vec<Further>,
+    pub controls: Vec<ControlPlan>,
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
+}
+
+/// A ControlNet, decided and checked.
+pub struct ControlPlan {
+    /// Its place in the request.
+    pub index: usize,
+    /// The same for all that name one network.
+    pub net: Arc<Companion>,
+    pub hint: HintPlan,
+    /// What a union is told that the image is.
+    pub kind: Option<usize>,
+    pub weight: f64,
+    /// Shares of the steps.
+    pub start: f64,
+    pub end: f64,
+    pub guess: bool,
 }
 
 /// An image that is worked on.

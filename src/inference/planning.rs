@@ -3,6 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use super::controlling::said;
 use super::editing::cut;
 use super::further::First;
 use super::instructor::InferenceInstructor;
@@ -68,6 +69,7 @@ impl InferenceInstructor {
         let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
         let time_ids = time_ids(request, size, &checkpoint)?;
+        let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
         let parameters = GenerateRequest {
@@ -87,12 +89,13 @@ impl InferenceInstructor {
             prompt_weighting: Some(weighting),
             comma_padding_backtrack: Some(backtrack),
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
+            controlnet: said(request, &controls),
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
             ..parameters
         };
-        let prompt = PromptWish {
+        let mut prompt = PromptWish {
             prompt,
             prompt_2: request.prompt_2.clone(),
             negative_prompt: request.negative_prompt.clone(),
@@ -103,8 +106,9 @@ impl InferenceInstructor {
             steps: sampling.steps(),
             backtrack: usize::try_from(backtrack).unwrap_or(0),
             embeddings,
+            passes: 0,
         };
-        self.conditioning.check(&prompt, &checkpoint)?;
+        prompt.passes = self.conditioning.check(&prompt, &checkpoint)?;
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,
@@ -118,6 +122,7 @@ impl InferenceInstructor {
             time_ids,
             editing,
             further,
+            controls,
             output,
             parameters,
         })

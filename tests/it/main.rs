@@ -17,6 +17,8 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
+mod prompts;
 mod protocol;
+mod random_networks;
 mod steer;
 mod wire;

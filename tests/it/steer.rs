@@ -14,6 +14,7 @@ use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::noise::{NoiseSource, RngKind};
 
 use super::drawing::{Worker, distance};
+use super::random_networks;
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-3;
@@ -74,7 +75,8 @@ fn check(file: &Path, models: &Path) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();
     let mut config = Config::default();
-    config.workers.instructors.model.roots = vec![folder().join("models"), models.to_owned()];
+    config.workers.instructors.model.roots =
+        vec![folder().join("models"), models.to_owned(), random_networks::folder().to_owned()];
     config.workers.instructors.postprocessing.roots = vec![folder()];
     let mut worker = Worker::with(&config);
     let mut failures = Vec::new();

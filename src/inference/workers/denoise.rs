@@ -5,6 +5,7 @@ use std::cell::Cell;
 
 use candle_core::{DType, Tensor};
 
+use super::control::{Controls, Evaluation};
 use super::guidance::{Guide, GuideTask};
 use super::latents::Masking;
 use super::prompts::{PreparePrompt, Prompts};
@@ -23,6 +24,7 @@ pub struct Denoise;
 
 pub struct DenoiseTask<'a> {
     pub unet: &'a Unet,
+    pub controls: &'a Controls,
     /// Of as many images as `noise` has.
     pub prompts: &'a Prompts,
     pub prepare: &'a PreparePrompt<'a>,
@@ -45,7 +47,8 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, prompts, prepare, before, sampling, x, masking, noise, placement, observe } = task;
+        let DenoiseTask { unet, controls, prompts, prepare, before, sampling, x, masking, noise, placement, observe } =
+            task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let done = Cell::new(0);
         let steps = sampling.steps();
@@ -53,6 +56,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
             let now = Moment { level, step: done.get(), steps };
             let network = Network {
                 unet,
+                controls,
                 prompt: &*prompts.at(before + now.step, prepare)?,
                 compute: placement.compute.tensor(),
                 prediction: sampling.prediction,
@@ -80,6 +84,7 @@ pub struct Prepare;
 
 pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
+    pub controls: &'a Controls,
     pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
     pub guidance: Guidance,
@@ -92,6 +97,8 @@ pub struct PrepareTask<'a> {
 /// batch, the negative one's samples first; without, and without parts, for the prompt alone.
 pub struct Prompt {
     text: ReadText,
+    /// For each ControlNet.
+    control_texts: Vec<ReadText>,
     /// The weight of each part.
     parts: Vec<f64>,
     /// `[passes·B, P]`
@@ -106,7 +113,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
     type Output = Prompt;
 
     fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
-        let PrepareTask { unet, conditioning, time_ids, guidance, placement, batch } = task;
+        let PrepareTask { unet, controls, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -130,6 +137,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         Ok(Prompt {
+            control_texts: controls.read(&context, compute, ctx)?,
             text: unet.read(&context, compute, &|| ctx.checkpoint())?,
             parts,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
@@ -152,6 +160,7 @@ pub(super) struct Moment {
 /// The UNet with the prompt.
 struct Network<'a> {
     unet: &'a Unet,
+    controls: &'a Controls,
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
@@ -198,15 +207,19 @@ impl Network<'_> {
 
     /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
     fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, pooled, time_ids, .. } = self.prompt;
+        let Prompt { text, control_texts, pooled, time_ids, batch, .. } = self.prompt;
+        // Without the negative prompt there are the prompt's samples alone.
+        let negative = if text.samples() > *batch { *batch } else { 0 };
+        let task = Evaluation { sample: input, texts: control_texts, pooled, time_ids, negative, now };
+        let residuals = self.controls.residuals(task, ctx)?;
         let predicted = self.unet.forward(UnetInput {
             sample: input,
             timesteps: &[now.level.timestep],
             text: Text::Read(text),
             pooled,
             time_ids,
-            down_residuals: None,
-            mid_residual: None,
+            down_residuals: residuals.as_ref().map(|residuals| residuals.down.as_slice()),
+            mid_residual: residuals.as_ref().map(|residuals| &residuals.mid),
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -241,7 +254,7 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use super::{Controls, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
     use crate::conditioning::instructor::{Conditioning, Positive};
     use crate::context::Context;
     use crate::device::instructor::Placement;
@@ -273,6 +286,7 @@ mod tests {
         let guidance = Guidance { scale, rescale: 0.0 };
         let task = PrepareTask {
             unet: &unet,
+            controls: &Controls::default(),
             conditioning: &conditioning,
             time_ids: &time_ids,
             guidance,

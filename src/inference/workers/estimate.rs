@@ -32,7 +32,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
         let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let passes = plan.prompt.passes;
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
@@ -46,6 +46,9 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         if let Some(other) = plan.further.iter().find(|further| further.checkpoint.key != plan.checkpoint.key) {
             weights = weights + bytes(&other.checkpoint)?;
         }
+        let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
+        let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
+        weights = weights + nets.map(|at| plan.controls[at].net.file_bytes()).sum();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections.

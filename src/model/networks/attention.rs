@@ -44,6 +44,13 @@ pub(super) struct KeysValues {
     values: Tensor,
 }
 
+impl KeysValues {
+    /// Those of `count` samples from `start` on.
+    pub(super) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
+        Ok(Self { keys: self.keys.narrow(0, start, count)?, values: self.values.narrow(0, start, count)? })
+    }
+}
+
 /// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
 pub(super) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,

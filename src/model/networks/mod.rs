@@ -10,6 +10,9 @@
 
 pub mod attention;
 pub mod clip;
+pub mod controlnet;
+pub mod controlnet_config;
+mod controlnet_union;
 pub mod embeddings;
 pub mod resnet;
 mod strips;

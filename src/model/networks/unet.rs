@@ -8,7 +8,7 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::{KeysValues, TextReader};
-use super::embeddings::{Sinusoid, TimestepEmbedding};
+use super::embeddings::{StepEmbedding, StepNumbers};
 use super::resnet::load_same_conv;
 use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock};
 pub use super::unet_config::UnetConfig;
@@ -31,10 +31,10 @@ pub enum Text<'a> {
 /// step, and so are they.
 #[derive(Clone, Debug)]
 pub struct ReadText {
-    blocks: Vec<KeysValues>,
+    pub(super) blocks: Vec<KeysValues>,
     /// `B` and the dtype of the activations that they are for.
-    samples: usize,
-    dtype: DType,
+    pub(super) samples: usize,
+    pub(super) dtype: DType,
 }
 
 impl ReadText {
@@ -42,6 +42,15 @@ impl ReadText {
     #[must_use]
     pub fn samples(&self) -> usize {
         self.samples
+    }
+
+    /// That of `count` samples from `start` on.
+    ///
+    /// # Errors
+    /// Samples that it does not have, or the device's own.
+    pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        let blocks = self.blocks.iter().map(|block| block.rows(start, count)).collect::<CandleResult<_>>();
+        Ok(Self { blocks: blocks.stage(STAGE)?, samples: count, dtype: self.dtype })
     }
 }
 
@@ -69,10 +78,7 @@ pub struct UnetInput<'a> {
 /// Predicts the noise (or velocity) in latents.
 #[derive(Clone, Debug)]
 pub struct Unet {
-    time_proj: Sinusoid,
-    time_embedding: TimestepEmbedding,
-    add_time_proj: Sinusoid,
-    add_embedding: TimestepEmbedding,
+    step: StepEmbedding,
     conv_in: Conv2d,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
@@ -107,15 +113,10 @@ impl Unet {
         let plan = config.plan(STAGE)?;
         let shared = plan.shared;
         let width = plan.down.first().map_or(0, |block| block.outputs);
-        let sinusoid =
-            |width| Sinusoid { width, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
         let read = || -> CandleResult<Self> {
             let (down, up) = (vb.pp("down_blocks"), vb.pp("up_blocks"));
             Ok(Self {
-                time_proj: sinusoid(width),
-                time_embedding: TimestepEmbedding::load(&vb.pp("time_embedding"), width, shared.time)?,
-                add_time_proj: sinusoid(plan.addition),
-                add_embedding: TimestepEmbedding::load(&vb.pp("add_embedding"), plan.projection, shared.time)?,
+                step: StepEmbedding::load(vb, config, &plan)?,
                 conv_in: load_same_conv(&vb.pp("conv_in"), config.in_channels, width, config.conv_in_kernel)?,
                 down_blocks: (plan.down.iter().enumerate())
                     .map(|(i, block)| DownBlock::load(&down.pp(i), block, shared))
@@ -213,18 +214,10 @@ impl Unet {
 
     /// `[B, T]`, f32, with the SiLU that every residual block begins with.
     fn embed_time(&self, input: UnetInput) -> Result<Tensor> {
-        let (device, batch) = (input.sample.device(), input.time_ids.len());
-        let run = || -> CandleResult<Tensor> {
-            let times = (0..batch).map(|i| match input.timesteps {
-                [one] => std::slice::from_ref(one),
-                each => each.get(i..=i).unwrap_or_default(),
-            });
-            let time = self.time_embedding.forward(&self.time_proj.embed(times, device)?)?;
-            let sizes = self.add_time_proj.embed(input.time_ids.iter().map(Vec::as_slice), device)?;
-            let added = Tensor::cat(&[&input.pooled.to_dtype(DType::F32)?, &sizes], 1)?; // [B, P + N·D]
-            Activation::Silu.apply(&(time + self.add_embedding.forward(&added)?)?)
-        };
-        run().stage(STAGE)
+        let UnetInput { timesteps, pooled, time_ids, .. } = input;
+        let numbers = StepNumbers { timesteps, pooled, time_ids };
+        let embedded = self.step.embed(numbers, input.sample.device());
+        embedded.and_then(|time| Activation::Silu.apply(&time)).stage(STAGE)
     }
 
     /// What a caller can get wrong by joining parts that do not belong together is said in its terms.
@@ -252,7 +245,7 @@ impl Unet {
         let counted = input.timesteps.len() == 1 || input.timesteps.len() == batch;
         match *input.pooled.dims() {
             [rows, pooled] if rows == batch && even && counted => {
-                let width = pooled + ids * self.add_time_proj.width;
+                let width = pooled + ids * self.step.add_time_proj.width;
                 if width != self.projection {
                     let wanted = self.projection;
                     return Err(judge.refuse(format!(

@@ -40,6 +40,11 @@ impl<'a> Skips<'a> {
         self.kept.push(x.clone());
     }
 
+    /// Those that nobody took, in the order of the way down.
+    pub(super) fn left(self) -> Vec<Tensor> {
+        self.kept
+    }
+
     /// The latest one, with its addition.
     fn take(&mut self) -> Result<Tensor> {
         let Some(skip) = self.kept.pop() else {
