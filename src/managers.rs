@@ -65,8 +65,14 @@ impl Managers {
     /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
     pub fn make_room(&mut self, want: Bytes) -> Bytes {
         let ConditioningCrew { model, embeddings } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 5] =
-            [embeddings, &mut model.tokenizers, &mut model.encoders, &mut model.vaes, &mut model.unets];
+        let order: [&mut dyn Manager; 6] = [
+            embeddings,
+            &mut model.tokenizers,
+            &mut model.adapters,
+            &mut model.encoders,
+            &mut model.vaes,
+            &mut model.unets,
+        ];
         let mut freed = Bytes(0);
         for manager in order {
             if freed >= want {

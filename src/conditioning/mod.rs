@@ -1,5 +1,6 @@
 //! The conditioning domain: from words to the tensors that guide the UNet.
 
+pub mod adapters;
 pub mod canvas;
 pub mod instructor;
 pub mod interface;
@@ -7,3 +8,4 @@ pub mod manager;
 mod workers;
 
 pub use workers::encode::Embeddings;
+pub use workers::picture::clip_pixels;

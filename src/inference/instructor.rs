@@ -79,7 +79,7 @@ impl InferenceInstructor {
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
         let residents = crew.published.residents();
-        let loaded = residents.iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = residents.iter().filter(|one| plan.draws_on(&one.name)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan: &plan,
             compute,
@@ -95,7 +95,7 @@ impl InferenceInstructor {
 
     /// Refuses what cannot fit before anything is loaded for it.
     fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
-        let loaded = crew.resident().iter().filter(|one| one.name == plan.checkpoint.name).map(|one| one.bytes).sum();
+        let loaded = crew.resident().iter().filter(|one| plan.draws_on(&one.name)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan,
             compute: placement.compute,
@@ -153,7 +153,8 @@ impl InferenceInstructor {
             });
         }
         let model = plan.checkpoint.name.clone();
-        Ok(Generated { images, model, parameters: Box::new(plan.parameters) })
+        let adapters = prompt.map(|prompt| prompt.adapters.facts).unwrap_or_default();
+        Ok(Generated { images, model, adapters, parameters: Box::new(plan.parameters) })
     }
 
     /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
@@ -183,7 +184,9 @@ impl InferenceInstructor {
         let conditioning = match prompt {
             Some(_) => None,
             None => {
-                Some(self.conditioning.condition(&plan.prompt, checkpoint, &mut crew.conditioning, placement, ctx)?)
+                let (shape, crew) = ((plan.size, plan.guidance.is_on()), &mut crew.conditioning);
+                let adaptation = self.conditioning.adapt(&plan.adapters, shape, crew, placement, ctx)?;
+                Some((self.conditioning.condition(&plan.prompt, checkpoint, crew, placement, ctx)?, adaptation))
             }
         };
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
@@ -208,12 +211,13 @@ impl InferenceInstructor {
         };
         let start = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
-            if let Some(conditioning) = &conditioning {
+            if let Some((conditioning, adaptation)) = &conditioning {
                 *prompt = Some(ctx.perform(
                     &Prepare,
                     PrepareTask {
                         unet: &unet,
                         conditioning,
+                        adaptation,
                         time_ids: &plan.time_ids,
                         guidance: plan.guidance,
                         placement,

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
 use crate::device::interface::{Dtype, Quantization};
-use crate::layers::{Domain, Interface};
+use crate::layers::{Domain, Interface, OneOrMany};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -127,6 +128,13 @@ pub struct GenerateRequest {
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
+    /// one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub t2i_adapter: Option<OneOrMany<T2iAdapterWish>>,
+    /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
@@ -201,6 +209,9 @@ pub struct Generated {
     pub images: Vec<Image>,
     /// The model's name.
     pub model: String,
+    /// What each adapter did with its file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterFacts>,
     /// Every value used. Sent back as `data`, it makes the same image.
     pub parameters: Box<GenerateRequest>,
 }
@@ -214,7 +225,7 @@ pub struct GeneratedBatch {
 /// What a generation will need.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Estimate {
-    /// Bytes of the model's weight files, less what quantising saves.
+    /// Bytes of the weight files of the model and its adapters, less what quantising saves.
     pub weights: Bytes,
     /// Bytes beyond the weights at the largest moment, roughly.
     pub activations: Bytes,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::interface::GenerateRequest;
+use crate::conditioning::adapters::AdapterPlan;
 use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
@@ -19,6 +20,8 @@ pub struct GenerationPlan {
     /// Likewise.
     pub quantization: Option<Quantization>,
     pub prompt: PromptWish,
+    /// Pictures beside the prompt.
+    pub adapters: AdapterPlan,
     pub size: ImageSize,
     /// One image each.
     pub seeds: Vec<u64>,
@@ -29,6 +32,14 @@ pub struct GenerationPlan {
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
+}
+
+impl GenerationPlan {
+    /// Whether what is kept under `name` is part of this generation's model or adapters.
+    #[must_use]
+    pub fn draws_on(&self, name: &str) -> bool {
+        name == self.checkpoint.name || self.adapters.names().any(|own| own == name)
+    }
 }
 
 /// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.

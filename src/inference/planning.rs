@@ -61,6 +61,9 @@ impl InferenceInstructor {
         let time_ids = time_ids(request, size, &checkpoint)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
+        let (mut t2i_adapter, mut ip_adapter) = (request.t2i_adapter.clone(), request.ip_adapter.clone());
+        let catalog = &crew.model().catalog;
+        let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), size, catalog)?;
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
             steps: Some(sampling.steps() as i64),
@@ -76,6 +79,8 @@ impl InferenceInstructor {
             batch_size: Some(seeds.len() as i64),
             clip_skip: clip_skip.map(i64::from),
             model: Some(checkpoint.name.clone()),
+            t2i_adapter,
+            ip_adapter,
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
             ..request.clone()
@@ -93,6 +98,7 @@ impl InferenceInstructor {
             dtype: request.dtype,
             quantization: request.quantization,
             prompt,
+            adapters,
             size,
             seeds,
             rng,

@@ -9,7 +9,7 @@ use super::interface::{
     ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
-use super::managers::{EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
+use super::managers::{AdapterManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
 use crate::context::Context;
 use crate::device;
 use crate::device::instructor::Placement;
@@ -29,6 +29,7 @@ pub struct ModelCrew {
     pub encoders: EncoderManager,
     pub unets: UnetManager,
     pub vaes: VaeManager,
+    pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
     pub placement: Option<Placement>,
@@ -46,6 +47,7 @@ impl ModelCrew {
             encoders: EncoderManager::new(capacity),
             unets: UnetManager::new(capacity),
             vaes: VaeManager::new(capacity),
+            adapters: AdapterManager::new(capacity),
             text_encoders: settings.text_encoders,
             placement: None,
             published: None,
@@ -56,7 +58,8 @@ impl ModelCrew {
     #[must_use]
     pub fn resident(&self) -> Vec<Resident> {
         let own = || {
-            let managers: [&dyn Manager; 4] = [&self.tokenizers, &self.encoders, &self.unets, &self.vaes];
+            let managers: [&dyn Manager; 5] =
+                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.adapters];
             managers.into_iter().flat_map(Manager::resident).collect()
         };
         self.published.clone().unwrap_or_else(own)
@@ -221,6 +224,7 @@ impl ModelInstructor {
             crew.unets.shelf.remove(key),
             crew.vaes.shelf.remove(key),
             crew.tokenizers.remove(key),
+            if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
         ];
         let after = names(crew);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();

@@ -3,4 +3,5 @@
 pub(super) mod encode;
 pub(super) mod fit;
 pub(super) mod mask;
+pub(super) mod picture;
 pub(super) mod prompt;

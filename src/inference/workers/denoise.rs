@@ -5,7 +5,9 @@ use std::cell::Cell;
 
 use candle_core::{DType, Tensor};
 
+use super::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};
 use super::guidance::{Guide, GuideTask};
+use crate::conditioning::adapters::Adaptation;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
@@ -62,6 +64,7 @@ pub struct Prepare;
 pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
     pub conditioning: &'a Conditioning,
+    pub adaptation: &'a Adaptation,
     pub time_ids: &'a TimeIds,
     pub guidance: Guidance,
     pub placement: &'a Placement,
@@ -79,13 +82,14 @@ pub struct Prompt {
     time_ids: Vec<Vec<f64>>,
     guidance: Guidance,
     batch: usize,
+    pub adapters: Adapters,
 }
 
 impl Worker<PrepareTask<'_>> for Prepare {
     type Output = Prompt;
 
     fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
-        let PrepareTask { unet, conditioning, time_ids, guidance, placement, batch } = task;
+        let PrepareTask { unet, conditioning, adaptation, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -105,12 +109,16 @@ impl Worker<PrepareTask<'_>> for Prepare {
         }
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
+        let text = unet.read(&context, compute, &|| ctx.checkpoint())?;
+        let negatives = if guidance.is_on() { batch } else { 0 };
+        let adapters = ctx.perform(&ReadAdapters, ReadAdaptersTask { adaptation, text: &text, negatives })?;
         Ok(Prompt {
-            text: unet.read(&context, compute, &|| ctx.checkpoint())?,
+            text,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
             guidance,
             batch,
+            adapters,
         })
     }
 }
@@ -166,7 +174,8 @@ impl Network<'_> {
 
     /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
     fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, pooled, time_ids, .. } = self.prompt;
+        let Prompt { text, pooled, time_ids, adapters, .. } = self.prompt;
+        let adapted = adapters.at(now.step, now.steps)?;
         let predicted = self.unet.forward(UnetInput {
             sample: input,
             timesteps: &[now.level.timestep],
@@ -175,6 +184,8 @@ impl Network<'_> {
             time_ids,
             down_residuals: None,
             mid_residual: None,
+            pictures: &adapted.pictures,
+            features: &adapted.features,
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -194,7 +205,7 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use super::{Adaptation, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
     use crate::conditioning::instructor::Conditioning;
     use crate::context::Context;
     use crate::device::instructor::Placement;
@@ -226,6 +237,7 @@ mod tests {
         let task = PrepareTask {
             unet: &unet,
             conditioning: &conditioning,
+            adaptation: &Adaptation::default(),
             time_ids: &time_ids,
             guidance,
             placement: &placement,

@@ -38,6 +38,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             Quantization::None => plan.checkpoint.file_bytes(),
             Quantization::Int8 => plan.checkpoint.file_bytes().saturating_sub(plan.checkpoint.int8_saves(ctx)?),
         };
+        let weights = weights + plan.adapters.file_bytes();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections.

@@ -1,5 +1,6 @@
 //! Long-lived weights, one manager a network, and the shelf on which each keeps them.
 
+mod adapters;
 mod encoder;
 mod tokenizer;
 mod unet;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
+pub use adapters::{Adapter, AdapterManager, shapes};
 pub use encoder::{EncoderManager, TextEncoders};
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;

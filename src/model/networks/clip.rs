@@ -68,7 +68,7 @@ impl ClipConfig {
         }
     }
 
-    fn activation(&self, judge: Judge) -> Result<Activation> {
+    pub(super) fn activation(&self, judge: Judge) -> Result<Activation> {
         judge.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
         Ok(if self.hidden_act == "gelu" { Activation::Gelu } else { Activation::QuickGelu })
     }
@@ -90,8 +90,9 @@ pub struct ClipOutput {
     pub pooled: Option<Tensor>,
 }
 
+/// A transformer layer, of text and image encoders alike.
 #[derive(Clone, Debug)]
-struct EncoderLayer {
+pub(super) struct EncoderLayer {
     layer_norm1: LayerNorm,
     q_proj: Linear,
     k_proj: Linear,
@@ -105,7 +106,7 @@ struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
+    pub(super) fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
         let (size, inner) = (config.hidden_size, config.intermediate_size);
         let (attn, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
         let norm = |name: &str| LayerNorm::load(&vb.pp(name), size, config.layer_norm_eps);
@@ -125,12 +126,12 @@ impl EncoderLayer {
     }
 
     /// `[B, L, C]` to `[B, L, C]`.
-    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, mask: Mask) -> CandleResult<Tensor> {
         let normal = self.layer_norm1.forward(x)?;
         let q = self.q_proj.forward(&normal)?;
         let k = self.k_proj.forward(&normal)?;
         let v = self.v_proj.forward(&normal)?;
-        let seen = attention(&q, &k, &v, self.heads, Mask::Causal)?;
+        let seen = attention(&q, &k, &v, self.heads, mask)?;
         let x = self.out_proj.forward_with(&seen, Epilogue { residual: Some(x), ..Epilogue::default() })?;
         let normal = self.layer_norm2.forward(&x)?;
         let activation = Some(self.activation);
@@ -232,12 +233,12 @@ impl ClipTextModel {
         let places = self.position_embedding.narrow(0, 0, length)?.to_dtype(self.compute)?;
         let mut x = tokens.broadcast_add(&places)?;
         for layer in &self.layers[..wanted] {
-            x = layer.forward(&x)?;
+            x = layer.forward(&x, Mask::Causal)?;
         }
         let hidden = x.clone();
         let Some(pooling) = &self.pooling else { return Ok(ClipOutput { hidden, pooled: None }) };
         for layer in &self.layers[wanted..] {
-            x = layer.forward(&x)?;
+            x = layer.forward(&x, Mask::Causal)?;
         }
         let ends = rows.iter().enumerate().map(|(i, row)| {
             let state = x.narrow(0, i, 1)?.narrow(1, self.end_of_text(row), 1)?; // [1, 1, C]

@@ -71,8 +71,12 @@ impl<'de> IntoDeserializer<'de, Stop> for Probe<'_> {
 impl<'de> Deserializer<'de> for Probe<'_> {
     type Error = Stop;
 
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Stop> {
-        Err(Stop::custom("no struct stands here"))
+    /// Who takes anything may take a list.
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
+        match self.next() {
+            Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
+            _ => Err(Stop::custom("no struct stands here")),
+        }
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
@@ -85,8 +89,8 @@ impl<'de> Deserializer<'de> for Probe<'_> {
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
-            Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
-            _ => self.deserialize_any(visitor),
+            Some((Step::Index(_), _)) => self.deserialize_any(visitor),
+            _ => Err(Stop::custom("no struct stands here")),
         }
     }
 
