@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use image::{ImageFormat, ImageReader};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::ser::SerializeMap;
@@ -18,7 +19,9 @@ use crate::pixels::Rgb8;
 use crate::roots::Roots;
 use crate::units::Bytes;
 
-/// An image file of at most 64 MiB and 64 million pixels, PNG, JPEG or WebP.
+mod whole;
+
+/// An image file of at most 64 MiB, 64 million pixels and 65,535 pixels a side, PNG, JPEG or WebP.
 ///
 /// On the wire: `{"path": "in.png"}`, `{"base64": "iVBOR…"}`, `"data:image/png;base64,iVBOR…"` or `"in.png"`.
 #[derive(Clone, PartialEq, Eq)]
@@ -32,13 +35,17 @@ pub enum ImageSource {
 pub struct ImageFile {
     pub bytes: Vec<u8>,
     pub format: ImageFormat,
+    /// Of the picture as it is shown, after [`Self::decode`] has turned it.
     pub width: usize,
     pub height: usize,
+    orientation: Orientation,
 }
 
 impl ImageSource {
     pub const MAX_BYTES: u64 = 64 * Bytes::MIB;
     pub const MAX_PIXELS: u64 = 64_000_000;
+    /// No JPEG or WebP is longer.
+    pub const MAX_SIDE: u32 = 65_535;
 
     /// Reads the file and its header, not the pixels. `field` is the part of the request in which the source stood.
     ///
@@ -53,8 +60,12 @@ impl ImageSource {
                     Error::invalid(field, format!("names `{}`, which cannot be read: {error}", path.display()))
                 };
                 // A pipe or a device would block the thread or never end.
-                if !real.metadata().map_err(|error| unreadable(&error))?.is_file() {
+                let facts = real.metadata().map_err(|error| unreadable(&error))?;
+                if !facts.is_file() {
                     return Err(unreadable(&"it is not a file"));
+                }
+                if facts.len() > Self::MAX_BYTES {
+                    return Err(too_long());
                 }
                 let file = std::fs::File::open(&real).map_err(|error| unreadable(&error))?;
                 let mut bytes = Vec::new();
@@ -84,17 +95,15 @@ impl Serialize for ImageSource {
 impl ImageFile {
     fn inspect(bytes: Vec<u8>) -> Result<Self> {
         if bytes.len() as u64 > ImageSource::MAX_BYTES {
-            let limit = Bytes(ImageSource::MAX_BYTES);
-            return Err(Error::ImageTooLarge { message: format!("a file may have {limit}") });
+            return Err(too_long());
         }
         let format = image::guess_format(&bytes)
             .ok()
             .filter(|format| matches!(format, ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP));
         let format = format
             .ok_or_else(|| Error::ImageDecodeFailed { message: "it is neither PNG nor JPEG nor WebP".to_owned() })?;
-        let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
-            .into_dimensions()
-            .map_err(|error| undecodable(&error))?;
+        let mut decoder = decoder(&bytes, format)?;
+        let (width, height) = decoder.dimensions();
         let pixels = u64::from(width) * u64::from(height);
         if pixels > ImageSource::MAX_PIXELS {
             let limit = ImageSource::MAX_PIXELS;
@@ -102,24 +111,66 @@ impl ImageFile {
                 message: format!("{width} × {height} is {pixels} pixels, of at most {limit}"),
             });
         }
-        Ok(Self { bytes, format, width: width as usize, height: height as usize })
+        if width.max(height) > ImageSource::MAX_SIDE {
+            let limit = ImageSource::MAX_SIDE;
+            return Err(Error::ImageTooLarge { message: format!("{width} × {height} has a side of over {limit}") });
+        }
+        // What cannot be read of it says nothing of the picture.
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        drop(decoder);
+        if !whole::is_whole(&bytes, format) {
+            return Err(Error::ImageDecodeFailed { message: "the file ends before the picture does".to_owned() });
+        }
+        let (width, height) = if turned(orientation) { (height, width) } else { (width, height) };
+        Ok(Self { bytes, format, width: width as usize, height: height as usize, orientation })
     }
 
-    /// The pixels; transparency is dropped, grey and 16-bit images become 8-bit RGB.
+    /// The pixels, turned as the file's EXIF says; transparency is dropped, so that what lies under it shows; grey, CMYK
+    /// and 16-bit images become 8-bit RGB; of an animation it is the first picture.
     ///
     /// # Errors
     /// `image_decode_failed` if the file is damaged.
     pub fn decode(&self) -> Result<Rgb8> {
-        let image = ImageReader::with_format(Cursor::new(&self.bytes), self.format)
-            .decode()
-            .map_err(|error| undecodable(&error))?
-            .into_rgb8();
+        let image =
+            DynamicImage::from_decoder(decoder(&self.bytes, self.format)?).map_err(|error| undecodable(&error))?;
+        let mut image = DynamicImage::ImageRgb8(image.into_rgb8());
+        image.apply_orientation(self.orientation);
+        let image = image.into_rgb8();
         Ok(Rgb8 { width: image.width() as usize, height: image.height() as usize, data: image.into_raw() })
     }
 }
 
-fn undecodable(error: &image::ImageError) -> Error {
-    Error::ImageDecodeFailed { message: error.to_string() }
+/// Whether rows become columns.
+fn turned(orientation: Orientation) -> bool {
+    match orientation {
+        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH => {
+            true
+        }
+        Orientation::NoTransforms
+        | Orientation::Rotate180
+        | Orientation::FlipHorizontal
+        | Orientation::FlipVertical => false,
+    }
+}
+
+/// What has read the header. Its limit is for what stands beside the pixels: compressed colour profiles can be bombs.
+fn decoder(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_> {
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(16 * Bytes::MIB);
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(limits);
+    reader.into_decoder().map_err(|error| undecodable(&error))
+}
+
+fn too_long() -> Error {
+    Error::ImageTooLarge { message: format!("a file may have {}", Bytes(ImageSource::MAX_BYTES)) }
+}
+
+fn undecodable(error: &ImageError) -> Error {
+    match error {
+        ImageError::Limits(_) => Error::ImageTooLarge { message: error.to_string() },
+        _ => Error::ImageDecodeFailed { message: error.to_string() },
+    }
 }
 
 /// Standard base64, with or without padding, with or without line breaks.
@@ -194,7 +245,7 @@ impl JsonSchema for ImageSource {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         schemars::json_schema!({
-            "description": "A PNG, JPEG or WebP of at most 64 MiB and 64 million pixels: a path, a data: URL, or an object with `path` or `base64`.",
+            "description": "A PNG, JPEG or WebP of at most 64 MiB, 64 million pixels and 65,535 pixels a side: a path, a data: URL, or an object with `path` or `base64`.",
             "anyOf": [
                 { "type": "string" },
                 { "type": "object", "properties": { "path": { "type": "string" } }, "required": ["path"], "additionalProperties": false },

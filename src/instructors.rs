@@ -75,7 +75,11 @@ impl Instructors {
                 device: DeviceInstructor::new(settings.device.clone()),
                 scheduler: SchedulerInstructor::new(settings.scheduler.clone())?,
                 model: ModelInstructor,
-                conditioning: ConditioningInstructor { settings: settings.conditioning.clone(), roots },
+                conditioning: ConditioningInstructor {
+                    settings: settings.conditioning.clone(),
+                    roots,
+                    delivery: postprocessing.clone(),
+                },
                 postprocessing,
             },
         })

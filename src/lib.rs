@@ -34,8 +34,8 @@
 //! | [`device`] | which device, which dtype, how much memory |
 //! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
 //! | [`model`] | checkpoints, weights, the shelves on which networks are kept, and the networks (`src/model/networks/`) |
-//! | [`conditioning`] | prompts to embeddings |
-//! | [`postprocessing`] | image files, their metadata and names |
+//! | [`postprocessing`] | image files, their metadata and names; above conditioning, which delivers hints as images |
+//! | [`conditioning`] | prompts to embeddings, images to hints |
 //! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
 //! | [`inference`] | the recipe of an image; prediction type and guidance live in its `denoise` worker |
 //! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
@@ -74,8 +74,8 @@ pub mod kernels;
 pub mod device;
 pub mod scheduler;
 pub mod model;
-pub mod conditioning;
 pub mod postprocessing;
+pub mod conditioning;
 pub mod pace;
 pub mod managers;
 pub mod inference;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::conditioning::instructor::ConditioningCrew;
-use crate::conditioning::manager::EmbeddingManager;
+use crate::conditioning::manager::{EmbeddingManager, HintManager};
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
 use crate::memory;
@@ -29,7 +29,7 @@ impl Published {
 
 pub struct Managers {
     pub device: DeviceManager,
-    /// Embeddings, and the networks that they and everything else are made with.
+    /// Embeddings and hints, and the networks that they and everything else are made with.
     pub conditioning: ConditioningCrew,
     pub published: Arc<Published>,
 }
@@ -39,7 +39,11 @@ impl Managers {
     pub fn new(model: &ModelSettings, published: Arc<Published>) -> Self {
         Self {
             device: DeviceManager::default(),
-            conditioning: ConditioningCrew { model: ModelCrew::new(model), embeddings: EmbeddingManager::default() },
+            conditioning: ConditioningCrew {
+                model: ModelCrew::new(model),
+                embeddings: EmbeddingManager::default(),
+                hints: HintManager::default(),
+            },
             published,
         }
     }
@@ -54,6 +58,7 @@ impl Managers {
     pub fn resident(&self) -> Vec<Resident> {
         let mut all = self.conditioning.model.resident();
         all.extend(self.conditioning.embeddings.resident());
+        all.extend(self.conditioning.hints.resident());
         all
     }
 
@@ -64,12 +69,14 @@ impl Managers {
 
     /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
     pub fn make_room(&mut self, want: Bytes) -> Bytes {
-        let ConditioningCrew { model, embeddings } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 6] = [
+        let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
+        let order: [&mut dyn Manager; 8] = [
+            hints,
             embeddings,
             &mut model.tokenizers,
             &mut model.adapters,
             &mut model.encoders,
+            &mut model.controlnets,
             &mut model.vaes,
             &mut model.unets,
         ];

@@ -1,4 +1,4 @@
-//! RGB images of bytes ⇄ tensors: the only place where `[0, 255]` and `[-1, 1]` are converted.
+//! RGB images of bytes ⇄ tensors: the only place where `[0, 255]`, `[0, 1]` and `[-1, 1]` are converted.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns.
 
@@ -63,6 +63,15 @@ impl Rgb8 {
     /// `data` of another length than the size says; the device's own.
     pub fn to_tensor(&self, device: &Device) -> Result<Tensor> {
         let values: Vec<f32> = self.data.iter().map(|&value| 2.0 * (f32::from(value) / 255.0) - 1.0).collect();
+        Tensor::from_vec(values, (1, self.height, self.width, 3), device).stage("pixels")
+    }
+
+    /// The image as `[1, H, W, 3]`, f32 in `[0, 1]`: `byte / 255`, as ControlNets are shown their hints.
+    ///
+    /// # Errors
+    /// `data` of another length than the size says; the device's own.
+    pub fn to_unit_tensor(&self, device: &Device) -> Result<Tensor> {
+        let values: Vec<f32> = self.data.iter().map(|&value| f32::from(value) / 255.0).collect();
         Tensor::from_vec(values, (1, self.height, self.width, 3), device).stage("pixels")
     }
 

@@ -42,6 +42,9 @@ impl Filter {
 /// Bits behind the point of a coefficient.
 const PRECISION: u32 = 32 - 8 - 2;
 
+/// Bytes that a picture may have on its way.
+const MOST: usize = 1 << 30;
+
 /// One result: where its source pixels begin, and their coefficients.
 struct Window {
     first: usize,
@@ -51,7 +54,8 @@ struct Window {
 /// A picture of `channels` interleaved bytes, rows from the top, from size `from` to size `to`, both width and height.
 ///
 /// # Errors
-/// `internal` for an empty size, or data of another length than the size says.
+/// `image_too_large` where a narrow picture would become a giant on its way; `internal` for an empty size, or data of
+/// another length than the size says.
 pub fn resize(
     data: &[u8],
     channels: usize,
@@ -61,6 +65,11 @@ pub fn resize(
 ) -> Result<Vec<u8>> {
     if channels == 0 || from.0 * from.1 == 0 || to.0 * to.1 == 0 || data.len() != from.0 * from.1 * channels {
         return Err(Error::bug(format!("{} bytes to resize from {from:?} to {to:?}, {channels} channels", data.len())));
+    }
+    let bytes = |width: usize, height: usize| width.checked_mul(height).and_then(|pixels| pixels.checked_mul(channels));
+    if [bytes(to.0, from.1), bytes(to.0, to.1)].iter().any(|bytes| bytes.is_none_or(|bytes| bytes > MOST)) {
+        let (from, to) = (format!("{} × {}", from.0, from.1), format!("{} × {}", to.0, to.1));
+        return Err(Error::ImageTooLarge { message: format!("its proportions are too unlike: {from} to {to}") });
     }
     let across = match from.0 == to.0 {
         true => data.to_vec(),

@@ -142,7 +142,7 @@ impl AdapterPlan {
 }
 
 impl ConditioningInstructor {
-    /// Decides what the wishes leave open, and fills it in.
+    /// Decides what the wishes leave open, and fills it in. `sizes` are those of the runs that adapters steer.
     ///
     /// # Errors
     /// `invalid_parameter` for a value out of its range, those of the catalog for the models, those of
@@ -151,14 +151,14 @@ impl ConditioningInstructor {
         &self,
         features: Option<&mut OneOrMany<T2iAdapterWish>>,
         pictures: Option<&mut OneOrMany<IpAdapterWish>>,
-        size: ImageSize,
+        sizes: &[ImageSize],
         catalog: &Catalog,
     ) -> Result<AdapterPlan> {
         let mut plan = AdapterPlan::default();
         if let Some(OneOrMany(wishes)) = features {
             few("t2i_adapter", wishes.len(), 0..=MOST_ADAPTERS)?;
             for (index, wish) in wishes.iter_mut().enumerate() {
-                plan.features.push(self.plan_features(wish, &format!("t2i_adapter.{index}"), size, catalog)?);
+                plan.features.push(self.plan_features(wish, &format!("t2i_adapter.{index}"), sizes, catalog)?);
             }
         }
         if let Some(OneOrMany(wishes)) = pictures {
@@ -174,7 +174,7 @@ impl ConditioningInstructor {
         &self,
         wish: &mut T2iAdapterWish,
         field: &str,
-        size: ImageSize,
+        sizes: &[ImageSize],
         catalog: &Catalog,
     ) -> Result<FeaturePlan> {
         let weight = settled(&mut wish.weight, field, "weight", 1.0, [-10.0, 10.0])?;
@@ -183,7 +183,8 @@ impl ConditioningInstructor {
         let config: T2iAdapterConfig = needed(&found, "a T2I-Adapter")?;
         config.check(&wish.model)?;
         let factor = config.downscale_factor;
-        for (name, side) in [("width", size.width), ("height", size.height)] {
+        let sides = sizes.iter().flat_map(|size| [("width", size.width), ("height", size.height)]);
+        for (name, side) in sides {
             if !side.is_multiple_of(factor) {
                 let message = format!("must be a multiple of {factor} for `{}`, got {side}", wish.model);
                 return Err(Error::invalid(name, message));

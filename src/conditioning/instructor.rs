@@ -3,27 +3,49 @@
 //! The rules are those of diffusers' SDXL pipelines: a missing or empty second prompt is the first; a missing negative
 //! prompt is zeros where the checkpoint says so; `clip_skip` is for the prompt and not for the negative prompt; a model
 //! with the second encoder alone gives it the first prompt. Beyond diffusers, a prompt of more than 75 tokens is
-//! encoded in chunks, whose states follow each other.
+//! encoded in chunks, whose states follow each other, and prompts have the syntax of AUTOMATIC1111's web UI.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use super::hints;
 use super::interface::{
-    Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EncodedPrompt, Request, Response, Settings,
-    TokenList, Tokenized,
+    AppliedEmbedding, CacheCount, Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EmbeddingWish,
+    EncodedPrompt, PromptWeighting, Request, Response, Settings, TokenList, Tokenized,
 };
-use super::manager::{EmbeddingKey, EmbeddingManager};
+use super::manager::{EmbeddingKey, EmbeddingManager, HintManager};
+use super::reading::{Reading, Telling, Text, read};
+use super::script::Span;
+pub use super::script::{Conditioning, Positive, Script};
 use super::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
-use super::workers::prompt::{MOST_CHUNKS, Tokenize, TokenizeTask, chunks, rows};
+use super::workers::prompt::{Lay, LayTask, MOST_CHUNKS, Side, Tokenize, TokenizeTask, Word, chunks, empty, stands_in};
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage};
 use crate::layers::Instructor;
+use crate::model::catalog::Catalog;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
 use crate::model::instructor::ModelCrew;
-use crate::model::managers::{ClipTokenizer, Token, Tokenizers};
+use crate::model::inversion::Inversion;
+use crate::model::managers::{ClipTokenizer, Tokenizers};
+use crate::model::networks::clip::FIRST_VECTOR;
+use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::roots::Roots;
 
 const STAGE: &str = "text encoder";
+/// Steps of a prompt that is encoded by itself.
+const STEPS: usize = 25;
+/// Texts that the encoders read in one pass.
+const AT_ONCE: usize = 16;
+/// Most textual inversions of a request, and the longest word for one in bytes.
+const MOST_EMBEDDINGS: usize = 64;
+const LONGEST_TOKEN: usize = 256;
+/// What a prompt may be written with.
+const SYNTAX: [&str; 9] =
+    ["(word)", "[word]", "(word:1.2)", "\\(", "BREAK", "[a|b]", "[a:b:0.5]", "a AND b :1.2", "embedding"];
 
 /// What a request says of its prompts.
 #[derive(Clone, Debug, Default)]
@@ -37,41 +59,104 @@ pub struct PromptWish {
     pub clip_skip: Option<u32>,
     /// Whether the negative prompt is needed: guidance above 1.
     pub guided: bool,
+    pub weighting: PromptWeighting,
+    /// Steps that will be walked, which schedules divide.
+    pub steps: usize,
+    /// How many tokens back a comma may stand for a chunk to end there; 0: it ends where it is full.
+    pub backtrack: usize,
+    pub embeddings: Vec<EmbeddingChoice>,
+    /// Samples of the UNet for one image in the largest evaluation, which [`ConditioningInstructor::check`] counts.
+    pub passes: usize,
 }
 
-/// What the UNet is told.
+/// A textual inversion that was found.
 #[derive(Clone, Debug)]
-pub struct Conditioning {
-    pub positive: Embeddings,
-    /// `None` without guidance.
-    pub negative: Option<Embeddings>,
+pub struct EmbeddingChoice {
+    pub file: Arc<Companion>,
+    pub token: String,
+}
+
+impl EmbeddingChoice {
+    /// As a request that chooses the same.
+    #[must_use]
+    pub fn wish(&self) -> EmbeddingWish {
+        EmbeddingWish { name: self.file.name.clone(), token: Some(self.token.clone()) }
+    }
 }
 
 /// What the conditioning domain draws on.
 pub struct ConditioningCrew {
     pub model: ModelCrew,
     pub embeddings: EmbeddingManager,
+    pub hints: HintManager,
 }
 
 pub struct ConditioningInstructor {
     pub settings: Settings,
     /// Beneath which requests may name images.
     pub roots: Roots,
-}
-
-/// One text for both encoders, decided.
-struct Text {
-    texts: [String; 2],
-    fields: [&'static str; 2],
-    skip: usize,
+    /// Writes the hints that are asked for as images.
+    pub delivery: PostprocessingInstructor,
 }
 
 impl ConditioningInstructor {
-    /// The embeddings of a request's prompts, in the placement's compute dtype. Both have the same number of tokens.
+    /// Finds the textual inversions of a request.
     ///
     /// # Errors
-    /// `invalid_parameter` for a prompt that is too long or a `clip_skip` beyond the encoders' layers; those of loading;
-    /// those of the device.
+    /// `invalid_parameter` for tokens that are empty, too long or the same; those of [`Catalog::companion`].
+    pub fn embeddings(&self, wishes: &[EmbeddingWish], catalog: &Catalog) -> Result<Vec<EmbeddingChoice>> {
+        if wishes.len() > MOST_EMBEDDINGS {
+            let got = wishes.len();
+            return Err(Error::invalid("embeddings", format!("must be at most {MOST_EMBEDDINGS}, got {got}")));
+        }
+        let mut choices: Vec<EmbeddingChoice> = Vec::with_capacity(wishes.len());
+        for (index, EmbeddingWish { name, token }) in wishes.iter().enumerate() {
+            let field = |name: &str| format!("embeddings.{index}.{name}");
+            // By itself, or in a folder of embeddings beside the models.
+            let missing = |error: &Error| matches!(error, Error::ModelNotFound { .. });
+            let file = catalog.companion(name, &field("name")).or_else(|error| match missing(&error) {
+                true if !name.starts_with('/') => {
+                    let beside = catalog.companion(&format!("embeddings/{name}"), &field("name"));
+                    beside.map_err(|other| if missing(&other) { error } else { other })
+                }
+                _ => Err(error),
+            })?;
+            let own = name.rsplit('/').next().unwrap_or(name);
+            let token = token.as_deref().unwrap_or(own.strip_suffix(".safetensors").unwrap_or(own));
+            if token.trim().is_empty() || token.len() > LONGEST_TOKEN {
+                return Err(Error::invalid(field("token"), format!("must be a word of 1 to {LONGEST_TOKEN} bytes")));
+            }
+            if choices.iter().any(|known| known.token.to_lowercase() == token.to_lowercase()) {
+                return Err(Error::invalid(field("token"), format!("`{token}` stands for an embedding already")));
+            }
+            choices.push(EmbeddingChoice { file: Arc::new(file), token: token.to_owned() });
+        }
+        Ok(choices)
+    }
+
+    /// Whether the prompts can be read, before anything is loaded. Gives the UNet's samples of one image in the largest
+    /// evaluation.
+    ///
+    /// # Errors
+    /// `invalid_parameter`, with the field and the character; for an embedding whose word stands in no prompt.
+    pub fn check(&self, wish: &PromptWish, checkpoint: &Checkpoint) -> Result<usize> {
+        let reading = read(wish, checkpoint, zeros(wish, checkpoint))?;
+        for (index, choice) in wish.embeddings.iter().enumerate() {
+            let used = reading.texts.iter().flat_map(|text| &text.fragments).any(|f| stands_in(f, &choice.token));
+            if !used {
+                let message = format!("`{}` stands in none of the prompts", choice.token);
+                return Err(Error::invalid(format!("embeddings.{index}.token"), message));
+            }
+        }
+        let parts = reading.tellings.iter().map(|telling| telling.positive.len()).max().unwrap_or(1);
+        Ok(parts + usize::from(wish.guided || parts > 1))
+    }
+
+    /// The embeddings of a request's prompts, in the placement's compute dtype. All have the same number of tokens.
+    ///
+    /// # Errors
+    /// `invalid_parameter` for a prompt that is too long or cannot be read, or a `clip_skip` beyond the encoders' layers;
+    /// those of loading; those of the device.
     pub fn condition(
         &self,
         wish: &PromptWish,
@@ -79,52 +164,73 @@ impl ConditioningInstructor {
         crew: &mut ConditioningCrew,
         placement: &Placement,
         ctx: &Context,
-    ) -> Result<Conditioning> {
-        let zeros = wish.negative_prompt.is_none() && checkpoint.force_zeros_for_empty_prompt;
+    ) -> Result<Script> {
+        let zeros = zeros(wish, checkpoint);
         if zeros && wish.guided && wish.negative_prompt_2.is_some() {
             ctx.warn("`negative_prompt_2` has no effect without `negative_prompt`");
         }
-        let mut texts = vec![positive(wish, checkpoint)];
-        if wish.guided && !zeros {
-            texts.push(negative(wish, checkpoint));
-        }
+        let Reading { texts, tellings } = read(wish, checkpoint, zeros)?;
         let positions = positions(checkpoint)?;
+        let inversions = Inversions::read(wish, checkpoint, placement, ctx)?;
         let tokenizers = crew.model.tokenizers.acquire(checkpoint)?;
-        let tokens = texts.iter().map(|text| tokenize(text, &tokenizers, ctx)).collect::<Result<Vec<_>>>()?;
-        let count = tokens.iter().flatten().map(|tokens| chunks(tokens.len(), positions)).max().unwrap_or(1);
+        let laid = |text| lay(text, &tokenizers, &inversions.words, (positions, wish.backtrack), ctx);
+        let mut encoded = texts.iter().map(laid).collect::<Result<Vec<EncodeText>>>()?;
+        let count = encoded.iter().flat_map(|text| &text.sides).map(|side| side.rows.len()).max().unwrap_or(1);
+        for EncodeText { sides: [first, second] } in &mut encoded {
+            if let Some(tokenizer) = &tokenizers.first {
+                first.fill(count, tokenizer, positions);
+            }
+            second.fill(count, &tokenizers.second, positions);
+        }
 
-        let keys: Vec<EmbeddingKey> = texts
-            .iter()
-            .map(|text| EmbeddingKey {
+        let key = |(text, encoded): (&Text, &EncodeText)| {
+            let weighted = encoded.sides.iter().any(Side::is_weighted);
+            let mut ids = encoded.sides.iter().flat_map(|side| &side.rows).flat_map(|row| &row.ids);
+            let vectors = ids.any(|&id| id >= FIRST_VECTOR);
+            EmbeddingKey {
                 checkpoint: checkpoint.key,
                 dtype: placement.compute,
                 device: placement.name.clone(),
-                texts: text.texts.clone(),
+                text: encoded.clone(),
                 skip: text.skip,
-                chunks: count,
-            })
-            .collect();
+                weighting: if weighted { wish.weighting } else { PromptWeighting::None },
+                embeddings: if vectors {
+                    wish.embeddings.iter().map(|choice| choice.file.key).collect()
+                } else {
+                    Vec::new()
+                },
+            }
+        };
+        let keys: Vec<EmbeddingKey> = texts.iter().zip(&encoded).map(key).collect();
         let cached = |key: &EmbeddingKey| crew.embeddings.get(key).filter(|_| self.settings.cache_embeddings);
         let mut embeddings: Vec<Option<Embeddings>> = keys.iter().map(cached).collect();
+        let hits = embeddings.iter().flatten().count();
+        let cache = CacheCount { hits, misses: texts.len() - hits };
 
-        if embeddings.iter().any(Option::is_none) {
+        if cache.misses > 0 {
             let encoders = crew.model.encoders.acquire(checkpoint, placement, ctx)?;
+            let first = tokenizers.first.as_ref().map(|tokenizer| empty(tokenizer, positions));
+            let empties = [first.unwrap_or_default(), empty(&tokenizers.second, positions)];
             ctx.stage(Part::Encode, || {
                 // Texts that leave out the same layers share one pass.
-                let mut skips: Vec<usize> = texts.iter().map(|text| text.skip).collect();
-                skips.dedup();
+                let skips: BTreeSet<usize> = texts.iter().map(|text| text.skip).collect();
                 for skip in skips {
                     let wanted = |&at: &usize| embeddings[at].is_none() && texts[at].skip == skip;
                     let places: Vec<usize> = (0..texts.len()).filter(wanted).collect();
-                    if places.is_empty() {
-                        continue;
-                    }
-                    let task = |&at: &usize| rows_of(&tokens[at], &tokenizers, count, positions);
-                    let rows: Vec<EncodeText> = places.iter().map(task).collect();
-                    let device = &placement.device;
-                    let task = EncodeTask { encoders: &encoders, device, texts: &rows, skip };
-                    for (at, made) in places.into_iter().zip(ctx.perform(&Encode, task)?) {
-                        embeddings[at] = Some(made);
+                    for places in places.chunks(AT_ONCE) {
+                        let texts: Vec<&EncodeText> = places.iter().map(|&at| &encoded[at]).collect();
+                        let task = EncodeTask {
+                            encoders: &encoders,
+                            device: &placement.device,
+                            texts: &texts,
+                            skip,
+                            weighting: wish.weighting,
+                            empty: &empties,
+                            vectors: &inversions.vectors,
+                        };
+                        for (&at, made) in places.iter().zip(ctx.perform(&Encode, task)?) {
+                            embeddings[at] = Some(made);
+                        }
                     }
                 }
                 Ok(())
@@ -139,14 +245,78 @@ impl ConditioningInstructor {
                 }
             }
         }
-        let mut made = embeddings.into_iter().flatten();
-        let positive = made.next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
-        let negative = match (wish.guided, zeros) {
-            (false, _) => None,
-            (true, true) => Some(positive.zeros()?),
-            (true, false) => Some(made.next().ok_or_else(|| Error::bug("a negative prompt was not encoded"))?),
+        let made: Vec<Embeddings> = embeddings.into_iter().flatten().collect();
+        script(&tellings, &made, zeros && wish.guided).map(|(told, spans)| Script {
+            told,
+            spans,
+            applied: inversions.applied,
+            cache,
+        })
+    }
+}
+
+/// Whether no negative prompt means zeros.
+fn zeros(wish: &PromptWish, checkpoint: &Checkpoint) -> bool {
+    wish.negative_prompt.is_none() && checkpoint.force_zeros_for_empty_prompt
+}
+
+/// What is told, once each, and when. Without a text for the negative prompt it is zeros, where `zeros` says so or where
+/// there are parts.
+fn script(tellings: &[Telling], made: &[Embeddings], zeros: bool) -> Result<(Vec<Conditioning>, Vec<Span>)> {
+    let text = |place: usize| made.get(place).cloned().ok_or_else(|| Error::bug("a prompt was not encoded"));
+    let (mut told, mut spans) = (Vec::new(), Vec::new());
+    let mut known: Vec<&Telling> = Vec::new();
+    for telling in tellings {
+        let same = |other: &&Telling| other.positive == telling.positive && other.negative == telling.negative;
+        let place = match known.iter().position(same) {
+            Some(place) => place,
+            None => {
+                let part = |&(place, weight): &(usize, f64)| Ok(Positive { embeddings: text(place)?, weight });
+                let positive = telling.positive.iter().map(part).collect::<Result<Vec<_>>>()?;
+                let negative = match (telling.negative, positive.first()) {
+                    (Some(place), _) => Some(text(place)?),
+                    (None, Some(first)) if zeros || positive.len() > 1 => Some(first.embeddings.zeros()?),
+                    (None, _) => None,
+                };
+                known.push(telling);
+                told.push(Conditioning { positive, negative });
+                told.len() - 1
+            }
         };
-        Ok(Conditioning { positive, negative })
+        spans.push(Span { until: telling.until, told: place });
+    }
+    Ok((told, spans))
+}
+
+/// The textual inversions of a request, read.
+struct Inversions {
+    words: Vec<Word>,
+    /// For each encoder, of all of them.
+    vectors: [Option<Tensor>; 2],
+    applied: Vec<AppliedEmbedding>,
+}
+
+impl Inversions {
+    fn read(wish: &PromptWish, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Self> {
+        let (mut words, mut applied, mut next) = (Vec::new(), Vec::new(), FIRST_VECTOR);
+        let (mut firsts, mut seconds) = (Vec::new(), Vec::new());
+        for EmbeddingChoice { file, token } in &wish.embeddings {
+            let Inversion { first, second, count } = Inversion::read(file, checkpoint, &placement.device, ctx)?;
+            let names = first.as_ref().map(|_| "text_encoder").into_iter().chain(["text_encoder_2"]);
+            applied.push(AppliedEmbedding {
+                name: file.name.clone(),
+                token: token.clone(),
+                vectors: count,
+                encoders: names.collect(),
+            });
+            words.push(Word { token: token.clone(), first: next, count });
+            next += u32::try_from(count).unwrap_or(0);
+            firsts.extend(first);
+            seconds.push(second);
+        }
+        let joined =
+            |all: &[Tensor]| if all.is_empty() { Ok(None) } else { Tensor::cat(all, 0).map(Some).stage(STAGE) };
+        Ok(Self { words, vectors: [joined(&firsts)?, joined(&seconds)?], applied })
     }
 }
 
@@ -157,10 +327,17 @@ impl Instructor for ConditioningInstructor {
     fn instruct(&self, request: Request, crew: &mut ConditioningCrew, ctx: &Context) -> Result<Response> {
         match request {
             Request::List(_) => Ok(Response::List(ConditioningList {
-                prompt_syntax: Vec::new(),
-                preprocessors: Vec::new(),
+                prompt_syntax: SYNTAX.to_vec(),
+                prompt_weightings: vec![
+                    PromptWeighting::A1111,
+                    PromptWeighting::Compel,
+                    PromptWeighting::Comfy,
+                    PromptWeighting::None,
+                ],
+                preprocessors: hints::list(),
                 max_tokens: MOST_CHUNKS * 75,
             })),
+            Request::Preprocess(wish) => self.preprocess(&wish, ctx).map(Response::Preprocess),
             Request::Tokenize(wish) => {
                 let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
                 let positions = positions(&checkpoint)?;
@@ -182,47 +359,35 @@ impl Instructor for ConditioningInstructor {
                 let placement = crew.model.placement.clone();
                 let placement =
                     placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
-                let wish = PromptWish {
+                let embeddings = wish.embeddings.as_deref().unwrap_or_default();
+                let embeddings = self.embeddings(embeddings, &crew.model.catalog)?;
+                let mut wish = PromptWish {
                     prompt: wish.prompt,
                     prompt_2: wish.prompt_2,
                     negative_prompt: wish.negative_prompt,
                     negative_prompt_2: wish.negative_prompt_2,
                     clip_skip: wish.clip_skip,
                     guided: true,
+                    weighting: wish.prompt_weighting.unwrap_or_default(),
+                    steps: STEPS,
+                    backtrack: 0,
+                    embeddings,
+                    passes: 0,
                 };
+                wish.passes = self.check(&wish, &checkpoint)?;
                 let made = self.condition(&wish, &checkpoint, crew, &placement, ctx)?;
-                let negative = made.negative.ok_or_else(|| Error::bug("a negative prompt was not encoded"))?;
+                let told = made.told.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
+                let first = told.positive.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
+                let negative = told.negative.ok_or_else(|| Error::bug("a negative prompt was not encoded"))?;
                 let dtype = placement.compute.name();
                 Ok(Response::EncodePrompt(EncodedPrompt {
                     model: checkpoint.name.clone(),
-                    positive: facts(&made.positive, dtype)?,
+                    positive: facts(&first.embeddings, dtype)?,
                     negative: facts(&negative, dtype)?,
                 }))
             }
         }
     }
-}
-
-fn positive(wish: &PromptWish, checkpoint: &Checkpoint) -> Text {
-    let second = (wish.prompt_2.as_ref(), "prompt_2");
-    pair((&wish.prompt, "prompt"), second, checkpoint, wish.clip_skip.map_or(0, |skip| skip as usize))
-}
-
-fn negative(wish: &PromptWish, checkpoint: &Checkpoint) -> Text {
-    let first = wish.negative_prompt.as_deref().unwrap_or_default();
-    let second = (wish.negative_prompt_2.as_ref(), "negative_prompt_2");
-    pair((first, "negative_prompt"), second, checkpoint, 0)
-}
-
-fn pair(
-    first: (&str, &'static str),
-    second: (Option<&String>, &'static str),
-    checkpoint: &Checkpoint,
-    skip: usize,
-) -> Text {
-    let own = second.0.filter(|text| !text.is_empty() && checkpoint.text_encoder.is_some());
-    let (second, field) = own.map_or((first.0, first.1), |text| (text.as_str(), second.1));
-    Text { texts: [first.0.to_owned(), second.to_owned()], fields: [first.1, field], skip }
 }
 
 /// Positions of the shorter encoder.
@@ -236,27 +401,20 @@ fn positions(checkpoint: &Checkpoint) -> Result<usize> {
     Ok(least.min(77))
 }
 
-/// The tokens for both encoders; none for the first where there is none.
-fn tokenize(text: &Text, tokenizers: &Tokenizers, ctx: &Context) -> Result<[Vec<Token>; 2]> {
+/// A text in chunks for both encoders; nothing for the first where there is none.
+fn lay(
+    text: &Text,
+    tokenizers: &Tokenizers,
+    words: &[Word],
+    (positions, backtrack): (usize, usize),
+    ctx: &Context,
+) -> Result<EncodeText> {
     let one = |tokenizer: &ClipTokenizer, place: usize| {
-        let (text, field) = (&text.texts[place], text.fields[place]);
-        let tokens = ctx.perform(&Tokenize, TokenizeTask { tokenizer, text, field })?;
-        let most = MOST_CHUNKS * 75;
-        if tokens.len() > most {
-            return Err(Error::invalid(field, format!("must be at most {most} tokens, got {}", tokens.len())));
-        }
-        Ok(tokens)
+        let (fragments, field) = (&text.fragments[place], text.fields[place]);
+        ctx.perform(&Lay, LayTask { tokenizer, fragments, words, positions, backtrack, field })
     };
     let first = tokenizers.first.as_ref().map(|tokenizer| one(tokenizer, 0)).transpose()?;
-    Ok([first.unwrap_or_default(), one(&tokenizers.second, 1)?])
-}
-
-fn rows_of(tokens: &[Vec<Token>; 2], tokenizers: &Tokenizers, count: usize, positions: usize) -> EncodeText {
-    let [first, second] = tokens;
-    EncodeText {
-        first: tokenizers.first.as_ref().map(|t| rows(t, first, count, positions)).unwrap_or_default(),
-        second: rows(&tokenizers.second, second, count, positions),
-    }
+    Ok(EncodeText { sides: [first.unwrap_or_default(), one(&tokenizers.second, 1)?] })
 }
 
 fn facts(embeddings: &Embeddings, dtype: &'static str) -> Result<EmbeddingFacts> {

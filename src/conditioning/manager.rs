@@ -1,24 +1,34 @@
-//! Keeps the embeddings of prompts: a prompt that comes again needs no text encoder.
+//! Keeps the embeddings of prompts, so that a prompt that comes again needs no text encoder, and the hints of ControlNets.
 
-use crate::conditioning::workers::encode::Embeddings;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+
+use crate::conditioning::canvas::ResizeMode;
+use crate::conditioning::interface::PromptWeighting;
+use crate::conditioning::workers::encode::{Embeddings, EncodeText};
+use crate::conditioning::workers::preprocess::Parameters;
 use crate::device::interface::Dtype;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::CheckpointKey;
-use crate::units::Bytes;
+use crate::pixels::Rgb8;
+use crate::units::{Bytes, ImageSize};
 
 /// About a hundred prompts of 77 tokens in f32.
 const CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
 
 /// Everything that decides the embeddings of a text.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct EmbeddingKey {
     pub(super) checkpoint: CheckpointKey,
     pub(super) dtype: Dtype,
     pub(super) device: String,
-    /// What each encoder is given.
-    pub(super) texts: [String; 2],
+    /// What each encoder is given: ids and weights.
+    pub(super) text: EncodeText,
     pub(super) skip: usize,
-    pub(super) chunks: usize,
+    /// `None` for a text without weights.
+    pub(super) weighting: PromptWeighting,
+    /// The files whose vectors the ids mean.
+    pub(super) embeddings: Vec<CheckpointKey>,
 }
 
 /// Embeddings by text, least recently used first.
@@ -65,6 +75,85 @@ impl Manager for EmbeddingManager {
             let stays = freed >= want;
             if !stays {
                 freed = freed + *bytes;
+            }
+            stays
+        });
+        freed
+    }
+}
+
+/// About twenty hints of 1024².
+const HINT_CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
+
+/// Everything that decides a hint.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct HintKey {
+    /// Of the image's file.
+    pub(super) content: Content,
+    pub(super) preprocessor: &'static str,
+    pub(super) told: Parameters,
+    pub(super) resize: ResizeMode,
+    pub(super) size: ImageSize,
+}
+
+/// The length of a file and two hashes of it under keys that were drawn when the process began: no file can be made to
+/// look like another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Content(usize, [u64; 2]);
+
+/// Hints by content, least recently used first.
+#[derive(Default)]
+pub struct HintManager {
+    entries: Vec<(HintKey, Arc<Rgb8>)>,
+    keys: [RandomState; 2],
+}
+
+impl HintManager {
+    pub(super) fn content(&self, file: &[u8]) -> Content {
+        Content(file.len(), [self.keys[0].hash_one(file), self.keys[1].hash_one(file)])
+    }
+
+    pub(super) fn get(&mut self, key: &HintKey) -> Option<Arc<Rgb8>> {
+        let place = self.entries.iter().position(|(known, _)| known == key)?;
+        let entry = self.entries.remove(place);
+        let image = entry.1.clone();
+        self.entries.push(entry);
+        Some(image)
+    }
+
+    pub(super) fn insert(&mut self, key: HintKey, image: &Arc<Rgb8>) {
+        let bytes = bytes(image);
+        if bytes > HINT_CAPACITY {
+            return;
+        }
+        let excess = (self.bytes() + bytes).saturating_sub(HINT_CAPACITY);
+        self.evict(excess);
+        self.entries.push((key, image.clone()));
+    }
+
+    fn bytes(&self) -> Bytes {
+        self.entries.iter().map(|(_, image)| bytes(image)).sum()
+    }
+}
+
+fn bytes(image: &Rgb8) -> Bytes {
+    Bytes(image.data.len() as u64)
+}
+
+impl Manager for HintManager {
+    /// All hints together.
+    fn resident(&self) -> Vec<Resident> {
+        let name = format!("{} images", self.entries.len());
+        let all = Resident { kind: "hints", name, bytes: self.bytes(), pinned: false };
+        if self.entries.is_empty() { Vec::new() } else { vec![all] }
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        let mut freed = Bytes(0);
+        self.entries.retain(|(_, image)| {
+            let stays = freed >= want;
+            if !stays {
+                freed = freed + bytes(image);
             }
             stays
         });

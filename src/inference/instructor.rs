@@ -1,17 +1,13 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
-use std::time::Instant;
-
-use candle_core::Tensor;
-
+use super::controlling::is_of;
 use super::interface::{
-    BatchRequest, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, Request, Response, Settings,
+    BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish,
+    Request, Response, Settings,
 };
 use super::plan::GenerationPlan;
-use super::workers::decode::{Decode, DecodeTask};
-use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask, Prompt};
 use super::workers::estimate::{Appraise, AppraiseTask};
-use super::workers::preview::{Preview, PreviewTask};
+use super::workers::paste::{PasteBack, PasteTask};
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::context::{Context, Engine, Progress, Stage};
 use crate::device::instructor::{DeviceInstructor, Placement};
@@ -21,12 +17,11 @@ use crate::layers::Instructor;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelInstructor;
-use crate::noise::{NoiseSource, RngKind};
-use crate::pace::Work;
-use crate::pixels::Rgb8;
+use crate::noise::RngKind;
 use crate::postprocessing::instructor::{Delivery, PostprocessingInstructor};
 use crate::postprocessing::metadata::{ImageText, Parameters};
 use crate::scheduler::instructor::SchedulerInstructor;
+use crate::units::ImageSize;
 
 /// Holds the instructors it leads.
 pub struct InferenceInstructor {
@@ -44,7 +39,33 @@ impl Instructor for InferenceInstructor {
 
     fn instruct(&self, request: Request, crew: &mut Managers, ctx: &Context) -> Result<Response> {
         match request {
-            Request::Generate(request) | Request::Text2image(request) => {
+            Request::Generate(request) => {
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
+            Request::Text2image(request) => {
+                absent(
+                    "text2image",
+                    &[("init_image", request.init_image.is_some()), ("mask", request.mask.is_some())],
+                )?;
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
+            Request::Img2img(request) => {
+                present("img2img", "init_image", request.init_image.is_some())?;
+                absent("img2img", &[("mask", request.mask.is_some())])?;
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
+            Request::Inpaint(request) => {
+                present("inpaint", "init_image", request.init_image.is_some())?;
+                present("inpaint", "mask", request.mask.is_some() || request.extend.is_some())?;
+                let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
+            Request::Controlnet(request) => {
+                let given = request.controlnet.as_ref().is_some_and(|wishes| !wishes.0.is_empty());
+                present("controlnet", "controlnet", given)?;
                 let plan = self.plan(&request, crew)?;
                 self.generate(plan, crew, ctx).map(Response::Generated)
             }
@@ -79,7 +100,7 @@ impl InferenceInstructor {
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
         let residents = crew.published.residents();
-        let loaded = residents.iter().filter(|one| plan.draws_on(&one.name)).map(|one| one.bytes).sum();
+        let loaded = residents.iter().filter(|one| is_of(&plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan: &plan,
             compute,
@@ -95,7 +116,7 @@ impl InferenceInstructor {
 
     /// Refuses what cannot fit before anything is loaded for it.
     fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
-        let loaded = crew.resident().iter().filter(|one| plan.draws_on(&one.name)).map(|one| one.bytes).sum();
+        let loaded = crew.resident().iter().filter(|one| is_of(plan, one)).map(|one| one.bytes).sum();
         let task = AppraiseTask {
             plan,
             compute: placement.compute,
@@ -131,12 +152,14 @@ impl InferenceInstructor {
         plan.parameters.quantization = Some(placement.quantization);
         self.check_room(&plan, &placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
-        // The same for every image of the request.
-        let mut prompt = None;
+        let mut shared = self.shared(&plan, ctx)?;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, &seed) in plan.seeds.iter().enumerate() {
-            let latents = self.denoise(&plan, seed, &mut prompt, (&placement, crew, ctx))?;
-            let pixels = self.pixels(&plan, &latents, &placement, crew, ctx)?;
+            let latents = self.draw(&plan, seed, &mut shared, (&placement, crew, ctx))?;
+            let mut pixels = self.pixels(&plan, &latents, &placement, crew, ctx)?;
+            if let Some(paste) = shared.paste() {
+                pixels = ctx.perform(&PasteBack, PasteTask { painted: &pixels, paste })?;
+            }
             let delivered = ctx.stage(Stage::Write, || {
                 let text = Self::text(&plan, seed)?;
                 let delivery = Delivery { plan: &plan.output, image: &pixels, index, text: Some(&text) };
@@ -148,127 +171,15 @@ impl InferenceInstructor {
                 base64: delivered.base64,
                 format: plan.output.format.name,
                 seed,
-                width: plan.size.width,
-                height: plan.size.height,
+                width: pixels.width,
+                height: pixels.height,
             });
         }
         let model = plan.checkpoint.name.clone();
-        let adapters = prompt.map(|prompt| prompt.adapters.facts).unwrap_or_default();
-        Ok(Generated { images, model, adapters, parameters: Box::new(plan.parameters) })
-    }
-
-    /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
-    ///
-    /// # Errors
-    /// Loading's and the networks' own, `cancelled`, `deadline_exceeded`, `numerical_error`.
-    pub fn latents(
-        &self,
-        plan: &GenerationPlan,
-        seed: u64,
-        placement: &Placement,
-        crew: &mut Managers,
-        ctx: &Context,
-    ) -> Result<Tensor> {
-        self.denoise(plan, seed, &mut None, (placement, crew, ctx))
-    }
-
-    /// [`Self::latents`], with the `prompt` of the image before, or to be left for the next one.
-    fn denoise(
-        &self,
-        plan: &GenerationPlan,
-        seed: u64,
-        prompt: &mut Option<Prompt>,
-        (placement, crew, ctx): (&Placement, &mut Managers, &Context),
-    ) -> Result<Tensor> {
-        let checkpoint = &plan.checkpoint;
-        let conditioning = match prompt {
-            Some(_) => None,
-            None => {
-                let (shape, crew) = ((plan.size, plan.guidance.is_on()), &mut crew.conditioning);
-                let adaptation = self.conditioning.adapt(&plan.adapters, shape, crew, placement, ctx)?;
-                Some((self.conditioning.condition(&plan.prompt, checkpoint, crew, placement, ctx)?, adaptation))
-            }
-        };
-        let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
-        let preview = match ctx.preview() {
-            Some(wish) => Some((wish, crew.model().vaes.acquire(checkpoint, placement, ctx)?)),
-            None => None,
-        };
-        let (height, width) = (plan.size.height / 8, plan.size.width / 8);
-        let channels = checkpoint.vae.latent_channels;
-        let mut noise = NoiseSource::new(plan.rng, &[seed], channels, height, width, &placement.device);
-        let total = plan.sampling.steps();
-        let mut observe = |done: usize, x0: &Tensor| -> Result<()> {
-            ctx.progress(Progress::Step { stage: Stage::Denoise, done, total });
-            let Some((wish, vae)) = &preview else { return Ok(()) };
-            if done.is_multiple_of(wish.every) && done < total {
-                let (decoder, config, max_side) = (&vae.decoder, &checkpoint.vae, wish.max_side);
-                let small = ctx.perform(&Preview, PreviewTask { decoder, config, x0, max_side, placement })?;
-                let png = self.postprocessing.preview(&small, ctx)?.into();
-                ctx.progress(Progress::Preview { step: done, png });
-            }
-            Ok(())
-        };
-        let start = Instant::now();
-        let latents = ctx.stage(Stage::Denoise, || {
-            if let Some((conditioning, adaptation)) = &conditioning {
-                *prompt = Some(ctx.perform(
-                    &Prepare,
-                    PrepareTask {
-                        unet: &unet,
-                        conditioning,
-                        adaptation,
-                        time_ids: &plan.time_ids,
-                        guidance: plan.guidance,
-                        placement,
-                        batch: 1,
-                    },
-                )?);
-            }
-            let prompt = prompt.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
-            ctx.perform(
-                &Denoise,
-                DenoiseTask {
-                    unet: &unet,
-                    prompt,
-                    sampling: &plan.sampling,
-                    noise: &mut noise,
-                    placement,
-                    observe: &mut observe,
-                },
-            )
-        })?;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
-        let units = plan.sampling.evaluations() * passes * height * width;
-        let key = pace_key(checkpoint, placement.compute, placement.quantization);
-        crew.published.pace.record(&key, Work::Evaluation, units, start.elapsed());
-        Ok(latents)
-    }
-
-    /// The picture of `latents`.
-    ///
-    /// # Errors
-    /// Those of [`Self::latents`].
-    pub fn pixels(
-        &self,
-        plan: &GenerationPlan,
-        latents: &Tensor,
-        placement: &Placement,
-        crew: &mut Managers,
-        ctx: &Context,
-    ) -> Result<Rgb8> {
-        let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
-        let start = Instant::now();
-        let images = ctx.stage(Stage::Decode, || {
-            let (decoder, config) = (&vae.decoder, &plan.checkpoint.vae);
-            let (wish, free) = (self.settings.decode, self.device.free(&crew.device));
-            let task = DecodeTask { decoder, config, latents, placement, wish, free };
-            ctx.perform(&Decode, task)
-        })?;
-        let units = plan.size.width * plan.size.height / 64;
-        let key = pace_key(&plan.checkpoint, placement.compute, placement.quantization);
-        crew.published.pace.record(&key, Work::Decode, units, start.elapsed());
-        images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no image"))
+        let (embeddings, cache) = shared.told();
+        let cache = CacheUse { embeddings: cache, hints: shared.hints };
+        let adapters = shared.adapted();
+        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache, adapters })
     }
 
     /// What the file says of itself; the request in it makes this one image.
@@ -278,8 +189,24 @@ impl InferenceInstructor {
             batch_size: Some(1),
             output: None,
             ..plan.parameters.clone()
-        };
+        }
+        .without_carried_images();
         let mut more = Vec::new();
+        if let Some(strength) = plan.parameters.denoising_strength {
+            more.push(("Denoising strength", strength.to_string()));
+        }
+        if let Some(blur) = plan.parameters.mask_blur {
+            more.push(("Mask blur", blur.to_string()));
+        }
+        if let (Some(true), Some(upscaler)) = (plan.parameters.enable_hr, &plan.parameters.hr_upscaler) {
+            let ImageSize { width, height } = plan.last_size();
+            more.push(("Hires resize", format!("{width}x{height}")));
+            more.push(("Hires upscaler", upscaler.clone()));
+        }
+        if let Some(RefinerWish { model, switch_at: Some(switch_at) }) = &plan.parameters.refiner {
+            more.push(("Refiner", model.clone()));
+            more.push(("Refiner switch at", switch_at.to_string()));
+        }
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }
@@ -294,7 +221,7 @@ impl InferenceInstructor {
         let parameters = Parameters {
             prompt: &plan.prompt.prompt,
             negative_prompt: plan.prompt.negative_prompt.as_deref().unwrap_or_default(),
-            steps: plan.sampling.steps(),
+            steps: plan.sampling.path.len(),
             sampler: plan.sampling.sampler,
             schedule: plan.sampling.schedule,
             cfg_scale: plan.guidance.scale,
@@ -311,4 +238,17 @@ impl InferenceInstructor {
 /// Under which name the time of a model is remembered.
 pub(super) fn pace_key(checkpoint: &Checkpoint, compute: Dtype, quantization: Quantization) -> String {
     format!("{:?} {} {}", checkpoint.key, compute.name(), quantization.name())
+}
+
+/// What an operation is about must be in its request.
+fn present(operation: &str, field: &str, given: bool) -> Result<()> {
+    if given { Ok(()) } else { Err(Error::invalid(field, format!("is missing: `{operation}` needs it"))) }
+}
+
+/// What belongs to another operation must not be in its request.
+fn absent(operation: &str, fields: &[(&str, bool)]) -> Result<()> {
+    match fields.iter().find(|(_, given)| *given) {
+        Some((field, _)) => Err(Error::invalid(*field, format!("does not belong to `{operation}`"))),
+        None => Ok(()),
+    }
 }

@@ -2,8 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::controlnet::ControlWishes;
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
+use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
+use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
+use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
@@ -48,7 +52,7 @@ pub enum DecodeExtent {
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct GenerateRequest {
-    /// What the image shall show. Beyond 75 tokens it goes on in further chunks.
+    /// What the image shall show, in AUTOMATIC1111's syntax. Beyond 75 tokens it goes on in further chunks.
     pub prompt: Option<String>,
     /// For the second text encoder. Default: `prompt`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -101,12 +105,97 @@ pub struct GenerateRequest {
     /// Pixels, a multiple of 8. Default: the UNet's `sample_size` × 8.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub height: Option<i64>,
+    /// An image to start from. `width` and `height` default to its size, cut to multiples of 8.
+    #[serde(alias = "image", skip_serializing_if = "Option::is_none")]
+    pub init_image: Option<ImageSource>,
+    /// Share of the steps that change `init_image`, 0 to 1: int(steps · strength) are walked. With `enable_hr`, of the
+    /// second pass. Default: 0.75.
+    #[serde(alias = "strength", skip_serializing_if = "Option::is_none")]
+    pub denoising_strength: Option<f64>,
+    /// How an image of other proportions is brought to the size: `stretch`, `crop` or `fill`. Default: `stretch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resize_mode: Option<ResizeMode>,
+    /// Whether latents of `init_image` are drawn with the request's noise (`sample`) or are the most likely (`mode`).
+    /// Default: `sample`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_sample: Option<VaeSample>,
+    /// What of `init_image` is repainted: white. Brought to the image's size.
+    #[serde(alias = "mask_image", skip_serializing_if = "Option::is_none")]
+    pub mask: Option<ImageSource>,
+    /// Standard deviation of the mask's blur in pixels, 0 to 256. Default: 4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask_blur: Option<f64>,
+    /// Black is repainted instead. Default: false.
+    #[serde(alias = "inpainting_mask_invert", skip_serializing_if = "Option::is_none")]
+    pub mask_invert: Option<bool>,
+    /// The mask's greys count in every step; otherwise half and more is masked. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub soft_mask: Option<bool>,
+    /// What the masked part holds at the start: `original`, `fill`, `noise` or `zeros`. Default: `original`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inpainting_fill: Option<InpaintingFill>,
+    /// Works on the masked part alone, at `width` × `height`, and puts it back. Default: false.
+    #[serde(alias = "only_masked", skip_serializing_if = "Option::is_none")]
+    pub inpaint_full_res: Option<bool>,
+    /// Pixels around the masked part, 0 to 4096, with `inpaint_full_res`. Default: 32.
+    #[serde(alias = "padding_mask_crop", skip_serializing_if = "Option::is_none")]
+    pub inpaint_full_res_padding: Option<i64>,
+    /// Whether the original's own bytes come back where nothing is masked. Default: true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paste_back: Option<bool>,
+    /// Pixels by which `init_image` grows on each side; what is new is repainted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extend: Option<Margins>,
+    /// Share of the noise levels, 0 to 1, that count as denoised already; no noise is added. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub denoising_start: Option<f64>,
+    /// Share of the noise levels, 0 to 1, at which denoising stops. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub denoising_end: Option<f64>,
+    /// A second model for the end of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refiner: Option<RefinerWish>,
+    /// A second pass at a larger size. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enable_hr: Option<bool>,
+    /// How much larger the second pass is, 1 to 8; sizes are cut to multiples of 8. Default: 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hr_scale: Option<f64>,
+    /// Width of the second pass in pixels, a multiple of 8, in place of `hr_scale`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hr_resize_x: Option<i64>,
+    /// Height of the second pass in pixels, a multiple of 8, in place of `hr_scale`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hr_resize_y: Option<i64>,
+    /// How the first pass is enlarged: `latent`, `latent_bicubic`, `latent_nearest`, `lanczos` or `bicubic`. Default:
+    /// `latent`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hr_upscaler: Option<String>,
+    /// Steps of the second pass, before `denoising_strength` cuts them; 0 takes `steps`. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hr_second_pass_steps: Option<i64>,
+    /// The refiner's aesthetic score of the prompt, 0 to 10. Default: 6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aesthetic_score: Option<f64>,
+    /// The refiner's aesthetic score of the negative prompt, 0 to 10. Default: 2.5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_aesthetic_score: Option<f64>,
     /// Images made from this request. Default: the configuration's `batch_size`.
     #[serde(alias = "num_images_per_prompt", skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<i64>,
     /// Layers of the text encoders left out beyond SDXL's penultimate. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_skip: Option<i64>,
+    /// How the weights of words act: `a1111`, `compel`, `comfy`; `none`: prompts are plain text. Default: `a1111`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_weighting: Option<PromptWeighting>,
+    /// Tokens, 0 to 74: where a chunk of 75 is full, it ends at a comma that stands no farther back. 0: where it is full.
+    /// Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comma_padding_backtrack: Option<i64>,
+    /// Textual inversions for words of the prompts, at most 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Vec<EmbeddingWish>>,
     /// Size conditioning: height and width in pixels. Default: the image's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub original_size: Option<[i64; 2]>,
@@ -128,13 +217,6 @@ pub struct GenerateRequest {
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
-    /// one. Default: none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub t2i_adapter: Option<OneOrMany<T2iAdapterWish>>,
-    /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
@@ -142,35 +224,68 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controlnet: Option<ControlWishes>,
+    /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
+    /// one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub t2i_adapter: Option<OneOrMany<T2iAdapterWish>>,
+    /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
 }
 
+impl GenerateRequest {
+    /// The request for an image's own metadata: images that it carries as base64 would make the file as large again and
+    /// are left out, paths stay.
+    #[must_use]
+    pub fn without_carried_images(mut self) -> Self {
+        let controls = self.controlnet.iter_mut().flat_map(|wishes| &mut wishes.0).map(|wish| &mut wish.image);
+        for image in [&mut self.init_image, &mut self.mask].into_iter().chain(controls) {
+            if matches!(image, Some(ImageSource::Base64(_))) {
+                *image = None;
+            }
+        }
+        let carried = |image: &ImageSource| matches!(image, ImageSource::Base64(_));
+        if let Some(OneOrMany(wishes)) = &mut self.t2i_adapter {
+            wishes.retain(|wish| !carried(&wish.image));
+        }
+        if let Some(OneOrMany(wishes)) = &mut self.ip_adapter {
+            wishes.iter_mut().for_each(|wish| wish.image.0.retain(|image| !carried(image)));
+            wishes.retain(|wish| !wish.image.0.is_empty());
+        }
+        self
+    }
+}
+
+/// A second model, trained for the last part of denoising.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct RefinerWish {
+    /// A model by name or by path, such as SDXL's refiner; any other SDXL model will do.
+    pub model: String,
+    /// Share of the noise levels, 0 to 1, at which it takes over. Default: 0.8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switch_at: Option<f64>,
+}
+
+/// What is taken of the distribution that the encoder gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VaeSample {
+    #[default]
+    Sample,
+    Mode,
+}
+
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &[
-    "init_image",
-    "image",
-    "mask",
-    "mask_image",
-    "denoising_strength",
-    "strength",
-    "denoising_start",
-    "denoising_end",
-    "controlnet",
-    "control_image",
-    "lora",
-    "loras",
-    "refiner",
-    "enable_hr",
-    "hr_scale",
-    "hr_upscaler",
-    "n_iter",
-    "subseed",
-    "subseed_strength",
-    "ip_adapter_image",
-];
+pub const FIELDS_TO_COME: &[&str] =
+    &["control_image", "lora", "loras", "n_iter", "subseed", "subseed_strength", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -186,6 +301,10 @@ pub struct BatchRequest {
 pub enum Request {
     Generate(Box<GenerateRequest>),
     Text2image(Box<GenerateRequest>),
+    Img2img(Box<GenerateRequest>),
+    Inpaint(Box<GenerateRequest>),
+    /// As `generate`, with at least one ControlNet.
+    Controlnet(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -209,11 +328,25 @@ pub struct Generated {
     pub images: Vec<Image>,
     /// The model's name.
     pub model: String,
+    /// Every value used. Sent back as `data`, it makes the same image.
+    pub parameters: Box<GenerateRequest>,
+    /// The textual inversions that the prompts used.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub embeddings: Vec<AppliedEmbedding>,
+    /// What was known from earlier requests.
+    pub cache: CacheUse,
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterFacts>,
-    /// Every value used. Sent back as `data`, it makes the same image.
-    pub parameters: Box<GenerateRequest>,
+}
+
+/// Work that earlier requests had done already.
+#[derive(Clone, Copy, Debug, Default, Serialize, schemars::JsonSchema)]
+pub struct CacheUse {
+    /// Texts of the prompts.
+    pub embeddings: CacheCount,
+    /// Hints of ControlNets.
+    pub hints: CacheCount,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
@@ -225,7 +358,7 @@ pub struct GeneratedBatch {
 /// What a generation will need.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Estimate {
-    /// Bytes of the weight files of the model and its adapters, less what quantising saves.
+    /// Bytes of the model's weight files, less what quantising saves.
     pub weights: Bytes,
     /// Bytes beyond the weights at the largest moment, roughly.
     pub activations: Bytes,
@@ -253,7 +386,8 @@ pub struct Inference;
 
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
-    const OPERATIONS: &'static [&'static str] = &["generate", "text2image", "batch"];
+    const OPERATIONS: &'static [&'static str] =
+        &["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"];
     type Request = Request;
     type Response = Response;
 }

@@ -1,5 +1,10 @@
 //! Generation of images.
 
+mod controlling;
+pub mod controlnet;
+mod drawing;
+mod editing;
+mod further;
 pub mod instructor;
 pub mod interface;
 pub mod plan;

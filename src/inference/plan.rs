@@ -3,12 +3,17 @@
 use std::sync::Arc;
 
 use super::interface::GenerateRequest;
+use super::workers::latents::Between;
 use crate::conditioning::adapters::AdapterPlan;
+use crate::conditioning::canvas::CanvasWish;
+use crate::conditioning::hints::HintPlan;
 use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
 use crate::noise::RngKind;
 use crate::postprocessing::instructor::OutputPlan;
+use crate::resample::Filter;
 use crate::scheduler::schedule::SamplingPlan;
 use crate::units::ImageSize;
 
@@ -20,8 +25,6 @@ pub struct GenerationPlan {
     /// Likewise.
     pub quantization: Option<Quantization>,
     pub prompt: PromptWish,
-    /// Pictures beside the prompt.
-    pub adapters: AdapterPlan,
     pub size: ImageSize,
     /// One image each.
     pub seeds: Vec<u64>,
@@ -29,17 +32,65 @@ pub struct GenerationPlan {
     pub guidance: Guidance,
     pub sampling: SamplingPlan,
     pub time_ids: TimeIds,
+    /// The image that is worked on; text to image has none.
+    pub editing: Option<Editing>,
+    /// What follows the first run.
+    pub further: Vec<Further>,
+    pub controls: Vec<ControlPlan>,
+    /// Pictures beside the prompt.
+    pub adapters: AdapterPlan,
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
 }
 
-impl GenerationPlan {
-    /// Whether what is kept under `name` is part of this generation's model or adapters.
-    #[must_use]
-    pub fn draws_on(&self, name: &str) -> bool {
-        name == self.checkpoint.name || self.adapters.names().any(|own| own == name)
-    }
+/// A ControlNet, decided and checked.
+pub struct ControlPlan {
+    /// Its place in the request.
+    pub index: usize,
+    /// The same for all that name one network.
+    pub net: Arc<Companion>,
+    pub hint: HintPlan,
+    /// What a union is told that the image is.
+    pub kind: Option<usize>,
+    pub weight: f64,
+    /// Shares of the steps.
+    pub start: f64,
+    pub end: f64,
+    pub guess: bool,
+}
+
+/// An image that is worked on.
+pub struct Editing {
+    pub canvas: CanvasWish,
+    /// Whether latents are drawn from the encoder's distribution; otherwise its mode is taken.
+    pub sampled: bool,
+    /// Whether the mask's greys count.
+    pub soft: bool,
+    /// Whether the run starts from noise alone.
+    pub from_noise: bool,
+    /// Whether noise is added to the image; a run that goes on where another stopped adds none.
+    pub adds_noise: bool,
+}
+
+/// A run that goes on from the latents of the one before.
+pub struct Further {
+    pub entry: Entry,
+    pub checkpoint: Arc<Checkpoint>,
+    pub size: ImageSize,
+    pub sampling: SamplingPlan,
+    pub time_ids: TimeIds,
+}
+
+/// How latents enter a further run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// As they are, half denoised.
+    Carried,
+    /// Enlarged as latents, with fresh noise.
+    Latents(Between),
+    /// Decoded, enlarged as a picture and encoded, with fresh noise.
+    Pixels(Filter),
 }
 
 /// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.
@@ -49,6 +100,20 @@ pub struct Guidance {
     pub scale: f64,
     /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
     pub rescale: f64,
+}
+
+impl GenerationPlan {
+    /// Steps of all runs of one image.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.sampling.steps() + self.further.iter().map(|further| further.sampling.steps()).sum::<usize>()
+    }
+
+    /// The size at which the image is decoded.
+    #[must_use]
+    pub fn last_size(&self) -> ImageSize {
+        self.further.last().map_or(self.size, |further| further.size)
+    }
 }
 
 impl Guidance {

@@ -3,10 +3,13 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use super::controlling::said;
+use super::editing::cut;
+use super::further::First;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
 use super::plan::{GenerationPlan, Guidance, TimeIds};
-use crate::conditioning::instructor::PromptWish;
+use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
@@ -32,41 +35,51 @@ impl InferenceInstructor {
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
         let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
-        let size = self.size(request, &checkpoint)?;
+        let mut parameters = request.clone();
+        let editing = self.editing(request, &mut parameters)?;
+        let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let guidance = Guidance {
             scale: within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?,
             rescale: within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?,
         };
-        let sampling = self.scheduler.plan(
-            &SamplingWish {
-                sampler_name: request.sampler_name.clone(),
-                scheduler: request.scheduler.clone(),
-                steps: request
-                    .steps
-                    .or(Some(STEPS))
-                    .filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
-                eta: request.eta,
-                sigmas: request.sigmas.clone(),
-                timesteps: request.timesteps.clone(),
-                prediction_type: request.prediction_type,
-                zero_terminal_snr: request.zero_terminal_snr,
-            },
-            &checkpoint.scheduler,
-        )?;
+        let wish = SamplingWish {
+            sampler_name: request.sampler_name.clone(),
+            scheduler: request.scheduler.clone(),
+            steps: request.steps.or(Some(STEPS)).filter(|_| request.sigmas.is_none() && request.timesteps.is_none()),
+            eta: request.eta,
+            sigmas: request.sigmas.clone(),
+            timesteps: request.timesteps.clone(),
+            prediction_type: request.prediction_type,
+            zero_terminal_snr: request.zero_terminal_snr,
+        };
+        let sampling = self.scheduler.plan(&wish, &checkpoint.scheduler)?;
+        let mut sampling = cut(request, editing.as_ref(), sampling)?;
+        let first = First { checkpoint: &checkpoint, size, sampling: &mut sampling, wish: &wish };
+        let further = self.further(request, first, &mut parameters, crew)?;
         let clip_skip = match request.clip_skip.unwrap_or(0) {
             skip @ 0..=64 => u32::try_from(skip).ok(),
             other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
         };
+        let weighting = request.prompt_weighting.unwrap_or_default();
+        let backtrack = match request.comma_padding_backtrack.unwrap_or(0) {
+            tokens @ 0..=74 => tokens,
+            other => return Err(Error::invalid("comma_padding_backtrack", format!("must be 0 to 74, got {other}"))),
+        };
+        let wishes = request.embeddings.as_deref().unwrap_or_default();
+        let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
         let time_ids = time_ids(request, size, &checkpoint)?;
+        let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
         let (mut t2i_adapter, mut ip_adapter) = (request.t2i_adapter.clone(), request.ip_adapter.clone());
         let catalog = &crew.model().catalog;
-        let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), size, catalog)?;
+        let own = further.iter().filter(|further| further.checkpoint.key == checkpoint.key);
+        let sizes: Vec<ImageSize> = [size].into_iter().chain(own.map(|further| further.size)).collect();
+        let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), &sizes, catalog)?;
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
-            steps: Some(sampling.steps() as i64),
+            steps: Some(sampling.path.len() as i64),
             cfg_scale: Some(guidance.scale),
             guidance_rescale: Some(guidance.rescale),
             sampler_name: Some(sampling.sampler.to_owned()),
@@ -78,21 +91,31 @@ impl InferenceInstructor {
             height: Some(size.height as i64),
             batch_size: Some(seeds.len() as i64),
             clip_skip: clip_skip.map(i64::from),
+            prompt_weighting: Some(weighting),
+            comma_padding_backtrack: Some(backtrack),
+            embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
+            controlnet: said(request, &controls),
             model: Some(checkpoint.name.clone()),
             t2i_adapter,
             ip_adapter,
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
-            ..request.clone()
+            ..parameters
         };
-        let prompt = PromptWish {
+        let mut prompt = PromptWish {
             prompt,
             prompt_2: request.prompt_2.clone(),
             negative_prompt: request.negative_prompt.clone(),
             negative_prompt_2: request.negative_prompt_2.clone(),
             clip_skip,
             guided: guidance.is_on(),
+            weighting,
+            steps: sampling.steps(),
+            backtrack: usize::try_from(backtrack).unwrap_or(0),
+            embeddings,
+            passes: 0,
         };
+        prompt.passes = self.conditioning.check(&prompt, &checkpoint)?;
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,
@@ -105,14 +128,16 @@ impl InferenceInstructor {
             guidance,
             sampling,
             time_ids,
+            editing,
+            further,
+            controls,
             output,
             parameters,
         })
     }
 
-    fn size(&self, request: &GenerateRequest, checkpoint: &Checkpoint) -> Result<ImageSize> {
+    fn size(&self, request: &GenerateRequest, default: ImageSize) -> Result<ImageSize> {
         let max = i64::from(self.settings.max_side);
-        let default = checkpoint.default_size();
         let side = |field: &str, wish: Option<i64>, default: usize| -> Result<usize> {
             let side = wish.unwrap_or(default as i64);
             match usize::try_from(side) {
@@ -147,7 +172,7 @@ impl InferenceInstructor {
 
 /// The size conditioning. Diffusers' rule: the negative pass has the positive one's unless it is given its own, and
 /// then its crop is 0, 0 where none is given.
-fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint) -> Result<TimeIds> {
+pub(super) fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint) -> Result<TimeIds> {
     let image = [size.height as f64, size.width as f64];
     let pair = |field: &str, wish: Option<[i64; 2]>, default: [f64; 2]| -> Result<[f64; 2]> {
         let Some(given) = wish else { return Ok(default) };
@@ -169,6 +194,10 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
         if own { [0.0; 2] } else { crop },
     )?;
     let negative_target = pair("negative_target_size", request.negative_target_size, target)?;
+    let aesthetic = [
+        within("aesthetic_score", request.aesthetic_score.unwrap_or(AESTHETIC[0]), 0.0, 10.0)?,
+        within("negative_aesthetic_score", request.negative_aesthetic_score.unwrap_or(AESTHETIC[1]), 0.0, 10.0)?,
+    ];
     let ids = |original: [f64; 2], crop: [f64; 2], target: [f64; 2], aesthetic: f64| -> Vec<f64> {
         if wants_aesthetic_score(checkpoint) {
             vec![original[0], original[1], crop[0], crop[1], aesthetic]
@@ -177,12 +206,12 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
         }
     };
     Ok(TimeIds {
-        positive: ids(original, crop, target, AESTHETIC[0]),
-        negative: ids(negative_original, negative_crop, negative_target, AESTHETIC[1]),
+        positive: ids(original, crop, target, aesthetic[0]),
+        negative: ids(negative_original, negative_crop, negative_target, aesthetic[1]),
     })
 }
 
-fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
+pub(super) fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
     if (low..=high).contains(&value) {
         return Ok(value);
     }

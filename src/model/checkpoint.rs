@@ -298,6 +298,11 @@ pub(super) fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
     CheckpointKey(hasher.finish())
 }
 
+/// The path of a file in `dir`, which is the folder itself where it is empty.
+fn place(dir: &str, name: &str) -> String {
+    if dir.is_empty() { name.to_owned() } else { format!("{dir}/{name}") }
+}
+
 /// The files of a part. The one without a variant's name is preferred, as diffusers prefers it.
 pub(super) fn weight_files(folder: &Folder, dir: &str, stem: &str) -> Result<WeightFiles> {
     let mut candidates = vec![(format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"))];
@@ -305,17 +310,17 @@ pub(super) fn weight_files(folder: &Folder, dir: &str, stem: &str) -> Result<Wei
         candidates.push((format!("{stem}.{variant}.safetensors"), format!("{stem}.safetensors.index.{variant}.json")));
     }
     for (single, index) in &candidates {
-        if let Some(found) = folder.find(&format!("{dir}/{single}"))? {
+        if let Some(found) = folder.find(&place(dir, single))? {
             return Ok(WeightFiles { files: vec![found], index: None });
         }
-        if let Some(found) = folder.find(&format!("{dir}/{index}"))? {
+        if let Some(found) = folder.find(&place(dir, index))? {
             return sharded(folder, dir, &found);
         }
     }
     let names = folder.names(dir);
     let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth"].iter().any(|end| name.to_lowercase().ends_with(end));
     match names.iter().find(pickle) {
-        Some(name) => Err(Error::UnsafeFormat { path: folder.path(&format!("{dir}/{name}")) }),
+        Some(name) => Err(Error::UnsafeFormat { path: folder.path(&place(dir, name)) }),
         None => Err(Error::ModelCorrupt {
             path: folder.path(dir),
             message: format!("has no weights: `{stem}.safetensors` is missing"),
@@ -337,7 +342,7 @@ fn sharded(folder: &Folder, dir: &str, found: &Found) -> Result<WeightFiles> {
         if name.contains(['/', '\\', '\0']) || !name.ends_with(".safetensors") {
             return Err(corrupt(format!("must name safetensors files of its own folder, and names `{name}`")));
         }
-        files.push(folder.need(&format!("{dir}/{name}"))?);
+        files.push(folder.need(&place(dir, &name))?);
     }
     Ok(WeightFiles { files, index: Some(weight_map) })
 }

@@ -9,7 +9,9 @@ use super::interface::{
     ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
-use super::managers::{AdapterManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
+use super::managers::{
+    AdapterManager, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+};
 use crate::context::Context;
 use crate::device;
 use crate::device::instructor::Placement;
@@ -29,6 +31,7 @@ pub struct ModelCrew {
     pub encoders: EncoderManager,
     pub unets: UnetManager,
     pub vaes: VaeManager,
+    pub controlnets: ControlNetManager,
     pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
@@ -47,6 +50,7 @@ impl ModelCrew {
             encoders: EncoderManager::new(capacity),
             unets: UnetManager::new(capacity),
             vaes: VaeManager::new(capacity),
+            controlnets: ControlNetManager::new(capacity),
             adapters: AdapterManager::new(capacity),
             text_encoders: settings.text_encoders,
             placement: None,
@@ -58,8 +62,8 @@ impl ModelCrew {
     #[must_use]
     pub fn resident(&self) -> Vec<Resident> {
         let own = || {
-            let managers: [&dyn Manager; 5] =
-                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.adapters];
+            let managers: [&dyn Manager; 6] =
+                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.controlnets, &self.adapters];
             managers.into_iter().flat_map(Manager::resident).collect()
         };
         self.published.clone().unwrap_or_else(own)
@@ -223,6 +227,7 @@ impl ModelInstructor {
             crew.encoders.shelf.remove(key),
             crew.unets.shelf.remove(key),
             crew.vaes.shelf.remove(key),
+            crew.controlnets.shelf.remove(key),
             crew.tokenizers.remove(key),
             if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
         ];

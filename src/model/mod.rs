@@ -8,6 +8,7 @@ pub mod families;
 mod folder;
 pub mod instructor;
 pub mod interface;
+pub mod inversion;
 pub mod managers;
 pub mod networks;
 mod workers;

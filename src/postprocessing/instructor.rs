@@ -53,6 +53,7 @@ pub struct Delivery<'a> {
     pub text: Option<&'a ImageText>,
 }
 
+#[derive(Clone)]
 pub struct PostprocessingInstructor {
     settings: Settings,
     roots: Roots,

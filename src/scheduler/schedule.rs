@@ -345,6 +345,26 @@ impl SamplingPlan {
         start.map_or(Level { alpha: 1.0, sigma: 0.0, timestep: 0.0 }, |step| step.at)
     }
 
+    /// Steps before `share`, 0 to 1, of the training timesteps is denoised, from the noisiest: where an ensemble's first
+    /// expert ends (diffusers' `denoising_end`).
+    #[must_use]
+    pub fn until_share(&self, share: f64) -> usize {
+        let cut = self.cut_at(share);
+        self.timesteps.iter().filter(|timestep| **timestep >= cut).count()
+    }
+
+    /// The first step from `share` on: where the second expert starts (`denoising_start`).
+    #[must_use]
+    pub fn from_share(&self, share: f64) -> usize {
+        let cut = self.cut_at(share);
+        self.path.len() - self.timesteps.iter().filter(|timestep| **timestep < cut).count()
+    }
+
+    fn cut_at(&self, share: f64) -> f64 {
+        let all = self.num_train_timesteps as f64;
+        (all - share * all).round_ties_even()
+    }
+
     /// The same plan, walking only these steps of the path: image to image starts late, a refiner's base ends early.
     #[must_use]
     pub fn between(mut self, run: Range<usize>) -> Self {

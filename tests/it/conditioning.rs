@@ -3,9 +3,10 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish};
-use sdxl_worker::conditioning::interface::{EncodeWish, Request, Response, Settings, TokenizeWish};
-use sdxl_worker::conditioning::manager::EmbeddingManager;
+use sdxl_worker::conditioning::Embeddings;
+use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish, Script};
+use sdxl_worker::conditioning::interface::{CacheCount, EncodeWish, Request, Response, Settings, TokenizeWish};
+use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
@@ -14,6 +15,7 @@ use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface as model;
 use sdxl_worker::model::managers::{ClipTokenizer, TokenizerManager};
+use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
 use sdxl_worker::roots::Roots;
 
 const TOKENS: &str = include_str!("../goldens/tokens.json");
@@ -49,11 +51,12 @@ fn placement() -> Placement {
 fn crew() -> ConditioningCrew {
     let mut model = ModelCrew::new(&model::Settings::default());
     model.placement = Some(placement());
-    ConditioningCrew { model, embeddings: EmbeddingManager::default() }
+    ConditioningCrew { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
 }
 
 fn instructor() -> ConditioningInstructor {
-    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]) }
+    let delivery = PostprocessingInstructor::new(Default::default());
+    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
 }
 
 #[track_caller]
@@ -175,17 +178,23 @@ fn check_close(name: &str, got: &Tensor) {
     assert!(error <= 1e-4, "{name}: relative error {error:e}");
 }
 
+/// What the first step is told.
+fn told(script: &Script) -> &Embeddings {
+    &script.told[0].positive[0].embeddings
+}
+
 #[track_caller]
 fn check_condition(name: &str, wish: PromptWish) {
     let mut crew = crew();
     let checkpoint = crew.model.catalog.resolve(None).unwrap();
     let wish = PromptWish { guided: true, ..wish };
     let made = instructor().condition(&wish, &checkpoint, &mut crew, &placement(), &Context::detached()).unwrap();
-    let negative = made.negative.unwrap();
-    check_close(&format!("{name}.context"), &made.positive.context);
-    check_close(&format!("{name}.pooled"), &made.positive.pooled);
+    assert_eq!((made.told.len(), made.told[0].positive.len()), (1, 1), "{name}");
+    let (positive, negative) = (told(&made), made.told[0].negative.as_ref().unwrap());
+    check_close(&format!("{name}.context"), &positive.context);
+    check_close(&format!("{name}.pooled"), &positive.pooled);
     if name == "chunks" {
-        assert_eq!(negative.context.dims(), made.positive.context.dims());
+        assert_eq!(negative.context.dims(), positive.context.dims());
         return;
     }
     check_close(&format!("{name}.negative.context"), &negative.context);
@@ -241,17 +250,19 @@ fn a_prompt_that_comes_again_needs_no_encoder() {
     crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
     let second = instructor().condition(&wish, &checkpoint, &mut crew, &placement, &ctx).unwrap();
     assert!(crew.model.encoders.resident().is_empty());
-    let difference = (first.positive.context - second.positive.context).unwrap().abs().unwrap();
+    assert_eq!((first.cache, second.cache), (CacheCount { hits: 0, misses: 2 }, CacheCount { hits: 2, misses: 0 }));
+    let difference = (&told(&first).context - &told(&second).context).unwrap().abs().unwrap();
     assert_eq!(difference.max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
     assert!(crew.embeddings.resident()[0].bytes.0 > 0);
     // A longer negative prompt needs the prompt anew, as both have the same number of tokens.
     let longer = PromptWish { negative_prompt: Some(SENTENCE.repeat(9)), ..wish };
     let third = instructor().condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
-    assert_eq!(third.positive.context.dims(), [1, 154, 96]);
+    assert_eq!(told(&third).context.dims(), [1, 154, 96]);
 
     crew.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
     crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
-    let without = ConditioningInstructor { settings: Settings { cache_embeddings: false }, roots: Roots::new([]) };
+    let settings = Settings { cache_embeddings: false, ..Settings::default() };
+    let without = ConditioningInstructor { settings, ..instructor() };
     without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
     assert!(crew.embeddings.resident().is_empty());
 }
@@ -271,7 +282,7 @@ fn text_encoders_stay_or_go_by_policy() {
         let first = instructor().condition(&wish("a"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
         assert_eq!(crew.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
         let second = instructor().condition(&wish("b"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
-        assert_eq!(first.positive.context.dims(), second.positive.context.dims());
+        assert_eq!(told(&first).context.dims(), told(&second).context.dims());
     }
 }
 
@@ -333,6 +344,8 @@ fn a_cancelled_request_is_not_encoded() {
         negative_prompt: None,
         negative_prompt_2: None,
         clip_skip: None,
+        prompt_weighting: None,
+        embeddings: None,
         model: None,
     };
     let error = instructor().instruct(Request::EncodePrompt(wish), &mut crew(), &ctx).unwrap_err();

@@ -12,25 +12,25 @@ use sdxl_worker::instructors::Instructors;
 use sdxl_worker::managers::Managers;
 use sdxl_worker::pixels::Rgb8;
 
-pub struct Worker {
-    pub instructors: Instructors,
-    pub managers: Managers,
+pub(crate) struct Worker {
+    pub(crate) instructors: Instructors,
+    pub(crate) managers: Managers,
 }
 
 impl Worker {
     /// With the configuration as shipped.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(&Config::default())
     }
 
-    pub fn with(config: &Config) -> Self {
+    pub(crate) fn with(config: &Config) -> Self {
         let settings = &config.workers.instructors;
         let managers = Managers::new(&settings.model, Arc::default());
         Self { instructors: Instructors::new(settings).unwrap(), managers }
     }
 
     /// Latents as `[1, C, H, W]` and pixels of each image of a request.
-    pub fn draw(&mut self, request: &GenerateRequest) -> Vec<(Tensor, Rgb8)> {
+    pub(crate) fn draw(&mut self, request: &GenerateRequest) -> Vec<(Tensor, Rgb8)> {
         let ctx = Context::detached();
         let inference = &self.instructors.inference;
         let plan = inference.plan(request, &mut self.managers).unwrap();
@@ -48,7 +48,7 @@ impl Worker {
 }
 
 /// Largest |Δ| over the standard deviation of the reference.
-pub fn distance(ours: &Tensor, reference: &Tensor) -> f64 {
+pub(crate) fn distance(ours: &Tensor, reference: &Tensor) -> f64 {
     let (ours, reference) = (ours.to_dtype(DType::F64).unwrap(), reference.to_dtype(DType::F64).unwrap());
     let worst = (&ours - &reference).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
     let std = reference.flatten_all().unwrap().var(0).unwrap().to_scalar::<f64>().unwrap().sqrt();

@@ -84,8 +84,8 @@ fn refusals_point_at_the_fault_and_name_what_was_meant() {
         "did you mean `format`?",
     );
     check_refusal(r#"{"prompt":"a","steps":"20"}"#, "invalid_parameter", "/steps", "must be an integer, got string");
-    check_refusal(r#"{"prompt":"a","init_image":"a.png"}"#, "unsupported_feature", "/init_image", "init_image");
-    check_refusal(r#"{"prompt":"a","strict":false,"mask":1}"#, "unsupported_feature", "/mask", "mask");
+    check_refusal(r#"{"prompt":"a","loras":[]}"#, "unsupported_feature", "/loras", "loras");
+    check_refusal(r#"{"prompt":"a","strict":false,"lora":1}"#, "unsupported_feature", "/lora", "lora");
     check_refusal(
         r#"{"worker_type":"inference","operation":"generat"}"#,
         "unknown_operation",
@@ -354,7 +354,7 @@ fn stdout_carries_protocol_only_and_logs_go_to_stderr() {
 fn control_operations_answer_in_the_schema() {
     let mut worker = Worker::start(&[]);
     let hello = worker.ask("1", "hello", &json!({}));
-    assert_eq!(hello["protocol"], "1.1", "{hello}");
+    assert_eq!(hello["protocol"], "1.2", "{hello}");
     let told = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(told["operations"]["inference"], json!(["generate", "text2image", "batch"]), "{told}");
     assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");

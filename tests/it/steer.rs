@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use sdxl_worker::config::Config;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::noise::{NoiseSource, RngKind};
 
 use super::drawing::{Worker, distance};
+use super::random_networks;
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-3;
@@ -31,12 +33,54 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer")
 }
 
+/// Models beside the demonstration model, made from it: `inpaint9`, whose UNet takes five more channels, with weights
+/// that the goldens' script draws from the same seed.
+fn models() -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let inpaint = root.path().join("inpaint9");
+    copy(&demo, &inpaint);
+    let config = inpaint.join("unet/config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    assert!(text.contains("\"in_channels\": 4"), "{text}");
+    fs::write(&config, text.replace("\"in_channels\": 4", "\"in_channels\": 9")).unwrap();
+    let file = inpaint.join("unet/diffusion_pytorch_model.safetensors");
+    let mut weights = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let first = weights["conv_in.weight"].to_dtype(DType::F32).unwrap();
+    let outputs = first.dim(0).unwrap();
+    let mut noise = NoiseSource::new(RngKind::Cpu, &[9], 5, outputs, 9, &Device::Cpu);
+    let more = noise.draw().unwrap().squeeze(0).unwrap(); // [outputs, 9, 5]
+    let more = more.permute((0, 2, 1)).unwrap().contiguous().unwrap().reshape((outputs, 5, 3, 3)).unwrap();
+    let wide = Tensor::cat(&[&first, &(more * 0.05).unwrap()], 1).unwrap();
+    weights.insert("conv_in.weight".to_owned(), wide);
+    candle_core::safetensors::save(&weights, &file).unwrap();
+    root
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy(&path, &target);
+        } else {
+            fs::copy(&path, &target).unwrap();
+        }
+    }
+}
+
 /// Every case of a file, and how far each is from its golden.
-fn check(file: &Path) -> Vec<String> {
+fn check(file: &Path, models: &Path) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();
     let mut config = Config::default();
-    config.workers.instructors.model.roots = vec![folder().join("models"), super::adapters::networks()];
+    config.workers.instructors.model.roots = vec![
+        folder().join("models"),
+        models.to_owned(),
+        random_networks::folder().to_owned(),
+        super::adapters::networks(),
+    ];
     config.workers.instructors.postprocessing.roots = vec![folder()];
     let mut worker = Worker::with(&config);
     let mut failures = Vec::new();
@@ -60,6 +104,7 @@ fn every_mode_is_what_the_reference_draws() {
     files.retain(|path| path.extension().is_some_and(|end| end == "json"));
     files.sort();
     println!("{:<24} {:<32} {:>9}", "mode", "case", "|Δ|/σ");
-    let failures: Vec<String> = files.iter().flat_map(|file| check(file)).collect();
+    let models = models();
+    let failures: Vec<String> = files.iter().flat_map(|file| check(file, models.path())).collect();
     assert!(failures.is_empty(), "out of tolerance:\n{}", failures.join("\n"));
 }

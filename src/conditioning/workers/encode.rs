@@ -4,11 +4,14 @@
 
 use candle_core::{D, Device, Tensor};
 
+use super::prompt::Side;
+use super::weigh::{States, masked as masked_rows, weigh};
+use crate::conditioning::interface::PromptWeighting;
 use crate::context::Context;
 use crate::error::{Error, Result, Stage};
 use crate::layers::Worker;
 use crate::model::managers::TextEncoders;
-use crate::model::networks::clip::{ClipOutput, ClipTextModel};
+use crate::model::networks::clip::{ClipInput, ClipRow, ClipTextModel};
 use crate::units::Bytes;
 
 const STAGE: &str = "text encoder";
@@ -38,19 +41,78 @@ impl Embeddings {
 /// Runs the text encoders.
 pub(in crate::conditioning) struct Encode;
 
-/// Texts of the same number of rows.
 pub(in crate::conditioning) struct EncodeTask<'a> {
     pub(in crate::conditioning) encoders: &'a TextEncoders,
     pub(in crate::conditioning) device: &'a Device,
-    pub(in crate::conditioning) texts: &'a [EncodeText],
+    /// All with the same number of rows.
+    pub(in crate::conditioning) texts: &'a [&'a EncodeText],
     /// Layers left out before the penultimate one.
     pub(in crate::conditioning) skip: usize,
+    pub(in crate::conditioning) weighting: PromptWeighting,
+    /// The ids of a row without text.
+    pub(in crate::conditioning) empty: &'a [Vec<u32>; 2],
+    /// `[V, C]` for each encoder: what ids from `FIRST_VECTOR` on stand for.
+    pub(in crate::conditioning) vectors: &'a [Option<Tensor>; 2],
 }
 
-/// Rows of token ids for each encoder.
+/// A text for each encoder; nothing for the first where there is none.
+#[derive(Clone, Debug, PartialEq)]
 pub(in crate::conditioning) struct EncodeText {
-    pub(in crate::conditioning) first: Vec<Vec<u32>>,
-    pub(in crate::conditioning) second: Vec<Vec<u32>>,
+    pub(in crate::conditioning) sides: [Side; 2],
+}
+
+/// One encoder, and what it is given.
+struct One<'a> {
+    encoder: &'a ClipTextModel,
+    sides: Vec<&'a Side>,
+    empty: &'a [u32],
+    vectors: Option<&'a Tensor>,
+}
+
+impl One<'_> {
+    /// For each text `[N·L, C]` and, where the encoder has it, `[1, P]`.
+    fn run(&self, task: &EncodeTask, ctx: &Context) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+        ctx.checkpoint()?;
+        let row = |ids, hidden| ClipRow { ids, hidden };
+        let plain = self.sides.iter().flat_map(|side| &side.rows).map(|one| row(&one.ids, 0..0));
+        let mut rows: Vec<ClipRow> = plain.collect();
+        let texts = rows.len();
+        let weighted = self.sides.iter().any(|side| side.is_weighted());
+        let from_empty = matches!(task.weighting, PromptWeighting::Comfy | PromptWeighting::Compel);
+        if weighted && from_empty {
+            rows.push(row(self.empty, 0..0));
+        }
+        let masked = rows.len();
+        for side in &self.sides {
+            for (chunk, fragment) in masked_rows(side, task.weighting) {
+                let Some(one) = side.rows.get(chunk) else { continue };
+                let first = one.lessened.iter().position(|&f| f == fragment).unwrap_or(0);
+                let last = one.lessened.iter().rposition(|&f| f == fragment).unwrap_or(0);
+                rows.push(row(&one.ids, first..last + 1));
+            }
+        }
+        let input = ClipInput { rows: &rows, skip: task.skip, vectors: self.vectors, device: task.device };
+        let output = self.encoder.encode(input)?;
+        let split = || {
+            let states = (0..rows.len()).map(|i| output.hidden.narrow(0, i, 1)?.squeeze(0));
+            let states = states.collect::<candle_core::Result<Vec<Tensor>>>()?;
+            let empty = states.get(texts).filter(|_| masked > texts);
+            let (mut start, mut more) = (0, masked);
+            let mut all = Vec::with_capacity(self.sides.len());
+            for side in &self.sides {
+                let (end, until) = (start + side.rows.len(), more + masked_rows(side, task.weighting).len());
+                let part = |from: usize, to: usize| states.get(from..to).unwrap_or_default();
+                let told = States { chunks: part(start, end), empty, masked: part(more, until) };
+                let context = Tensor::cat(&weigh(side, task.weighting, &told)?, 0)?; // [N·L, C]
+                // Of the first chunk, and without weights.
+                let pooled = output.pooled.as_ref().map(|pooled| pooled.narrow(0, start, 1)?.copy()).transpose()?;
+                all.push((context, pooled));
+                (start, more) = (end, until);
+            }
+            Ok(all)
+        };
+        split().stage(STAGE)
+    }
 }
 
 impl Worker<EncodeTask<'_>> for Encode {
@@ -61,37 +123,25 @@ impl Worker<EncodeTask<'_>> for Encode {
     /// # Errors
     /// `invalid_parameter` for a `clip_skip` beyond the encoder's layers; those of the device.
     fn run(&self, task: EncodeTask, ctx: &Context) -> Result<Vec<Embeddings>> {
-        let EncodeTask { encoders, device, texts, skip } = task;
-        let encode = |encoder: &ClipTextModel, rows: Vec<&Vec<u32>>| -> Result<ClipOutput> {
-            ctx.checkpoint()?;
-            let positions = rows.first().map_or(0, |row| row.len());
-            let ids: Vec<u32> = rows.iter().copied().flatten().copied().collect();
-            let ids = Tensor::from_vec(ids, (rows.len(), positions), device).stage(STAGE)?; // [T·N, L]
-            encoder.forward(&ids, skip)
+        let [empty, empty_2] = task.empty;
+        let [vectors, vectors_2] = task.vectors;
+        let sides = |place: usize| task.texts.iter().filter_map(|text| text.sides.get(place)).collect();
+        let first = task
+            .encoders
+            .first
+            .as_ref()
+            .map(|encoder| One { encoder, sides: sides(0), empty, vectors: vectors.as_ref() }.run(&task, ctx));
+        let first = first.transpose()?.unwrap_or_default();
+        let (encoder, vectors) = (&task.encoders.second, vectors_2.as_ref());
+        let second = One { encoder, sides: sides(1), empty: empty_2, vectors }.run(&task, ctx)?;
+        let one = |(place, (states, pooled)): (usize, (Tensor, Option<Tensor>))| {
+            let missing = || Error::bug("the second text encoder was loaded without its projection");
+            let context = match first.get(place) {
+                Some((first, _)) => Tensor::cat(&[first, &states], D::Minus1).stage(STAGE)?,
+                None => states,
+            };
+            Ok(Embeddings { context: context.unsqueeze(0).stage(STAGE)?, pooled: pooled.ok_or_else(missing)? })
         };
-        let first = encoders.first.as_ref();
-        let first = first.map(|encoder| encode(encoder, texts.iter().flat_map(|text| &text.first).collect()));
-        let second = encode(&encoders.second, texts.iter().flat_map(|text| &text.second).collect())?;
-        let pooled =
-            second.pooled.ok_or_else(|| Error::bug("the second text encoder was loaded without its projection"))?;
-        let split = || {
-            let hidden = match first.transpose()? {
-                Some(first) => Tensor::cat(&[&first.hidden, &second.hidden], D::Minus1).stage(STAGE)?,
-                None => second.hidden,
-            }; // [T·N, L, C₁+C₂]
-            let (mut start, mut all) = (0, Vec::with_capacity(texts.len()));
-            for text in texts {
-                let chunks = text.second.len();
-                let one = || {
-                    let context = hidden.narrow(0, start, chunks)?.flatten(0, 1)?.unsqueeze(0)?; // [1, N·L, C₁+C₂]
-                    let pooled = pooled.narrow(0, start, 1)?; // [1, P]: of the first chunk
-                    Ok(Embeddings { context: context.copy()?, pooled: pooled.copy()? })
-                };
-                all.push(one().stage(STAGE)?);
-                start += chunks;
-            }
-            Ok(all)
-        };
-        split()
+        second.into_iter().enumerate().map(one).collect()
     }
 }

@@ -1,12 +1,13 @@
 //! From a text to rows of token ids, each as long as the encoder has positions.
 
+use super::syntax::Fragment;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::model::managers::{ClipTokenizer, Token};
 
 /// Longest text in bytes. No prompt is near it, and what is longer would keep the worker busy for nothing.
-const LONGEST: usize = 64 * 1024;
+pub(in crate::conditioning) const LONGEST: usize = 64 * 1024;
 /// Most rows that a prompt may take.
 pub(in crate::conditioning) const MOST_CHUNKS: usize = 32;
 
@@ -39,21 +40,239 @@ pub(in crate::conditioning) fn chunks(tokens: usize, positions: usize) -> usize 
     tokens.div_ceil(positions.saturating_sub(2).max(1)).max(1)
 }
 
-/// The ids as `chunks` rows of `positions`: start, tokens, end, padding. Rows beyond the text hold none.
-pub(in crate::conditioning) fn rows(
-    tokenizer: &ClipTokenizer,
-    tokens: &[Token],
-    chunks: usize,
-    positions: usize,
-) -> Vec<Vec<u32>> {
-    let mut pieces = tokens.chunks(positions.saturating_sub(2).max(1));
-    let row = |piece: &[Token]| {
-        let mut row = Vec::with_capacity(positions);
-        row.push(tokenizer.start);
-        row.extend(piece.iter().map(|token| token.id));
-        row.push(tokenizer.end);
-        row.resize(positions, tokenizer.padding);
-        row
+/// What an encoder is given of one chunk.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::conditioning) struct Row {
+    /// Start, tokens, end, padding.
+    pub(in crate::conditioning) ids: Vec<u32>,
+    /// Of each position.
+    pub(in crate::conditioning) weights: Vec<f64>,
+    /// For each position the fragment of less than full weight that it belongs to, from 1; 0 for none.
+    pub(in crate::conditioning) lessened: Vec<u32>,
+}
+
+/// A text as one encoder is given it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(in crate::conditioning) struct Side {
+    /// One a chunk.
+    pub(in crate::conditioning) rows: Vec<Row>,
+    /// The weights of the fragments whose weight is below 1.
+    pub(in crate::conditioning) lessened: Vec<f64>,
+}
+
+impl Side {
+    pub(in crate::conditioning) fn is_weighted(&self) -> bool {
+        self.rows.iter().flat_map(|row| &row.weights).any(|&weight| weight != 1.0)
+    }
+
+    /// Adds rows without text until there are `count`.
+    pub(in crate::conditioning) fn fill(&mut self, count: usize, tokenizer: &ClipTokenizer, positions: usize) {
+        while self.rows.len() < count {
+            self.rows.push(row(tokenizer, &[], positions));
+        }
+    }
+}
+
+/// The ids of a row without text.
+pub(in crate::conditioning) fn empty(tokenizer: &ClipTokenizer, positions: usize) -> Vec<u32> {
+    row(tokenizer, &[], positions).ids
+}
+
+/// A token that stands for vectors.
+#[derive(Clone, Debug)]
+pub(in crate::conditioning) struct Word {
+    pub(in crate::conditioning) token: String,
+    /// The id of the first vector; the others follow.
+    pub(in crate::conditioning) first: u32,
+    pub(in crate::conditioning) count: usize,
+}
+
+/// Lays a text out in chunks.
+pub(in crate::conditioning) struct Lay;
+
+pub(in crate::conditioning) struct LayTask<'a> {
+    pub(in crate::conditioning) tokenizer: &'a ClipTokenizer,
+    pub(in crate::conditioning) fragments: &'a [Fragment],
+    pub(in crate::conditioning) words: &'a [Word],
+    /// Of the encoder, start and end included.
+    pub(in crate::conditioning) positions: usize,
+    /// How many tokens back a comma may stand for a chunk to end there; 0: it ends where it is full.
+    pub(in crate::conditioning) backtrack: usize,
+    /// The part of the request in which the text stood.
+    pub(in crate::conditioning) field: &'static str,
+}
+
+/// One position of a chunk.
+#[derive(Clone, Copy)]
+struct Slot {
+    id: u32,
+    weight: f64,
+    lessened: u32,
+}
+
+/// Chunks as they fill.
+struct Chunks {
+    room: usize,
+    backtrack: usize,
+    comma: Option<u32>,
+    /// Where in the chunk that fills the last comma stands.
+    last: Option<usize>,
+    full: Vec<Vec<Slot>>,
+    filling: Vec<Slot>,
+}
+
+impl Chunks {
+    fn close(&mut self) {
+        self.full.push(std::mem::take(&mut self.filling));
+        self.last = None;
+    }
+
+    fn push(&mut self, slot: Slot) {
+        if self.comma == Some(slot.id) {
+            self.last = Some(self.filling.len());
+        } else if let Some(comma) = self.last.filter(|_| self.filling.len() == self.room)
+            && self.room - comma <= self.backtrack
+        {
+            let moved = self.filling.split_off((comma + 1).min(self.filling.len()));
+            self.close();
+            self.filling = moved;
+        }
+        if self.filling.len() == self.room {
+            self.close();
+        }
+        self.filling.push(slot);
+    }
+}
+
+impl Worker<LayTask<'_>> for Lay {
+    type Output = Side;
+
+    /// The web UI's chunks (`modules/sd_hijack_clip.py`): `BREAK` ends one, a token of several vectors is not divided.
+    ///
+    /// # Errors
+    /// `invalid_parameter` for a text that is too long.
+    fn run(&self, task: LayTask, ctx: &Context) -> Result<Side> {
+        let LayTask { tokenizer, fragments, words, positions, backtrack, field } = task;
+        let comma = match backtrack {
+            0 => None,
+            _ => tokenizer.tokenize(",")?.first().map(|token| token.id),
+        };
+        let room = positions.saturating_sub(2).max(1);
+        let (full, filling) = (Vec::new(), Vec::new());
+        let mut chunks = Chunks { room, backtrack, comma, last: None, full, filling };
+        let (mut lessened, mut count) = (Vec::new(), 0);
+        for fragment in fragments {
+            let Fragment::Text { text, weight } = fragment else {
+                chunks.close();
+                continue;
+            };
+            let weight = *weight;
+            if weight < 1.0 {
+                lessened.push(weight);
+            }
+            let mark = if weight < 1.0 { u32::try_from(lessened.len()).unwrap_or(u32::MAX) } else { 0 };
+            for piece in pieces(text, words) {
+                match piece {
+                    Piece::Text(text) => {
+                        let tokens = ctx.perform(&Tokenize, TokenizeTask { tokenizer, text, field })?;
+                        count += tokens.len();
+                        tokens.iter().for_each(|token| chunks.push(Slot { id: token.id, weight, lessened: mark }));
+                    }
+                    Piece::Word(word) => {
+                        count += word.count;
+                        if chunks.filling.len() + word.count > room {
+                            chunks.close();
+                        }
+                        let ids = (0..).map(|i| word.first + i).take(word.count);
+                        chunks.filling.extend(ids.map(|id| Slot { id, weight, lessened: mark }));
+                    }
+                }
+            }
+        }
+        let most = MOST_CHUNKS * 75;
+        if count > most {
+            return Err(Error::invalid(field, format!("must be at most {most} tokens, got {count}")));
+        }
+        if !chunks.filling.is_empty() || chunks.full.is_empty() {
+            chunks.close();
+        }
+        if chunks.full.len() > MOST_CHUNKS {
+            let got = chunks.full.len();
+            return Err(Error::invalid(field, format!("must be at most {MOST_CHUNKS} chunks, got {got}")));
+        }
+        let rows = chunks.full.iter().map(|chunk| row(tokenizer, chunk, positions)).collect();
+        Ok(Side { rows, lessened })
+    }
+}
+
+/// Start, the chunk, end and padding: `positions` in all.
+fn row(tokenizer: &ClipTokenizer, chunk: &[Slot], positions: usize) -> Row {
+    let free = |id: u32| Slot { id, weight: 1.0, lessened: 0 };
+    let mut slots = Vec::with_capacity(positions);
+    slots.push(free(tokenizer.start));
+    slots.extend(chunk);
+    slots.push(free(tokenizer.end));
+    slots.resize(positions, free(tokenizer.padding));
+    Row {
+        ids: slots.iter().map(|slot| slot.id).collect(),
+        weights: slots.iter().map(|slot| slot.weight).collect(),
+        lessened: slots.iter().map(|slot| slot.lessened).collect(),
+    }
+}
+
+enum Piece<'a> {
+    Text(&'a str),
+    Word(&'a Word),
+}
+
+/// A text, divided where a word stands that means vectors. Of two such words at a place the longer one counts.
+fn pieces<'a>(text: &'a str, words: &'a [Word]) -> Vec<Piece<'a>> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while let Some((start, end, word)) = first_word(rest, words) {
+        pieces.push(Piece::Text(rest.get(..start).unwrap_or_default()));
+        pieces.push(Piece::Word(word));
+        rest = rest.get(end..).unwrap_or_default();
+    }
+    pieces.push(Piece::Text(rest));
+    pieces
+}
+
+/// Whether any of the texts has the word `token` by itself.
+pub(in crate::conditioning) fn stands_in(fragments: &[Fragment], token: &str) -> bool {
+    fragments.iter().any(|fragment| match fragment {
+        Fragment::Text { text, .. } => text.char_indices().any(|(start, _)| word_at(text, start, token).is_some()),
+        Fragment::Break => false,
+    })
+}
+
+fn first_word<'a>(text: &str, words: &'a [Word]) -> Option<(usize, usize, &'a Word)> {
+    if words.is_empty() {
+        return None;
+    }
+    let longest = |start: usize| {
+        let ends = words.iter().filter_map(|word| Some((start, word_at(text, start, &word.token)?, word)));
+        ends.max_by_key(|&(_, end, _)| end)
     };
-    (0..chunks).map(|_| row(pieces.next().unwrap_or_default())).collect()
+    text.char_indices().find_map(|(start, _)| longest(start))
+}
+
+/// Where `token` ends that begins at `start`, in whatever case, if no letter, digit or `_` makes it part of a word.
+fn word_at(text: &str, start: usize, token: &str) -> Option<usize> {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let (before, from) = (text.get(..start)?, text.get(start..)?);
+    let mut characters = from.chars();
+    let mut length = 0;
+    for wanted in token.chars() {
+        let c = characters.next()?;
+        if c != wanted && !c.to_lowercase().eq(wanted.to_lowercase()) {
+            return None;
+        }
+        length += c.len_utf8();
+    }
+    let joined = |inner: Option<char>, outer: Option<char>| inner.is_some_and(is_word) && outer.is_some_and(is_word);
+    let apart = length > 0
+        && !joined(token.chars().next(), before.chars().next_back())
+        && !joined(token.chars().next_back(), characters.next());
+    apart.then_some(start + length)
 }

@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use crate::conditioning::adapters::{Adaptation, AdapterFacts, Features};
+use crate::conditioning::adapters::{Adaptation, Features};
 use crate::context::Context;
 use crate::error::{Error, Result, Stage as _};
 use crate::layers::Worker;
-use crate::model::networks::unet::{Pictures, ReadPictures, ReadText};
+use crate::model::networks::unet::{Pictures, ReadPictures, ReadText, Unet};
 
 const STAGE: &str = "adapters";
 
@@ -14,6 +14,7 @@ const STAGE: &str = "adapters";
 pub struct ReadAdapters;
 
 pub struct ReadAdaptersTask<'a> {
+    pub unet: &'a Unet,
     pub adaptation: &'a Adaptation,
     /// What the UNet reads beside them.
     pub text: &'a ReadText,
@@ -26,7 +27,6 @@ pub struct ReadAdaptersTask<'a> {
 pub struct Adapters {
     pictures: Vec<(ReadPictures, f64, [f64; 2])>,
     features: Vec<(Vec<Tensor>, f64)>,
-    pub facts: Vec<AdapterFacts>,
 }
 
 /// What one evaluation takes.
@@ -39,14 +39,14 @@ impl Worker<ReadAdaptersTask<'_>> for ReadAdapters {
     type Output = Adapters;
 
     fn run(&self, task: ReadAdaptersTask<'_>, ctx: &Context) -> Result<Adapters> {
-        let ReadAdaptersTask { adaptation, text, negatives } = task;
+        let ReadAdaptersTask { unet, adaptation, text, negatives } = task;
         let mut pictures = Vec::with_capacity(adaptation.pictures.len());
         for one in &adaptation.pictures {
-            let read = text.pictures(&one.adapter.network, &one.tokens, &|| ctx.checkpoint())?;
+            let read = unet.pictures(text, &one.adapter.network, &one.tokens, &|| ctx.checkpoint())?;
             pictures.push((read.spread(negatives, text.samples())?, one.weight, one.share));
         }
         let features = adaptation.features.iter().map(|Features { maps, end }| (maps.clone(), *end)).collect();
-        Ok(Adapters { pictures, features, facts: adaptation.facts.clone() })
+        Ok(Adapters { pictures, features })
     }
 }
 

@@ -6,7 +6,10 @@ use std::cell::Cell;
 use candle_core::{DType, Tensor};
 
 use super::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};
+use super::control::{Controls, Evaluation};
 use super::guidance::{Guide, GuideTask};
+use super::latents::Masking;
+use super::prompts::{PreparePrompt, Prompts};
 use crate::conditioning::adapters::Adaptation;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
@@ -23,10 +26,18 @@ pub struct Denoise;
 
 pub struct DenoiseTask<'a> {
     pub unet: &'a Unet,
+    pub controls: &'a Controls,
     /// Of as many images as `noise` has.
-    pub prompt: &'a Prompt,
+    pub prompts: &'a Prompts,
+    pub prepare: &'a PreparePrompt<'a>,
+    /// Steps of the prompt's schedule that earlier runs have walked.
+    pub before: usize,
     pub sampling: &'a SamplingPlan,
-    /// The images' own streams; the initial latents are drawn here.
+    /// `[B, H, W, C]`, f32: the sample at the level where the run starts.
+    pub x: Tensor,
+    /// What is repainted; all of it where there is none.
+    pub masking: Option<&'a Masking>,
+    /// The images' own streams, after what `x` was made of.
     pub noise: &'a mut NoiseSource,
     pub placement: &'a Placement,
     /// Told after each step how many are done, and the latest x₀.
@@ -38,18 +49,30 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
+        let DenoiseTask { unet, controls, prompts, prepare, before, sampling, x, masking, noise, placement, observe } =
+            task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
-        let x = (noise.draw()? * sampling.init_scale)?;
-        let network = Network { unet, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
         let done = Cell::new(0);
         let steps = sampling.steps();
-        let mut denoiser =
-            |x: &Tensor, level: Level| network.denoised(x, Moment { level, step: done.get(), steps }, ctx);
+        let mut denoiser = |x: &Tensor, level: Level| {
+            let now = Moment { level, step: done.get(), steps };
+            let network = Network {
+                unet,
+                controls,
+                prompt: &*prompts.at(before + now.step, prepare)?,
+                compute: placement.compute.tensor(),
+                prediction: sampling.prediction,
+                beside: masking.and_then(|masking| masking.beside.as_ref()),
+            };
+            network.denoised(x, now, ctx)
+        };
         let mut land = |landed: usize, x: Tensor, x0: &Tensor| -> Result<Tensor> {
             done.set(landed);
             observe(landed, x0)?;
-            Ok(x)
+            match masking {
+                Some(Masking { mask, outside: Some(outside), .. }) => outside.hold(mask, &x, sampling, landed),
+                _ => Ok(x),
+            }
         };
         let latents =
             sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, land: &mut land }, ctx)?;
@@ -63,8 +86,9 @@ pub struct Prepare;
 
 pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
-    pub conditioning: &'a Conditioning,
+    pub controls: &'a Controls,
     pub adaptation: &'a Adaptation,
+    pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
     pub guidance: Guidance,
     pub placement: &'a Placement,
@@ -72,28 +96,33 @@ pub struct PrepareTask<'a> {
     pub batch: usize,
 }
 
-/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt in one batch,
-/// the negative one's samples first; without, for the prompt alone.
+/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt's parts in one
+/// batch, the negative one's samples first; without, and without parts, for the prompt alone.
 pub struct Prompt {
     text: ReadText,
+    /// For each ControlNet.
+    control_texts: Vec<ReadText>,
+    adapters: Adapters,
+    /// The weight of each part.
+    parts: Vec<f64>,
     /// `[passes·B, P]`
     pooled: Tensor,
     /// One row a sample.
     time_ids: Vec<Vec<f64>>,
     guidance: Guidance,
     batch: usize,
-    pub adapters: Adapters,
 }
 
 impl Worker<PrepareTask<'_>> for Prepare {
     type Output = Prompt;
 
     fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
-        let PrepareTask { unet, conditioning, adaptation, time_ids, guidance, placement, batch } = task;
+        let PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
-        if guidance.is_on() {
+        let parts: Vec<f64> = conditioning.positive.iter().map(|part| part.weight).collect();
+        if guidance.is_on() || parts.len() > 1 {
             let negative =
                 conditioning.negative.as_ref().ok_or_else(|| Error::bug("guidance without a negative prompt"))?;
             for _ in 0..batch {
@@ -102,23 +131,27 @@ impl Worker<PrepareTask<'_>> for Prepare {
                 ids.push(time_ids.negative.clone());
             }
         }
-        for _ in 0..batch {
-            contexts.push(&conditioning.positive.context);
-            pooled.push(&conditioning.positive.pooled);
-            ids.push(time_ids.positive.clone());
+        for part in &conditioning.positive {
+            for _ in 0..batch {
+                contexts.push(&part.embeddings.context);
+                pooled.push(&part.embeddings.pooled);
+                ids.push(time_ids.positive.clone());
+            }
         }
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         let text = unet.read(&context, compute, &|| ctx.checkpoint())?;
-        let negatives = if guidance.is_on() { batch } else { 0 };
-        let adapters = ctx.perform(&ReadAdapters, ReadAdaptersTask { adaptation, text: &text, negatives })?;
+        let negatives = if guidance.is_on() || parts.len() > 1 { batch } else { 0 };
+        let task = ReadAdaptersTask { unet, adaptation, text: &text, negatives };
         Ok(Prompt {
+            control_texts: controls.read(&context, compute, ctx)?,
+            adapters: ctx.perform(&ReadAdapters, task)?,
             text,
+            parts,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
             guidance,
             batch,
-            adapters,
         })
     }
 }
@@ -135,9 +168,12 @@ pub(super) struct Moment {
 /// The UNet with the prompt.
 struct Network<'a> {
     unet: &'a Unet,
+    controls: &'a Controls,
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
+    /// `[B, H, W, ·]`, f32: what the UNet takes beside the latents.
+    beside: Option<&'a Tensor>,
 }
 
 impl Network<'_> {
@@ -161,35 +197,59 @@ impl Network<'_> {
 
     /// What the network predicts under guidance. `scaled` and the result are `[B, H, W, C]`, f32.
     fn guided(&self, scaled: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { guidance, batch, .. } = self.prompt;
-        let input = scaled.to_dtype(self.compute)?;
-        if !guidance.is_on() {
+        let Prompt { guidance, batch, parts, .. } = self.prompt;
+        let input = match self.beside {
+            Some(beside) => Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute)?,
+            None => scaled.to_dtype(self.compute)?,
+        };
+        if !guidance.is_on() && parts.len() == 1 {
             return self.predicted(&input, now, ctx);
         }
-        let predicted = self.predicted(&Tensor::cat(&[&input, &input], 0)?, now, ctx)?;
+        let predicted = self.predicted(&Tensor::cat(&vec![&input; 1 + parts.len()], 0)?, now, ctx)?;
         let negative = predicted.narrow(0, 0, *batch)?;
-        let positive = predicted.narrow(0, *batch, *batch)?;
-        ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })
+        let positive = joined(&predicted, &negative, parts)?;
+        // Parts that are not guided are joined as they are.
+        let guidance = Guidance { scale: guidance.scale.max(1.0), ..*guidance };
+        ctx.perform(&Guide, GuideTask { negative, positive, guidance })
     }
 
     /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
     fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, pooled, time_ids, adapters, .. } = self.prompt;
+        let Prompt { text, control_texts, adapters, pooled, time_ids, batch, .. } = self.prompt;
         let adapted = adapters.at(now.step, now.steps)?;
+        // Without the negative prompt there are the prompt's samples alone.
+        let negative = if text.samples() > *batch { *batch } else { 0 };
+        let task = Evaluation { sample: input, texts: control_texts, pooled, time_ids, negative, now };
+        let residuals = self.controls.residuals(task, ctx)?;
         let predicted = self.unet.forward(UnetInput {
             sample: input,
             timesteps: &[now.level.timestep],
             text: Text::Read(text),
             pooled,
             time_ids,
-            down_residuals: None,
-            mid_residual: None,
+            down_residuals: residuals.as_ref().map(|residuals| residuals.down.as_slice()),
+            mid_residual: residuals.as_ref().map(|residuals| &residuals.mid),
             pictures: &adapted.pictures,
             features: &adapted.features,
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
     }
+}
+
+/// The parts of a prompt as one (Liu et al. 2022, <https://arxiv.org/abs/2206.01714>, equation 11, in the web UI's form):
+/// ε₋ + Σ wᵢ (εᵢ − ε₋). `predicted` has the negative prompt's samples and then each part's.
+fn joined(predicted: &Tensor, negative: &Tensor, parts: &[f64]) -> Result<Tensor> {
+    let batch = negative.dim(0)?;
+    if matches!(parts, [1.0]) {
+        return Ok(predicted.narrow(0, batch, batch)?);
+    }
+    let mut joined = negative.clone();
+    for (place, weight) in parts.iter().enumerate() {
+        let part = predicted.narrow(0, (1 + place) * batch, batch)?;
+        joined = (joined + ((part - negative)? * *weight)?)?;
+    }
+    Ok(joined)
 }
 
 /// A picture made of numbers that are not finite would be black; it is an error instead.
@@ -205,8 +265,8 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Adaptation, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
-    use crate::conditioning::instructor::Conditioning;
+    use super::{Adaptation, Controls, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use crate::conditioning::instructor::{Conditioning, Positive};
     use crate::context::Context;
     use crate::device::instructor::Placement;
     use crate::device::interface::{Dtype, Quantization};
@@ -214,8 +274,8 @@ mod tests {
     use crate::model::instructor::ModelCrew;
     use crate::model::interface::Settings;
 
-    /// What the demonstration model is told at `scale`.
-    fn prompt(scale: f64, batch: usize) -> Prompt {
+    /// What the demonstration model is told at `scale`, of as many parts.
+    fn prompt(scale: f64, batch: usize, parts: usize) -> Prompt {
         let (ctx, device) = (Context::detached(), candle_core::Device::Cpu);
         let placement = Placement {
             device: device.clone(),
@@ -231,13 +291,15 @@ mod tests {
             context: Tensor::full(value, (1, 77, checkpoint.unet.context_channels()), &device).unwrap(),
             pooled: Tensor::full(value, (1, pooled), &device).unwrap(),
         };
-        let conditioning = Conditioning { positive: text(1.0), negative: Some(text(-1.0)) };
+        let part = |i: usize| Positive { embeddings: text((1 + i) as f32), weight: 1.0 };
+        let conditioning = Conditioning { positive: (0..parts).map(part).collect(), negative: Some(text(-1.0)) };
         let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
         let guidance = Guidance { scale, rescale: 0.0 };
         let task = PrepareTask {
             unet: &unet,
-            conditioning: &conditioning,
+            controls: &Controls::default(),
             adaptation: &Adaptation::default(),
+            conditioning: &conditioning,
             time_ids: &time_ids,
             guidance,
             placement: &placement,
@@ -246,21 +308,24 @@ mod tests {
         ctx.perform(&Prepare, task).unwrap()
     }
 
-    /// Samples of one evaluation: -1 for the negative prompt's, 1 for the prompt's.
-    fn check(scale: f64, batch: usize, samples: &[f32]) {
-        let Prompt { text, pooled, time_ids, .. } = prompt(scale, batch);
+    /// Samples of one evaluation: -1 for the negative prompt's, 1 for the prompt's, 2 for its second part's.
+    fn check((scale, batch, parts): (f64, usize, usize), samples: &[f32]) {
+        let Prompt { text, pooled, time_ids, .. } = prompt(scale, batch, parts);
         assert_eq!((text.samples(), pooled.dtype()), (samples.len(), DType::F32), "scale {scale}, batch {batch}");
         let firsts: Vec<f32> = pooled.to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
         assert_eq!(firsts, samples, "scale {scale}, batch {batch}");
         let ids: Vec<f32> = time_ids.iter().map(|row| row[0] as f32).collect();
-        assert_eq!(ids, samples, "scale {scale}, batch {batch}");
+        let signs: Vec<f32> = samples.iter().map(|sample| sample.signum()).collect();
+        assert_eq!(ids, signs, "scale {scale}, batch {batch}");
     }
 
     #[test]
     fn guidance_evaluates_both_prompts_in_one_batch_and_no_guidance_one_alone() {
-        check(5.0, 1, &[-1.0, 1.0]);
-        check(5.0, 2, &[-1.0, -1.0, 1.0, 1.0]);
-        check(1.0, 1, &[1.0]);
-        check(0.0, 3, &[1.0, 1.0, 1.0]);
+        check((5.0, 1, 1), &[-1.0, 1.0]);
+        check((5.0, 2, 1), &[-1.0, -1.0, 1.0, 1.0]);
+        check((1.0, 1, 1), &[1.0]);
+        check((0.0, 3, 1), &[1.0, 1.0, 1.0]);
+        check((5.0, 2, 2), &[-1.0, -1.0, 1.0, 1.0, 2.0, 2.0]);
+        check((1.0, 1, 2), &[-1.0, 1.0, 2.0]);
     }
 }

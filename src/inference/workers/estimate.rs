@@ -6,9 +6,10 @@ use crate::error::Result;
 use crate::inference::interface::{DecodeExtent, Estimate};
 use crate::inference::plan::GenerationPlan;
 use crate::layers::Worker;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::networks::vae::Extent;
 use crate::pace::{Pace, Work};
-use crate::units::Bytes;
+use crate::units::{Bytes, ImageSize};
 
 pub struct Appraise;
 
@@ -31,14 +32,24 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
         let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
-        let (height, width) = (plan.size.height / 8, plan.size.width / 8);
-        let positions = height * width;
-        let weights = match quantization {
-            Quantization::None => plan.checkpoint.file_bytes(),
-            Quantization::Int8 => plan.checkpoint.file_bytes().saturating_sub(plan.checkpoint.int8_saves(ctx)?),
+        let passes = plan.prompt.passes;
+        let of = |size: ImageSize| size.width * size.height / 64;
+        let last = of(plan.last_size());
+        let positions = of(plan.size).max(last);
+        let bytes = |checkpoint: &Checkpoint| -> Result<Bytes> {
+            Ok(match quantization {
+                Quantization::None => checkpoint.file_bytes(),
+                Quantization::Int8 => checkpoint.file_bytes().saturating_sub(checkpoint.int8_saves(ctx)?),
+            })
         };
-        let weights = weights + plan.adapters.file_bytes();
+        let mut weights = bytes(&plan.checkpoint)?;
+        if let Some(other) = plan.further.iter().find(|further| further.checkpoint.key != plan.checkpoint.key) {
+            weights = weights + bytes(&other.checkpoint)?;
+        }
+        let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
+        let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
+        weights = weights + nets.map(|at| plan.controls[at].net.file_bytes()).sum();
+        weights = weights + plan.adapters.file_bytes();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections.
@@ -49,7 +60,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             });
         let left = weights.saturating_sub(loaded);
         let activations = |extent| {
-            let decoder = plan.checkpoint.vae.decode_bytes(plan.size.width * plan.size.height, element, extent);
+            let decoder = plan.checkpoint.vae.decode_bytes(64 * last, element, extent);
             Bytes((passes * unet * element).max(decoder) as u64)
         };
         let whole = activations(Extent::Whole);
@@ -59,10 +70,14 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             (DecodeExtent::Auto | DecodeExtent::Strips, _) => activations(Extent::Strips),
         };
         let images = plan.seeds.len();
-        let evaluations = plan.sampling.evaluations() * passes * positions;
+        let runs = || {
+            let further = plan.further.iter().map(|further| (further.sampling.evaluations(), of(further.size)));
+            std::iter::once((plan.sampling.evaluations(), of(plan.size))).chain(further)
+        };
+        let units = runs().map(|(evaluations, positions)| evaluations * passes * positions).sum();
         let seconds = pace
-            .expect(key, Work::Evaluation, evaluations)
-            .zip(pace.expect(key, Work::Decode, positions))
+            .expect(key, Work::Evaluation, units)
+            .zip(pace.expect(key, Work::Decode, last))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
         let needed = left + activations;
         Ok(Estimate {
@@ -71,7 +86,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             needed,
             free,
             fits: free.map(|free| needed <= free),
-            evaluations: plan.sampling.evaluations() * images,
+            evaluations: runs().map(|(evaluations, _)| evaluations).sum::<usize>() * images,
             seconds,
         })
     }

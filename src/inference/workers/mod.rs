@@ -1,8 +1,12 @@
 //! The steps of a generation: initial latents, denoising, guidance, decoding.
 
 pub mod adapters;
+pub mod control;
 pub mod decode;
 pub mod denoise;
 pub mod estimate;
 pub mod guidance;
+pub mod latents;
+pub mod paste;
 pub mod preview;
+pub mod prompts;

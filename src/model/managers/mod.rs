@@ -1,6 +1,7 @@
 //! Long-lived weights, one manager a network, and the shelf on which each keeps them.
 
 mod adapters;
+mod controlnet;
 mod encoder;
 mod tokenizer;
 mod unet;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use candle_nn::VarBuilder;
 
 pub use adapters::{Adapter, AdapterManager, shapes};
+pub use controlnet::ControlNetManager;
 pub use encoder::{EncoderManager, TextEncoders};
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;

@@ -57,23 +57,27 @@ impl KeysValues {
     /// The first sample `first` times, then the last as often as is left of `samples`.
     pub(super) fn spread(&self, first: usize, samples: usize) -> CandleResult<Self> {
         let spread = |x: &Tensor| -> CandleResult<Tensor> {
-            let (last, whole) = (x.dim(0)?.saturating_sub(1), x.narrow(0, 0, 1)?);
-            let last = x.narrow(0, last, 1)?;
-            let rows: Vec<&Tensor> = (0..samples).map(|row| if row < first { &whole } else { &last }).collect();
+            let (one, other) = (x.narrow(0, 0, 1)?, x.narrow(0, x.dim(0)?.saturating_sub(1), 1)?);
+            let rows: Vec<&Tensor> = (0..samples).map(|row| if row < first { &one } else { &other }).collect();
             Tensor::cat(&rows, 0)
         };
         Ok(Self { keys: spread(&self.keys)?, values: spread(&self.values)? })
     }
+
+    /// Those of `count` samples from `start` on.
+    pub(super) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
+        Ok(Self { keys: self.keys.narrow(0, start, count)?, values: self.values.narrow(0, start, count)? })
+    }
 }
 
-/// What a block reads of pictures beside the text, and how much it counts.
+/// What every block reads of pictures beside the text, and how much it counts.
 pub(super) type Pictures<'a> = (&'a [KeysValues], f64);
 
 /// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
 pub(super) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
     all: usize,
-    /// For each IP-Adapter, what every block reads.
+    /// One an IP-Adapter.
     pictures: &'a [Pictures<'a>],
 }
 
@@ -213,6 +217,11 @@ impl SpatialTransformer {
             blocks: (0..depth).map(|i| TransformerBlock::load(&blocks.pp(i), shape)).collect::<CandleResult<_>>()?,
             proj_out: load_projection(&vb.pp("proj_out"), shape.channels, shape.channels)?,
         })
+    }
+
+    /// How many blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.blocks.len()
     }
 
     /// What each block reads in `context`, `[B, L, D]`, added to `read` in the blocks' order.

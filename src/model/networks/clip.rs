@@ -2,7 +2,9 @@
 //!
 //! Legend: `B` batch, `L` tokens (77), `C` hidden size, `P` projected size.
 
-use candle_core::{D, DType, Result as CandleResult, Tensor};
+use std::ops::Range;
+
+use candle_core::{D, DType, Device, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
@@ -90,6 +92,30 @@ pub struct ClipOutput {
     pub pooled: Option<Tensor>,
 }
 
+/// The first id that stands for a vector of [`ClipInput::vectors`], the next one for the next; far above every
+/// vocabulary.
+pub const FIRST_VECTOR: u32 = 1 << 30;
+
+/// Texts of the same length.
+#[derive(Clone, Copy)]
+pub struct ClipInput<'a> {
+    pub rows: &'a [ClipRow<'a>],
+    /// How many further layers are left out before `hidden` is taken: 0 gives `hidden_states[-2]`, as SDXL has it.
+    pub skip: usize,
+    /// `[V, C]`: vectors in place of token embeddings.
+    pub vectors: Option<&'a Tensor>,
+    pub device: &'a Device,
+}
+
+/// One text.
+#[derive(Clone)]
+pub struct ClipRow<'a> {
+    /// At most as many as there are positions.
+    pub ids: &'a [u32],
+    /// Positions that no other attends to; none at the first one.
+    pub hidden: Range<usize>,
+}
+
 /// A transformer layer, of text and image encoders alike.
 #[derive(Clone, Debug)]
 pub(super) struct EncoderLayer {
@@ -125,18 +151,55 @@ impl EncoderLayer {
         })
     }
 
-    /// `[B, L, C]` to `[B, L, C]`.
-    pub(super) fn forward(&self, x: &Tensor, mask: Mask) -> CandleResult<Tensor> {
+    /// `[B, L, C]` to `[B, L, C]`. `hidden` holds for each text the positions that no other sees.
+    fn forward(&self, x: &Tensor, hidden: &[Range<usize>]) -> CandleResult<Tensor> {
+        self.forward_by(x, |q, k, v| {
+            if hidden.iter().all(Range::is_empty) {
+                return attention(q, k, v, self.heads, Mask::Causal);
+            }
+            let one = |(i, hidden): (usize, &Range<usize>)| {
+                let row = |t: &Tensor| t.narrow(0, i, 1)?.contiguous();
+                self.attend(&row(q)?, &row(k)?, &row(v)?, hidden)
+            };
+            Tensor::cat(&hidden.iter().enumerate().map(one).collect::<CandleResult<Vec<_>>>()?, 0)
+        })
+    }
+
+    /// `[B, L, C]` to `[B, L, C]`, where every position sees every other.
+    pub(super) fn forward_unmasked(&self, x: &Tensor) -> CandleResult<Tensor> {
+        self.forward_by(x, |q, k, v| attention(q, k, v, self.heads, Mask::None))
+    }
+
+    fn forward_by(
+        &self,
+        x: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
         let normal = self.layer_norm1.forward(x)?;
         let q = self.q_proj.forward(&normal)?;
         let k = self.k_proj.forward(&normal)?;
         let v = self.v_proj.forward(&normal)?;
-        let seen = attention(&q, &k, &v, self.heads, mask)?;
+        let seen = attend(&q, &k, &v)?;
         let x = self.out_proj.forward_with(&seen, Epilogue { residual: Some(x), ..Epilogue::default() })?;
         let normal = self.layer_norm2.forward(&x)?;
         let activation = Some(self.activation);
         let inner = self.fc1.forward_with(&normal, Epilogue { activation, ..Epilogue::default() })?;
         self.fc2.forward_with(&inner, Epilogue { residual: Some(&x), ..Epilogue::default() })
+    }
+
+    /// Attention of one text, `[1, L, C]`, whose positions `hidden` see what stands before them and are not seen.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, hidden: &Range<usize>) -> CandleResult<Tensor> {
+        let (start, count, length) = (hidden.start, hidden.len(), q.dim(1)?);
+        if count == 0 || start == 0 || start + count > length {
+            return attention(q, k, v, self.heads, Mask::Causal);
+        }
+        let (end, rest) = (start + count, length - start - count);
+        let around = |t: &Tensor| Tensor::cat(&[&t.narrow(1, 0, start)?, &t.narrow(1, end, rest)?], 1);
+        let seen = attention(&around(q)?, &around(k)?, &around(v)?, self.heads, Mask::Causal)?;
+        let part = |t: &Tensor, from: usize, count: usize| t.narrow(1, from, count)?.contiguous();
+        let (before, own) = (|t: &Tensor| part(t, 0, start), part(q, start, count)?);
+        let unseen = attention(&own, &before(k)?, &before(v)?, self.heads, Mask::None)?;
+        Tensor::cat(&[&seen.narrow(1, 0, start)?, &unseen, &seen.narrow(1, start, rest)?], 1)
     }
 }
 
@@ -204,54 +267,91 @@ impl ClipTextModel {
     /// `ids` is `[B, L]`, u32, `L` at most the number of positions. `skip` is how many further layers are left out
     /// before `hidden` is taken: 0 gives `hidden_states[-2]`, as SDXL has it.
     ///
+    /// # Errors
+    /// Those of [`Self::encode`].
+    pub fn forward(&self, ids: &Tensor, skip: usize) -> Result<ClipOutput> {
+        let rows = ids.to_vec2::<u32>().stage(STAGE)?;
+        let rows: Vec<ClipRow> = rows.iter().map(|ids| ClipRow { ids, hidden: 0..0 }).collect();
+        self.encode(ClipInput { rows: &rows, skip, vectors: None, device: ids.device() })
+    }
+
+    /// What the encoder says of texts of the same length.
+    ///
     /// Layers that no output needs are not computed.
     ///
     /// # Errors
     /// `invalid_parameter` for a `skip` that leaves nothing; ids outside the vocabulary; those of the device.
-    pub fn forward(&self, ids: &Tensor, skip: usize) -> Result<ClipOutput> {
+    pub fn encode(&self, input: ClipInput) -> Result<ClipOutput> {
+        let ClipInput { rows, skip, vectors, .. } = input;
         let Some(wanted) = self.layers.len().checked_sub(1).and_then(|last| last.checked_sub(skip)) else {
             let most = self.layers.len().saturating_sub(1);
             return Err(Error::invalid("clip_skip", format!("must be at most {most} for this model, got {skip}")));
         };
-        let rows = ids.to_vec2::<u32>().stage(STAGE)?;
-        let length = rows.first().map_or(0, Vec::len);
+        let length = rows.first().map_or(0, |row| row.ids.len());
         let (vocabulary, positions) = (self.token_embedding.dims(), self.position_embedding.dims());
         if length == 0 || positions.first().is_none_or(|&most| length > most) {
             return Err(Error::bug(format!("a text of {length} tokens for {positions:?} positions")));
         }
-        if let Some(id) = rows.iter().flatten().find(|&&id| vocabulary.first().is_none_or(|&n| id as usize >= n)) {
+        let more = vectors.and_then(|vectors| vectors.dims().first().copied()).unwrap_or(0);
+        let known = |id: u32| match id.checked_sub(FIRST_VECTOR) {
+            Some(vector) => (vector as usize) < more,
+            None => vocabulary.first().is_some_and(|&n| (id as usize) < n),
+        };
+        if let Some(id) = rows.iter().flat_map(|row| row.ids).find(|&&id| !known(id)) {
             let message = format!("its vocabulary has no token {id}, which the tokenizer gave");
             return Err(Judge { name: STAGE }.refuse(message));
         }
-        self.run(ids, &rows, wanted).stage(STAGE)
+        if rows.iter().any(|row| row.ids.len() != length) {
+            return Err(Error::bug("texts of several lengths for the text encoder"));
+        }
+        self.run(input, length, wanted).stage(STAGE)
     }
 
-    fn run(&self, ids: &Tensor, rows: &[Vec<u32>], wanted: usize) -> CandleResult<ClipOutput> {
-        let (batch, length) = ids.dims2()?;
-        let tokens = self.token_embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(self.compute)?;
+    fn run(&self, input: ClipInput, length: usize, wanted: usize) -> CandleResult<ClipOutput> {
+        let (rows, batch) = (input.rows, input.rows.len());
+        let tokens = self.embed(input)?;
         let tokens = tokens.reshape((batch, length, self.token_embedding.dim(D::Minus1)?))?; // [B, L, C]
         let places = self.position_embedding.narrow(0, 0, length)?.to_dtype(self.compute)?;
+        let hidden: Vec<Range<usize>> = rows.iter().map(|row| row.hidden.clone()).collect();
         let mut x = tokens.broadcast_add(&places)?;
         for layer in &self.layers[..wanted] {
-            x = layer.forward(&x, Mask::Causal)?;
+            x = layer.forward(&x, &hidden)?;
         }
-        let hidden = x.clone();
-        let Some(pooling) = &self.pooling else { return Ok(ClipOutput { hidden, pooled: None }) };
+        let states = x.clone();
+        let Some(pooling) = &self.pooling else { return Ok(ClipOutput { hidden: states, pooled: None }) };
         for layer in &self.layers[wanted..] {
-            x = layer.forward(&x, Mask::Causal)?;
+            x = layer.forward(&x, &hidden)?;
         }
         let ends = rows.iter().enumerate().map(|(i, row)| {
-            let state = x.narrow(0, i, 1)?.narrow(1, self.end_of_text(row), 1)?; // [1, 1, C]
+            let state = x.narrow(0, i, 1)?.narrow(1, self.end_of_text(row.ids), 1)?; // [1, 1, C]
             state.squeeze(1)
         });
         let ends = Tensor::cat(&ends.collect::<CandleResult<Vec<_>>>()?, 0)?; // [B, C]
         let pooled = pooling.text_projection.forward(&pooling.final_layer_norm.forward(&ends)?)?;
-        Ok(ClipOutput { hidden, pooled: Some(pooled) })
+        Ok(ClipOutput { hidden: states, pooled: Some(pooled) })
+    }
+
+    /// The embeddings of every id, one after another: `[B·L, C]`.
+    fn embed(&self, input: ClipInput) -> CandleResult<Tensor> {
+        let all = || input.rows.iter().flat_map(|row| row.ids.iter().copied());
+        let index = |ids: Vec<u32>| {
+            Tensor::from_vec(ids, input.rows.iter().map(|row| row.ids.len()).sum::<usize>(), input.device)
+        };
+        let of_vocabulary = |id: u32| if id < FIRST_VECTOR { id } else { 0 };
+        let ids = index(all().map(of_vocabulary).collect())?;
+        let tokens = self.token_embedding.index_select(&ids, 0)?.to_dtype(self.compute)?;
+        let Some(vectors) = input.vectors.filter(|_| all().any(|id| id >= FIRST_VECTOR)) else { return Ok(tokens) };
+        let count = tokens.dim(0)?;
+        let place =
+            |(i, id): (usize, u32)| id.checked_sub(FIRST_VECTOR).map_or(i, |vector| count + vector as usize) as u32;
+        let order = index(all().enumerate().map(place).collect())?;
+        Tensor::cat(&[&tokens, &vectors.to_dtype(self.compute)?], 0)?.index_select(&order, 0)
     }
 
     /// The position whose state stands for the whole text; the first if the text has no end.
     fn end_of_text(&self, row: &[u32]) -> usize {
-        let wanted = if self.eos == LEGACY_EOS { row.iter().max().copied() } else { Some(self.eos) };
+        let highest = || row.iter().filter(|&&id| id < FIRST_VECTOR).max().copied();
+        let wanted = if self.eos == LEGACY_EOS { highest() } else { Some(self.eos) };
         row.iter().position(|&id| Some(id) == wanted).unwrap_or(0)
     }
 }

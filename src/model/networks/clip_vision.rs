@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::clip::{ClipConfig, EncoderLayer};
 use super::{Check, Judge, MAX_CHANNELS, MAX_LAYERS, loading};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Mask, Padding};
+use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Padding};
 
 const STAGE: &str = "image encoder";
 
@@ -175,7 +175,7 @@ impl ClipVision {
         let unused = usize::from(seen == Seen::Patches);
         for layer in self.layers.iter().take(self.layers.len().saturating_sub(unused)) {
             check()?;
-            x = layer.forward(&x, Mask::None).stage(STAGE)?;
+            x = layer.forward_unmasked(&x).stage(STAGE)?;
         }
         match seen {
             Seen::Patches => Ok(x),

@@ -5,6 +5,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::unet_config::{UnetConfig, UnetPlan};
 use crate::kernels::{Activation, Epilogue, Linear};
 
 /// The longest wavelength of a sinusoidal embedding, over 2π (Vaswani et al. 2017, section 3.5).
@@ -87,5 +88,56 @@ impl TimestepEmbedding {
         let activated =
             self.linear_1.forward_with(&x, Epilogue { activation: Some(Activation::Silu), ..Epilogue::default() })?;
         self.linear_2.forward(&activated)
+    }
+}
+
+/// The numbers of one evaluation, for each sample of a batch.
+#[derive(Clone, Copy)]
+pub(super) struct StepNumbers<'a> {
+    /// One for all samples, or one for each.
+    pub(super) timesteps: &'a [f64],
+    /// `[B, P]`: the pooled text.
+    pub(super) pooled: &'a Tensor,
+    pub(super) time_ids: &'a [Vec<f64>],
+}
+
+/// What every residual block is told: diffusion time, and SDXL's added conditioning.
+#[derive(Clone, Debug)]
+pub(super) struct StepEmbedding {
+    time_proj: Sinusoid,
+    time_embedding: TimestepEmbedding,
+    pub(super) add_time_proj: Sinusoid,
+    add_embedding: TimestepEmbedding,
+}
+
+impl StepEmbedding {
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub(super) fn load(vb: &VarBuilder, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
+        let (width, time) = (plan.down.first().map_or(0, |block| block.outputs), plan.shared.time);
+        let sinusoid =
+            |width| Sinusoid { width, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
+        Ok(Self {
+            time_proj: sinusoid(width),
+            time_embedding: TimestepEmbedding::load(&vb.pp("time_embedding"), width, time)?,
+            add_time_proj: sinusoid(plan.addition),
+            add_embedding: TimestepEmbedding::load(&vb.pp("add_embedding"), plan.projection, time)?,
+        })
+    }
+
+    /// `[B, T]`, f32, without the SiLU that every residual block begins with.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub(super) fn embed(&self, numbers: StepNumbers, device: &Device) -> Result<Tensor> {
+        let StepNumbers { timesteps, pooled, time_ids } = numbers;
+        let times = (0..time_ids.len()).map(|i| match timesteps {
+            [one] => std::slice::from_ref(one),
+            each => each.get(i..=i).unwrap_or_default(),
+        });
+        let time = self.time_embedding.forward(&self.time_proj.embed(times, device)?)?;
+        let sizes = self.add_time_proj.embed(time_ids.iter().map(Vec::as_slice), device)?;
+        let added = Tensor::cat(&[&pooled.to_dtype(DType::F32)?, &sizes], 1)?; // [B, P + N·D]
+        time + self.add_embedding.forward(&added)?
     }
 }

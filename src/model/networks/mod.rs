@@ -11,6 +11,9 @@
 pub mod attention;
 pub mod clip;
 pub mod clip_vision;
+pub mod controlnet;
+pub mod controlnet_config;
+mod controlnet_union;
 pub mod embeddings;
 pub mod ip_adapter;
 pub mod resnet;

@@ -8,7 +8,7 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::{KeysValues, TextReader};
-use super::embeddings::{Sinusoid, TimestepEmbedding};
+use super::embeddings::{StepEmbedding, StepNumbers};
 use super::ip_adapter::IpAdapter;
 use super::resnet::load_same_conv;
 use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
@@ -32,13 +32,27 @@ pub enum Text<'a> {
 /// step, and so are they.
 #[derive(Clone, Debug)]
 pub struct ReadText {
-    blocks: Vec<KeysValues>,
-    /// Blocks of the way down and of the middle.
-    down: usize,
-    middle: usize,
+    pub(super) blocks: Vec<KeysValues>,
     /// `B` and the dtype of the activations that they are for.
-    samples: usize,
-    dtype: DType,
+    pub(super) samples: usize,
+    pub(super) dtype: DType,
+}
+
+impl ReadText {
+    /// `B`
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+
+    /// That of `count` samples from `start` on.
+    ///
+    /// # Errors
+    /// Samples that it does not have, or the device's own.
+    pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        let blocks = self.blocks.iter().map(|block| block.rows(start, count)).collect::<CandleResult<_>>();
+        Ok(Self { blocks: blocks.stage(STAGE)?, samples: count, dtype: self.dtype })
+    }
 }
 
 /// Keys and values of an IP-Adapter's tokens for every transformer block, in the order of evaluation.
@@ -54,31 +68,6 @@ pub struct Pictures<'a> {
     pub read: &'a ReadPictures,
     /// Times which what they give is added to what the text gives.
     pub weight: f64,
-}
-
-impl ReadText {
-    /// `B`
-    #[must_use]
-    pub fn samples(&self) -> usize {
-        self.samples
-    }
-
-    /// Keys and values of an IP-Adapter's tokens, `[R, T, D]`, for the UNet by which the text was read. The adapter's
-    /// file numbers cross-attentions in the order in which diffusers lists them: down, up, middle.
-    ///
-    /// # Errors
-    /// That of `check`; `model_unsupported` where the adapter is for another UNet; those of the device.
-    pub fn pictures(&self, adapter: &IpAdapter, tokens: &Tensor, check: Check) -> Result<ReadPictures> {
-        let up = self.down + self.middle..self.blocks.len();
-        let order: Vec<usize> = (0..self.down).chain(up).chain(self.down..self.down + self.middle).collect();
-        let channels: Vec<usize> =
-            order.iter().filter_map(|&place| self.blocks.get(place)).map(KeysValues::channels).collect();
-        let tokens = tokens.to_dtype(self.dtype).stage(STAGE)?;
-        let read = adapter.read(&tokens, &channels, check)?;
-        let mut placed: Vec<(usize, KeysValues)> = order.into_iter().zip(read).collect();
-        placed.sort_by_key(|(place, _)| *place);
-        Ok(ReadPictures { blocks: placed.into_iter().map(|(_, read)| read).collect() })
-    }
 }
 
 impl ReadPictures {
@@ -123,10 +112,7 @@ pub struct UnetInput<'a> {
 /// Predicts the noise (or velocity) in latents.
 #[derive(Clone, Debug)]
 pub struct Unet {
-    time_proj: Sinusoid,
-    time_embedding: TimestepEmbedding,
-    add_time_proj: Sinusoid,
-    add_embedding: TimestepEmbedding,
+    step: StepEmbedding,
     conv_in: Conv2d,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
@@ -161,15 +147,10 @@ impl Unet {
         let plan = config.plan(STAGE)?;
         let shared = plan.shared;
         let width = plan.down.first().map_or(0, |block| block.outputs);
-        let sinusoid =
-            |width| Sinusoid { width, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
         let read = || -> CandleResult<Self> {
             let (down, up) = (vb.pp("down_blocks"), vb.pp("up_blocks"));
             Ok(Self {
-                time_proj: sinusoid(width),
-                time_embedding: TimestepEmbedding::load(&vb.pp("time_embedding"), width, shared.time)?,
-                add_time_proj: sinusoid(plan.addition),
-                add_embedding: TimestepEmbedding::load(&vb.pp("add_embedding"), plan.projection, shared.time)?,
+                step: StepEmbedding::load(vb, config, &plan)?,
                 conv_in: load_same_conv(&vb.pp("conv_in"), config.in_channels, width, config.conv_in_kernel)?,
                 down_blocks: (plan.down.iter().enumerate())
                     .map(|(i, block)| DownBlock::load(&down.pp(i), block, shared))
@@ -216,15 +197,37 @@ impl Unet {
         for block in &self.down_blocks {
             block.read(&context, check, &mut blocks)?;
         }
-        let down = blocks.len();
         if let Some(block) = &self.mid_block {
             block.read(&context, check, &mut blocks)?;
         }
-        let middle = blocks.len() - down;
         for block in &self.up_blocks {
             block.read(&context, check, &mut blocks)?;
         }
-        Ok(ReadText { blocks, down, middle, samples, dtype })
+        Ok(ReadText { blocks, samples, dtype })
+    }
+
+    /// Keys and values of an IP-Adapter's tokens, `[R, T, D]`, beside `text`, which this network read. The adapter's file
+    /// numbers cross-attentions in the order in which diffusers lists them: down, up, middle.
+    ///
+    /// # Errors
+    /// That of `check`; `model_unsupported` where the adapter is for another UNet; those of the device.
+    pub fn pictures(
+        &self,
+        text: &ReadText,
+        adapter: &IpAdapter,
+        tokens: &Tensor,
+        check: Check,
+    ) -> Result<ReadPictures> {
+        let down: usize = self.down_blocks.iter().map(DownBlock::reads).sum();
+        let up = down + self.mid_block.as_ref().map_or(0, MidBlock::reads);
+        let order: Vec<usize> = (0..down).chain(up..text.blocks.len()).chain(down..up).collect();
+        let channels: Vec<usize> =
+            order.iter().filter_map(|&place| text.blocks.get(place)).map(KeysValues::channels).collect();
+        let tokens = tokens.to_dtype(text.dtype).stage(STAGE)?;
+        let read = adapter.read(&tokens, &channels, check)?;
+        let mut placed: Vec<(usize, KeysValues)> = order.into_iter().zip(read).collect();
+        placed.sort_by_key(|(place, _)| *place);
+        Ok(ReadPictures { blocks: placed.into_iter().map(|(_, read)| read).collect() })
     }
 
     /// Gives `[B, H, W, C]` in the dtype of the sample.
@@ -274,18 +277,10 @@ impl Unet {
 
     /// `[B, T]`, f32, with the SiLU that every residual block begins with.
     fn embed_time(&self, input: UnetInput) -> Result<Tensor> {
-        let (device, batch) = (input.sample.device(), input.time_ids.len());
-        let run = || -> CandleResult<Tensor> {
-            let times = (0..batch).map(|i| match input.timesteps {
-                [one] => std::slice::from_ref(one),
-                each => each.get(i..=i).unwrap_or_default(),
-            });
-            let time = self.time_embedding.forward(&self.time_proj.embed(times, device)?)?;
-            let sizes = self.add_time_proj.embed(input.time_ids.iter().map(Vec::as_slice), device)?;
-            let added = Tensor::cat(&[&input.pooled.to_dtype(DType::F32)?, &sizes], 1)?; // [B, P + N·D]
-            Activation::Silu.apply(&(time + self.add_embedding.forward(&added)?)?)
-        };
-        run().stage(STAGE)
+        let UnetInput { timesteps, pooled, time_ids, .. } = input;
+        let numbers = StepNumbers { timesteps, pooled, time_ids };
+        let embedded = self.step.embed(numbers, input.sample.device());
+        embedded.and_then(|time| Activation::Silu.apply(&time)).stage(STAGE)
     }
 
     /// What a caller can get wrong by joining parts that do not belong together is said in its terms.
@@ -313,7 +308,7 @@ impl Unet {
         let counted = input.timesteps.len() == 1 || input.timesteps.len() == batch;
         match *input.pooled.dims() {
             [rows, pooled] if rows == batch && even && counted => {
-                let width = pooled + ids * self.add_time_proj.width;
+                let width = pooled + ids * self.step.add_time_proj.width;
                 if width != self.projection {
                     let wanted = self.projection;
                     return Err(judge.refuse(format!(

@@ -40,6 +40,11 @@ impl<'a> Skips<'a> {
         self.kept.push(x.clone());
     }
 
+    /// Those that nobody took, in the order of the way down.
+    pub(super) fn left(self) -> Vec<Tensor> {
+        self.kept
+    }
+
     /// The latest one, with its addition.
     fn take(&mut self) -> Result<Tensor> {
         let Some(skip) = self.kept.pop() else {
@@ -121,6 +126,11 @@ impl DownBlock {
         read_text(&self.layers, context, check, read)
     }
 
+    /// How many transformer blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.layers.iter().filter_map(|layer| layer.attention.as_ref()).map(SpatialTransformer::reads).sum()
+    }
+
     pub(super) fn skips(&self) -> usize {
         self.layers.len() + usize::from(self.downsampler.is_some())
     }
@@ -187,6 +197,11 @@ impl MidBlock {
             Ok((SpatialTransformer::load(&vb.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
         });
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
+    }
+
+    /// How many transformer blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.after.as_ref().map_or(0, |(attention, _)| attention.reads())
     }
 
     /// # Errors

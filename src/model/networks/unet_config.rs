@@ -336,6 +336,16 @@ pub(super) struct UnetPlan {
     pub(super) up: Vec<BlockPlan>,
 }
 
+impl UnetPlan {
+    /// Channels of each feature map that the way down hands over, in its order.
+    pub(super) fn skips(&self) -> Vec<usize> {
+        let first = self.down.first().map(|block| block.outputs);
+        let of_block =
+            |block: &BlockPlan| std::iter::repeat_n(block.outputs, block.layers.len() + usize::from(block.resamples));
+        first.into_iter().chain(self.down.iter().flat_map(of_block)).collect()
+    }
+}
+
 /// What all blocks have in common.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shared {

@@ -2,3 +2,4 @@
 
 pub(super) mod open;
 pub(super) mod read;
+pub(super) mod rename;

@@ -100,6 +100,24 @@ impl Weights {
         self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
     }
 
+    /// The same tensors by other names; those that `name` gives none are left out.
+    ///
+    /// # Errors
+    /// `model_corrupt` where two tensors would have one name.
+    pub(in crate::model) fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for (old, (number, stored)) in self.tensors {
+            let Some(new) = name(&old) else { continue };
+            if tensors.contains_key(&new) {
+                let path = self.shards.get(number).map(|shard| shard.path.clone()).unwrap_or_default();
+                let message = format!("has a second tensor `{new}`, which it calls `{old}`");
+                return Err(Error::ModelCorrupt { path, message });
+            }
+            tensors.insert(new, (number, stored));
+        }
+        Ok(Self { tensors, ..self })
+    }
+
     /// The tensors in the order in which they lie in their files, each with its shard.
     pub(in crate::model) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
         let mut all: Vec<_> =

@@ -1,0 +1,165 @@
+//! What a ControlNet is shown: a request's image, brought to the size of the work, through a preprocessor, and kept for
+//! the next request.
+
+use std::sync::Arc;
+
+use super::canvas::ResizeMode;
+use super::instructor::{ConditioningCrew, ConditioningInstructor};
+use super::interface::{HintParameters, ParameterEntry, PreprocessWish, PreprocessedImage, PreprocessorEntry};
+use super::manager::HintKey;
+use super::workers::fit::{Fit, FitTask};
+use super::workers::preprocess::{HintTask, PREPROCESSORS, Parameters, Preprocessor};
+use crate::context::{Context, Stage};
+use crate::error::{Error, Result};
+use crate::image_source::{ImageFile, ImageSource};
+use crate::pixels::Rgb8;
+use crate::postprocessing::instructor::Delivery;
+use crate::units::ImageSize;
+
+/// An image for a ControlNet, as a request says it.
+#[derive(Clone, Debug)]
+pub struct HintWish<'a> {
+    pub image: &'a ImageSource,
+    /// Default: `none`, the image is the hint.
+    pub preprocessor: Option<&'a str>,
+    pub parameters: &'a HintParameters,
+    pub resize: ResizeMode,
+    /// The name of each field in the request, for errors: image, preprocessor, parameters.
+    pub fields: [&'a str; 3],
+}
+
+/// An image for a ControlNet, read and decided.
+#[derive(Clone)]
+pub struct HintPlan {
+    pub image: ImageFile,
+    pub preprocessor: &'static str,
+    /// Every number used, as a request says them.
+    pub parameters: HintParameters,
+    pub resize: ResizeMode,
+    method: &'static Preprocessor,
+    told: Parameters,
+}
+
+/// A hint of the wanted size.
+#[derive(Clone, Debug)]
+pub struct Hint {
+    pub image: Arc<Rgb8>,
+    /// Whether it was made for an earlier request.
+    pub cached: bool,
+}
+
+impl ConditioningInstructor {
+    /// Reads the image's file and decides what is left open; no pixel is decoded.
+    ///
+    /// # Errors
+    /// `unknown_name`, `invalid_parameter`, and those of [`ImageSource::read`].
+    pub fn plan_hint(&self, wish: &HintWish) -> Result<HintPlan> {
+        let [image, preprocessor, parameters] = wish.fields;
+        let name = wish.preprocessor.unwrap_or("none");
+        let known = PREPROCESSORS.iter().find(|(known, _)| *known == name);
+        let (name, method) = match known {
+            Some(entry) => entry,
+            None => return Err(unknown(name).at(preprocessor)),
+        };
+        let told = Parameters::resolve(name, method.dials(), wish.parameters, parameters)?;
+        let parameters = told.said(method.dials());
+        let image = wish.image.read(&self.roots, image)?;
+        Ok(HintPlan { image, preprocessor: name, parameters, resize: wish.resize, method, told })
+    }
+
+    /// The hint of `size`, made or kept.
+    ///
+    /// # Errors
+    /// `image_decode_failed`, `cancelled`, `deadline_exceeded`.
+    pub fn hint(&self, plan: &HintPlan, size: ImageSize, crew: &mut ConditioningCrew, ctx: &Context) -> Result<Hint> {
+        ctx.stage(Stage::Encode, || {
+            let content = crew.hints.content(&plan.image.bytes);
+            let key = HintKey { content, preprocessor: plan.preprocessor, told: plan.told, resize: plan.resize, size };
+            if let Some(image) = crew.hints.get(&key).filter(|_| self.settings.cache_hints) {
+                return Ok(Hint { image, cached: true });
+            }
+            let image = Arc::new(plan.make(size, ctx)?);
+            if self.settings.cache_hints {
+                crew.hints.insert(key, &image);
+            }
+            Ok(Hint { image, cached: false })
+        })
+    }
+
+    /// Answers `conditioning.preprocess`. Nothing is kept: it runs beside the thread that has the cache.
+    pub(super) fn preprocess(&self, wish: &PreprocessWish, ctx: &Context) -> Result<PreprocessedImage> {
+        let plan = self.plan_hint(&HintWish {
+            image: &wish.image,
+            preprocessor: Some(&wish.preprocessor),
+            parameters: &wish.parameters,
+            resize: wish.resize_mode,
+            fields: ["image", "preprocessor", "parameters"],
+        })?;
+        let side = |field: &str, wish: Option<i64>, own: usize| match wish {
+            None => Ok(own),
+            Some(side) => usize::try_from(side)
+                .ok()
+                .filter(|side| (1..=MAX_SIDE).contains(side))
+                .ok_or_else(|| Error::invalid(field, format!("must be 1 to {MAX_SIDE}, got {side}"))),
+        };
+        let size = ImageSize {
+            width: side("width", wish.width, plan.image.width)?,
+            height: side("height", wish.height, plan.image.height)?,
+        };
+        let output = self.delivery.resolve(&wish.output.clone().unwrap_or_default())?;
+        let image = ctx.stage(Stage::Encode, || plan.make(size, ctx))?;
+        let delivery = Delivery { plan: &output, image: &image, index: 0, text: None };
+        let delivered = ctx.stage(Stage::Write, || self.delivery.deliver(delivery, ctx))?;
+        Ok(PreprocessedImage {
+            path: delivered.path,
+            base64: delivered.base64,
+            format: output.format.name,
+            width: image.width,
+            height: image.height,
+            preprocessor: plan.preprocessor,
+            parameters: plan.parameters,
+        })
+    }
+}
+
+impl HintPlan {
+    fn make(&self, size: ImageSize, ctx: &Context) -> Result<Rgb8> {
+        let image = self.image.decode()?;
+        let image = ctx.perform(&Fit, FitTask { image: &image, size, mode: self.resize })?;
+        ctx.perform(self.method, HintTask { image: &image, parameters: &self.told })
+    }
+}
+
+/// As large as the largest image that is read.
+const MAX_SIDE: usize = 8192;
+
+/// Preprocessors that people know and that need a network of their own.
+const NETWORKS: [&str; 4] = ["depth_anything", "hed", "openpose", "mlsd"];
+
+fn unknown(name: &str) -> Error {
+    if NETWORKS.contains(&name) {
+        let names: Vec<String> = PREPROCESSORS.names().map(|name| format!("`{name}`")).collect();
+        return Error::UnsupportedFeature {
+            what: format!("preprocessor `{name}`, which needs a network of its own,"),
+            hint: Some(format!("make the hint elsewhere and send it with `none`; there are {}", names.join(", "))),
+            field: None,
+        };
+    }
+    match PREPROCESSORS.get(name) {
+        Err(error) => error,
+        Ok(_) => Error::bug(format!("preprocessor `{name}` is known and is not")),
+    }
+}
+
+pub(super) fn list() -> Vec<PreprocessorEntry> {
+    let entry = |(name, method): (&'static str, &'static Preprocessor)| {
+        let dial = |dial: &super::workers::preprocess::Dial| ParameterEntry {
+            name: dial.name,
+            default: dial.default,
+            least: dial.least,
+            most: dial.most,
+        };
+        PreprocessorEntry { name, parameters: method.dials().iter().map(dial).collect() }
+    };
+    PREPROCESSORS.iter().map(entry).collect()
+}

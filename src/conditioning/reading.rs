@@ -1,0 +1,174 @@
+//! Reads the prompts of a request: which texts there are, and which of them is told at which step.
+
+use std::collections::BTreeSet;
+
+use super::instructor::PromptWish;
+use super::interface::PromptWeighting;
+use super::workers::prompt::LONGEST;
+use super::workers::schedule::Schedule;
+use super::workers::syntax::{Fragment, Glyph, attention, glyphs, parts};
+use crate::error::{Error, Result};
+use crate::model::checkpoint::Checkpoint;
+
+/// Most prompts that `AND` may join: each is a sample more in every evaluation.
+const MOST_PARTS: usize = 16;
+
+/// One text for both encoders, decided.
+#[derive(Debug, PartialEq)]
+pub(super) struct Text {
+    pub(super) fragments: [Vec<Fragment>; 2],
+    pub(super) fields: [&'static str; 2],
+    /// Layers left out before the penultimate one.
+    pub(super) skip: usize,
+}
+
+/// What is told until a step, as places among the texts.
+#[derive(Debug, PartialEq)]
+pub(super) struct Telling {
+    /// Steps that are done when it ends.
+    pub(super) until: usize,
+    /// With the weight of each part.
+    pub(super) positive: Vec<(usize, f64)>,
+    pub(super) negative: Option<usize>,
+}
+
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// Each once.
+    pub(super) texts: Vec<Text>,
+    /// In the order of the steps.
+    pub(super) tellings: Vec<Telling>,
+}
+
+/// A prompt, or a part of one, for both encoders.
+struct Pair {
+    schedules: [Schedule; 2],
+    fields: [&'static str; 2],
+    skip: usize,
+    weight: f64,
+}
+
+/// A field and its text.
+type Source<'a> = (&'a str, &'static str);
+
+/// `zeros`: the negative prompt is no text.
+///
+/// # Errors
+/// `invalid_parameter`, with the field and the character, for what cannot be read.
+pub(super) fn read(wish: &PromptWish, checkpoint: &Checkpoint, zeros: bool) -> Result<Reading> {
+    let steps = wish.steps.max(1);
+    let skip = wish.clip_skip.map_or(0, |skip| skip as usize);
+    let both = sources((&wish.prompt, "prompt"), (wish.prompt_2.as_deref(), "prompt_2"), checkpoint);
+    let positive = composed(both, skip, wish.weighting)?;
+    let first = wish.negative_prompt.as_deref().unwrap_or_default();
+    let second = (wish.negative_prompt_2.as_deref(), "negative_prompt_2");
+    let told = (wish.guided || positive.len() > 1) && !zeros;
+    let negative = told
+        .then(|| {
+            let both = sources((first, "negative_prompt"), second, checkpoint);
+            pair(both.map(|source| Ok((spelled(source)?, source.1))), 0, 1.0, wish.weighting)
+        })
+        .transpose()?;
+
+    let mut ends = BTreeSet::from([steps]);
+    for schedule in positive.iter().chain(&negative).flat_map(|pair| &pair.schedules) {
+        ends.extend(schedule.ends(steps));
+    }
+    let mut reading = Reading { texts: Vec::new(), tellings: Vec::new() };
+    for until in ends {
+        let positive = positive
+            .iter()
+            .map(|pair| Ok((reading.place(pair.at((until, steps), wish.weighting)?), pair.weight)))
+            .collect::<Result<Vec<_>>>()?;
+        let negative = negative.as_ref().map(|pair| pair.at((until, steps), wish.weighting)).transpose()?;
+        let negative = negative.map(|text| reading.place(text));
+        match reading.tellings.last_mut() {
+            Some(last) if last.positive == positive && last.negative == negative => last.until = until,
+            _ => reading.tellings.push(Telling { until, positive, negative }),
+        }
+    }
+    Ok(reading)
+}
+
+impl Reading {
+    fn place(&mut self, text: Text) -> usize {
+        let same = |known: &Text| known.fragments == text.fragments && known.skip == text.skip;
+        self.texts.iter().position(same).unwrap_or_else(|| {
+            self.texts.push(text);
+            self.texts.len() - 1
+        })
+    }
+}
+
+impl Pair {
+    fn at(&self, (step, steps): (usize, usize), weighting: PromptWeighting) -> Result<Text> {
+        let [first, second] = [0, 1].map(|place| {
+            let (schedule, field) = (&self.schedules[place], self.fields[place]);
+            let text = schedule.at(step, steps);
+            match weighting {
+                PromptWeighting::None => {
+                    let text = text.iter().map(|glyph| glyph.c).collect();
+                    Ok(vec![Fragment::Text { text, weight: 1.0 }])
+                }
+                _ => attention(&text, field),
+            }
+        });
+        Ok(Text { fragments: [first?, second?], fields: self.fields, skip: self.skip })
+    }
+}
+
+/// A missing or empty second prompt is the first; so is that of a model with the second encoder alone.
+fn sources<'a>(first: Source<'a>, second: (Option<&'a str>, &'static str), checkpoint: &Checkpoint) -> [Source<'a>; 2] {
+    let own = second.0.filter(|text| !text.is_empty() && checkpoint.text_encoder.is_some());
+    [first, own.map_or(first, |text| (text, second.1))]
+}
+
+fn spelled((text, field): Source) -> Result<Vec<Glyph>> {
+    if text.len() > LONGEST {
+        return Err(Error::invalid(field, format!("must be at most {LONGEST} bytes, got {}", text.len())));
+    }
+    Ok(glyphs(text))
+}
+
+fn pair(
+    [first, second]: [Result<(Vec<Glyph>, &'static str)>; 2],
+    skip: usize,
+    weight: f64,
+    weighting: PromptWeighting,
+) -> Result<Pair> {
+    let (first, second) = (first?, second?);
+    let schedule = |(text, field): &(Vec<Glyph>, &'static str)| match weighting {
+        PromptWeighting::None => Ok(Schedule::still(text)),
+        _ => Schedule::parse(text, field),
+    };
+    Ok(Pair { schedules: [schedule(&first)?, schedule(&second)?], fields: [first.1, second.1], skip, weight })
+}
+
+/// The parts of a prompt. The second encoder's prompt is one for all, or has as many.
+fn composed(both: [Source; 2], skip: usize, weighting: PromptWeighting) -> Result<Vec<Pair>> {
+    let [first, second] = both;
+    if weighting == PromptWeighting::None {
+        return Ok(vec![pair(both.map(|source| Ok((spelled(source)?, source.1))), skip, 1.0, weighting)?]);
+    }
+    let split = |source: Source| parts(&spelled(source)?, source.1);
+    let (firsts, seconds) = (split(first)?, split(second)?);
+    if firsts.len() > MOST_PARTS {
+        let got = firsts.len();
+        return Err(Error::invalid(first.1, format!("must be at most {MOST_PARTS} parts joined by `AND`, got {got}")));
+    }
+    if seconds.len() != 1 && seconds.len() != firsts.len() {
+        let (wanted, got) = (firsts.len(), seconds.len());
+        return Err(Error::invalid(second.1, format!("must be one part or {wanted} like `{}`, got {got}", first.1)));
+    }
+    let part = |(place, part): (usize, &super::workers::syntax::Part)| {
+        let other = seconds.get(place).or(seconds.first()).unwrap_or(part);
+        let differs = other.weight.is_some() && other.weight != part.weight;
+        if differs {
+            let message = format!("has a weight of its own for part {}: the weights stand in `{}`", place + 1, first.1);
+            return Err(Error::invalid(second.1, message));
+        }
+        let texts = [Ok((part.text.clone(), first.1)), Ok((other.text.clone(), second.1))];
+        pair(texts, skip, part.weight.unwrap_or(1.0), weighting)
+    };
+    firsts.iter().enumerate().map(part).collect()
+}

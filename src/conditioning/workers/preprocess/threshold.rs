@@ -1,0 +1,26 @@
+//! White where even a pixel's darkest channel is above the threshold, and black elsewhere.
+
+use super::{Dial, HintTask, Method};
+use crate::context::Context;
+use crate::error::Result;
+use crate::layers::Worker;
+use crate::pixels::{Gray8, Rgb8};
+
+pub(super) struct Threshold;
+
+impl Method for Threshold {
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial { name: "threshold", default: 127.0, least: 0.0, most: 255.0 }]
+    }
+}
+
+impl Worker<HintTask<'_>> for Threshold {
+    type Output = Rgb8;
+
+    fn run(&self, task: HintTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+        let Rgb8 { width, height, ref data } = *task.image;
+        let bright = |pixel: &[u8]| pixel.iter().all(|&value| f64::from(value) > task.parameters.threshold);
+        let data = data.chunks_exact(3).map(|pixel| if bright(pixel) { 255 } else { 0 }).collect();
+        Ok(Gray8 { width, height, data }.to_rgb())
+    }
+}

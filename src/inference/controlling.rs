@@ -1,0 +1,167 @@
+//! ControlNets of a generation: from what a request says to a plan, and from the plan to networks that have seen their
+//! images.
+
+use std::sync::Arc;
+
+use super::controlnet::{ControlWish, ControlWishes, MOST};
+use super::instructor::InferenceInstructor;
+use super::interface::GenerateRequest;
+use super::plan::{ControlPlan, GenerationPlan};
+use super::planning::within;
+use super::workers::control::{Control, Controls, Shown};
+use crate::conditioning::hints::{Hint, HintWish};
+use crate::conditioning::interface::CacheCount;
+use crate::context::Context;
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result};
+use crate::layers::Resident;
+use crate::managers::Managers;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
+use crate::model::networks::controlnet::ControlNet;
+use crate::model::networks::controlnet_config::kind;
+use crate::units::ImageSize;
+
+/// A run over latents that ControlNets may steer.
+#[derive(Clone, Copy)]
+pub(super) struct ControlledRun<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) size: ImageSize,
+    pub(super) placement: &'a Placement,
+}
+
+impl InferenceInstructor {
+    /// Decides what `request` leaves open of its ControlNets, and reads the headers of their images.
+    ///
+    /// # Errors
+    /// A value that cannot be used, a network that cannot be found, an image that cannot be read.
+    pub(super) fn controls(&self, request: &GenerateRequest, crew: &mut Managers) -> Result<Vec<ControlPlan>> {
+        let Some(ControlWishes(wishes)) = &request.controlnet else { return Ok(Vec::new()) };
+        if wishes.len() > MOST {
+            return Err(Error::invalid(
+                "controlnet",
+                format!("must hold at most {MOST} networks, got {}", wishes.len()),
+            ));
+        }
+        let mut plans: Vec<ControlPlan> = Vec::with_capacity(wishes.len());
+        for (index, wish) in wishes.iter().enumerate() {
+            let plan = self.control(wish, index, &plans, crew);
+            plans.push(plan.map_err(|error| error.below(&format!("controlnet.{index}")))?);
+        }
+        Ok(plans)
+    }
+
+    fn control(
+        &self,
+        wish: &ControlWish,
+        index: usize,
+        before: &[ControlPlan],
+        crew: &mut Managers,
+    ) -> Result<ControlPlan> {
+        let missing = |field: &str, what: &str| Error::invalid(field, format!("is missing: {what}"));
+        let name =
+            wish.model.as_deref().ok_or_else(|| missing("model", "name a ControlNet beneath the model roots"))?;
+        let image = wish.image.as_ref().ok_or_else(|| missing("image", "give what the ControlNet is shown"))?;
+        let (start, end) = (wish.start.unwrap_or(0.0), wish.end.unwrap_or(1.0));
+        let (start, end) = (within("start", start, 0.0, 1.0)?, within("end", end, 0.0, 1.0)?);
+        if start >= end {
+            return Err(Error::invalid("end", format!("must be above `start`, {start}, got {end}")));
+        }
+        let weight = within("weight", wish.weight.unwrap_or(1.0), 0.0, 2.0)?;
+        let kind = wish.control_type.as_deref().map(kind).transpose().map_err(|error| error.at("control_type"))?;
+        let known = before.iter().find(|plan| plan.net.name == name).map(|plan| Arc::clone(&plan.net));
+        let net = match known {
+            Some(net) => net,
+            None => Arc::new(crew.model().catalog.companion(name, "model")?),
+        };
+        let hint = self.conditioning.plan_hint(&HintWish {
+            image,
+            preprocessor: wish.preprocessor.as_deref(),
+            parameters: &wish.parameters.unwrap_or_default(),
+            resize: wish.resize_mode.unwrap_or_default(),
+            fields: ["image", "preprocessor", "parameters"],
+        })?;
+        Ok(ControlPlan { index, net, hint, kind, weight, start, end, guess: wish.guess_mode.unwrap_or(false) })
+    }
+
+    /// Every ControlNet of the plan, loaded, having seen its images. A run of another model, as the refiner's, has none.
+    ///
+    /// # Errors
+    /// Those of loading; `invalid_parameter` for a union that is not told what its image is; those of the device.
+    pub(super) fn prepare_controls(
+        &self,
+        plan: &GenerationPlan,
+        run: ControlledRun<'_>,
+        count: &mut CacheCount,
+        crew: &mut Managers,
+        ctx: &Context,
+    ) -> Result<Controls> {
+        let ControlledRun { checkpoint, size, placement } = run;
+        if checkpoint.key != plan.checkpoint.key {
+            return Ok(Controls::default());
+        }
+        let mut controls: Vec<(Arc<Companion>, Control)> = Vec::new();
+        for wish in &plan.controls {
+            let held = controls.iter().find(|(companion, _)| companion.key == wish.net.key);
+            let net = match held {
+                Some((_, control)) => Arc::clone(&control.net),
+                None => crew.model().controlnets.acquire(&wish.net, checkpoint, placement, ctx)?,
+            };
+            let kind = place(wish, &net, ctx)?;
+            let Hint { image, cached } = self.conditioning.hint(&wish.hint, size, &mut crew.conditioning, ctx)?;
+            *(if cached { &mut count.hits } else { &mut count.misses }) += 1;
+            let embedded = net.embed(&image.to_unit_tensor(&placement.device)?, placement.compute.tensor())?;
+            let shown = Shown { embedded, kind, weight: wish.weight, start: wish.start, end: wish.end };
+            let together = controls.iter_mut().find(|(companion, control)| {
+                companion.key == wish.net.key && control.net.kinds().is_some() && control.guess == wish.guess
+            });
+            match together {
+                Some((_, control)) => control.shown.push(shown),
+                None => {
+                    controls.push((Arc::clone(&wish.net), Control { net, shown: vec![shown], guess: wish.guess }));
+                }
+            }
+        }
+        Ok(Controls(controls.into_iter().map(|(_, control)| control).collect()))
+    }
+}
+
+/// What a union is told of an image.
+fn place(wish: &ControlPlan, net: &ControlNet, ctx: &Context) -> Result<Option<usize>> {
+    let field = format!("controlnet.{}.control_type", wish.index);
+    match (net.kinds(), wish.kind) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => {
+            ctx.warn(format!("`{field}` has no effect: `{}` is no ControlNet Union", wish.net.name));
+            Ok(None)
+        }
+        (Some(_), None) => Err(Error::invalid(field, "is missing: a ControlNet Union must be told what its image is")),
+        (Some(kinds), Some(kind)) if kind < kinds => Ok(Some(kind)),
+        (Some(kinds), Some(_)) => {
+            Err(Error::invalid(field, format!("is beyond the {kinds} types that `{}` knows", wish.net.name)))
+        }
+    }
+}
+
+/// What a request says, with every value that was decided.
+pub(super) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<ControlWishes> {
+    let ControlWishes(wishes) = request.controlnet.as_ref()?;
+    let decided = |(wish, plan): (&ControlWish, &ControlPlan)| ControlWish {
+        preprocessor: Some(plan.hint.preprocessor.to_owned()),
+        parameters: wish.parameters.map(|_| plan.hint.parameters),
+        weight: Some(plan.weight),
+        start: Some(plan.start),
+        end: Some(plan.end),
+        guess_mode: Some(plan.guess),
+        resize_mode: Some(plan.hint.resize),
+        ..wish.clone()
+    };
+    Some(ControlWishes(wishes.iter().zip(plans).map(decided).collect()))
+}
+
+/// Whether something in memory is a network of the generation.
+pub(super) fn is_of(plan: &GenerationPlan, resident: &Resident) -> bool {
+    let control = || plan.controls.iter().any(|control| control.net.name == resident.name);
+    let adapter = || plan.adapters.names().any(|name| name == resident.name);
+    resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control()) || adapter()
+}

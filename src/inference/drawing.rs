@@ -1,0 +1,425 @@
+//! One image, run by run: where it starts, its latents, its pixels.
+
+use std::time::Instant;
+
+use candle_core::Tensor;
+
+use super::controlling::ControlledRun;
+use super::instructor::{InferenceInstructor, pace_key};
+use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
+use super::workers::control::Controls;
+use super::workers::decode::{Decode, DecodeTask};
+use super::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask};
+use super::workers::latents::{
+    Encode, EncodeTask, Enlarge, EnlargeTask, Masking, Outside, hidden, mask_of_latents, noised,
+};
+use super::workers::preview::{Preview, PreviewTask};
+use super::workers::prompts::Prompts;
+use crate::conditioning::adapters::{Adaptation, AdapterFacts};
+use crate::conditioning::canvas::{Canvas, InpaintingFill, Paste};
+use crate::conditioning::instructor::{Conditioning, PromptWish};
+use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
+use crate::context::{Context, Progress, Stage};
+use crate::device::instructor::Placement;
+use crate::error::{Error, Result};
+use crate::managers::Managers;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::managers::Vae;
+use crate::noise::NoiseSource;
+use crate::pace::Work;
+use crate::pixels::{Gray8, Rgb8};
+use crate::scheduler::schedule::SamplingPlan;
+use crate::units::ImageSize;
+
+/// What every image of a request has in common, made once.
+pub(super) struct Shared {
+    canvas: Option<Canvas>,
+    /// One a run, made where it is first used.
+    prompts: Vec<Option<Prompts>>,
+    /// Likewise.
+    controls: Vec<Option<Controls>>,
+    /// Likewise.
+    adaptations: Vec<Option<Adaptation>>,
+    /// Hints of ControlNets that earlier requests had made, and that this one made.
+    pub(super) hints: CacheCount,
+}
+
+/// One run over latents.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    /// Its place among the runs of an image.
+    index: usize,
+    checkpoint: &'a Checkpoint,
+    size: ImageSize,
+    sampling: &'a SamplingPlan,
+    time_ids: &'a TimeIds,
+    /// Steps of the runs before it.
+    before: usize,
+    pass: Pass,
+}
+
+/// What a prompt's schedule divides: runs that carry latents on are one pass.
+#[derive(Clone, Copy)]
+struct Pass {
+    steps: usize,
+    /// Steps of the pass before this run.
+    before: usize,
+}
+
+/// Where a run starts.
+struct Start {
+    x: Tensor,
+    masking: Option<Masking>,
+}
+
+/// The compute thread's things.
+type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
+
+impl Shared {
+    /// The textual inversions that the prompts used, and what of the prompts was known already.
+    pub(super) fn told(&self) -> (Vec<AppliedEmbedding>, CacheCount) {
+        let first = self.prompts.iter().flatten().next();
+        first.map(|prompts| (prompts.script.applied.clone(), prompts.script.cache)).unwrap_or_default()
+    }
+
+    /// What each adapter did with its file.
+    pub(super) fn adapted(&self) -> Vec<AdapterFacts> {
+        self.adaptations.iter().flatten().next().map(|adaptation| adaptation.facts.clone()).unwrap_or_default()
+    }
+
+    /// How a result goes back into the request's image.
+    pub(super) fn paste(&self) -> Option<&Paste> {
+        self.canvas.as_ref()?.paste.as_ref()
+    }
+}
+
+impl InferenceInstructor {
+    /// # Errors
+    /// Those of the request's image.
+    pub(super) fn shared(&self, plan: &GenerationPlan, ctx: &Context) -> Result<Shared> {
+        let canvas = |editing: &Editing| self.conditioning.canvas(&editing.canvas, plan.size, ctx);
+        let canvas = plan.editing.as_ref().map(canvas).transpose()?;
+        let runs = 1 + plan.further.len();
+        Ok(Shared {
+            canvas,
+            prompts: (0..runs).map(|_| None).collect(),
+            controls: (0..runs).map(|_| None).collect(),
+            adaptations: (0..runs).map(|_| None).collect(),
+            hints: CacheCount::default(),
+        })
+    }
+
+    /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
+    ///
+    /// # Errors
+    /// Loading's and the networks' own, `cancelled`, `deadline_exceeded`, `numerical_error`.
+    pub fn latents(
+        &self,
+        plan: &GenerationPlan,
+        seed: u64,
+        placement: &Placement,
+        crew: &mut Managers,
+        ctx: &Context,
+    ) -> Result<Tensor> {
+        let mut shared = self.shared(plan, ctx)?;
+        self.draw(plan, seed, &mut shared, (placement, crew, ctx))
+    }
+
+    /// [`Self::latents`], with what the images of a request share.
+    pub(super) fn draw(
+        &self,
+        plan: &GenerationPlan,
+        seed: u64,
+        shared: &mut Shared,
+        (placement, crew, ctx): Hands<'_>,
+    ) -> Result<Tensor> {
+        let mut noise = self.noise(plan, seed, plan.size, placement);
+        let run = Run {
+            index: 0,
+            checkpoint: &plan.checkpoint,
+            size: plan.size,
+            sampling: &plan.sampling,
+            time_ids: &plan.time_ids,
+            before: 0,
+            pass: Pass { steps: plan.sampling.steps() + carried(&plan.further), before: 0 },
+        };
+        let mut pass = run.pass;
+        let start = self.start(plan, shared.canvas.as_ref(), &mut noise, (placement, crew, ctx))?;
+        let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, crew, ctx))?;
+        let mut before = plan.sampling.steps();
+        let mut walked = before;
+        for (index, further) in plan.further.iter().enumerate() {
+            pass = match further.entry {
+                Entry::Carried => Pass { before: pass.before + walked, ..pass },
+                Entry::Latents(_) | Entry::Pixels(_) => {
+                    let after = plan.further.get(index + 1..).unwrap_or_default();
+                    Pass { steps: further.sampling.steps() + carried(after), before: 0 }
+                }
+            };
+            let x = match further.entry {
+                Entry::Carried => latents,
+                Entry::Latents(between) => {
+                    let to = (further.size.height / 8, further.size.width / 8);
+                    let larger = ctx.perform(&Enlarge, EnlargeTask { latents: &latents, to, between })?;
+                    noise = self.noise(plan, seed, further.size, placement);
+                    noised(&larger, &noise.draw()?, further.sampling.first())?
+                }
+                Entry::Pixels(filter) => {
+                    let picture = self.pixels(plan, &latents, placement, crew, ctx)?;
+                    let larger = picture.resized(further.size.width, further.size.height, filter)?;
+                    noise = self.noise(plan, seed, further.size, placement);
+                    let latents = self.encoded(plan, &larger, Some(&mut noise), (placement, &mut *crew, ctx))?;
+                    noised(&latents, &noise.draw()?, further.sampling.first())?
+                }
+            };
+            let run = Run {
+                index: index + 1,
+                checkpoint: &further.checkpoint,
+                size: further.size,
+                sampling: &further.sampling,
+                time_ids: &further.time_ids,
+                before,
+                pass,
+            };
+            walked = further.sampling.steps();
+            before += walked;
+            let start = Start { x, masking: None };
+            latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
+        }
+        Ok(latents)
+    }
+
+    fn noise(&self, plan: &GenerationPlan, seed: u64, size: ImageSize, placement: &Placement) -> NoiseSource {
+        let channels = plan.checkpoint.vae.latent_channels;
+        NoiseSource::new(plan.rng, &[seed], channels, size.height / 8, size.width / 8, &placement.device)
+    }
+
+    /// Where the first run starts. Noise is drawn in the reference's order: for the encoded image, for the start, for
+    /// the encoded masked image, which the reference encodes also where its UNet does not take it.
+    fn start(
+        &self,
+        plan: &GenerationPlan,
+        canvas: Option<&Canvas>,
+        noise: &mut NoiseSource,
+        (placement, crew, ctx): Hands<'_>,
+    ) -> Result<Start> {
+        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+        let (Some(editing), Some(canvas)) = (&plan.editing, canvas) else {
+            let x = (noise.draw()? * plan.sampling.init_scale)?;
+            let masking = match takes_mask {
+                true => Some(self.unmasked(plan, (placement, crew, ctx))?),
+                false => None,
+            };
+            return Ok(Start { x, masking });
+        };
+        let mut encode = |pixels: &Tensor, noise: &mut NoiseSource| {
+            let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
+            self.encode(plan, &vae, pixels, editing.sampled.then_some(noise), placement, ctx)
+        };
+        let first = plan.sampling.first();
+        let Some(mask) = &canvas.mask else {
+            let latents = encode(&canvas.image.to_tensor(&placement.device)?, noise)?;
+            let x = if editing.adds_noise { noised(&latents, &noise.draw()?, first)? } else { latents };
+            let masking = match takes_mask {
+                true => Some(self.unmasked(plan, (placement, crew, ctx))?),
+                false => None,
+            };
+            return Ok(Start { x, masking });
+        };
+        let in_latents = mask_of_latents(mask, editing.soft, plan.checkpoint.vae.reduction(), placement)?;
+        let latents = match takes_mask && editing.from_noise {
+            true => None,
+            false => Some(encode(&canvas.image.to_tensor(&placement.device)?, noise)?),
+        };
+        let drawn = noise.draw()?;
+        let x = match &latents {
+            _ if editing.from_noise => (&drawn * plan.sampling.init_scale)?,
+            Some(latents) => {
+                let beneath = beneath(latents, &drawn, &in_latents, editing)?;
+                if editing.adds_noise { noised(&beneath, &drawn, first)? } else { beneath }
+            }
+            None => return Err(Error::bug("a run that starts from an image has none")),
+        };
+        let masking = match latents.filter(|_| !takes_mask) {
+            Some(latents) => {
+                if editing.sampled {
+                    noise.draw()?;
+                }
+                Masking { mask: in_latents, outside: Some(Outside { latents, noise: drawn }), beside: None }
+            }
+            None => {
+                let masked = encode(&hidden(&canvas.image, mask, placement)?, noise)?;
+                let beside = Some(Tensor::cat(&[&in_latents, &masked], 3)?);
+                Masking { mask: in_latents, outside: None, beside }
+            }
+        };
+        Ok(Start { x, masking: Some(masking) })
+    }
+
+    /// What an inpainting UNet is told where everything is painted: a mask of ones over a mid-grey picture.
+    fn unmasked(&self, plan: &GenerationPlan, hands: Hands<'_>) -> Result<Masking> {
+        let (ImageSize { width, height }, placement) = (plan.size, hands.0);
+        let all = Gray8 { width, height, data: vec![255; width * height] };
+        let mask = mask_of_latents(&all, false, plan.checkpoint.vae.reduction(), placement)?;
+        let grey = Rgb8 { width, height, data: vec![0; 3 * width * height] };
+        let vae = hands.1.model().vaes.acquire(&plan.checkpoint, placement, hands.2)?;
+        let masked = self.encode(plan, &vae, &hidden(&grey, &all, placement)?, None, placement, hands.2)?;
+        let beside = Some(Tensor::cat(&[&mask, &masked], 3)?);
+        Ok(Masking { mask, outside: None, beside })
+    }
+
+    /// The latents of a picture.
+    fn encoded(
+        &self,
+        plan: &GenerationPlan,
+        picture: &Rgb8,
+        noise: Option<&mut NoiseSource>,
+        (placement, crew, ctx): Hands<'_>,
+    ) -> Result<Tensor> {
+        let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
+        self.encode(plan, &vae, &picture.to_tensor(&placement.device)?, noise, placement, ctx)
+    }
+
+    fn encode(
+        &self,
+        plan: &GenerationPlan,
+        vae: &Vae,
+        pixels: &Tensor,
+        noise: Option<&mut NoiseSource>,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Tensor> {
+        let config = &plan.checkpoint.vae;
+        ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, placement }))
+    }
+
+    /// What adapters made of their pictures. A run of another model, as the refiner's, has none.
+    fn adapted(&self, plan: &GenerationPlan, run: Run<'_>, (placement, crew, ctx): Hands<'_>) -> Result<Adaptation> {
+        if run.checkpoint.key != plan.checkpoint.key {
+            return Ok(Adaptation::default());
+        }
+        let shape = (run.size, plan.prompt.passes > 1);
+        self.conditioning.adapt(&plan.adapters, shape, &mut crew.conditioning, placement, ctx)
+    }
+
+    fn run(
+        &self,
+        plan: &GenerationPlan,
+        run: Run<'_>,
+        start: Start,
+        noise: &mut NoiseSource,
+        shared: &mut Shared,
+        (placement, crew, ctx): Hands<'_>,
+    ) -> Result<Tensor> {
+        let Run { checkpoint, sampling, before, pass, .. } = run;
+        let Shared { prompts, controls, adaptations, hints, .. } = shared;
+        let controls = controls.get_mut(run.index).ok_or_else(|| Error::bug("a run without its ControlNets"))?;
+        if controls.is_none() {
+            let wanted = ControlledRun { checkpoint, size: run.size, placement };
+            *controls = Some(self.prepare_controls(plan, wanted, hints, crew, ctx)?);
+        }
+        let controls = controls.as_ref().ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
+        let adaptation = adaptations.get_mut(run.index).ok_or_else(|| Error::bug("a run without its adapters"))?;
+        if adaptation.is_none() {
+            *adaptation = Some(self.adapted(plan, run, (placement, &mut *crew, ctx))?);
+        }
+        let adaptation = adaptation.as_ref().ok_or_else(|| Error::bug("denoising without its adapters"))?;
+        let prompts = prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
+        if prompts.is_none() {
+            let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };
+            let script = self.conditioning.condition(&wish, checkpoint, &mut crew.conditioning, placement, ctx)?;
+            *prompts = Some(Prompts::new(script));
+        }
+        let prompts = prompts.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
+        let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
+        let preview = match ctx.preview() {
+            Some(wish) => Some((wish, crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?)),
+            None => None,
+        };
+        let total = plan.steps();
+        let mut observe = |done: usize, x0: &Tensor| -> Result<()> {
+            let done = before + done;
+            ctx.progress(Progress::Step { stage: Stage::Denoise, done, total });
+            let Some((wish, vae)) = &preview else { return Ok(()) };
+            if done.is_multiple_of(wish.every) && done < total {
+                let (decoder, config, max_side) = (&vae.decoder, &plan.checkpoint.vae, wish.max_side);
+                let small = ctx.perform(&Preview, PreviewTask { decoder, config, x0, max_side, placement })?;
+                let png = self.postprocessing.preview(&small, ctx)?.into();
+                ctx.progress(Progress::Preview { step: done, png });
+            }
+            Ok(())
+        };
+        let begun = Instant::now();
+        let latents = ctx.stage(Stage::Denoise, || {
+            let prepare = |conditioning: &Conditioning| {
+                let (time_ids, guidance) = (run.time_ids, plan.guidance);
+                let unet = &unet;
+                let task =
+                    PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch: 1 };
+                ctx.perform(&Prepare, task)
+            };
+            let Start { x, masking } = start;
+            let task = DenoiseTask {
+                unet: &unet,
+                controls,
+                prompts,
+                prepare: &prepare,
+                before: pass.before,
+                sampling,
+                x,
+                masking: masking.as_ref(),
+                noise,
+                placement,
+                observe: &mut observe,
+            };
+            ctx.perform(&Denoise, task)
+        })?;
+        let passes = plan.prompt.passes;
+        let units = sampling.evaluations() * passes * run.size.width * run.size.height / 64;
+        let key = pace_key(checkpoint, placement.compute, placement.quantization);
+        crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());
+        Ok(latents)
+    }
+
+    /// The picture of `latents`.
+    ///
+    /// # Errors
+    /// Those of [`Self::latents`].
+    pub fn pixels(
+        &self,
+        plan: &GenerationPlan,
+        latents: &Tensor,
+        placement: &Placement,
+        crew: &mut Managers,
+        ctx: &Context,
+    ) -> Result<Rgb8> {
+        let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
+        let start = Instant::now();
+        let images = ctx.stage(Stage::Decode, || {
+            let (decoder, config) = (&vae.decoder, &plan.checkpoint.vae);
+            let (wish, free) = (self.settings.decode, self.device.free(&crew.device));
+            let task = DecodeTask { decoder, config, latents, placement, wish, free };
+            ctx.perform(&Decode, task)
+        })?;
+        let units = latents.elem_count() / plan.checkpoint.vae.latent_channels.max(1);
+        let key = pace_key(&plan.checkpoint, placement.compute, placement.quantization);
+        crew.published.pace.record(&key, Work::Decode, units, start.elapsed());
+        images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no image"))
+    }
+}
+
+/// The latents that a run starts from, where `fill` puts something else beneath the mask.
+fn beneath(latents: &Tensor, noise: &Tensor, mask: &Tensor, editing: &Editing) -> Result<Tensor> {
+    let fill = editing.canvas.mask.as_ref().map_or(InpaintingFill::Original, |mask| mask.fill);
+    let seen = || -> Result<Tensor> { Ok(latents.broadcast_mul(&(1.0 - mask)?)?) };
+    match fill {
+        InpaintingFill::Original | InpaintingFill::Fill => Ok(latents.clone()),
+        InpaintingFill::Zeros => seen(),
+        InpaintingFill::Noise => Ok((seen()? + noise.broadcast_mul(mask)?)?),
+    }
+}
+
+/// Steps of the runs at the beginning of `runs` that carry latents on.
+fn carried(runs: &[Further]) -> usize {
+    runs.iter().take_while(|run| run.entry == Entry::Carried).map(|run| run.sampling.steps()).sum()
+}

@@ -1,0 +1,39 @@
+//! Puts a repainted picture back into the original. Where nothing is masked, the original's bytes are the result's.
+
+use crate::conditioning::canvas::Paste;
+use crate::context::Context;
+use crate::error::Result;
+use crate::layers::Worker;
+use crate::pixels::Rgb8;
+use crate::resample::Filter;
+
+pub struct PasteBack;
+
+pub struct PasteTask<'a> {
+    pub painted: &'a Rgb8,
+    pub paste: &'a Paste,
+}
+
+impl Worker<PasteTask<'_>> for PasteBack {
+    /// Of the original's size.
+    type Output = Rgb8;
+
+    fn run(&self, task: PasteTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+        let Paste { original, mask, region } = task.paste;
+        let painted = task.painted.resized(region.width, region.height, Filter::Lanczos)?;
+        let mut pasted = original.clone();
+        for (y, row) in painted.data.chunks_exact(3 * region.width).enumerate() {
+            let start = (region.top + y) * original.width + region.left;
+            let shares = mask.data.get(start..start + region.width).unwrap_or_default();
+            let place = pasted.data.get_mut(3 * start..3 * (start + region.width)).unwrap_or_default();
+            for ((under, over), share) in place.chunks_exact_mut(3).zip(row.chunks_exact(3)).zip(shares) {
+                let share = u32::from(*share);
+                for (under, over) in under.iter_mut().zip(over) {
+                    let mixed = u32::from(*under) * (255 - share) + u32::from(*over) * share;
+                    *under = ((mixed + 127) / 255) as u8;
+                }
+            }
+        }
+        Ok(pasted)
+    }
+}

@@ -1,0 +1,79 @@
+//! Keeps ControlNets.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Opened, Shelf, ShelfKey};
+use crate::context::{Context, Stage};
+use crate::device::instructor::Placement;
+use crate::device::interface::Quantization;
+use crate::error::Result;
+use crate::kernels::quantising;
+use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::companion::Companion;
+use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
+use crate::model::networks::unet::Unet;
+use crate::model::workers::rename::RenameControl;
+use crate::units::Bytes;
+
+pub struct ControlNetManager {
+    pub(in crate::model) shelf: Shelf<ControlNet>,
+}
+
+impl ControlNetManager {
+    #[must_use]
+    pub fn new(capacity: Bytes) -> Self {
+        Self { shelf: Shelf::new("controlnet", capacity) }
+    }
+
+    /// The ControlNet of these files in the placement's compute dtype and quantization, for the UNet of `checkpoint`,
+    /// loaded if it is not here.
+    ///
+    /// # Errors
+    /// `model_unsupported` for what is no ControlNet or one for another UNet, `model_corrupt`, `cancelled`,
+    /// `deadline_exceeded`; those of the device.
+    pub fn acquire(
+        &mut self,
+        companion: &Companion,
+        checkpoint: &Checkpoint,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<ControlNet>> {
+        let (dtype, quantization) = (placement.compute, placement.quantization);
+        let device = placement.name.clone();
+        let key = ShelfKey { checkpoint: companion.key, dtype, quantization, device };
+        let weights = ctx.perform(&RenameControl, companion.open(ctx)?)?;
+        let shapes: HashMap<&str, &[usize]> =
+            weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice())).collect();
+        let shape = |name: &str| shapes.get(name).copied();
+        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, &checkpoint.unet)?;
+        // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
+        if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
+            return Ok(found);
+        }
+        ctx.stage(Stage::Load, || {
+            let opened = Opened { component: "controlnet", weights, placement, dtype };
+            self.shelf.reserve(opened.bytes());
+            let load = || opened.load(ctx, |vb| ControlNet::load(vb, &config));
+            let (loaded, saved) = match quantization {
+                Quantization::None => (load(), 0),
+                // Its blocks have the names of the UNet's.
+                Quantization::Int8 => quantising(Unet::bears_int8, load),
+            };
+            let (net, bytes) = loaded?;
+            let bytes = bytes.saturating_sub(Bytes(saved as u64));
+            Ok(self.shelf.insert(key, &companion.name, bytes, net))
+        })
+    }
+}
+
+impl Manager for ControlNetManager {
+    fn resident(&self) -> Vec<Resident> {
+        self.shelf.resident()
+    }
+
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        self.shelf.evict(want)
+    }
+}

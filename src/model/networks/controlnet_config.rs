@@ -1,0 +1,240 @@
+//! `config.json` of a ControlNet, and the sizes of its layers, which are read off its tensors wherever they can be: a
+//! single file has no configuration.
+
+use serde::Deserialize;
+
+use super::unet_config::{UnetConfig, UnetPlan};
+use super::{Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock};
+use crate::error::{Error, Result};
+
+/// The tensor that every ControlNet has and no other network.
+const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
+/// Heads of a union's transformer where no configuration names them, as in every published one.
+const UNION_HEADS: usize = 8;
+
+/// `config.json` of a `ControlNetModel` or `ControlNetUnionModel`; what is left out has diffusers' defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct ControlNetFile {
+    #[serde(flatten)]
+    trunk: UnetConfig,
+    controlnet_conditioning_channel_order: String,
+    global_pool_conditions: bool,
+    num_trans_head: usize,
+}
+
+impl Default for ControlNetFile {
+    fn default() -> Self {
+        Self {
+            trunk: UnetConfig::default(),
+            controlnet_conditioning_channel_order: "rgb".to_owned(),
+            global_pool_conditions: false,
+            num_trans_head: UNION_HEADS,
+        }
+    }
+}
+
+/// Everything that decides what a ControlNet computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ControlNetConfig {
+    /// The way down and the middle, as a UNet's; its way up means nothing.
+    pub(super) trunk: UnetConfig,
+    /// Channels of the hint's embedding at each resolution, and of the hint itself.
+    pub(super) hint: Vec<usize>,
+    pub(super) hint_inputs: usize,
+    /// Whether the hint's channels are blue, green, red.
+    pub(super) bgr: bool,
+    pub(super) union: Option<UnionShape>,
+}
+
+/// Sizes of what a union has beyond a ControlNet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct UnionShape {
+    /// How many kinds of hints it knows.
+    pub(super) kinds: usize,
+    pub(super) channels: usize,
+    pub(super) heads: usize,
+    pub(super) layers: usize,
+}
+
+/// Shapes of the tensors of a file, by diffusers' names.
+pub type Shapes<'a> = &'a dyn Fn(&str) -> Option<&'a [usize]>;
+
+impl ControlNetConfig {
+    /// Of the network `name` with these tensors, for a model whose UNet is `unet`.
+    ///
+    /// # Errors
+    /// `model_unsupported` for what is no ControlNet, or one for another UNet, or cannot be computed.
+    pub fn new(name: &str, file: Option<ControlNetFile>, shapes: Shapes, unet: &UnetConfig) -> Result<Self> {
+        let judge = Judge { name };
+        let Some(&[first, hint_inputs, ..]) = shapes(MARK) else {
+            return Err(judge.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));
+        };
+        let file = match file {
+            Some(file) => file,
+            None => ControlNetFile { trunk: seen(judge, shapes, unet)?, ..ControlNetFile::default() },
+        };
+        judge.absent("global_pool_conditions", file.global_pool_conditions)?;
+        let order = file.controlnet_conditioning_channel_order.as_str();
+        judge.is("controlnet_conditioning_channel_order", order, &["rgb", "bgr"])?;
+        let later = |i: usize| shapes(&format!("controlnet_cond_embedding.blocks.{}.weight", 2 * i + 1));
+        let later = (0..MAX_BLOCKS).map_while(|i| later(i)?.first().copied());
+        let blocks = file.trunk.block_out_channels.len();
+        let trunk = UnetConfig {
+            up_block_types: vec!["UpBlock2D".to_owned(); blocks],
+            reverse_transformer_layers_per_block: None,
+            ..file.trunk
+        };
+        let config = Self {
+            trunk,
+            hint: std::iter::once(first).chain(later).collect(),
+            hint_inputs,
+            bgr: order == "bgr",
+            union: union(judge, shapes, file.num_trans_head)?,
+        };
+        for &channels in config.hint.iter().chain([&config.hint_inputs]) {
+            judge.channels("conditioning_embedding_out_channels", channels)?;
+        }
+        if hint_inputs != 3 {
+            return Err(judge.refuse(format!("its hint has {hint_inputs} channels, and images have 3")));
+        }
+        config.suits(judge, unet)?;
+        Ok(config)
+    }
+
+    /// How many kinds of hints it tells apart; `None` for an ordinary ControlNet.
+    #[must_use]
+    pub fn kinds(&self) -> Option<usize> {
+        self.union.map(|union| union.kinds)
+    }
+
+    pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
+        self.trunk.plan(name)
+    }
+
+    /// Whether what it gives can be added to the feature maps of `unet`.
+    fn suits(&self, judge: Judge, unet: &UnetConfig) -> Result<()> {
+        let (own, other) = (self.plan(judge.name)?, unet.plan("unet")?);
+        let list = |channels: Vec<usize>| channels.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        if own.skips() != other.skips() {
+            let (own, other) = (list(own.skips()), list(other.skips()));
+            let message = format!("it controls feature maps of {own} channels, and the model's UNet has {other}");
+            return Err(judge.refuse(message));
+        }
+        let numbers = [
+            ("channels of text", own.shared.context, other.shared.context),
+            ("channels of added conditioning", own.projection, other.projection),
+        ];
+        for (what, own, other) in numbers {
+            if own != other {
+                return Err(judge.refuse(format!("it takes {own} {what}, and the model's UNet takes {other}")));
+            }
+        }
+        if self.trunk.in_channels > unet.in_channels {
+            let (own, other) = (self.trunk.in_channels, unet.in_channels);
+            return Err(judge.refuse(format!("it takes {own} latent channels, and the model's UNet takes {other}")));
+        }
+        Ok(())
+    }
+}
+
+/// The trunk of a single file: what its tensors show, and otherwise that of `unet`.
+fn seen(judge: Judge, shapes: Shapes, unet: &UnetConfig) -> Result<UnetConfig> {
+    let count =
+        |limit: usize, name: &dyn Fn(usize) -> String| (0..limit).take_while(|&i| shapes(&name(i)).is_some()).count();
+    let outputs = |i: usize| shapes(&format!("down_blocks.{i}.resnets.0.conv1.weight"))?.first().copied();
+    let channels: Vec<usize> = (0..MAX_BLOCKS).map_while(outputs).collect();
+    let blocks = channels.len();
+    if blocks == 0 {
+        return Err(judge.refuse("it is no ControlNet: it has no tensor `down_blocks.0.resnets.0.conv1.weight`"));
+    }
+    let depth =
+        |place: &str| count(MAX_LAYERS, &|i| format!("{place}.attentions.0.transformer_blocks.{i}.attn2.to_k.weight"));
+    let places = (0..blocks).map(|i| format!("down_blocks.{i}"));
+    let crosses = |place: &str| shapes(&format!("{place}.attentions.0.norm.weight")).is_some();
+    let kind = |place: &str| if crosses(place) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }.to_owned();
+    let mut depths: Vec<usize> = places.clone().map(|place| depth(&place)).collect();
+    let mid = match (shapes("mid_block.resnets.0.conv1.weight"), crosses("mid_block")) {
+        (None, _) => None,
+        (Some(_), false) => Some("UNetMidBlock2D".to_owned()),
+        (Some(_), true) => {
+            // The middle has the last block's depth, of which a plain last block needs none.
+            if let Some(last) = depths.last_mut() {
+                *last = depth("mid_block");
+            }
+            Some("UNetMidBlock2DCrossAttn".to_owned())
+        }
+    };
+    let of_text = |place: String| {
+        shapes(&format!("{place}.attentions.0.transformer_blocks.0.attn2.to_k.weight"))?.get(1).copied()
+    };
+    let context = places.clone().chain(["mid_block".to_owned()]).find_map(of_text);
+    let side = |name: &str| shapes(name).and_then(|shape| shape.get(1)).copied();
+    Ok(UnetConfig {
+        in_channels: side("conv_in.weight").unwrap_or(unet.in_channels),
+        down_block_types: places.map(|place| kind(&place)).collect(),
+        mid_block_type: mid,
+        layers_per_block: PerBlock::Each(
+            (0..blocks).map(|i| count(MAX_LAYERS, &|j| format!("down_blocks.{i}.resnets.{j}.conv1.weight"))).collect(),
+        ),
+        transformer_layers_per_block: PerBlock::Each(depths.into_iter().map(PerBlock::Same).collect()),
+        cross_attention_dim: context.map_or_else(|| unet.cross_attention_dim.clone(), PerBlock::Same),
+        projection_class_embeddings_input_dim: side("add_embedding.linear_1.weight")
+            .or(unet.projection_class_embeddings_input_dim),
+        // Tensors do not show how many heads share them. A network for another UNet is refused before it matters.
+        attention_head_dim: heads(&unet.attention_head_dim, blocks),
+        num_attention_heads: unet.num_attention_heads.as_ref().map(|each| heads(each, blocks)),
+        block_out_channels: channels,
+        ..unet.clone()
+    })
+}
+
+/// `each`, or, where it is of a network of other blocks, one that every channel count has.
+fn heads(each: &PerBlock<usize>, blocks: usize) -> PerBlock<usize> {
+    if each.fits(blocks) { each.clone() } else { PerBlock::Same(1) }
+}
+
+fn union(judge: Judge, shapes: Shapes, heads: usize) -> Result<Option<UnionShape>> {
+    let Some(shape) = shapes("task_embedding") else { return Ok(None) };
+    let &[kinds, channels] = shape else {
+        return Err(judge.refuse(format!("tensor `task_embedding` must have two axes, got {shape:?}")));
+    };
+    judge.within("num_control_type", kinds, 1..=64)?;
+    judge.channels("num_trans_channel", channels)?;
+    judge.divides("num_trans_head", heads, channels)?;
+    let layers =
+        (0..MAX_LAYERS).take_while(|i| shapes(&format!("transformer_layes.{i}.ln_1.weight")).is_some()).count();
+    Ok(Some(UnionShape { kinds, channels, heads, layers }))
+}
+
+/// The kinds of hints of published unions, and their places.
+pub const KINDS: &[(&str, usize)] = &[
+    ("openpose", 0),
+    ("depth", 1),
+    ("hed", 2),
+    ("pidi", 2),
+    ("scribble", 2),
+    ("ted", 2),
+    ("canny", 3),
+    ("lineart", 3),
+    ("anime_lineart", 3),
+    ("mlsd", 3),
+    ("normal", 4),
+    ("segment", 5),
+    ("tile", 6),
+    ("repaint", 7),
+];
+
+/// The place of a kind among those of a union.
+///
+/// # Errors
+/// `unknown_name` with the nearest name.
+pub fn kind(name: &str) -> Result<usize> {
+    let lower = name.to_lowercase();
+    KINDS.iter().find(|(known, _)| *known == lower).map(|(_, place)| *place).ok_or_else(|| Error::UnknownName {
+        kind: "control type",
+        name: name.to_owned(),
+        nearest: crate::error::nearest(name, KINDS.iter().map(|(known, _)| *known)),
+        field: None,
+    })
+}

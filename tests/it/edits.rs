@@ -1,0 +1,169 @@
+//! Images that are worked on: what comes back bit for bit, what the answer says, and what is refused.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use sdxl_worker::context::Context;
+use sdxl_worker::error::{Error, Result};
+use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
+use sdxl_worker::instructors::{Call, Reply};
+use sdxl_worker::pixels::Rgb8;
+use sdxl_worker::resample::{Filter, resize};
+
+use super::drawing::Worker;
+
+fn request(fields: &str) -> GenerateRequest {
+    let common = r#""prompt": "a lake at night", "seed": 5, "steps": 4, "output": {"return": "base64"}"#;
+    serde_json::from_str(&format!("{{{common}{}{fields}}}", if fields.is_empty() { "" } else { "," })).unwrap()
+}
+
+fn generate(worker: &mut Worker, request: Request) -> Result<Generated> {
+    match worker.instructors.dispatch(Call::Inference(request), &mut worker.managers, &Context::detached())? {
+        Reply::Inference(Response::Generated(generated)) => Ok(generated),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn picture(generated: &Generated) -> Rgb8 {
+    let bytes = STANDARD.decode(generated.images[0].base64.as_ref().unwrap()).unwrap();
+    let image = image::load_from_memory(&bytes).unwrap().into_rgb8();
+    Rgb8 { width: image.width() as usize, height: image.height() as usize, data: image.into_raw() }
+}
+
+fn file(name: &str) -> Rgb8 {
+    let image = image::open(format!("tests/steer/files/{name}")).unwrap().into_rgb8();
+    Rgb8 { width: image.width() as usize, height: image.height() as usize, data: image.into_raw() }
+}
+
+/// Pixels that differ, and whether each is one that may.
+fn changed(ours: &Rgb8, original: &Rgb8, may: impl Fn(usize, usize) -> bool) -> (usize, bool) {
+    assert_eq!((ours.width, ours.height), (original.width, original.height));
+    let pixels = ours.data.chunks_exact(3).zip(original.data.chunks_exact(3)).enumerate();
+    let places: Vec<usize> = pixels.filter(|(_, (a, b))| a != b).map(|(at, _)| at).collect();
+    (places.len(), places.iter().all(|at| may(at % ours.width, at / ours.width)))
+}
+
+const IMAGE: &str = r#""init_image": "tests/steer/files/scene.png""#;
+
+#[test]
+fn what_is_not_masked_comes_back_bit_for_bit() {
+    let mut worker = Worker::new();
+    let scene = file("scene.png");
+    let spot = |x: usize, y: usize, reach: usize| {
+        (60 - reach..100 + reach).contains(&x) && (40 - reach..75 + reach).contains(&y)
+    };
+    for (fields, reach) in [
+        (r#""mask_blur": 0"#, 0),
+        (r#""mask_blur": 2"#, 5),
+        (r#""mask_blur": 0, "inpaint_full_res": true, "width": 128, "height": 128"#, 0),
+        (r#""mask_blur": 0, "inpainting_fill": "fill""#, 0),
+        (r#""mask_blur": 0, "inpainting_fill": "noise""#, 0),
+        (r#""mask_blur": 0, "inpainting_fill": "zeros", "soft_mask": true"#, 0),
+    ] {
+        let data = request(&format!(r#"{IMAGE}, "mask": "tests/steer/files/spot.png", {fields}"#));
+        let made = generate(&mut worker, Request::Inpaint(Box::new(data))).unwrap();
+        let (count, allowed) = changed(&picture(&made), &scene, |x, y| spot(x, y, reach));
+        assert!(allowed, "{fields}: a pixel outside the mask changed");
+        assert!(count > 500, "{fields}: only {count} pixels were repainted");
+    }
+    let data =
+        request(&format!(r#"{IMAGE}, "mask": "tests/steer/files/spot.png", "mask_blur": 0, "mask_invert": true"#));
+    let made = generate(&mut worker, Request::Generate(Box::new(data))).unwrap();
+    let (count, allowed) = changed(&picture(&made), &scene, |x, y| !spot(x, y, 0));
+    assert!(allowed && count > 5000, "inverted: {count} pixels");
+}
+
+#[test]
+fn an_extended_image_holds_the_original() {
+    let mut worker = Worker::new();
+    let data = request(&format!(r#"{IMAGE}, "extend": {{"left": 32, "bottom": 16}}, "mask_blur": 0"#));
+    let made = generate(&mut worker, Request::Inpaint(Box::new(data))).unwrap();
+    let image = picture(&made);
+    assert_eq!((image.width, image.height), (160, 144));
+    let inner = sdxl_worker::pixels::Region { left: 32, top: 0, width: 128, height: 128 };
+    assert_eq!(image.part(inner).unwrap(), file("scene.png"));
+}
+
+#[test]
+fn the_answers_parameters_make_the_same_image() {
+    let mut worker = Worker::new();
+    for fields in [
+        format!(r#"{IMAGE}, "mask": "tests/steer/files/sky.png""#),
+        format!(r#"{IMAGE}, "denoising_strength": 0.5"#),
+        r#""width": 128, "height": 128, "enable_hr": true, "hr_scale": 1.25"#.to_owned(),
+        r#""width": 128, "height": 128, "refiner": {"model": "demo"}"#.to_owned(),
+    ] {
+        let first = generate(&mut worker, Request::Generate(Box::new(request(&fields)))).unwrap();
+        let again = generate(&mut worker, Request::Generate(first.parameters.clone())).unwrap();
+        assert_eq!(first.parameters, again.parameters, "{fields}");
+        assert_eq!(picture(&first), picture(&again), "{fields}");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_by_field() {
+    let mut worker = Worker::new();
+    let mask = r#""mask": "tests/steer/files/sky.png""#;
+    let refusals = [
+        (format!("{IMAGE}, \"denoising_strength\": 0.1"), "denoising_strength"),
+        (format!("{IMAGE}, \"denoising_strength\": 1.5"), "denoising_strength"),
+        (format!("{IMAGE}, \"mask_blur\": 2"), "mask_blur"),
+        (format!("{IMAGE}, {mask}, \"mask_blur\": -1"), "mask_blur"),
+        (format!("{IMAGE}, {mask}, \"inpaint_full_res_padding\": -1"), "inpaint_full_res_padding"),
+        (format!("{IMAGE}, \"extend\": {{\"left\": 7}}"), "extend.left"),
+        (format!("{IMAGE}, \"extend\": {{}}"), "extend"),
+        (format!("{IMAGE}, \"enable_hr\": true"), "enable_hr"),
+        (mask.to_owned(), "mask"),
+        ("\"denoising_strength\": 0.5".to_owned(), "denoising_strength"),
+        ("\"denoising_start\": 0.5".to_owned(), "denoising_start"),
+        ("\"denoising_end\": 0.0".to_owned(), "denoising_end"),
+        ("\"hr_scale\": 2".to_owned(), "hr_scale"),
+        ("\"enable_hr\": true, \"hr_scale\": 9".to_owned(), "hr_scale"),
+        ("\"enable_hr\": true, \"hr_resize_x\": 9".to_owned(), "hr_resize_x"),
+        ("\"refiner\": {\"model\": \"demo\", \"switch_at\": 1.0}".to_owned(), "refiner.switch_at"),
+        ("\"refiner\": {\"model\": \"demo\"}, \"denoising_end\": 0.5".to_owned(), "denoising_end"),
+    ];
+    for (fields, wanted) in refusals {
+        match generate(&mut worker, Request::Generate(Box::new(request(&fields)))) {
+            Err(Error::InvalidParameter { field, .. }) => assert_eq!(field, wanted, "{fields}"),
+            other => panic!("{fields}: {other:?}"),
+        }
+    }
+    let unknown = request(r#""enable_hr": true, "hr_upscaler": "latnet""#);
+    let error = generate(&mut worker, Request::Generate(Box::new(unknown))).unwrap_err();
+    assert_eq!((error.code(), error.hint().as_deref()), ("unknown_name", Some("did you mean `latent`?")));
+    let error = generate(&mut worker, Request::Img2img(Box::new(request("")))).unwrap_err();
+    assert_eq!((error.code(), error.pointer().as_deref()), ("invalid_parameter", Some("/data/init_image")));
+    let with_image = Request::Text2image(Box::new(request(IMAGE)));
+    assert_eq!(generate(&mut worker, with_image).unwrap_err().pointer().as_deref(), Some("/data/init_image"));
+    let outside = request(r#""init_image": "/etc/hostname""#);
+    assert_eq!(generate(&mut worker, Request::Generate(Box::new(outside))).unwrap_err().code(), "path_not_allowed");
+}
+
+/// Pillow 13.0.0's bytes of `scene.png` at other sizes, as FNV-1a over all of them: `tests/steer/make_edits.py`.
+#[test]
+fn pictures_are_resized_as_pillow_does() {
+    #[derive(serde::Deserialize)]
+    struct Resized {
+        filter: String,
+        size: (usize, usize),
+        fnv1a: u64,
+    }
+    let text = std::fs::read_to_string("tests/steer/resized/pillow.json").unwrap();
+    let scene = file("scene.png");
+    let cases: Vec<Resized> = serde_json::from_str(&text).unwrap();
+    assert!(cases.len() >= 12);
+    for Resized { filter, size, fnv1a } in cases {
+        let by = match filter.as_str() {
+            "lanczos" => Filter::Lanczos,
+            "bicubic" => Filter::Bicubic,
+            _ => Filter::Bilinear,
+        };
+        let data = resize(&scene.data, 3, (scene.width, scene.height), size, by).unwrap();
+        let hash = data
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+        assert_eq!(hash, fnv1a, "{filter} {size:?}");
+    }
+}

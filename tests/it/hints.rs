@@ -1,0 +1,311 @@
+//! Preprocessors against OpenCV, by the goldens of `tests/steer/make_hints.py`; the cache of hints; `conditioning.preprocess`.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use sdxl_worker::conditioning::canvas::ResizeMode;
+use sdxl_worker::conditioning::hints::HintWish;
+use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor};
+use sdxl_worker::conditioning::interface::{HintParameters, Request, Response, Settings};
+use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::{HintTask, PREPROCESSORS, Parameters};
+use sdxl_worker::context::{CancelToken, Context};
+use sdxl_worker::error::Result;
+use sdxl_worker::image_source::ImageSource;
+use sdxl_worker::layers::{Instructor, Manager, Nothing};
+use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::pixels::Rgb8;
+use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
+use sdxl_worker::roots::Roots;
+use sdxl_worker::units::{Bytes, ImageSize};
+
+fn steer(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer").join(name)
+}
+
+fn goldens() -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(steer("hints.safetensors"), &Device::Cpu).unwrap()
+}
+
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    assert_eq!(tensor.dtype(), DType::U8);
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn picture(name: &str, tensor: &Tensor) -> Rgb8 {
+    if matches!(name, "coffee" | "chelsea") {
+        let source = ImageSource::Path(steer(&format!("files/{name}.png")));
+        return source.read(&Roots::new([steer("")]), "image").unwrap().decode().unwrap();
+    }
+    let (height, width, _) = tensor.dims3().unwrap();
+    Rgb8 { width, height, data: bytes(tensor) }
+}
+
+fn told(name: &str, wish: HintParameters) -> Result<Parameters> {
+    Parameters::resolve(name, PREPROCESSORS.get(name)?.dials(), &wish, "parameters")
+}
+
+fn run(name: &str, image: &Rgb8, wish: HintParameters) -> Rgb8 {
+    let parameters = told(name, wish).unwrap();
+    let task = HintTask { image, parameters: &parameters };
+    Context::detached().perform(PREPROCESSORS.get(name).unwrap(), task).unwrap()
+}
+
+/// What the numbers behind a golden's name are.
+fn wish(name: &str, numbers: &str) -> HintParameters {
+    let parts: Vec<f64> = match name {
+        "canny" => numbers.split('.').filter_map(|n| n.parse().ok()).collect(),
+        _ => numbers.parse().ok().into_iter().collect(),
+    };
+    let mut wish = HintParameters::default();
+    match (name, parts.as_slice()) {
+        (_, []) => (),
+        ("canny", &[low, high]) => (wish.low_threshold, wish.high_threshold) = (Some(low), Some(high)),
+        ("threshold", &[value]) => wish.threshold = Some(value),
+        ("blur", &[value]) => wish.sigma = Some(value),
+        other => panic!("{other:?}"),
+    }
+    wish
+}
+
+/// Share of bytes that differ, and by how much at most.
+fn difference(ours: &[u8], theirs: &[u8]) -> (f64, u8) {
+    assert_eq!(ours.len(), theirs.len());
+    let apart = || ours.iter().zip(theirs).map(|(a, b)| a.abs_diff(*b));
+    (apart().filter(|&d| d > 0).count() as f64 / ours.len() as f64, apart().max().unwrap_or(0))
+}
+
+#[test]
+fn preprocessors_are_opencv_s() {
+    let goldens = goldens();
+    let mut wrong = Vec::new();
+    let mut names: Vec<&String> =
+        goldens.keys().filter(|name| name.contains('.') && !name.ends_with("tile.small")).collect();
+    names.sort();
+    for key in names {
+        let (source, hint) = key.split_once('.').unwrap();
+        let (name, numbers) = hint.split_once('.').unwrap_or((hint, ""));
+        let ours = run(name, &picture(source, &goldens[source]), wish(name, numbers));
+        let golden = &goldens[key];
+        let theirs = bytes(golden);
+        let theirs = if golden.rank() == 2 { theirs.iter().flat_map(|&v| [v; 3]).collect() } else { theirs };
+        let (share, most) = difference(&ours.data, &theirs);
+        println!("{key:<28} {:>8.4} % differ, by {most} at most", 100.0 * share);
+        // Floats that are summed in another order, and cut to bytes, may fall on the other side.
+        let fine = if name == "lineart" { share < 1e-3 && most <= 1 } else { share == 0.0 };
+        if !fine {
+            wrong.push(format!("{key}: {share} {most}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn tiles_are_averaged_as_opencv_does() {
+    let goldens = goldens();
+    let wish = HintParameters { down_sampling_rate: Some(4.0), ..HintParameters::default() };
+    for name in ["drawn", "noise", "blocks", "1x1", "9x1"] {
+        let image = picture(name, &goldens[name]);
+        let (height, width, _) = goldens[&format!("{name}.tile.small")].dims3().unwrap();
+        let small = Rgb8 { width, height, data: bytes(&goldens[&format!("{name}.tile.small")]) };
+        let theirs = small.resized(image.width, image.height, sdxl_worker::resample::Filter::Lanczos).unwrap();
+        let (share, most) = difference(&run("tile", &image, wish).data, &theirs.data);
+        println!("{name:<10} {:>8.4} % differ, by {most} at most", 100.0 * share);
+        assert!(most <= 2, "{name} {most}");
+    }
+    let image = picture("drawn", &goldens["drawn"]);
+    assert_eq!(run("tile", &image, HintParameters::default()), image);
+}
+
+#[test]
+fn every_preprocessor_takes_every_size_and_can_be_stopped() {
+    let cancel = CancelToken::default();
+    cancel.cancel();
+    let stopped = Context::new("x".to_owned(), cancel, None, None, Box::new(|_| ()));
+    for (name, method) in PREPROCESSORS.iter() {
+        let parameters = told(name, HintParameters::default()).unwrap();
+        for (width, height) in [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (7, 4), (64, 33)] {
+            let data = (0..3 * width * height).map(|at| (at * 97 % 251) as u8).collect();
+            let image = Rgb8 { width, height, data };
+            let task = HintTask { image: &image, parameters: &parameters };
+            let made = Context::detached().perform(method, task).unwrap();
+            assert_eq!((made.width, made.height, made.data.len()), (width, height, 3 * width * height), "{name}");
+            assert_eq!(stopped.perform(method, task).unwrap_err().code(), "cancelled", "{name}");
+        }
+        // The numbers that were used, said again, are the same; both ends of a range are taken, and nothing beyond it.
+        assert_eq!(told(name, parameters.said(method.dials())).unwrap(), parameters);
+        for dial in method.dials() {
+            let set = |value: f64| {
+                let mut wish = HintParameters::default();
+                let field = match dial.name {
+                    "low_threshold" => &mut wish.low_threshold,
+                    "high_threshold" => &mut wish.high_threshold,
+                    "threshold" => &mut wish.threshold,
+                    "sigma" => &mut wish.sigma,
+                    "down_sampling_rate" => &mut wish.down_sampling_rate,
+                    other => panic!("`{other}` is no field"),
+                };
+                *field = Some(value);
+                wish
+            };
+            let image = Rgb8 { width: 9, height: 5, data: (0..135).collect() };
+            for value in [dial.least, dial.most] {
+                run(name, &image, set(value));
+            }
+            for value in [dial.least - 1.0, dial.most + 1.0, f64::NAN, f64::INFINITY] {
+                let error = told(name, set(value)).unwrap_err();
+                assert_eq!(
+                    (error.code(), error.pointer().unwrap()),
+                    ("invalid_parameter", format!("/data/parameters/{}", dial.name))
+                );
+            }
+        }
+    }
+    let stray = HintParameters { sigma: Some(1.0), ..HintParameters::default() };
+    let error = told("canny", stray).unwrap_err();
+    assert_eq!(error.to_string(), "`parameters.sigma` is no parameter of `canny`");
+    assert_eq!(error.hint().unwrap(), "it has `low_threshold`, `high_threshold`");
+}
+
+fn crew() -> ConditioningCrew {
+    let model = ModelCrew::new(&Default::default());
+    ConditioningCrew { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
+}
+
+/// Reads from `root` and from `tests/steer`, writes beneath `root`.
+fn instructor(root: &Path) -> ConditioningInstructor {
+    let mut settings = sdxl_worker::postprocessing::interface::Settings::default();
+    settings.output_dir = root.to_owned();
+    settings.roots = vec![steer("")];
+    let delivery = PostprocessingInstructor::new(settings);
+    let roots = delivery.roots().clone();
+    ConditioningInstructor { settings: Settings::default(), roots, delivery }
+}
+
+#[test]
+fn hints_are_kept_by_content() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("copy.png");
+    std::fs::copy(steer("files/coffee.png"), &copy).unwrap();
+    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
+    let size = |width, height| ImageSize { width, height };
+    let mut hint = |path: &Path, name: &str, low: Option<f64>, resize: ResizeMode, size: ImageSize| {
+        let wish = HintWish {
+            image: &ImageSource::Path(path.to_owned()),
+            preprocessor: Some(name),
+            parameters: &HintParameters { low_threshold: low, ..HintParameters::default() },
+            resize,
+            fields: ["image", "preprocessor", "parameters"],
+        };
+        let plan = instructor.plan_hint(&wish).unwrap();
+        let hint = instructor.hint(&plan, size, &mut crew, &ctx).unwrap();
+        assert_eq!((hint.image.width, hint.image.height), (size.width, size.height));
+        (hint.cached, hint.image)
+    };
+    let coffee = steer("files/coffee.png");
+    use ResizeMode::{Crop, Stretch};
+    let (cached, first) = hint(&coffee, "canny", None, Stretch, size(128, 96));
+    assert!(!cached);
+    // The same bytes elsewhere, and a default that is said, are the same hint.
+    let (cached, again) = hint(&copy, "canny", Some(100.0), Stretch, size(128, 96));
+    assert!(cached && again == first);
+    for (path, name, low, resize, size) in [
+        (&coffee, "canny", Some(90.0), Stretch, size(128, 96)),
+        (&coffee, "canny", None, Crop, size(128, 96)),
+        (&coffee, "canny", None, Stretch, size(96, 128)),
+        (&coffee, "none", None, Stretch, size(128, 96)),
+        (&steer("files/chelsea.png"), "canny", None, Stretch, size(128, 96)),
+    ] {
+        assert!(!hint(path, name, low, resize, size).0);
+        assert!(hint(path, name, low, resize, size).0);
+    }
+    assert_eq!(crew.hints.resident()[0].bytes, Bytes(6 * 3 * 128 * 96));
+    assert_eq!(crew.hints.evict(Bytes(1)), Bytes(3 * 128 * 96));
+    crew.hints.evict(Bytes(u64::MAX));
+    assert!(crew.hints.resident().is_empty());
+
+    let file = |source: &str| {
+        instructor.plan_hint(&HintWish {
+            image: &ImageSource::Path(coffee.clone()),
+            preprocessor: Some(source),
+            parameters: &HintParameters::default(),
+            resize: Stretch,
+            fields: ["controlnet.0.image", "controlnet.0.preprocessor", "controlnet.0.parameters"],
+        })
+    };
+    let error = file("cany").err().unwrap();
+    assert_eq!((error.code(), error.hint().as_deref()), ("unknown_name", Some("did you mean `canny`?")));
+    assert_eq!(error.pointer().unwrap(), "/data/controlnet/0/preprocessor");
+    assert_eq!(file("hed").err().unwrap().code(), "unsupported_feature");
+}
+
+#[test]
+fn the_cache_of_hints_is_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
+    let wish = |low: f64| HintParameters { low_threshold: Some(low), ..HintParameters::default() };
+    for low in 0..12u8 {
+        let plan = instructor.plan_hint(&HintWish {
+            image: &ImageSource::Path(steer("files/coffee.png")),
+            preprocessor: Some("canny"),
+            parameters: &wish(f64::from(low)),
+            resize: ResizeMode::Stretch,
+            fields: ["image", "preprocessor", "parameters"],
+        });
+        instructor.hint(&plan.unwrap(), ImageSize { width: 2048, height: 1024 }, &mut crew, &ctx).unwrap();
+    }
+    // Twelve of 6 MiB each would be 72.
+    assert_eq!(crew.hints.resident()[0].bytes, Bytes(10 * 6 << 20));
+}
+
+#[test]
+fn preprocess_writes_the_hint() {
+    let folder = tempfile::tempdir().unwrap();
+    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
+    let wish = |more: serde_json::Value| -> Request {
+        let mut data = serde_json::json!({ "image": steer("files/chelsea.png"), "preprocessor": "canny" });
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(serde_json::json!({ "preprocess": data })).unwrap()
+    };
+    let request = wish(serde_json::json!({ "output": { "dir": folder.path(), "name": "edges" } }));
+    assert!(!request.needs_compute());
+    let Response::Preprocess(made) = instructor.instruct(request, &mut crew, &ctx).unwrap() else { panic!() };
+    assert_eq!((made.width, made.height, made.preprocessor), (256, 192, "canny"));
+    assert_eq!((made.parameters.low_threshold, made.parameters.sigma), (Some(100.0), None));
+    let path = folder.path().join("edges.png");
+    assert_eq!(made.path.as_deref(), path.to_str());
+    let read =
+        ImageSource::Path(path).read(&Roots::new([folder.path().to_owned()]), "image").unwrap().decode().unwrap();
+    let golden = bytes(&goldens()["chelsea.canny"]);
+    assert!(read.data.chunks_exact(3).zip(&golden).all(|(pixel, edge)| pixel == [*edge; 3]));
+
+    let more =
+        serde_json::json!({ "width": 64, "height": 40, "resize_mode": "crop", "output": { "return": "base64" } });
+    let Response::Preprocess(made) = instructor.instruct(wish(more), &mut crew, &ctx).unwrap() else { panic!() };
+    assert!(made.path.is_none());
+    let read = ImageSource::Base64(made.base64.unwrap()).read(&Roots::new([]), "image").unwrap();
+    assert_eq!((read.width, read.height), (64, 40));
+    assert!(crew.hints.resident().is_empty());
+
+    for (more, field) in [
+        (serde_json::json!({ "width": 0 }), "width"),
+        (serde_json::json!({ "height": 8193 }), "height"),
+        (serde_json::json!({ "parameters": { "sigma": 2.0 } }), "parameters.sigma"),
+        (serde_json::json!({ "output": { "quality": 0 } }), "output.quality"),
+    ] {
+        let error = instructor.instruct(wish(more), &mut crew, &ctx).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("`{field}`")), "{error}");
+    }
+    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
+        panic!()
+    };
+    let canny = list.preprocessors.iter().find(|entry| entry.name == "canny").unwrap();
+    assert_eq!(
+        canny.parameters.iter().map(|p| (p.name, p.default)).collect::<Vec<_>>(),
+        [("low_threshold", 100.0), ("high_threshold", 200.0)]
+    );
+    assert_eq!(list.preprocessors.len(), PREPROCESSORS.names().count());
+}

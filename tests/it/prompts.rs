@@ -1,0 +1,256 @@
+//! The syntax of prompts, from the request to what the UNet is told. What is drawn with it is compared in `steer.rs`.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish, Script};
+use sdxl_worker::conditioning::interface::{
+    AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting, Request, Response, Settings,
+};
+use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
+use sdxl_worker::config::Config;
+use sdxl_worker::context::Context;
+use sdxl_worker::device::instructor::Placement;
+use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::error::{Error, Result};
+use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::layers::{Instructor, Nothing};
+use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::model::interface as model;
+use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
+use sdxl_worker::roots::Roots;
+
+use super::drawing::Worker;
+
+const STYLE: &str = "steer-style";
+
+fn placement() -> Placement {
+    Placement {
+        device: Device::Cpu,
+        name: "cpu".to_owned(),
+        compute: Dtype::F32,
+        vae: Dtype::F32,
+        quantization: Quantization::None,
+    }
+}
+
+fn crew(root: &Path) -> ConditioningCrew {
+    let settings = model::Settings { roots: vec![root.to_owned()], ..model::Settings::default() };
+    ConditioningCrew {
+        model: ModelCrew::new(&settings),
+        embeddings: EmbeddingManager::default(),
+        hints: HintManager::default(),
+    }
+}
+
+fn models() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer/models")
+}
+
+fn instructor() -> ConditioningInstructor {
+    let delivery = PostprocessingInstructor::new(Default::default());
+    ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
+}
+
+fn told(wish: &PromptWish, crew: &mut ConditioningCrew) -> Result<Script> {
+    let checkpoint = crew.model.catalog.resolve(None).unwrap();
+    instructor().condition(wish, &checkpoint, crew, &placement(), &Context::detached())
+}
+
+fn wish(prompt: &str) -> PromptWish {
+    PromptWish { prompt: prompt.to_owned(), guided: true, steps: 10, ..PromptWish::default() }
+}
+
+/// Steps of `prompt` by the place of what they are told, and how many parts and samples each thing told has.
+fn check(prompt: &str, steps: &[usize], parts: &[usize]) {
+    let script = told(&wish(prompt), &mut crew(&models())).unwrap();
+    let got: Vec<usize> = (0..10).map(|done| script.at(done)).collect();
+    assert_eq!(got, steps, "{prompt}");
+    let counts: Vec<usize> = script.told.iter().map(|told| told.positive.len()).collect();
+    assert_eq!(counts, parts, "{prompt}");
+    assert!(script.told.iter().all(|told| told.negative.is_some()), "{prompt}");
+}
+
+#[test]
+fn a_prompt_is_told_in_spans() {
+    check("a hill", &[0; 10], &[1]);
+    check("a [red:blue:3] hill", &[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], &[1, 1]);
+    check("[a|b]", &[0, 1, 0, 1, 0, 1, 0, 1, 0, 1], &[1, 1]);
+    check("[a|a] hill", &[0; 10], &[1]);
+    check("[a|b] AND [c:d:0.2] AND e", &[0, 1, 2, 3, 2, 3, 2, 3, 2, 3], &[3, 3, 3, 3]);
+    // Past the last step, as a sampler may look once more.
+    let script = told(&wish("[a:b:3]"), &mut crew(&models())).unwrap();
+    assert_eq!((script.at(10), script.at(999)), (1, 1));
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f32 {
+    let difference = a.sub(b).unwrap().abs().unwrap().max_all().unwrap();
+    difference.to_dtype(DType::F32).unwrap().to_scalar().unwrap()
+}
+
+#[test]
+fn weights_of_one_change_nothing() {
+    let context = |wish: &PromptWish| {
+        let script = told(wish, &mut crew(&models())).unwrap();
+        script.told[0].positive[0].embeddings.context.clone()
+    };
+    let plain = context(&wish("a red hill"));
+    for weighting in [PromptWeighting::A1111, PromptWeighting::Comfy, PromptWeighting::Compel] {
+        let weighted = PromptWish { weighting, ..wish("a (red:1.0) hill") };
+        assert_eq!(difference(&context(&weighted), &plain), 0.0, "{weighting:?}");
+        let weighted = PromptWish { weighting, ..wish("a (red:1.5) hill") };
+        assert!(difference(&context(&weighted), &plain) > 0.1, "{weighting:?}");
+    }
+    let literal = context(&PromptWish { weighting: PromptWeighting::None, ..wish("a (red:1.5) hill") });
+    assert_eq!(difference(&literal, &context(&wish(r"a \(red:1.5\) hill"))), 0.0);
+}
+
+#[test]
+fn unguided_parts_have_a_negative_all_the_same() {
+    let script = told(&PromptWish { guided: false, ..wish("a AND b") }, &mut crew(&models())).unwrap();
+    assert!(script.told[0].negative.is_some());
+    let script = told(&PromptWish { guided: false, ..wish("a") }, &mut crew(&models())).unwrap();
+    assert!(script.told[0].negative.is_none());
+}
+
+#[test]
+fn everything_that_shapes_a_text_is_in_its_key() {
+    let mut crew = crew(&models());
+    let mut count = |wish: PromptWish| told(&wish, &mut crew).unwrap().cache;
+    let fresh = CacheCount { hits: 0, misses: 1 };
+    let known = CacheCount { hits: 1, misses: 0 };
+    assert_eq!(count(wish("a (red:1.5) hill")), fresh);
+    assert_eq!(count(wish("a (red:1.50) hill")), known);
+    assert_eq!(count(wish("a (red:1.6) hill")), fresh);
+    assert_eq!(count(wish("a red hill")), fresh);
+    assert_eq!(count(PromptWish { weighting: PromptWeighting::Comfy, ..wish("a red hill") }), known);
+    assert_eq!(count(PromptWish { weighting: PromptWeighting::Comfy, ..wish("a (red:1.5) hill") }), fresh);
+    assert_eq!(count(wish("a red BREAK hill")), fresh);
+    assert_eq!(count(wish("[a|b] red hill")), CacheCount { hits: 1, misses: 1 });
+    assert_eq!(count(wish("[a|b] red hill")), CacheCount { hits: 2, misses: 0 });
+}
+
+#[test]
+fn a_textual_inversion_is_told_to_both_encoders() {
+    let mut crew = crew(&models());
+    let wishes = [EmbeddingWish { name: STYLE.to_owned(), token: None }];
+    let embeddings = instructor().embeddings(&wishes, &crew.model.catalog).unwrap();
+    let with = PromptWish { embeddings, ..wish("a hill, Steer-Style") };
+    let script = told(&with, &mut crew).unwrap();
+    let applied = AppliedEmbedding {
+        name: format!("embeddings/{STYLE}"),
+        token: STYLE.to_owned(),
+        vectors: 3,
+        encoders: vec!["text_encoder", "text_encoder_2"],
+    };
+    assert_eq!(script.applied, [applied]);
+    let without = told(&wish("a hill, Steer-Style"), &mut crew).unwrap();
+    assert_eq!((script.cache.misses, without.cache.misses), (1, 1));
+    let context = |script: &Script| script.told[0].positive[0].embeddings.context.clone();
+    for (from, width) in [(0, 32), (32, 64)] {
+        let part = |script: &Script| context(script).narrow(2, from, width).unwrap();
+        assert!(difference(&part(&script), &part(&without)) > 0.1, "channels from {from}");
+    }
+    assert_eq!(told(&with, &mut crew).unwrap().cache, CacheCount { hits: 1, misses: 0 });
+}
+
+fn planned(request: GenerateRequest) -> Result<GenerateRequest> {
+    let mut config = Config::default();
+    config.workers.instructors.model.roots = vec![models()];
+    let mut worker = Worker::with(&config);
+    let plan = worker.instructors.inference.plan(&request, &mut worker.managers)?;
+    Ok(plan.parameters)
+}
+
+fn request(prompt: &str) -> GenerateRequest {
+    GenerateRequest { prompt: Some(prompt.to_owned()), ..GenerateRequest::default() }
+}
+
+fn style(token: &str) -> Option<Vec<EmbeddingWish>> {
+    Some(vec![EmbeddingWish { name: STYLE.to_owned(), token: Some(token.to_owned()) }])
+}
+
+#[track_caller]
+fn check_refused(request: GenerateRequest, pointer: &str, message: &str) {
+    let error = planned(request).unwrap_err();
+    assert_eq!((error.code(), error.pointer().as_deref()), ("invalid_parameter", Some(pointer)), "{error}");
+    assert!(error.to_string().contains(message), "{error}");
+}
+
+#[test]
+fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
+    let plain = || request("a");
+    check_refused(request("a (b:1.2.3)"), "/data/prompt", "at character 6");
+    check_refused(request("a [b:c:d]"), "/data/prompt", "at character 8");
+    check_refused(request("x AND [b:(c:1..2):3]"), "/data/prompt", "at character 13");
+    let wrong = Some("[a:b:c]".to_owned());
+    check_refused(GenerateRequest { prompt_2: wrong.clone(), ..plain() }, "/data/prompt_2", "at character 6");
+    check_refused(GenerateRequest { negative_prompt: wrong, ..plain() }, "/data/negative_prompt", "at character 6");
+    let two = Some("a AND b".to_owned());
+    check_refused(GenerateRequest { prompt_2: two, ..plain() }, "/data/prompt_2", "must be one part");
+    let own = Some("c :2 AND d".to_owned());
+    check_refused(GenerateRequest { prompt_2: own, ..request("a AND b") }, "/data/prompt_2", "weight of its own");
+    check_refused(request(&"a AND ".repeat(20)), "/data/prompt", "at most 16 parts");
+    let backtrack = Some(75);
+    check_refused(
+        GenerateRequest { comma_padding_backtrack: backtrack, ..plain() },
+        "/data/comma_padding_backtrack",
+        "0 to 74",
+    );
+    let unused = "stands in none of the prompts";
+    check_refused(GenerateRequest { embeddings: style("b"), ..plain() }, "/data/embeddings/0/token", unused);
+    check_refused(GenerateRequest { embeddings: style("b"), ..request("ab b1") }, "/data/embeddings/0/token", unused);
+    check_refused(GenerateRequest { embeddings: style(" "), ..plain() }, "/data/embeddings/0/token", "must be a word");
+}
+
+#[test]
+fn what_is_decided_stands_in_the_parameters() {
+    let made = planned(GenerateRequest { embeddings: style("a"), ..request("A hill") }).unwrap();
+    assert_eq!(made.prompt_weighting, Some(PromptWeighting::A1111));
+    assert_eq!(made.comma_padding_backtrack, Some(0));
+    let name = format!("embeddings/{STYLE}");
+    assert_eq!(made.embeddings, Some(vec![EmbeddingWish { name, token: Some("a".to_owned()) }]));
+}
+
+fn inversion(tensors: &[(&str, (usize, usize))]) -> Error {
+    let root = tempfile::tempdir().unwrap();
+    let tensor = |shape: &(usize, usize)| Tensor::zeros(*shape, DType::F32, &Device::Cpu).unwrap();
+    let tensors: std::collections::HashMap<&str, Tensor> =
+        tensors.iter().map(|(name, shape)| (*name, tensor(shape))).collect();
+    candle_core::safetensors::save(&tensors, root.path().join("x.safetensors")).unwrap();
+    let mut crew = crew(root.path());
+    let wishes = [EmbeddingWish { name: "x".to_owned(), token: None }];
+    let embeddings = instructor().embeddings(&wishes, &crew.model.catalog).unwrap();
+    told(&PromptWish { embeddings, ..wish("x") }, &mut crew).unwrap_err()
+}
+
+#[test]
+fn a_file_that_is_no_inversion_of_this_model_is_refused() {
+    for tensors in [
+        &[("clip_l", (2, 32))][..],
+        &[("clip_g", (2, 64))],
+        &[("emb_params", (2, 32))],
+        &[("clip_l", (2, 768)), ("clip_g", (2, 1280))],
+        &[("clip_l", (2, 32)), ("clip_g", (3, 64))],
+        &[("clip_l", (76, 32)), ("clip_g", (76, 64))],
+    ] {
+        let error = inversion(tensors);
+        assert_eq!(error.code(), "model_unsupported", "{tensors:?}: {error}");
+    }
+    let crew = crew(&models());
+    let wish = |name: &str| [EmbeddingWish { name: name.to_owned(), token: None }];
+    let code = |name: &str| instructor().embeddings(&wish(name), &crew.model.catalog).unwrap_err().code();
+    assert_eq!(code("nothing"), "model_not_found");
+    assert_eq!(code("../x"), "path_not_allowed");
+    assert_eq!(code(""), "invalid_parameter");
+}
+
+#[test]
+fn the_list_names_what_a_prompt_may_be_written_with() {
+    let mut crew = crew(&models());
+    let made = instructor().instruct(Request::List(Nothing {}), &mut crew, &Context::detached()).unwrap();
+    let Response::List(list) = made else { panic!("list") };
+    assert!(list.prompt_syntax.contains(&"BREAK") && list.prompt_weightings.len() == 4);
+}
