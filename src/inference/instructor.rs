@@ -21,7 +21,7 @@ use crate::layers::Instructor;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelInstructor;
-use crate::noise::{NoiseSource, RngKind};
+use crate::noise::{NoiseSource, RngKind, Seed, Variation};
 use crate::pace::Work;
 use crate::pixels::Rgb8;
 use crate::postprocessing::instructor::{Delivery, PostprocessingInstructor};
@@ -142,12 +142,13 @@ impl InferenceInstructor {
                 let delivery = Delivery { plan: &plan.output, image: &pixels, index, text: Some(&text) };
                 self.postprocessing.deliver(delivery, ctx)
             })?;
-            ctx.progress(Progress::Image { index, path: delivered.path.clone(), seed });
+            ctx.progress(Progress::Image { index, path: delivered.path.clone(), seed: seed.main });
             images.push(Image {
                 path: delivered.path,
                 base64: delivered.base64,
                 format: plan.output.format.name,
-                seed,
+                seed: seed.main,
+                subseed: seed.variation.map(|variation| variation.seed),
                 width: plan.size.width,
                 height: plan.size.height,
             });
@@ -156,14 +157,14 @@ impl InferenceInstructor {
         Ok(Generated { images, model, parameters: Box::new(plan.parameters) })
     }
 
-    /// Final latents of the image with `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
+    /// Final latents of the image of `seed`: `[1, H/8, W/8, C]`, f32, in the VAE's scale.
     ///
     /// # Errors
     /// Loading's and the networks' own, `cancelled`, `deadline_exceeded`, `numerical_error`.
     pub fn latents(
         &self,
         plan: &GenerationPlan,
-        seed: u64,
+        seed: Seed,
         placement: &Placement,
         crew: &mut Managers,
         ctx: &Context,
@@ -175,7 +176,7 @@ impl InferenceInstructor {
     fn denoise(
         &self,
         plan: &GenerationPlan,
-        seed: u64,
+        seed: Seed,
         prompt: &mut Option<Prompt>,
         (placement, crew, ctx): (&Placement, &mut Managers, &Context),
     ) -> Result<Tensor> {
@@ -193,7 +194,8 @@ impl InferenceInstructor {
         };
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
         let channels = checkpoint.vae.latent_channels;
-        let mut noise = NoiseSource::new(plan.rng, &[seed], channels, height, width, &placement.device);
+        let mut noise = NoiseSource::new(plan.rng, &[seed.main], channels, height, width, &placement.device)
+            .varied(&[seed.variation]);
         let total = plan.sampling.steps();
         let mut observe = |done: usize, x0: &Tensor| -> Result<()> {
             ctx.progress(Progress::Step { stage: Stage::Denoise, done, total });
@@ -268,14 +270,20 @@ impl InferenceInstructor {
     }
 
     /// What the file says of itself; the request in it makes this one image.
-    fn text(plan: &GenerationPlan, seed: u64) -> Result<ImageText> {
+    fn text(plan: &GenerationPlan, seed: Seed) -> Result<ImageText> {
         let request = GenerateRequest {
-            seed: i64::try_from(seed).ok(),
+            seed: i64::try_from(seed.main).ok(),
+            subseed: seed.variation.and_then(|variation| i64::try_from(variation.seed).ok()),
             batch_size: Some(1),
+            n_iter: Some(1),
             output: None,
             ..plan.parameters.clone()
         };
         let mut more = Vec::new();
+        if let Some(Variation { seed, strength }) = seed.variation {
+            more.push(("Variation seed", seed.to_string()));
+            more.push(("Variation seed strength", strength.to_string()));
+        }
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }
@@ -294,7 +302,7 @@ impl InferenceInstructor {
             sampler: plan.sampling.sampler,
             schedule: plan.sampling.schedule,
             cfg_scale: plan.guidance.scale,
-            seed,
+            seed: seed.main,
             width: plan.size.width,
             height: plan.size.height,
             model: &plan.checkpoint.name,

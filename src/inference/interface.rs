@@ -91,6 +91,13 @@ pub struct GenerateRequest {
     /// Of the first image, 0 to 2⁶³-1; each further one adds 1. -1 or left out: random below 2³².
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
+    /// Of the variation of the first image, 0 to 2⁶³-1; each further one adds 1. -1 or left out: random below 2³².
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed: Option<i64>,
+    /// How far the initial noise is turned towards that of `subseed`, 0 to 1. Above 0 all images have `seed` and differ by
+    /// `subseed`. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed_strength: Option<f64>,
     /// Noise as torch draws it on the CPU, or as CUDA does (`nv`). Default: `cpu`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngKind>,
@@ -100,9 +107,12 @@ pub struct GenerateRequest {
     /// Pixels, a multiple of 8. Default: the UNet's `sample_size` × 8.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub height: Option<i64>,
-    /// Images made from this request. Default: the configuration's `batch_size`.
+    /// Images made from this request, `n_iter` times. Default: the configuration's `batch_size`.
     #[serde(alias = "num_images_per_prompt", skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<i64>,
+    /// How many batches: `n_iter` · `batch_size` images, all numbered on, at most 64 as shipped. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_iter: Option<i64>,
     /// Layers of the text encoders left out beyond SDXL's penultimate. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_skip: Option<i64>,
@@ -158,9 +168,6 @@ pub const FIELDS_TO_COME: &[&str] = &[
     "enable_hr",
     "hr_scale",
     "hr_upscaler",
-    "n_iter",
-    "subseed",
-    "subseed_strength",
     "ip_adapter_image",
 ];
 
@@ -192,6 +199,9 @@ pub struct Image {
     pub base64: Option<String>,
     pub format: &'static str,
     pub seed: u64,
+    /// The seed of its variation, where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed: Option<u64>,
     pub width: usize,
     pub height: usize,
 }

@@ -6,7 +6,7 @@ use super::interface::GenerateRequest;
 use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
-use crate::noise::RngKind;
+use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
 use crate::scheduler::schedule::SamplingPlan;
 use crate::units::ImageSize;
@@ -21,7 +21,7 @@ pub struct GenerationPlan {
     pub prompt: PromptWish,
     pub size: ImageSize,
     /// One image each.
-    pub seeds: Vec<u64>,
+    pub seeds: Vec<Seed>,
     pub rng: RngKind,
     pub guidance: Guidance,
     pub sampling: SamplingPlan,

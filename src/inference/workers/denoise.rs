@@ -38,7 +38,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
         let DenoiseTask { unet, prompt, sampling, noise, placement, observe } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
-        let x = (noise.draw()? * sampling.init_scale)?;
+        let x = (noise.initial()? * sampling.init_scale)?;
         let network = Network { unet, prompt, compute: placement.compute.tensor(), prediction: sampling.prediction };
         let done = Cell::new(0);
         let steps = sampling.steps();
