@@ -217,7 +217,7 @@ impl InferenceInstructor {
                         unet: &unet,
                         conditioning,
                         time_ids: &plan.time_ids,
-                        guidance: plan.guidance,
+                        guidance: &plan.guidance,
                         placement,
                         batch: 1,
                     },
@@ -236,8 +236,7 @@ impl InferenceInstructor {
                 },
             )
         })?;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
-        let units = plan.sampling.evaluations() * passes * height * width;
+        let units = plan.passes() * height * width;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, start.elapsed());
         Ok(latents)
@@ -287,6 +286,7 @@ impl InferenceInstructor {
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }
+        more.extend(plan.guidance.text());
         if let Some(skip) = plan.prompt.clip_skip.filter(|&skip| skip > 0) {
             more.push(("Clip skip", skip.to_string()));
         }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::steering::{DynamicThresholding, FreeUWish, SkipLayer};
 use crate::device::interface::{Dtype, Quantization};
 use crate::layers::{Domain, Interface};
 use crate::noise::RngKind;
@@ -67,6 +68,29 @@ pub struct GenerateRequest {
     /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
     #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
     pub guidance_rescale: Option<f64>,
+    /// Shares of the steps, 0 to 1, between which `cfg_scale` applies: from step ⌊start · steps⌋ to before step ⌊end · steps⌋.
+    /// The others make one pass only, and so are faster. Default: 0, 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cfg_interval: Option<[f64; 2]>,
+    /// Perturbed-attention guidance, 0 to 100, by a further pass. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_scale: Option<f64>,
+    /// By how much `pag_scale` falls with every timestep below 1000, down to 0; 0 to 100. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_adaptive_scale: Option<f64>,
+    /// Where attention is perturbed: parts of names of the UNet's transformer blocks, such as `mid`, `up_blocks.0` or
+    /// `down_blocks.1.attentions.0`. Default: `["mid"]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_applied_layers: Option<Vec<String>>,
+    /// Guidance away from a network with layers skipped. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_layer: Option<SkipLayer>,
+    /// Dynamic thresholding, for `cfg_scale` above 1. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dynamic_thresholding: Option<DynamicThresholding>,
+    /// Weights of the UNet's backbone and skip connections. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeu: Option<FreeUWish>,
     /// Sampler, by its own name, AUTOMATIC1111's or diffusers'. Default: the configuration's `default_scheduler`.
     #[serde(alias = "sampler", skip_serializing_if = "Option::is_none")]
     pub sampler_name: Option<String>,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::guidance::Guidance;
 use super::interface::GenerateRequest;
 use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
@@ -31,20 +32,13 @@ pub struct GenerationPlan {
     pub parameters: GenerateRequest,
 }
 
-/// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Guidance {
-    /// 1 and less: the conditional pass alone.
-    pub scale: f64,
-    /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
-    pub rescale: f64,
-}
-
-impl Guidance {
-    /// Whether the network is evaluated for the negative prompt too.
+impl GenerationPlan {
+    /// How often the network is evaluated for one image: every pass counts.
     #[must_use]
-    pub fn is_on(self) -> bool {
-        self.scale > 1.0
+    pub fn passes(&self) -> usize {
+        let steps = self.sampling.steps();
+        // Steps of two evaluations make both with the passes of the step.
+        (self.sampling.evaluations() * self.guidance.passes(steps)).div_ceil(steps.max(1))
     }
 }
 

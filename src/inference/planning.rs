@@ -4,9 +4,10 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
+use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
-use super::plan::{GenerationPlan, Guidance, TimeIds};
+use super::plan::{GenerationPlan, TimeIds};
 use crate::conditioning::instructor::PromptWish;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
@@ -18,8 +19,6 @@ use crate::units::ImageSize;
 
 /// Steps where a request names none.
 const STEPS: i64 = 25;
-/// Guidance where a request names none.
-const CFG_SCALE: f64 = 5.0;
 /// The refiner's aesthetic scores of a positive and a negative prompt.
 const AESTHETIC: [f64; 2] = [6.0, 2.5];
 
@@ -35,10 +34,8 @@ impl InferenceInstructor {
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
         let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
         let size = self.size(request, &checkpoint)?;
-        let guidance = Guidance {
-            scale: within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?,
-            rescale: within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?,
-        };
+        let mut guided = request.clone();
+        let guidance = guidance(&mut guided, &checkpoint)?;
         let sampling = self.scheduler.plan(
             &SamplingWish {
                 sampler_name: request.sampler_name.clone(),
@@ -69,8 +66,6 @@ impl InferenceInstructor {
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
             steps: Some(sampling.steps() as i64),
-            cfg_scale: Some(guidance.scale),
-            guidance_rescale: Some(guidance.rescale),
             sampler_name: Some(sampling.sampler.to_owned()),
             scheduler: Some(sampling.schedule.to_owned()),
             eta: Some(sampling.eta),
@@ -86,7 +81,7 @@ impl InferenceInstructor {
             model: Some(checkpoint.name.clone()),
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
-            ..request.clone()
+            ..guided
         };
         let prompt = PromptWish {
             prompt,
@@ -208,7 +203,7 @@ fn time_ids(request: &GenerateRequest, size: ImageSize, checkpoint: &Checkpoint)
     })
 }
 
-fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
+pub(super) fn within(field: &str, value: f64, low: f64, high: f64) -> Result<f64> {
     if (low..=high).contains(&value) {
         return Ok(value);
     }

@@ -1,10 +1,12 @@
 //! Integration tests: behaviour at the boundaries, and goldens.
 
+mod alone;
 mod architecture;
 mod conditioning;
 mod config;
 mod device;
 mod drawing;
+mod guidance;
 mod instruction_sets;
 mod mapping;
 mod memory;

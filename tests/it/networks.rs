@@ -13,6 +13,7 @@ use candle_nn::VarBuilder;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
+use sdxl_worker::model::networks::steering::Steering;
 use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
 use sdxl_worker::model::networks::vae::{Extent, VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Value, json};
@@ -133,6 +134,7 @@ fn evaluate(unet: &Unet, golden: &Golden, text: Text, dtype: DType, check: &dyn 
         time_ids: &time_ids,
         down_residuals: mid.as_ref().map(|_| down.as_slice()),
         mid_residual: mid.as_ref(),
+        steering: Steering::default(),
         check,
     })
 }

@@ -2,6 +2,7 @@
 //! here, so that every sampler has them and none sees a network.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
@@ -10,8 +11,10 @@ use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage as _};
-use crate::inference::plan::{Guidance, TimeIds};
+use crate::inference::guidance::{Guidance, Role};
+use crate::inference::plan::TimeIds;
 use crate::layers::Worker;
+use crate::model::networks::steering::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
@@ -63,15 +66,15 @@ pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
     pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
-    pub guidance: Guidance,
+    pub guidance: &'a Guidance,
     pub placement: &'a Placement,
     /// `B`: images made at once, all with this prompt.
     pub batch: usize,
 }
 
-/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt in one batch,
-/// the negative one's samples first; without, for the prompt alone.
+/// A prompt as the UNet takes it, for every pass that some step needs. The passes of a step are evaluated in one batch.
 pub struct Prompt {
+    roles: Vec<Role>,
     text: ReadText,
     /// `[passes·B, P]`
     pooled: Tensor,
@@ -89,29 +92,38 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
-        if guidance.is_on() {
-            let negative =
-                conditioning.negative.as_ref().ok_or_else(|| Error::bug("guidance without a negative prompt"))?;
+        let roles = guidance.all_roles();
+        for role in &roles {
+            let (text, sizes) = match role {
+                Role::Negative => (conditioning.negative.as_ref(), &time_ids.negative),
+                Role::Positive | Role::Perturbed | Role::Skipping => (Some(&conditioning.positive), &time_ids.positive),
+            };
+            let text = text.ok_or_else(|| Error::bug("guidance without a negative prompt"))?;
             for _ in 0..batch {
-                contexts.push(&negative.context);
-                pooled.push(&negative.pooled);
-                ids.push(time_ids.negative.clone());
+                contexts.push(&text.context);
+                pooled.push(&text.pooled);
+                ids.push(sizes.clone());
             }
-        }
-        for _ in 0..batch {
-            contexts.push(&conditioning.positive.context);
-            pooled.push(&conditioning.positive.pooled);
-            ids.push(time_ids.positive.clone());
         }
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         Ok(Prompt {
+            roles,
             text: unet.read(&context, compute, &|| ctx.checkpoint())?,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
-            guidance,
+            guidance: guidance.clone(),
             batch,
         })
+    }
+}
+
+impl Prompt {
+    /// Which samples of all those prepared have these roles, which are neighbours.
+    fn samples(&self, roles: &[Role]) -> Result<Range<usize>> {
+        let first = self.roles.windows(roles.len().max(1)).position(|window| window == roles);
+        let first = first.ok_or_else(|| Error::bug(format!("passes {roles:?} among {:?}", self.roles)))?;
+        Ok(first * self.batch..(first + roles.len()) * self.batch)
     }
 }
 
@@ -122,6 +134,20 @@ pub(super) struct Moment {
     /// Steps that are done, of `steps` that will be walked.
     pub(super) step: usize,
     pub(super) steps: usize,
+}
+
+impl Moment {
+    /// 0 at the first step, 1 at the last.
+    fn done(self) -> f64 {
+        self.step as f64 / self.steps.saturating_sub(1).max(1) as f64
+    }
+}
+
+/// One evaluation of the network: a pass for each role, `B` samples each.
+struct Passes<'a> {
+    roles: &'a [Role],
+    /// `[passes·B, H, W, C]`, in the compute dtype.
+    input: &'a Tensor,
 }
 
 /// The UNet with the prompt.
@@ -140,41 +166,79 @@ impl Network<'_> {
         // The network was trained on variance-preserving inputs: x / √(α² + σ²).
         let scale = 1.0 / alpha.hypot(sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
-        let predicted = self.guided(&scaled, now, ctx)?;
-        let x0 = match self.prediction {
-            // x = α x₀ + σ ε
-            Prediction::Epsilon => ((x - (predicted * sigma)?)? / alpha)?,
-            // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
-            Prediction::VPrediction => ((scaled * (alpha * scale))? - (predicted * (sigma * scale))?)?,
-            Prediction::Sample => predicted,
+        let x0 = |predicted: Tensor| -> Result<Tensor> {
+            Ok(match self.prediction {
+                // x = α x₀ + σ ε
+                Prediction::Epsilon => ((x - (predicted * sigma)?)? / alpha)?,
+                // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
+                Prediction::VPrediction => ((&scaled * (alpha * scale))? - (predicted * (sigma * scale))?)?,
+                Prediction::Sample => predicted,
+            })
         };
-        Ok(x0)
+        self.guided(&scaled, now, &x0, ctx)
     }
 
-    /// What the network predicts under guidance. `scaled` and the result are `[B, H, W, C]`, f32.
-    fn guided(&self, scaled: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
+    /// x₀ under guidance; `x0` makes it of a prediction. `scaled` and the result are `[B, H, W, C]`, f32.
+    fn guided(
+        &self,
+        scaled: &Tensor,
+        now: Moment,
+        x0: &dyn Fn(Tensor) -> Result<Tensor>,
+        ctx: &Context,
+    ) -> Result<Tensor> {
         let Prompt { guidance, batch, .. } = self.prompt;
         let input = scaled.to_dtype(self.compute)?;
-        if !guidance.is_on() {
-            return self.predicted(&input, now, ctx);
+        let roles = guidance.roles(now.step, now.steps);
+        if roles == [Role::Positive] {
+            return x0(self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?);
         }
-        let predicted = self.predicted(&Tensor::cat(&[&input, &input], 0)?, now, ctx)?;
-        let negative = predicted.narrow(0, 0, *batch)?;
-        let positive = predicted.narrow(0, *batch, *batch)?;
-        ctx.perform(&Guide, GuideTask { negative, positive, guidance: *guidance })
+        let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
+        let predicted = self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?;
+        // An extent is one of latents, not of noise. Everything else is linear, and the same for either.
+        let of_latents = guidance.thresholding.is_some();
+        let of = |role: Role| -> Result<Option<Tensor>> {
+            let Some(index) = roles.iter().position(|&other| other == role) else { return Ok(None) };
+            let predicted = predicted.narrow(0, index * batch, *batch)?;
+            if of_latents { x0(predicted).map(Some) } else { Ok(Some(predicted)) }
+        };
+        let task = GuideTask {
+            negative: of(Role::Negative)?,
+            positive: of(Role::Positive)?.ok_or_else(|| Error::bug("no pass for the prompt"))?,
+            perturbed: of(Role::Perturbed)?,
+            skipping: of(Role::Skipping)?,
+            guidance,
+            timestep: now.level.timestep,
+            done: now.done(),
+        };
+        let guided = ctx.perform(&Guide, task)?;
+        if of_latents { Ok(guided) } else { x0(guided) }
     }
 
-    /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
-    fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, pooled, time_ids, .. } = self.prompt;
+    /// One evaluation; the result is as large as its input, and f32.
+    fn predicted(&self, passes: &Passes, now: Moment, ctx: &Context) -> Result<Tensor> {
+        let Prompt { text, pooled, time_ids, guidance, batch, roles } = self.prompt;
+        let samples = self.prompt.samples(passes.roles)?;
+        let some;
+        let text = if passes.roles == roles.as_slice() {
+            text
+        } else {
+            some = text.of(&samples)?;
+            &some
+        };
+        let changed = passes.roles.iter().enumerate().filter_map(|(index, &role)| {
+            let blocks = guidance.changes(role)?.to_vec();
+            Some(Perturbed { samples: index * batch..(index + 1) * batch, blocks })
+        });
+        let perturbed: Vec<Perturbed> = changed.collect();
         let predicted = self.unet.forward(UnetInput {
-            sample: input,
+            sample: passes.input,
             timesteps: &[now.level.timestep],
             text: Text::Read(text),
-            pooled,
-            time_ids,
+            pooled: &pooled.narrow(0, samples.start, samples.len())?,
+            time_ids: time_ids.get(samples).unwrap_or_default(),
             down_residuals: None,
             mid_residual: None,
+            steering: Steering { perturbed: &perturbed, freeu: guidance.freeu.as_ref() },
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -222,12 +286,11 @@ mod tests {
         };
         let conditioning = Conditioning { positive: text(1.0), negative: Some(text(-1.0)) };
         let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
-        let guidance = Guidance { scale, rescale: 0.0 };
         let task = PrepareTask {
             unet: &unet,
             conditioning: &conditioning,
             time_ids: &time_ids,
-            guidance,
+            guidance: &Guidance::of(scale),
             placement: &placement,
             batch,
         };

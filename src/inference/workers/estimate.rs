@@ -31,7 +31,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
         let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = if plan.guidance.is_on() { 2 } else { 1 };
+        let passes = plan.guidance.all_roles().len();
         let (height, width) = (plan.size.height / 8, plan.size.width / 8);
         let positions = height * width;
         let weights = match quantization {
@@ -58,7 +58,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             (DecodeExtent::Auto | DecodeExtent::Strips, _) => activations(Extent::Strips),
         };
         let images = plan.seeds.len();
-        let evaluations = plan.sampling.evaluations() * passes * positions;
+        let evaluations = plan.passes() * positions;
         let seconds = pace
             .expect(key, Work::Evaluation, evaluations)
             .zip(pace.expect(key, Work::Decode, positions))

@@ -5,3 +5,4 @@ pub mod denoise;
 pub mod estimate;
 pub mod guidance;
 pub mod preview;
+pub mod thresholding;

@@ -3,11 +3,13 @@
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens of the text, `D` width of a token.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
+use super::steering::{Change, Perturbed, SelfAttention};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
 
@@ -44,14 +46,32 @@ pub(super) struct KeysValues {
     values: Tensor,
 }
 
-/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
+impl KeysValues {
+    /// Those of some samples.
+    pub(super) fn of(&self, samples: &Range<usize>) -> CandleResult<Self> {
+        let of = |all: &Tensor| all.narrow(0, samples.start, samples.len());
+        Ok(Self { keys: of(&self.keys)?, values: of(&self.values)? })
+    }
+}
+
+/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation:
+/// what it reads of the text, and in which samples it is changed.
 pub(super) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
+    count: usize,
+    perturbed: &'a [Perturbed],
 }
 
 impl<'a> TextReader<'a> {
-    pub(super) fn new(all: &'a [KeysValues]) -> Self {
-        Self { ahead: Cell::new(all) }
+    pub(super) fn new(all: &'a [KeysValues], perturbed: &'a [Perturbed]) -> Self {
+        Self { ahead: Cell::new(all), count: all.len(), perturbed }
+    }
+
+    /// Of the block whose turn is next.
+    fn changes(&self) -> Vec<(&'a Range<usize>, Change)> {
+        let block = self.count - self.ahead.get().len();
+        let change = |one: &'a Perturbed| Some((&one.samples, one.blocks.get(block).copied().flatten()?));
+        self.perturbed.iter().filter_map(change).collect()
     }
 
     fn next(&self) -> Result<&'a KeysValues> {
@@ -128,15 +148,50 @@ impl TransformerBlock {
         })
     }
 
-    /// `x` is `[B, HW, C]`; `text` was read by `attn2`.
-    fn forward(&self, x: &Tensor, text: &KeysValues) -> CandleResult<Tensor> {
-        let attended = {
-            let normal = self.norm1.forward(x)?;
-            self.attn1.attend(&normal, &self.attn1.read(&normal)?)?
+    /// `x` is `[B, HW, C]`; `text` was read by `attn2`. `changes` are in the order of their samples.
+    fn forward(&self, x: &Tensor, text: &KeysValues, changes: &[(&Range<usize>, Change)]) -> CandleResult<Tensor> {
+        const KEPT: Change = Change::Within { attention: SelfAttention::Kept, skips_feed_forward: false };
+        if changes.is_empty() {
+            return self.forward_changed(x, text, KEPT);
+        }
+        let of = |samples: Range<usize>, change: Change| {
+            self.forward_changed(&x.narrow(0, samples.start, samples.len())?, &text.of(&samples)?, change)
         };
-        let x = self.attn1.join(&attended, x)?;
+        let mut parts = Vec::new();
+        let mut done = 0;
+        for &(samples, change) in changes {
+            if done < samples.start {
+                parts.push(of(done..samples.start, KEPT)?);
+            }
+            parts.push(of(samples.clone(), change)?);
+            done = samples.end;
+        }
+        if done < x.dim(0)? {
+            parts.push(of(done..x.dim(0)?, KEPT)?);
+        }
+        Tensor::cat(&parts, 0)
+    }
+
+    fn forward_changed(&self, x: &Tensor, text: &KeysValues, change: Change) -> CandleResult<Tensor> {
+        let Change::Within { attention, skips_feed_forward } = change else { return Ok(x.clone()) };
+        let x = {
+            let normal = self.norm1.forward(x)?;
+            match attention {
+                SelfAttention::Kept => {
+                    let attended = self.attn1.attend(&normal, &self.attn1.read(&normal)?)?;
+                    drop(normal);
+                    self.attn1.join(&attended, x)?
+                }
+                // What attention would mix is taken as it is.
+                SelfAttention::Identity => self.attn1.join(&self.attn1.to_v.forward(&normal)?, x)?,
+                SelfAttention::Skipped => (normal + x)?,
+            }
+        };
         let attended = self.attn2.attend(&self.norm2.forward(&x)?, text)?;
         let x = self.attn2.join(&attended, &x)?;
+        if skips_feed_forward {
+            return self.norm3.forward(&x)? + x;
+        }
         let gated = self.gate.forward_geglu(&self.norm3.forward(&x)?)?; // [B, HW, 4C]
         self.narrow.forward_with(&gated, Epilogue { residual: Some(&x), ..Epilogue::default() })
     }
@@ -190,7 +245,8 @@ impl SpatialTransformer {
         let (residual, mut tokens) = enter().stage(STAGE)?;
         for block in &self.blocks {
             check()?;
-            tokens = block.forward(&tokens, text.next()?).stage(STAGE)?;
+            let changes = text.changes();
+            tokens = block.forward(&tokens, text.next()?, &changes).stage(STAGE)?;
         }
         let epilogue = Epilogue { residual: Some(&residual), ..Epilogue::default() };
         self.proj_out.forward_with(&tokens, epilogue).and_then(|y| y.reshape(x.shape())).stage(STAGE)

@@ -12,6 +12,7 @@ pub mod attention;
 pub mod clip;
 pub mod embeddings;
 pub mod resnet;
+pub mod steering;
 mod strips;
 pub mod unet;
 pub mod unet_blocks;

@@ -4,12 +4,15 @@
 //! Legend: `B` batch, `H` `W` rows and columns of latents, `C` channels, `L` tokens of the text, `D` their width,
 //! `P` channels of the pooled text, `T` width of the time embedding.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::{KeysValues, TextReader};
 use super::embeddings::{Sinusoid, TimestepEmbedding};
 use super::resnet::load_same_conv;
+use super::steering::Steering;
 use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock};
 pub use super::unet_config::UnetConfig;
 use super::{Check, Judge, loading};
@@ -43,6 +46,15 @@ impl ReadText {
     pub fn samples(&self) -> usize {
         self.samples
     }
+
+    /// Those of some samples, in the same memory.
+    ///
+    /// # Errors
+    /// Samples that there are not.
+    pub fn of(&self, samples: &Range<usize>) -> Result<Self> {
+        let blocks = self.blocks.iter().map(|one| one.of(samples)).collect::<CandleResult<_>>().stage(STAGE)?;
+        Ok(Self { blocks, samples: samples.len(), dtype: self.dtype })
+    }
 }
 
 /// One evaluation.
@@ -63,6 +75,7 @@ pub struct UnetInput<'a> {
     pub down_residuals: Option<&'a [Tensor]>,
     /// A ControlNet's addition to the output of the middle block.
     pub mid_residual: Option<&'a Tensor>,
+    pub steering: Steering<'a>,
     pub check: Check<'a>,
 }
 
@@ -188,8 +201,8 @@ impl Unet {
                 &own
             }
         };
-        let text = TextReader::new(&read.blocks);
-        let given = Conditions { time: &time, text: &text, check: input.check };
+        let text = TextReader::new(&read.blocks, input.steering.perturbed);
+        let given = Conditions { time: &time, text: &text, freeu: None, check: input.check };
         let mut skips = Skips::new(input.down_residuals);
         let mut x = self.conv_in.forward(input.sample).stage(STAGE)?;
         skips.keep(&x);
@@ -202,8 +215,9 @@ impl Unet {
         if let Some(residual) = input.mid_residual {
             x = residual.to_dtype(dtype).and_then(|residual| x + residual).stage(STAGE)?;
         }
-        for block in &self.up_blocks {
-            x = block.forward(x, given, &mut skips)?;
+        for (step, block) in self.up_blocks.iter().enumerate() {
+            let freeu = input.steering.freeu.and_then(|freeu| freeu.stages.get(step).copied());
+            x = block.forward(x, Conditions { freeu, ..given }, &mut skips)?;
         }
         (input.check)()?;
         let normal = self.conv_norm_out.forward_silu(&x).stage(STAGE)?;

@@ -9,6 +9,7 @@ use candle_nn::VarBuilder;
 use super::Check;
 use super::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
+use super::steering;
 use super::unet_config::{BlockPlan, MidPlan, Shared};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Padding, concat_channels};
@@ -21,6 +22,8 @@ pub(super) struct Conditions<'a> {
     /// `[B, T]`, SiLU already applied.
     pub(super) time: &'a Tensor,
     pub(super) text: &'a TextReader<'a>,
+    /// Of this block of the way up.
+    pub(super) freeu: Option<steering::Stage>,
     pub(super) check: Check<'a>,
 }
 
@@ -199,7 +202,13 @@ impl UpBlock {
         for layer in &self.layers {
             let joined = {
                 let skip = skips.take()?;
-                concat_channels(&x, &skip).stage(STAGE)?
+                match given.freeu {
+                    Some(factors) => {
+                        let (x, skip) = factors.apply(&x, &skip).stage(STAGE)?;
+                        concat_channels(&x, &skip).stage(STAGE)?
+                    }
+                    None => concat_channels(&x, &skip).stage(STAGE)?,
+                }
             };
             drop(x);
             x = layer.forward(joined, given)?;
