@@ -1,6 +1,6 @@
 //! Guidance with nothing left to decide, and which passes of the network each step needs for it.
 
-use super::steering::DynamicThresholding;
+use super::steering::{ScaleMode, ScalingStartpoint, VariabilityMeasure};
 use crate::model::networks::steering::{Change, FreeU};
 
 /// Classifier-free guidance (Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>) and what goes with it.
@@ -13,10 +13,64 @@ pub struct Guidance {
     /// Shares of the steps between which the negative prompt is heeded: Kynkäänniemi et al. 2024,
     /// <https://arxiv.org/abs/2404.07724>. Counted in steps, as diffusers' guiders do.
     pub interval: [f64; 2],
-    pub thresholding: Option<DynamicThresholding>,
+    pub thresholding: Option<Thresholding>,
     pub perturbed_attention: Option<PerturbedAttention>,
     pub skipped_layers: Option<SkippedLayers>,
     pub freeu: Option<FreeU>,
+}
+
+/// Dynamic thresholding: brings the guided latents to the extent that they would have at a lower scale.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Thresholding {
+    /// The scale whose extent is wanted.
+    pub mimic: Curve,
+    /// The guidance scale.
+    pub guided: Curve,
+    /// Share of the values that set the guided extent.
+    pub percentile: f64,
+    /// Whether every channel has an extent of its own.
+    pub separate: bool,
+    pub startpoint: ScalingStartpoint,
+    pub measure: VariabilityMeasure,
+    /// Share of the thresholded latents.
+    pub phi: f64,
+}
+
+/// A scale that changes over the steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Curve {
+    pub mode: ScaleMode,
+    pub scale: f64,
+    /// What it goes down to.
+    pub least: f64,
+    /// Exponent or periods, where the mode has one.
+    pub value: f64,
+}
+
+impl Curve {
+    /// The scale at a share of the steps, 0 at the first, 1 at the last. The curves are those of sd-dynamic-thresholding, its
+    /// rounded π included.
+    #[must_use]
+    #[expect(clippy::approx_constant, reason = "the reference rounds π to five places")]
+    pub fn at(self, done: f64) -> f64 {
+        const QUARTER: f64 = 1.5707;
+        const TURN: f64 = 6.28318;
+        let share = match self.mode {
+            ScaleMode::Constant => 1.0,
+            ScaleMode::LinearDown => 1.0 - done,
+            ScaleMode::HalfCosineDown => done.cos(),
+            ScaleMode::CosineDown => (done * QUARTER).cos(),
+            ScaleMode::LinearUp => done,
+            ScaleMode::HalfCosineUp => 1.0 - done.cos(),
+            ScaleMode::CosineUp => 1.0 - (done * QUARTER).cos(),
+            ScaleMode::PowerUp => done.powf(self.value),
+            ScaleMode::PowerDown => 1.0 - done.powf(self.value),
+            ScaleMode::LinearRepeating => (0.5 - (done * self.value).fract()).abs() * 2.0,
+            ScaleMode::CosineRepeating => (done * TURN * self.value).cos() * 0.5 + 0.5,
+            ScaleMode::Sawtooth => (done * self.value).fract(),
+        };
+        (self.scale - self.least) * share + self.least
+    }
 }
 
 /// Perturbed-attention guidance: Ahn et al. 2024, <https://arxiv.org/abs/2403.17377>.
@@ -128,8 +182,8 @@ impl Guidance {
         }
         if let Some(wish) = &self.thresholding {
             text.push(("Dynamic thresholding enabled", "True".to_owned()));
-            text.push(("Mimic scale", wish.mimic_scale.to_string()));
-            text.push(("Threshold percentile", (wish.threshold_percentile * 100.0).to_string()));
+            text.push(("Mimic scale", wish.mimic.scale.to_string()));
+            text.push(("Threshold percentile", (wish.percentile * 100.0).to_string()));
         }
         if let Some(pag) = &self.perturbed_attention {
             text.push(("PAG scale", pag.scale.to_string()));

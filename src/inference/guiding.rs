@@ -1,17 +1,17 @@
 //! Guidance from a request: defaults, ranges, and which layers a name means.
 
-use super::guidance::{Guidance, PerturbedAttention, SkippedLayers};
+use super::guidance::{Curve, Guidance, PerturbedAttention, SkippedLayers, Thresholding};
 use super::interface::GenerateRequest;
 use super::planning::within;
-use super::steering::{DynamicThresholding, FreeUWish, SkipLayer};
+use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::error::{Error, Result, nearest};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::networks::steering::{Change, FreeU, SelfAttention, Stage};
 
 /// Guidance where a request names none.
 const CFG_SCALE: f64 = 5.0;
-/// Where attention is perturbed if a request does not say.
-const PAG_LAYERS: &str = "mid";
+/// Where attention is perturbed, or layers skipped, if a request does not say.
+const LAYERS: &str = "mid";
 
 /// Decides everything that `request` leaves open about guidance, also in the request itself.
 pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -> Result<Guidance> {
@@ -19,9 +19,8 @@ pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
     let rescale = within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?;
     let interval = interval("cfg_interval", request.cfg_interval.unwrap_or([0.0, 1.0]))?;
     let perturbed_attention = perturbed_attention(request, checkpoint)?;
-    let thresholding = request.dynamic_thresholding.clone();
-    if let Some(thresholding) = &thresholding {
-        check_thresholding(thresholding)?;
+    let thresholding = request.dynamic_thresholding.as_mut().map(|wish| thresholding(wish, scale)).transpose()?;
+    if thresholding.is_some() {
         if scale <= 1.0 {
             return Err(Error::invalid("dynamic_thresholding", format!("needs `cfg_scale` above 1, got {scale}")));
         }
@@ -29,7 +28,7 @@ pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
             return Err(Error::invalid("guidance_rescale", "cannot be used together with `dynamic_thresholding`"));
         }
     }
-    let skipped_layers = request.skip_layer.as_ref().map(|wish| skipped_layers(wish, checkpoint)).transpose()?;
+    let skipped_layers = request.skip_layer.as_mut().map(|wish| skipped_layers(wish, checkpoint)).transpose()?;
     request.cfg_scale = Some(scale);
     request.guidance_rescale = Some(rescale);
     request.cfg_interval = Some(interval);
@@ -40,7 +39,7 @@ pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
         thresholding,
         perturbed_attention,
         skipped_layers: skipped_layers.filter(|skipped| skipped.scale > 0.0),
-        freeu: request.freeu.as_ref().map(freeu).transpose()?,
+        freeu: request.freeu.as_mut().map(freeu).transpose()?,
     })
 }
 
@@ -62,60 +61,69 @@ fn perturbed_attention(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
         return Ok(None);
     }
     request.pag_adaptive_scale = Some(adaptive_scale);
-    let layers = request.pag_applied_layers.get_or_insert_with(|| vec![PAG_LAYERS.to_owned()]);
+    let layers = request.pag_applied_layers.get_or_insert_with(|| vec![LAYERS.to_owned()]);
     let change = Change::Within { attention: SelfAttention::Identity, skips_feed_forward: false };
     let blocks = blocks("pag_applied_layers", layers, change, checkpoint)?;
     Ok(Some(PerturbedAttention { scale, adaptive_scale, blocks }))
 }
 
-fn skipped_layers(wish: &SkipLayer, checkpoint: &Checkpoint) -> Result<SkippedLayers> {
-    let change = match (wish.skip_attention, wish.skip_attention_scores, wish.skip_ff) {
-        (true, true, _) => {
+fn skipped_layers(wish: &mut SkipLayerWish, checkpoint: &Checkpoint) -> Result<SkippedLayers> {
+    let layers = wish.layers.get_or_insert_with(|| vec![LAYERS.to_owned()]);
+    let scale = within("skip_layer.scale", *wish.scale.get_or_insert(2.8), 0.0, 100.0)?;
+    let start = within("skip_layer.start", *wish.start.get_or_insert(0.01), 0.0, 1.0)?;
+    let stop = within("skip_layer.stop", *wish.stop.get_or_insert(0.2), start, 1.0)?;
+    let attention = *wish.skip_attention.get_or_insert(true);
+    let scores = *wish.skip_attention_scores.get_or_insert(false);
+    let skips_feed_forward = *wish.skip_ff.get_or_insert(true);
+    let within = |attention: SelfAttention| Change::Within { attention, skips_feed_forward };
+    let change = match (attention, scores) {
+        (true, true) => {
             let message = "cannot be used together with `skip_attention`, which is true where it is left out";
             return Err(Error::invalid("skip_layer.skip_attention_scores", message));
         }
-        (false, false, false) => return Err(Error::invalid("skip_layer", "must skip something of its layers")),
-        (true, false, true) => Change::Skipped,
-        (attention, scores, skips_feed_forward) => Change::Within {
-            attention: match (attention, scores) {
-                (true, _) => SelfAttention::Skipped,
-                (false, true) => SelfAttention::Identity,
-                (false, false) => SelfAttention::Kept,
-            },
-            skips_feed_forward,
+        (true, false) if skips_feed_forward => Change::Skipped,
+        (true, false) => within(SelfAttention::Skipped),
+        (false, true) => within(SelfAttention::Identity),
+        (false, false) if skips_feed_forward => within(SelfAttention::Kept),
+        (false, false) => return Err(Error::invalid("skip_layer", "must skip something of its layers")),
+    };
+    let blocks = blocks("skip_layer.layers", layers, change, checkpoint)?;
+    Ok(SkippedLayers { scale, interval: [start, stop], blocks })
+}
+
+fn freeu(wish: &mut FreeUWish) -> Result<FreeU> {
+    let factor = |field: &str, wish: &mut Option<f64>, default: f64| {
+        within(&format!("freeu.{field}"), *wish.get_or_insert(default), 0.0, 10.0)
+    };
+    let first = Stage { skip: factor("s1", &mut wish.s1, 0.9)?, backbone: factor("b1", &mut wish.b1, 1.3)? };
+    let second = Stage { skip: factor("s2", &mut wish.s2, 0.2)?, backbone: factor("b2", &mut wish.b2, 1.4)? };
+    Ok(FreeU { stages: [first, second] })
+}
+
+fn thresholding(wish: &mut DynamicThresholdingWish, scale: f64) -> Result<Thresholding> {
+    let number = |field: &str, wish: &mut Option<f64>, default: f64, high: f64| {
+        within(&format!("dynamic_thresholding.{field}"), *wish.get_or_insert(default), 0.0, high)
+    };
+    let value = number("sched_val", &mut wish.sched_val, 1.0, 100.0)?;
+    Ok(Thresholding {
+        mimic: Curve {
+            mode: *wish.mimic_mode.get_or_insert_default(),
+            scale: number("mimic_scale", &mut wish.mimic_scale, 7.0, 100.0)?,
+            least: number("mimic_scale_min", &mut wish.mimic_scale_min, 0.0, 100.0)?,
+            value,
         },
-    };
-    Ok(SkippedLayers {
-        scale: within("skip_layer.scale", wish.scale, 0.0, 100.0)?,
-        interval: [
-            within("skip_layer.start", wish.start, 0.0, 1.0)?,
-            within("skip_layer.stop", wish.stop, wish.start, 1.0)?,
-        ],
-        blocks: blocks("skip_layer.layers", &wish.layers, change, checkpoint)?,
+        guided: Curve {
+            mode: *wish.cfg_mode.get_or_insert_default(),
+            scale,
+            least: number("cfg_scale_min", &mut wish.cfg_scale_min, 0.0, 100.0)?,
+            value,
+        },
+        percentile: number("threshold_percentile", &mut wish.threshold_percentile, 1.0, 1.0)?,
+        separate: *wish.separate_feature_channels.get_or_insert(true),
+        startpoint: *wish.scaling_startpoint.get_or_insert_default(),
+        measure: *wish.variability_measure.get_or_insert_default(),
+        phi: number("interpolate_phi", &mut wish.interpolate_phi, 1.0, 1.0)?,
     })
-}
-
-fn freeu(wish: &FreeUWish) -> Result<FreeU> {
-    let stage = |skip: (&str, f64), backbone: (&str, f64)| -> Result<Stage> {
-        Ok(Stage { skip: within(skip.0, skip.1, 0.0, 10.0)?, backbone: within(backbone.0, backbone.1, 0.0, 10.0)? })
-    };
-    let stages =
-        [stage(("freeu.s1", wish.s1), ("freeu.b1", wish.b1))?, stage(("freeu.s2", wish.s2), ("freeu.b2", wish.b2))?];
-    Ok(FreeU { stages })
-}
-
-fn check_thresholding(wish: &DynamicThresholding) -> Result<()> {
-    for (field, value, high) in [
-        ("mimic_scale", wish.mimic_scale, 100.0),
-        ("threshold_percentile", wish.threshold_percentile, 1.0),
-        ("mimic_scale_min", wish.mimic_scale_min, 100.0),
-        ("cfg_scale_min", wish.cfg_scale_min, 100.0),
-        ("sched_val", wish.sched_val, 100.0),
-        ("interpolate_phi", wish.interpolate_phi, 1.0),
-    ] {
-        within(&format!("dynamic_thresholding.{field}"), value, 0.0, high)?;
-    }
-    Ok(())
 }
 
 fn interval(field: &str, [start, end]: [f64; 2]) -> Result<[f64; 2]> {
@@ -131,11 +139,16 @@ fn blocks(field: &str, layers: &[String], change: Change, checkpoint: &Checkpoin
     if layers.is_empty() {
         return Err(Error::invalid(field, "must name a layer of the UNet, such as `mid`"));
     }
+    if layers.len() > names.len() {
+        let (most, got) = (names.len(), layers.len());
+        return Err(Error::invalid(field, format!("must name at most {most} layers, which is all, got {got}")));
+    }
     let mut blocks = vec![None; names.len()];
     for layer in layers {
+        let part = canonical(layer);
         let mut found = false;
         for (block, name) in blocks.iter_mut().zip(&names) {
-            if names_part(layer, name) {
+            if is_part(&part, name) {
                 *block = Some(change);
                 found = true;
             }
@@ -149,28 +162,27 @@ fn blocks(field: &str, layers: &[String], change: Change, checkpoint: &Checkpoin
     Ok(blocks)
 }
 
-/// Whether `layer` stands in `name`, not within a number of it. Diffusers' older form, `down.block_1.attentions_0`, is
-/// understood too.
-fn names_part(layer: &str, name: &str) -> bool {
+/// Diffusers' older form, `down.block_1.attentions_0`, in the newer one.
+fn canonical(layer: &str) -> String {
     let layer = layer.replace("down.block_", "down_blocks.").replace("up.block_", "up_blocks.");
-    let layer = layer.replace("attentions_", "attentions.");
-    let in_number = |end: usize| {
-        layer.ends_with(|c: char| c.is_ascii_digit())
-            && name.get(end..).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-    };
-    !layer.is_empty() && name.match_indices(layer.as_str()).any(|(at, _)| !in_number(at + layer.len()))
+    layer.replace("attentions_", "attentions.")
+}
+
+/// Whether `part` stands in `name`, and does not end within a number of it.
+fn is_part(part: &str, name: &str) -> bool {
+    let digit = |c: char| c.is_ascii_digit();
+    let cut = |end: usize| part.ends_with(digit) && name.get(end..).is_some_and(|rest| rest.starts_with(digit));
+    !part.is_empty() && name.match_indices(part).any(|(at, _)| !cut(at + part.len()))
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     /// How many of the demonstration model's transformer blocks `layer` names.
     fn check(layer: &str, expected: usize) {
         let names = Checkpoint::demo().unwrap().unet.transformer_blocks().unwrap();
-        let found = names.iter().filter(|name| names_part(layer, name)).count();
+        let found = names.iter().filter(|name| is_part(&canonical(layer), name)).count();
         assert_eq!(found, expected, "`{layer}` in {names:?}");
     }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::steering::{DynamicThresholding, FreeUWish, SkipLayer};
+use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::device::interface::{Dtype, Quantization};
 use crate::layers::{Domain, Interface};
 use crate::noise::RngKind;
@@ -84,10 +84,10 @@ pub struct GenerateRequest {
     pub pag_applied_layers: Option<Vec<String>>,
     /// Guidance away from a network with layers skipped. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub skip_layer: Option<SkipLayer>,
+    pub skip_layer: Option<SkipLayerWish>,
     /// Dynamic thresholding, for `cfg_scale` above 1. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub dynamic_thresholding: Option<DynamicThresholding>,
+    pub dynamic_thresholding: Option<DynamicThresholdingWish>,
     /// Weights of the UNet's backbone and skip connections. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freeu: Option<FreeUWish>,
@@ -258,7 +258,7 @@ pub struct Estimate {
     pub free: Option<Bytes>,
     /// Whether `needed` is free.
     pub fits: Option<bool>,
-    /// Evaluations of the UNet, each of both passes where guidance is on.
+    /// Evaluations of the UNet, each of all the passes that guidance needs at its step.
     pub evaluations: usize,
     /// Seconds from the model being loaded to the image; null until this process has made an image with it.
     pub seconds: Option<f64>,

@@ -35,8 +35,8 @@ fn make(worker: &mut Worker, id: &str, data: &Value) -> Vec<String> {
     made(worker, id)
 }
 
-/// `fields` make an image; it is the third of four whose numbers count up from `first`.
-fn check(fields: &Value, first: &Value) {
+/// `fields` make an image, which says `text` of itself; it is the third of four whose numbers count up from `first`.
+fn check(fields: &Value, first: &Value, text: &str) {
     let base = json!({ "prompt": "a hill", "negative_prompt": "fog", "steps": 4, "width": 64, "height": 64,
         "sampler_name": "euler_ancestral", "cfg_scale": 4.0, "output": { "return": "base64" } });
     let one = with(&base, fields);
@@ -78,14 +78,16 @@ fn check(fields: &Value, first: &Value) {
     // The request in the file makes that one image.
     worker.send(&json!({ "request_id": "metadata", "worker_type": "postprocessing", "operation": "metadata",
         "data": { "image": { "base64": alone[0] } } }));
-    let request = worker.answer("metadata")["data"]["request"].clone();
+    let metadata = worker.answer("metadata");
+    assert!(metadata["data"]["parameters"].as_str().unwrap().contains(text), "`{text}` is not in {metadata}");
+    let request = metadata["data"]["request"].clone();
     let again = make(&mut worker, "again", &with(&request, &json!({ "output": { "return": "base64" } })));
     assert!(again == alone, "the request in the file makes another image: {request}");
 }
 
 #[test]
 fn an_image_depends_on_its_request_alone() {
-    check(&json!({ "seed": 5 }), &json!({ "seed": 3 }));
+    check(&json!({ "seed": 5 }), &json!({ "seed": 3 }), "Seed: 5, Size: 64x64");
 }
 
 #[test]
@@ -94,5 +96,6 @@ fn a_variation_depends_on_its_request_alone() {
         &json!({ "seed": 5, "subseed": 12, "subseed_strength": 0.3, "cfg_interval": [0.0, 0.5],
             "skip_layer": { "start": 0.0, "stop": 1.0 }, "dynamic_thresholding": { "mimic_scale": 3.0 } }),
         &json!({ "subseed": 10 }),
+        "Variation seed: 12, Variation seed strength: 0.3",
     );
 }

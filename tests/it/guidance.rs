@@ -2,10 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use candle_core::Tensor;
+use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::inference::plan::GenerationPlan;
 
-use super::drawing::Worker;
+use super::drawing::{Worker, distance};
 
 fn plan(data: &str) -> Result<GenerationPlan, String> {
     let request: GenerateRequest = serde_json::from_str(data).unwrap();
@@ -32,6 +34,8 @@ fn what_cannot_be_meant_is_refused() {
     check_refusal(r#"{"skip_layer":{"skip_attention_scores":true}}"#, "/data/skip_layer/skip_attention_scores");
     check_refusal(r#"{"skip_layer":{"skip_attention":false,"skip_ff":false}}"#, "must skip something");
     check_refusal(r#"{"skip_layer":{"start":0.5,"stop":0.4}}"#, "must be 0.5 to 1, got 0.4; /data/skip_layer/stop");
+    let many = format!(r#"{{"pag_scale":1,"pag_applied_layers":[{}"mid"]}}"#, r#""mid","#.repeat(20));
+    check_refusal(&many, "must name at most 11 layers, which is all, got 21");
     check_refusal(r#"{"freeu":{"b1":-1}}"#, "must be 0 to 10, got -1; /data/freeu/b1");
     check_refusal(r#"{"cfg_scale":1,"dynamic_thresholding":{}}"#, "needs `cfg_scale` above 1");
     check_refusal(r#"{"guidance_rescale":0.5,"dynamic_thresholding":{}}"#, "together");
@@ -64,7 +68,8 @@ fn seeds_count_up_and_with_a_variation_the_subseeds_do() {
 
 #[test]
 fn what_was_decided_stands_in_the_parameters() {
-    let parameters = plan(r#"{"pag_scale":3,"freeu":{"b1":1.1},"skip_layer":{"scale":1.5},"dynamic_thresholding":{}}"#);
+    let parameters =
+        plan(r#"{"pag_scale":3,"freeu":{"b1":1.1,"s2":null},"skip_layer":{"scale":1.5},"dynamic_thresholding":{}}"#);
     let parameters = serde_json::to_value(parameters.unwrap().parameters).unwrap();
     let expected = serde_json::json!({
         "cfg_scale": 5.0, "guidance_rescale": 0.0, "cfg_interval": [0.0, 1.0], "n_iter": 1, "subseed_strength": 0.0,
@@ -77,6 +82,33 @@ fn what_was_decided_stands_in_the_parameters() {
         assert_eq!(&parameters[key], value, "{key}");
     }
     assert_eq!(parameters["dynamic_thresholding"]["mimic_scale"], 7.0);
+}
+
+/// Latents of one small image.
+fn latents(data: &str, dtype: Dtype) -> Tensor {
+    let request: GenerateRequest = serde_json::from_str(data).unwrap();
+    let request = GenerateRequest {
+        prompt: Some("a hill".to_owned()),
+        dtype: Some(dtype),
+        steps: Some(3),
+        width: Some(64),
+        height: Some(72),
+        seed: Some(3),
+        ..request
+    };
+    Worker::new().draw(&request)[0].0.clone()
+}
+
+#[test]
+fn every_dtype_is_guided_alike() {
+    let all = r#"{"pag_scale":2,"pag_applied_layers":["mid","up_blocks.0"],"freeu":{},"cfg_interval":[0,0.7],
+        "skip_layer":{"start":0,"stop":1,"skip_ff":false},"dynamic_thresholding":{}}"#;
+    let reference = latents(all, Dtype::F32);
+    assert!(distance(&latents("{}", Dtype::F32), &reference) > 1.0, "nothing of it counts");
+    for (dtype, tolerance) in [(Dtype::F16, 0.1), (Dtype::Bf16, 0.5)] {
+        let distance = distance(&latents(all, dtype), &reference);
+        assert!(distance < tolerance, "{dtype:?}: {distance:.2e}");
+    }
 }
 
 #[test]

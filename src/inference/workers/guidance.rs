@@ -38,8 +38,7 @@ impl Worker<GuideTask<'_>> for Guide {
         let skipped = guidance.skipped_layers.as_ref().map_or(0.0, |skipped| skipped.scale);
         let mut guided = match (&negative, &skipping, &guidance.thresholding) {
             (Some(negative), _, Some(wish)) => {
-                let scale = guidance.scale;
-                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, scale, done, wish })?
+                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, done, wish })?
             }
             (Some(negative), _, None) => from(negative, &positive, guidance.scale)?,
             // Diffusers' guider starts at the worse prediction where there is no other.

@@ -5,7 +5,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::inference::steering::{DynamicThresholding, ScaleMode, ScalingStartpoint, VariabilityMeasure};
+use crate::inference::guidance::Thresholding;
+use crate::inference::steering::{ScalingStartpoint, VariabilityMeasure};
 use crate::layers::Worker;
 
 pub struct Threshold;
@@ -14,11 +15,9 @@ pub struct ThresholdTask<'a> {
     /// `[B, H, W, C]`, f32: x₀ for the negative prompt, and for the prompt.
     pub negative: &'a Tensor,
     pub positive: &'a Tensor,
-    /// The full guidance scale.
-    pub scale: f64,
     /// 0 at the first step, 1 at the last.
     pub done: f64,
-    pub wish: &'a DynamicThresholding,
+    pub wish: &'a Thresholding,
 }
 
 impl Worker<ThresholdTask<'_>> for Threshold {
@@ -26,9 +25,8 @@ impl Worker<ThresholdTask<'_>> for Threshold {
     type Output = Tensor;
 
     fn run(&self, task: ThresholdTask<'_>, _ctx: &Context) -> Result<Tensor> {
-        let ThresholdTask { negative, positive, scale, done, wish } = task;
-        let mimic = changed(wish.mimic_mode, wish.mimic_scale, wish.mimic_scale_min, done, wish.sched_val);
-        let scale = changed(wish.cfg_mode, scale, wish.cfg_scale_min, done, wish.sched_val);
+        let ThresholdTask { negative, positive, done, wish } = task;
+        let (mimic, scale) = (wish.mimic.at(done), wish.guided.at(done));
         let (batch, height, width, channels) = positive.dims4()?;
         // By channel, on the host: a sort is needed, and latents are small.
         let planes = |x: &Tensor| -> Result<Vec<Vec<f64>>> {
@@ -38,7 +36,7 @@ impl Worker<ThresholdTask<'_>> for Threshold {
         let (negative, positive) = (planes(negative)?, planes(positive)?);
         let mut values = Vec::with_capacity(batch * channels * height * width);
         for (negative, positive) in negative.chunks(channels).zip(positive.chunks(channels)) {
-            if wish.separate_feature_channels {
+            if wish.separate {
                 for (negative, positive) in negative.chunks(1).zip(positive.chunks(1)) {
                     values.extend(thresholded(negative, positive, [mimic, scale], wish)?);
                 }
@@ -51,31 +49,12 @@ impl Worker<ThresholdTask<'_>> for Threshold {
     }
 }
 
-/// A scale at a share of the steps. Its curves are the reference's, the rounded π included.
-fn changed(mode: ScaleMode, scale: f64, least: f64, done: f64, value: f64) -> f64 {
-    let share = match mode {
-        ScaleMode::Constant => 1.0,
-        ScaleMode::LinearDown => 1.0 - done,
-        ScaleMode::HalfCosineDown => done.cos(),
-        ScaleMode::CosineDown => (done * 1.5707).cos(),
-        ScaleMode::LinearUp => done,
-        ScaleMode::HalfCosineUp => 1.0 - done.cos(),
-        ScaleMode::CosineUp => 1.0 - (done * 1.5707).cos(),
-        ScaleMode::PowerUp => done.powf(value),
-        ScaleMode::PowerDown => 1.0 - done.powf(value),
-        ScaleMode::LinearRepeating => (0.5 - (done * value).fract()).abs() * 2.0,
-        ScaleMode::CosineRepeating => (done * 6.28318 * value).cos() * 0.5 + 0.5,
-        ScaleMode::Sawtooth => (done * value).fract(),
-    };
-    (scale - least) * share + least
-}
-
 /// The planes of one sample that have one extent together, guided and brought to the extent of the mimic scale.
 fn thresholded(
     negative: &[Vec<f64>],
     positive: &[Vec<f64>],
     [mimic, scale]: [f64; 2],
-    wish: &DynamicThresholding,
+    wish: &Thresholding,
 ) -> Result<Vec<f32>> {
     let guided = |scale: f64| -> Vec<Vec<f64>> {
         let plane = |(negative, positive): (&Vec<f64>, &Vec<f64>)| {
@@ -89,17 +68,17 @@ fn thresholded(
     };
     let guided_planes = guided(scale);
     let (model, around) = (centred(&guided(mimic)), centred(&guided_planes));
-    let (wanted, own) = match wish.variability_measure {
+    let (wanted, own) = match wish.measure {
         VariabilityMeasure::Std => (deviation(&model), deviation(&around)),
         VariabilityMeasure::Ad => {
             let wanted = model.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-            (wanted, quantile(&around, wish.threshold_percentile)?)
+            (wanted, quantile(&around, wish.percentile)?)
         }
     };
-    let phi = wish.interpolate_phi;
+    let phi = wish.phi;
     let means = guided_planes.iter().flat_map(|plane| std::iter::repeat_n(mean(plane), plane.len()));
     let values = guided_planes.iter().flatten().zip(&around).zip(means).map(|((&guided, &around), mean)| {
-        let result = match (wish.scaling_startpoint, wish.variability_measure) {
+        let result = match (wish.startpoint, wish.measure) {
             (ScalingStartpoint::Zero, _) => guided * (wanted / own),
             (ScalingStartpoint::Mean, VariabilityMeasure::Std) => around / own * wanted + mean,
             (ScalingStartpoint::Mean, VariabilityMeasure::Ad) => {

@@ -103,8 +103,6 @@ fn scale_low(x: &Tensor, factor: f64) -> CandleResult<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use candle_core::Device;
 
     use super::*;
