@@ -11,7 +11,7 @@ Writes MODE.json and MODE.safetensors beside itself, f32 on the CPU, a torch CPU
 - cfg_interval, skip_layer: a loop around diffusers' guiders; skip_layer puts diffusers' own layer skip hook on the UNet.
 - dynamic_thresholding: a loop around the formulas of sd-dynamic-thresholding (dynthres_core.py at 1fd915a), which work on
   the denoised latents.
-- pag: StableDiffusionXLPAGPipeline. freeu: `enable_freeu`.
+- pag: StableDiffusionXLPAGPipeline. freeu: `enable_freeu`. guidance: several of them in one loop.
 """
 import json, math, pathlib, sys
 import diffusers, torch, transformers
@@ -64,6 +64,12 @@ def cases_of(mode):
                        **each("-scores-ff", two, skip_layer=dict(layers=[layer + "0"], scale=2.0, start=0.0, stop=1.0,
                                                                  skip_attention=False, skip_attention_scores=True)),
                        **each("-no-guidance", two, cfg_scale=1.0, skip_layer=dict(layers=[layer], scale=2.0, start=0.0, stop=0.7))},
+        "guidance": {
+            **each("-skip-freeu-interval", guidance_rescale=0.4, cfg_interval=[0.2, 0.9], freeu=dict(s1=0.9, s2=0.2, b1=1.1, b2=1.2),
+                   skip_layer=dict(layers=[layer + "1"], scale=1.5, start=0.0, stop=0.7)),
+            **each("-thresholds-interval", cfg_scale=9.0, cfg_interval=[0.0, 0.7], dynamic_thresholding=dict(mimic_scale=4.0),
+                   freeu=dict(s1=0.9, s2=0.2, b1=1.1, b2=1.2)),
+            **each("-thresholds-velocity", ["ddim"], cfg_scale=9.0, prediction_type="v_prediction", dynamic_thresholding=dict(mimic_scale=4.0))},
         "freeu": {**each(freeu=dict(s1=0.9, s2=0.2, b1=1.3, b2=1.4)),
                   **each("-odd-size", two, freeu=dict(s1=0.5, s2=1.6, b1=0.8, b2=1.2), width=120, height=136)},
     }[mode]
@@ -86,7 +92,7 @@ SCALES = {
 }
 
 
-def thresholded(cond, uncond, cfg, done, mimic_scale, threshold_percentile, mimic_mode="constant", mimic_scale_min=0.0, cfg_mode="constant",
+def thresholded(cond, uncond, cfg, done, mimic_scale, threshold_percentile=1.0, mimic_mode="constant", mimic_scale_min=0.0, cfg_mode="constant",
                 cfg_scale_min=0.0, sched_val=1.0, separate_feature_channels=True, scaling_startpoint="mean", variability_measure="ad",
                 interpolate_phi=1.0):
     """`cond` and `uncond` are denoised latents [1, C, H, W]."""
@@ -160,6 +166,11 @@ def loop(pipe, case, noise, generator):
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(case["prompt"], negative_prompt=case["negative_prompt"])
     ids = torch.tensor([[case["height"], case["width"], 0, 0, case["height"], case["width"]]], dtype=torch.float32)
     s = pipe.scheduler
+    velocity = case.get("prediction_type") == "v_prediction"
+    if velocity:
+        s.register_to_config(prediction_type="v_prediction")
+    if "freeu" in case:
+        pipe.enable_freeu(**case["freeu"])
     s.set_timesteps(n)
     x = noise * s.init_noise_sigma
     start, stop = case.get("cfg_interval", [0.0, 1.0])
@@ -177,20 +188,23 @@ def loop(pipe, case, noise, generator):
             parts["pred_uncond"] = call(negative, negative_pooled)
         if skip and guider._is_slg_enabled():
             parts["pred_cond_skip"] = skipping(pipe.unet, skip, lambda: call(embeds, pooled))
-        if "dynamic_thresholding" in case:
+        if "dynamic_thresholding" in case and "pred_uncond" in parts:
             alpha, sigma = levels(s, i, t)
-            cond, uncond = ((x - sigma * parts[k]) / alpha for k in ("pred_cond", "pred_uncond"))
-            x0 = thresholded(cond, uncond, case["cfg_scale"], i / (n - 1), **case["dynamic_thresholding"])
-            predicted = (x - alpha * x0) / sigma
+            # With v = α·ε − σ·x₀ and α² + σ² = 1.
+            denoised = lambda p: alpha * x - sigma * p if velocity else (x - sigma * p) / alpha
+            x0 = thresholded(denoised(parts["pred_cond"]), denoised(parts["pred_uncond"]), case["cfg_scale"], i / (n - 1),
+                             **case["dynamic_thresholding"])
+            predicted = (alpha * x - x0) / sigma if velocity else (x - alpha * x0) / sigma
         else:
             predicted = guider.forward(**parts).pred
         more = {"generator": generator} if "ancestral" in case["sampler_name"] else {}
         x = s.step(predicted, t, x, **more).prev_sample
+    pipe.disable_freeu()
     return x
 
 
 def draw(pipe, mode, case, noise, generator):
-    if mode in ("cfg_interval", "dynamic_thresholding", "skip_layer"):
+    if mode in ("cfg_interval", "dynamic_thresholding", "skip_layer", "guidance"):
         return loop(pipe, case, noise, generator)
     more = {}
     if mode == "pag":
@@ -211,7 +225,7 @@ def main(model, *modes):
     pipe = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
-    for mode in modes or ["subseed", "cfg_interval", "dynamic_thresholding", "pag", "skip_layer", "freeu"]:
+    for mode in modes or ["subseed", "cfg_interval", "dynamic_thresholding", "pag", "skip_layer", "freeu", "guidance"]:
         cases, goldens = cases_of(mode), {}
         for name, case in cases.items():
             images = []
