@@ -342,7 +342,7 @@ fn sharded(folder: &Folder, dir: &str, found: &Found) -> Result<WeightFiles> {
         if name.contains(['/', '\\', '\0']) || !name.ends_with(".safetensors") {
             return Err(corrupt(format!("must name safetensors files of its own folder, and names `{name}`")));
         }
-        files.push(folder.need(&place(dir, &name))?);
+        files.push(folder.need(&place(dir, name))?);
     }
     Ok(WeightFiles { files, index: Some(weight_map) })
 }

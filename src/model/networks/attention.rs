@@ -82,11 +82,10 @@ pub(super) struct TextReader<'a> {
 }
 
 /// What one block reads.
-#[derive(Clone, Copy)]
-struct Reading<'a> {
-    text: &'a KeysValues,
-    place: usize,
-    pictures: &'a [Pictures<'a>],
+struct Reading {
+    text: KeysValues,
+    /// One an IP-Adapter, with its weight.
+    pictures: Vec<(KeysValues, f64)>,
 }
 
 impl<'a> TextReader<'a> {
@@ -94,12 +93,14 @@ impl<'a> TextReader<'a> {
         Self { ahead: Cell::new(all), all: all.len(), pictures }
     }
 
-    fn next(&self) -> Result<Reading<'a>> {
+    fn next(&self) -> Result<Reading> {
         let Some((text, rest)) = self.ahead.get().split_first() else {
             return Err(Error::bug("text was read by fewer blocks than there are"));
         };
         self.ahead.set(rest);
-        Ok(Reading { text, place: self.all - rest.len() - 1, pictures: self.pictures })
+        let place = self.all - rest.len() - 1;
+        let of_block = |&(blocks, weight): &Pictures<'a>| Some((blocks.get(place)?.clone(), weight));
+        Ok(Reading { text: text.clone(), pictures: self.pictures.iter().filter_map(of_block).collect() })
     }
 }
 
@@ -135,16 +136,11 @@ impl Attention {
     }
 
     /// [`Self::attend`] to the text, plus the same to each IP-Adapter's pictures times its weight.
-    fn attend_all(&self, x: &Tensor, given: Reading) -> CandleResult<Tensor> {
-        if given.pictures.is_empty() {
-            return self.attend(x, given.text);
-        }
+    fn attend_all(&self, x: &Tensor, given: &Reading) -> CandleResult<Tensor> {
         let q = self.to_q.forward(x)?;
         let mut attended = attention(&q, &given.text.keys, &given.text.values, self.heads, Mask::None)?;
-        for (blocks, weight) in given.pictures {
-            if let Some(KeysValues { keys, values }) = blocks.get(given.place) {
-                attended = (attended + (attention(&q, keys, values, self.heads, Mask::None)? * *weight)?)?;
-            }
+        for (KeysValues { keys, values }, weight) in &given.pictures {
+            attended = (attended + (attention(&q, keys, values, self.heads, Mask::None)? * *weight)?)?;
         }
         Ok(attended)
     }
@@ -184,7 +180,7 @@ impl TransformerBlock {
     }
 
     /// `x` is `[B, HW, C]`; `text` was read by `attn2`.
-    fn forward(&self, x: &Tensor, text: Reading) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor, text: &Reading) -> CandleResult<Tensor> {
         let attended = {
             let normal = self.norm1.forward(x)?;
             self.attn1.attend(&normal, &self.attn1.read(&normal)?)?
@@ -250,7 +246,7 @@ impl SpatialTransformer {
         let (residual, mut tokens) = enter().stage(STAGE)?;
         for block in &self.blocks {
             check()?;
-            tokens = block.forward(&tokens, text.next()?).stage(STAGE)?;
+            tokens = block.forward(&tokens, &text.next()?).stage(STAGE)?;
         }
         let epilogue = Epilogue { residual: Some(&residual), ..Epilogue::default() };
         self.proj_out.forward_with(&tokens, epilogue).and_then(|y| y.reshape(x.shape())).stage(STAGE)
