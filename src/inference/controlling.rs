@@ -17,7 +17,6 @@ use crate::error::{Error, Result};
 use crate::layers::Resident;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::companion::Companion;
 use crate::model::networks::controlnet::ControlNet;
 use crate::model::networks::controlnet_config::kind;
 use crate::units::ImageSize;
@@ -85,6 +84,7 @@ impl InferenceInstructor {
     }
 
     /// Every ControlNet of the plan, loaded, having seen its images. A run of another model, as the refiner's, has none.
+    /// Networks of `earlier` runs are not loaded again.
     ///
     /// # Errors
     /// Those of loading; `invalid_parameter` for a union that is not told what its image is; those of the device.
@@ -92,7 +92,7 @@ impl InferenceInstructor {
         &self,
         plan: &GenerationPlan,
         run: ControlledRun<'_>,
-        count: &mut CacheCount,
+        (earlier, count): (&[&Controls], &mut CacheCount),
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Controls> {
@@ -100,11 +100,13 @@ impl InferenceInstructor {
         if checkpoint.key != plan.checkpoint.key {
             return Ok(Controls::default());
         }
-        let mut controls: Vec<(Arc<Companion>, Control)> = Vec::new();
+        let mut controls: Vec<Control> = Vec::new();
         for wish in &plan.controls {
-            let held = controls.iter().find(|(companion, _)| companion.key == wish.net.key);
+            let key = wish.net.key;
+            let held = controls.iter().chain(earlier.iter().flat_map(|controls| &controls.0));
+            let held = held.filter(|control| control.key == key).map(|control| Arc::clone(&control.net)).next();
             let net = match held {
-                Some((_, control)) => Arc::clone(&control.net),
+                Some(net) => net,
                 None => crew.model().controlnets.acquire(&wish.net, checkpoint, placement, ctx)?,
             };
             let kind = place(wish, &net, ctx)?;
@@ -112,17 +114,13 @@ impl InferenceInstructor {
             *(if cached { &mut count.hits } else { &mut count.misses }) += 1;
             let embedded = net.embed(&image.to_unit_tensor(&placement.device)?, placement.compute.tensor())?;
             let shown = Shown { embedded, kind, weight: wish.weight, start: wish.start, end: wish.end };
-            let together = controls.iter_mut().find(|(companion, control)| {
-                companion.key == wish.net.key && control.net.kinds().is_some() && control.guess == wish.guess
-            });
-            match together {
-                Some((_, control)) => control.shown.push(shown),
-                None => {
-                    controls.push((Arc::clone(&wish.net), Control { net, shown: vec![shown], guess: wish.guess }));
-                }
+            let is_shown_all = |control: &&mut Control| control.net.kinds().is_some() && control.guess == wish.guess;
+            match controls.iter_mut().filter(|control| control.key == key).find(is_shown_all) {
+                Some(control) => control.shown.push(shown),
+                None => controls.push(Control { net, key, shown: vec![shown], guess: wish.guess }),
             }
         }
-        Ok(Controls(controls.into_iter().map(|(_, control)| control).collect()))
+        Ok(Controls(controls))
     }
 }
 
@@ -164,4 +162,25 @@ pub(super) fn is_of(plan: &GenerationPlan, resident: &Resident) -> bool {
     let control = || plan.controls.iter().any(|control| control.net.name == resident.name);
     let adapter = || plan.adapters.names().any(|name| name == resident.name);
     resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control()) || adapter()
+}
+
+/// A ControlNet in an image's text, as AUTOMATIC1111's extension has it.
+pub(super) fn told(plan: &ControlPlan) -> (&'static str, String) {
+    const KEYS: [&str; MOST] = [
+        "ControlNet 0",
+        "ControlNet 1",
+        "ControlNet 2",
+        "ControlNet 3",
+        "ControlNet 4",
+        "ControlNet 5",
+        "ControlNet 6",
+        "ControlNet 7",
+    ];
+    let ControlPlan { net, hint, weight, start, end, guess, .. } = plan;
+    let guess = if *guess { ", Guess Mode: True" } else { "" };
+    let (preprocessor, name) = (hint.preprocessor, &net.name);
+    let told = format!(
+        "\"Module: {preprocessor}, Model: {name}, Weight: {weight}, Guidance Start: {start}, Guidance End: {end}{guess}\""
+    );
+    (KEYS.get(plan.index).copied().unwrap_or("ControlNet"), told)
 }

@@ -20,8 +20,8 @@ pub const MOST: usize = 8;
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct ControlWish {
-    /// A safetensors file, with its ending or without, or a folder in diffusers' layout, beneath the configured model
-    /// roots.
+    /// A ControlNet, a ControlNet Union or a Control-LoRA: a safetensors file, with its ending or without, or a folder in
+    /// diffusers' layout, beneath the configured model roots.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// What the network is shown. It is brought to the size of the generated image.

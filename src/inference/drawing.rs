@@ -313,12 +313,16 @@ impl InferenceInstructor {
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
         let Shared { prompts, controls, adaptations, hints, .. } = shared;
-        let controls = controls.get_mut(run.index).ok_or_else(|| Error::bug("a run without its ControlNets"))?;
-        if controls.is_none() {
+        if matches!(controls.get(run.index), Some(None)) {
             let wanted = ControlledRun { checkpoint, size: run.size, placement };
-            *controls = Some(self.prepare_controls(plan, wanted, hints, crew, ctx)?);
+            let earlier: Vec<&Controls> = controls.iter().flatten().collect();
+            let made = self.prepare_controls(plan, wanted, (&earlier, hints), crew, ctx)?;
+            if let Some(place) = controls.get_mut(run.index) {
+                *place = Some(made);
+            }
         }
-        let controls = controls.as_ref().ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
+        let controls = controls.get(run.index).and_then(Option::as_ref);
+        let controls = controls.ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
         let adaptation = adaptations.get_mut(run.index).ok_or_else(|| Error::bug("a run without its adapters"))?;
         if adaptation.is_none() {
             *adaptation = Some(self.adapted(plan, run, (placement, &mut *crew, ctx))?);

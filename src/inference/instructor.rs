@@ -1,6 +1,6 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
-use super::controlling::is_of;
+use super::controlling::{is_of, told};
 use super::interface::{
     BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish,
     Request, Response, Settings,
@@ -207,6 +207,7 @@ impl InferenceInstructor {
             more.push(("Refiner", model.clone()));
             more.push(("Refiner switch at", switch_at.to_string()));
         }
+        more.extend(plan.controls.iter().map(told));
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }

@@ -4,6 +4,7 @@ mod adapters;
 mod architecture;
 mod conditioning;
 mod config;
+mod control;
 mod device;
 mod drawing;
 mod edits;

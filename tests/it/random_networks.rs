@@ -12,24 +12,24 @@ use candle_core::{Device, Tensor};
 use sdxl_worker::noise::{NoiseSource, RngKind};
 
 #[derive(serde::Deserialize)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// The script and the versions that made the layout.
     #[serde(rename = "made_by")]
     _made_by: String,
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// `config.json` beside the weights; null for a network in one file.
-    pub config: Option<serde_json::Value>,
+    pub(crate) config: Option<serde_json::Value>,
     /// Name, shape, scale, offset.
-    pub tensors: Vec<(String, Vec<usize>, f32, f32)>,
+    pub(crate) tensors: Vec<(String, Vec<usize>, f32, f32)>,
 }
 
 impl Layout {
-    pub fn open(name: &str) -> Self {
+    pub(crate) fn open(name: &str) -> Self {
         let path = layouts().join(format!("{name}.json"));
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
-    pub fn fill(&self) -> HashMap<String, Tensor> {
+    pub(crate) fn fill(&self) -> HashMap<String, Tensor> {
         let total = self.tensors.iter().map(|(_, shape, ..)| shape.iter().product::<usize>()).sum();
         let mut source = NoiseSource::new(RngKind::Cpu, &[self.seed], 1, 1, total, &Device::Cpu);
         let all = source.draw().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -44,7 +44,7 @@ impl Layout {
     }
 
     /// Writes the network to `folder` under `name`, in diffusers' layout or as one file.
-    pub fn write(&self, folder: &Path, name: &str) {
+    pub(crate) fn write(&self, folder: &Path, name: &str) {
         let tensors = self.fill();
         let Some(config) = &self.config else {
             return candle_core::safetensors::save(&tensors, folder.join(format!("{name}.safetensors"))).unwrap();
@@ -61,7 +61,7 @@ fn layouts() -> PathBuf {
 }
 
 /// A folder with every network, made once for all tests; it goes with the machine's temporary files.
-pub fn folder() -> &'static Path {
+pub(crate) fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("networks-{}", std::process::id()));

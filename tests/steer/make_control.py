@@ -14,7 +14,8 @@ All in f32 on the CPU, with one torch CPU generator, seeded with the request's s
 import json, math, pathlib, sys
 
 import diffusers, numpy, torch
-from diffusers import (ControlNetModel, ControlNetUnionModel, MultiControlNetModel, StableDiffusionXLControlNetPipeline,
+from diffusers import (ControlNetModel, ControlNetUnionModel, MultiControlNetModel, StableDiffusionXLControlNetImg2ImgPipeline,
+                       StableDiffusionXLControlNetInpaintPipeline, StableDiffusionXLControlNetPipeline,
                        StableDiffusionXLControlNetUnionPipeline, StableDiffusionXLPipeline)
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from PIL import Image, ImageDraw
@@ -120,8 +121,33 @@ def main(model, out):
             tensors = [["control_model." + old_name(key, net.config.layers_per_block), *rest] for key, *rest in layout["tensors"]]
             (out / "layouts" / "control_single.json").write_text(json.dumps({**layout, "config": None, "tensors": tensors}) + "\n")
 
+    # A Control-LoRA: what it changes of the UNet, and of its own whatever the UNet has not or has no matrix for.
+    lora_net = ControlNetModel.from_unet(unet)
+    lora_net.eval()
+    own, tensors = lora_net.state_dict(), [["lora_controlnet", [0], 1.0, 0.0]]
+    for key, value in own.items():
+        scale, offset = scale_and_offset(key, value.shape)
+        if key.startswith("controlnet_") or value.dim() == 1:
+            tensors.append([key, list(value.shape), float(torch.tensor(scale)), offset])
+        else:
+            tensors.append([key[:-len("weight")] + "up", [value.shape[0], 4] + [1] * (value.dim() - 2), 0.25, 0.0])
+            tensors.append([key[:-len("weight")] + "down", [4, *value.shape[1:]], float(torch.tensor(0.5 * scale)), 0.0])
+    draw, at, drawn = torch.randn(sum(math.prod(shape) for _, shape, _, _ in tensors), generator=torch.Generator("cpu").manual_seed(110)), 0, {}
+    for key, shape, scale, offset in tensors:
+        count = math.prod(shape)
+        drawn[key] = draw[at:at + count].reshape(shape) * torch.tensor(scale) + torch.tensor(offset)
+        at += count
+    for key, value in own.items():
+        layer = key[:-len("weight")]
+        own[key] = drawn[key] if key in drawn else value + (drawn[layer + "up"].flatten(1) @ drawn[layer + "down"].flatten(1)).reshape(value.shape)
+    lora_net.load_state_dict(own)
+    nets["control_lora"] = lora_net
+    named = [["lora_controlnet" if key == "lora_controlnet" else old_name(key, lora_net.config.layers_per_block), *rest] for key, *rest in tensors]
+    (out / "layouts" / "control_lora.json").write_text(json.dumps({"made_by": versions(), "seed": 110, "config": None, "tensors": named}) + "\n")
+
     base = {"prompt": "a sunset over mountains", "seed": 7, "steps": 6, "cfg_scale": 5.0, "width": 128, "height": 128, "scheduler": "leading", "sampler_name": "euler"}
     edges, depth = "tests/steer/files/control_edges.png", "tests/steer/files/control_depth.png"
+    scene, sky = "tests/steer/files/scene.png", "tests/steer/files/sky.png"
     one = lambda **more: {"model": "control", "image": edges, **more}
     two = lambda **more: {"model": "control_small", "image": depth, **more}
     kind = lambda name, image, **more: {"model": "control_union", "image": image, "control_type": name, **more}
@@ -144,6 +170,13 @@ def main(model, out):
         "union, guess mode": {"controlnet": [kind("scribble", edges, guess_mode=True)], "cfg_scale": 1.0},
         "union, two images": {"controlnet": [kind("canny", edges), kind("depth", depth)]},
         "union, two images, weights": {"controlnet": [kind("canny", edges, weight=0.8), kind("depth", depth, weight=0.5, end=0.6)], "sampler_name": "dpmpp_2m"},
+        "control lora": {"controlnet": [one(model="control_lora")]},
+        "control lora beside a net": {"controlnet": [one(model="control_lora", weight=0.6), two(end=0.5)], "sampler_name": "ddim"},
+        "canny": {"controlnet": [one(image=scene, preprocessor="canny")]},
+        "image to image": {"init_image": scene, "denoising_strength": 0.6, "controlnet": [one(end=0.8)]},
+        "image to image, two nets": {"init_image": scene, "denoising_strength": 0.8, "sampler_name": "ddim", "controlnet": [one(), two()]},
+        "inpainting": {"init_image": scene, "mask": sky, "mask_blur": 0.0, "denoising_strength": 0.8, "controlnet": [one()]},
+        "inpainting, guess mode": {"init_image": scene, "mask": sky, "mask_blur": 0.0, "denoising_strength": 1.0, "sampler_name": "dpmpp_2m", "controlnet": [two(guess_mode=True)]},
         "a size of its own": {"width": 192, "height": 128, "controlnet": [one()], "resize": True},
     }
     parts = dict(pipe.components)
@@ -163,11 +196,22 @@ def main(model, out):
         pick = lambda key, default: [a.get(key, default) for a in asked]
         weights, starts, ends = pick("weight", 1.0), pick("start", 0.0), pick("end", 1.0)
         shown = [Image.open(a["image"]).convert("RGB") for a in asked]
+        if asked[0].get("preprocessor") == "canny":
+            import cv2
+            shown = [Image.fromarray(numpy.stack([cv2.Canny(numpy.array(shown[0]), 100, 200)] * 3, -1))]
         kwargs = dict(prompt=case["prompt"], negative_prompt=case.get("negative_prompt"), num_inference_steps=case["steps"], guidance_scale=case["cfg_scale"],
                       width=case["width"], height=case["height"], guess_mode=asked[0].get("guess_mode", False),
                       generator=torch.Generator("cpu").manual_seed(case["seed"]), output_type="latent",
                       controlnet_conditioning_scale=weights, control_guidance_start=starts, control_guidance_end=ends)
-        if names[0] == "control_union":
+        if "init_image" in case:
+            picked = [nets[n] for n in names]
+            kind_of = StableDiffusionXLControlNetInpaintPipeline if "mask" in case else StableDiffusionXLControlNetImg2ImgPipeline
+            steered = kind_of(**{k: parts[k] for k in parts if k not in ("feature_extractor", "image_encoder")}, controlnet=picked[0] if len(picked) == 1 else MultiControlNetModel(picked))
+            if len(picked) == 1:
+                shown, kwargs = shown[0], {**kwargs, "controlnet_conditioning_scale": weights[0], "control_guidance_start": starts[0], "control_guidance_end": ends[0]}
+            kwargs |= dict(image=Image.open(case["init_image"]).convert("RGB"), control_image=shown, strength=case["denoising_strength"])
+            if "mask" in case: kwargs |= dict(mask_image=Image.open(case["mask"]).convert("L"))
+        elif names[0] == "control_union":
             steered = StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=nets["control_union"])
             kwargs |= dict(control_image=shown, control_mode=[KINDS[a["control_type"]] for a in asked])
         elif len(names) == 1:

@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 use super::denoise::Moment;
 use crate::context::Context;
 use crate::error::{Error, Result, Stage};
+use crate::model::checkpoint::CheckpointKey;
 use crate::model::networks::controlnet::{ControlInput, ControlNet, Hint, Residuals};
 use crate::model::networks::unet::ReadText;
 
@@ -19,6 +20,8 @@ pub struct Controls(pub Vec<Control>);
 /// One network with its images: one, or several for a union.
 pub struct Control {
     pub net: Arc<ControlNet>,
+    /// Of its files.
+    pub key: CheckpointKey,
     pub shown: Vec<Shown>,
     /// Whether it steers the prompt's pass alone, the middle more than the first feature maps.
     pub guess: bool,

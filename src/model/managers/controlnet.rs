@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use candle_nn::VarBuilder;
+
 use super::{Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
@@ -10,12 +12,17 @@ use crate::device::interface::Quantization;
 use crate::error::Result;
 use crate::kernels::quantising;
 use crate::layers::{Manager, Resident};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::companion::Companion;
 use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
 use crate::model::networks::unet::Unet;
+use crate::model::workers::open::Weights;
+use crate::model::workers::overlay::over;
 use crate::model::workers::rename::RenameControl;
 use crate::units::Bytes;
+
+/// The tensor that marks a Control-LoRA, which holds what it changes of its UNet.
+const LORA: &str = "lora_controlnet";
 
 pub struct ControlNetManager {
     pub(in crate::model) shelf: Shelf<ControlNet>,
@@ -41,11 +48,13 @@ impl ControlNetManager {
         ctx: &Context,
     ) -> Result<Arc<ControlNet>> {
         let (dtype, quantization) = (placement.compute, placement.quantization);
-        let device = placement.name.clone();
-        let key = ShelfKey { checkpoint: companion.key, dtype, quantization, device };
-        let weights = ctx.perform(&RenameControl, companion.open(ctx)?)?;
-        let shapes: HashMap<&str, &[usize]> =
-            weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice())).collect();
+        let weights = companion.open(ctx)?;
+        let is_lora = weights.tensors().any(|(name, _)| name == LORA);
+        let weights = ctx.perform(&RenameControl, weights)?;
+        let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
+        let of = base.as_ref().map_or(companion.key, |_| companion.key.over(checkpoint.key));
+        let key = ShelfKey { checkpoint: of, dtype, quantization, device: placement.name.clone() };
+        let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
         let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, &checkpoint.unet)?;
         // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
@@ -53,9 +62,17 @@ impl ControlNetManager {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let opened = Opened { component: "controlnet", weights, placement, dtype };
+            let open = |weights| Opened { component: "controlnet", weights, placement, dtype };
+            let (opened, base) = (open(weights), base.map(open));
             self.shelf.reserve(opened.bytes());
-            let load = || opened.load(ctx, |vb| ControlNet::load(vb, &config));
+            let net = |vb: &VarBuilder| ControlNet::load(vb, &config);
+            let load = || match &base {
+                None => opened.load(ctx, net),
+                Some(base) => {
+                    let both = |upper: &VarBuilder| base.load(ctx, |lower| over(upper, lower, net));
+                    opened.load(ctx, both).map(|(((net, bytes), _), _)| (net, bytes))
+                }
+            };
             let (loaded, saved) = match quantization {
                 Quantization::None => (load(), 0),
                 // Its blocks have the names of the UNet's.
@@ -66,6 +83,10 @@ impl ControlNetManager {
             Ok(self.shelf.insert(key, &companion.name, bytes, net))
         })
     }
+}
+
+fn shapes_of(weights: &Weights) -> impl Iterator<Item = (&str, &[usize])> {
+    weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice()))
 }
 
 impl Manager for ControlNetManager {

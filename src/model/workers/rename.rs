@@ -27,8 +27,7 @@ impl Worker<Weights> for RenameControl {
         };
         let place = |name: &str, part: &str| Some(number(name.strip_prefix(&prefix)?.strip_prefix(part)?)?.0);
         // A step between resolutions ends a block of layers.
-        let ends =
-            names().filter(|name| name.ends_with(".0.op.weight")).filter_map(|name| place(name, "input_blocks."));
+        let ends = names().filter(|name| name.contains(".0.op.")).filter_map(|name| place(name, "input_blocks."));
         let layers = ends.map(|end| end.saturating_sub(1)).min();
         let last_hint = names().filter_map(|name| place(name, "input_hint_block.")).max().unwrap_or(0);
         let layout = Layout { layers: layers.unwrap_or(usize::MAX - 1), last_hint };

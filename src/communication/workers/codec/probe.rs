@@ -71,11 +71,14 @@ impl<'de> IntoDeserializer<'de, Stop> for Probe<'_> {
 impl<'de> Deserializer<'de> for Probe<'_> {
     type Error = Stop;
 
-    /// Who takes anything may take a list.
+    /// What may be of several forms is walked into by the form that the path has.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
             Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
-            _ => Err(Stop::custom("no struct stands here")),
+            Some((Step::Key(key), inner)) => {
+                visitor.visit_map(MapDeserializer::new(std::iter::once((key.as_str(), inner))))
+            }
+            None => Err(Stop::custom("no struct stands here")),
         }
     }
 
@@ -89,8 +92,8 @@ impl<'de> Deserializer<'de> for Probe<'_> {
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
-            Some((Step::Index(_), _)) => self.deserialize_any(visitor),
-            _ => Err(Stop::custom("no struct stands here")),
+            Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
+            _ => Err(Stop::custom("no array is on the way")),
         }
     }
 
@@ -99,7 +102,7 @@ impl<'de> Deserializer<'de> for Probe<'_> {
             Some((Step::Key(key), inner)) => {
                 visitor.visit_map(MapDeserializer::new(std::iter::once((key.as_str(), inner))))
             }
-            _ => self.deserialize_any(visitor),
+            _ => Err(Stop::custom("no object is on the way")),
         }
     }
 

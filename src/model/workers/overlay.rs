@@ -1,0 +1,78 @@
+//! One network's weights over another's: a weight source around two weight sources, as a Control-LoRA lies over the UNet
+//! that it was made for, <https://github.com/Stability-AI/stability-ComfyUI-nodes>.
+//!
+//! A tensor that the upper file has is taken from it. Otherwise it is the lower file's, to which, where the upper file has
+//! the layer's `up` and `down`, their product is added: W + up · down, both flattened to matrices.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{DType, Device, Result as CandleResult, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+
+use crate::error::Result;
+use crate::units::Bytes;
+
+/// Builds a network from `upper` over `lower`. Gives it with the bytes of the tensors that it took.
+///
+/// # Errors
+/// Those of `load`.
+pub(in crate::model) fn over<T>(
+    upper: &VarBuilder,
+    lower: &VarBuilder,
+    load: impl FnOnce(&VarBuilder) -> Result<T>,
+) -> Result<(T, Bytes)> {
+    let taken = AtomicU64::new(0);
+    let backend: Box<dyn SimpleBackend + '_> = Box::new(Over { upper, lower, taken: &taken });
+    let network = load(&VarBuilder::from_backend(backend, lower.dtype(), lower.device().clone()))?;
+    Ok((network, Bytes(taken.load(Ordering::Relaxed))))
+}
+
+struct Over<'a> {
+    upper: &'a VarBuilder<'a>,
+    lower: &'a VarBuilder<'a>,
+    taken: &'a AtomicU64,
+}
+
+impl Over<'_> {
+    fn take(&self, name: &str, shape: Option<Shape>) -> CandleResult<Tensor> {
+        let from = |source: &VarBuilder| match &shape {
+            Some(shape) => source.get(shape.clone(), name),
+            None => source.get_unchecked(name),
+        };
+        let tensor = match (self.upper.contains_tensor(name), name.strip_suffix(".weight")) {
+            (true, _) => from(self.upper)?,
+            (false, Some(layer)) if self.upper.contains_tensor(&format!("{layer}.up")) => {
+                self.changed(&from(self.lower)?, layer)?
+            }
+            (false, _) => from(self.lower)?,
+        };
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(tensor)
+    }
+
+    /// The sum is made in f32 and kept in the compute dtype: the file's own may be too coarse for it.
+    fn changed(&self, weight: &Tensor, layer: &str) -> CandleResult<Tensor> {
+        let matrix = |part: &str| {
+            let tensor = self.upper.get_unchecked(&format!("{layer}.{part}"))?;
+            tensor.to_dtype(DType::F32)?.flatten_from(1)
+        };
+        let change = matrix("up")?.matmul(&matrix("down")?)?.reshape(weight.shape())?;
+        (weight.to_dtype(DType::F32)? + change)?.to_dtype(self.lower.dtype())
+    }
+}
+
+impl SimpleBackend for Over<'_> {
+    fn get(&self, shape: Shape, name: &str, _: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
+        self.take(name, Some(shape))
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> CandleResult<Tensor> {
+        self.take(name, None)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.upper.contains_tensor(name) || self.lower.contains_tensor(name)
+    }
+}

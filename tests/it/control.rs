@@ -1,0 +1,243 @@
+//! ControlNets: what a request may say of them, what is refused and how, and what is kept of them.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use candle_core::Tensor;
+use sdxl_worker::config::Config;
+use sdxl_worker::context::Context;
+use sdxl_worker::error::{Error, Result};
+use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
+use sdxl_worker::instructors::{Call, Reply};
+use sdxl_worker::layers::Interface;
+
+use super::drawing::Worker;
+use super::random_networks::{self, Layout};
+use super::wire::{Worker as Process, code};
+
+const EDGES: &str = "tests/steer/files/control_edges.png";
+
+fn worker(more: &Path) -> Worker {
+    let mut config = Config::default();
+    config.workers.instructors.model.roots = vec![random_networks::folder().to_owned(), more.to_owned()];
+    config.workers.instructors.postprocessing.roots = vec!["tests/steer/files".into()];
+    Worker::with(&config)
+}
+
+fn request(controlnet: serde_json::Value) -> GenerateRequest {
+    let data = json!({
+        "prompt": "a lake", "seed": 3, "steps": 2, "width": 64, "height": 64, "dtype": "f32", "controlnet": controlnet,
+        "output": { "return": "base64" },
+    });
+    serde_json::from_value(data).unwrap()
+}
+
+fn generate(worker: &mut Worker, request: Request, ctx: &Context) -> Result<Generated> {
+    match worker.instructors.dispatch(Call::Inference(request), &mut worker.managers, ctx)? {
+        Reply::Inference(Response::Generated(generated)) => Ok(generated),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(worker: &mut Worker, controlnet: serde_json::Value) -> Error {
+    let request = Request::Controlnet(Box::new(request(controlnet)));
+    generate(worker, request, &Context::detached()).map(|made| made.images).expect_err("is refused")
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("old.pth"), b"\x80\x02").unwrap();
+    let plain = Layout::open("control_small");
+    let mut narrow = Layout::open("control_small");
+    for (_, shape, ..) in &mut narrow.tensors {
+        shape.iter_mut().for_each(|side| *side = if *side == 160 { 128 } else { *side });
+    }
+    narrow.config.as_mut().unwrap()["block_out_channels"] = json!([32, 96, 128]);
+    narrow.write(folder.path(), "narrow");
+    // The same in one file, whose sizes are read off its tensors.
+    narrow.config = None;
+    narrow.write(folder.path(), "narrow_file");
+    let mut foreign = plain;
+    foreign.config = None;
+    foreign.tensors.retain(|(name, ..)| !name.starts_with("controlnet_"));
+    foreign.write(folder.path(), "foreign");
+    let mut worker = worker(folder.path());
+    let mut check = |wish: serde_json::Value, code: &str, field: &str, text: &str| {
+        let error = refusal(&mut worker, wish.clone());
+        let place = if field.is_empty() { None } else { Some(format!("/data/{field}")) };
+        assert_eq!((error.code(), error.pointer()), (code, place), "{wish}: {error}");
+        assert!(error.to_string().contains(text), "{wish}: {error}");
+    };
+    let one = |more: serde_json::Value| {
+        let mut wish = json!({ "model": "control_small", "image": EDGES });
+        wish.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!([wish])
+    };
+    let invalid = "invalid_parameter";
+    check(json!([]), invalid, "controlnet", "is missing");
+    check(json!([{ "image": EDGES }]), invalid, "controlnet/0/model", "is missing");
+    check(json!({ "model": "control_small" }), invalid, "controlnet/0/image", "is missing");
+    check(json!(vec![json!({}); 9]), invalid, "controlnet", "at most 8");
+    check(one(json!({ "weight": 2.5 })), invalid, "controlnet/0/weight", "0 to 2");
+    check(one(json!({ "weight": -1 })), invalid, "controlnet/0/weight", "0 to 2");
+    check(one(json!({ "start": 0.5, "end": 0.5 })), invalid, "controlnet/0/end", "above `start`");
+    check(one(json!({ "guidance_end": 1.5 })), invalid, "controlnet/0/end", "0 to 1");
+    check(one(json!({ "module": "cany" })), "unknown_name", "controlnet/0/preprocessor", "cany");
+    check(one(json!({ "control_type": "cany" })), "unknown_name", "controlnet/0/control_type", "cany");
+    check(one(json!({ "image": "../x.png" })), "path_not_allowed", "", "x.png");
+    check(one(json!({ "image": "tests/steer/files/none.png" })), invalid, "controlnet/0/image", "none.png");
+    check(one(json!({ "model": "nobody" })), "model_not_found", "", "nobody");
+    check(one(json!({ "model": "../control" })), "path_not_allowed", "", "control");
+    check(one(json!({ "model": "old.pth" })), "unsafe_format", "", "pickle");
+    check(one(json!({ "model": "foreign" })), "model_unsupported", "", "`foreign` cannot be used: it is no ControlNet");
+    for name in ["narrow", "narrow_file"] {
+        let text = "it controls feature maps of 32, 32, 32, 96, 96, 128 channels, and the model's UNet has 32, 32, 32, 96, 96, 160";
+        check(one(json!({ "model": name })), "model_unsupported", "", text);
+    }
+    let union = json!({ "model": "control_union" });
+    check(one(union), invalid, "controlnet/0/control_type", "must be told what its image is");
+    let second = json!([{ "model": "control_small", "image": EDGES }, { "model": "control_small", "image": EDGES, "weight": 9 }]);
+    check(second, invalid, "controlnet/1/weight", "0 to 2");
+}
+
+#[test]
+fn one_file_draws_the_bytes_that_the_folder_draws() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    let mut latents = |controlnet: serde_json::Value| -> Vec<f32> {
+        let drawn = worker.draw(&request(controlnet));
+        drawn.first().map(|(latents, _): &(Tensor, _)| latents.flatten_all().unwrap().to_vec1().unwrap()).unwrap()
+    };
+    let folder = latents(json!({ "model": "control", "image": EDGES }));
+    let file = latents(json!({ "model": "control_single", "image": EDGES }));
+    let ended = latents(json!({ "model": "control_single.safetensors", "image": EDGES }));
+    assert!(folder == file && folder == ended);
+    let weightless = latents(json!({ "model": "control", "image": EDGES, "weight": 0 }));
+    let bare = latents(json!([]));
+    assert!(weightless == bare && bare != folder);
+}
+
+#[test]
+fn what_was_decided_is_said_and_what_was_made_is_kept() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    let ctx = Context::detached();
+    let wish = json!({ "model": "control_small", "input_image": EDGES, "control_type": "canny", "module": "canny" });
+    let first = generate(&mut worker, Request::Controlnet(Box::new(request(wish))), &ctx).unwrap();
+    assert_eq!((first.cache.hints.hits, first.cache.hints.misses), (0, 1));
+    assert!(ctx.warnings().iter().any(|text| text.contains("`controlnet.0.control_type` has no effect")));
+    let said = serde_json::to_value(&first.parameters.controlnet).unwrap();
+    let wanted = json!([{
+        "model": "control_small", "image": EDGES, "preprocessor": "canny", "weight": 1.0, "start": 0.0, "end": 1.0,
+        "guess_mode": false, "control_type": "canny", "resize_mode": "stretch",
+    }]);
+    assert_eq!(said, wanted);
+    let kept: Vec<_> = worker.managers.resident().into_iter().filter(|one| one.kind == "controlnet").collect();
+    assert_eq!(kept.len(), 1);
+    assert_eq!(kept[0].name, "control_small");
+    assert!(kept[0].bytes.0 > 3_000_000, "{}", kept[0].bytes);
+    let again = Request::Generate(Box::new(GenerateRequest { seed: first.parameters.seed, ..*first.parameters }));
+    let second = generate(&mut worker, again, &ctx).unwrap();
+    assert_eq!((second.cache.hints.hits, second.cache.hints.misses), (1, 0));
+    assert_eq!(second.images[0].base64, first.images[0].base64);
+    worker.managers.make_room(kept[0].bytes);
+    worker.managers.make_room(sdxl_worker::units::Bytes(u64::MAX));
+    assert!(worker.managers.resident().is_empty(), "{:?}", worker.managers.resident());
+}
+
+#[test]
+fn a_larger_second_pass_is_steered_too() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    let mut draw = |controlnet: serde_json::Value| {
+        let larger = GenerateRequest { enable_hr: Some(true), hr_scale: Some(1.5), ..request(controlnet) };
+        generate(&mut worker, Request::Generate(Box::new(larger)), &Context::detached()).unwrap()
+    };
+    let net = json!({ "model": "control_small", "image": EDGES });
+    let steered = draw(net.clone());
+    assert_eq!((steered.cache.hints.misses, steered.images[0].width), (2, 96), "one hint for each size");
+    assert_eq!(draw(net).images[0].base64, steered.images[0].base64);
+    assert_ne!(draw(json!([])).images[0].base64, steered.images[0].base64);
+}
+
+#[test]
+fn every_kind_of_network_computes_in_every_number_format() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    for (model, kind) in [("control_single", None), ("control_union", Some("depth")), ("control_lora", None)] {
+        let mut draw = |more: serde_json::Value| -> Vec<u8> {
+            let mut data =
+                serde_json::to_value(request(json!({ "model": model, "image": EDGES, "control_type": kind }))).unwrap();
+            data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            worker.draw(&serde_json::from_value(data).unwrap()).remove(0).1.data
+        };
+        let exact = draw(json!({}));
+        for format in [json!({ "dtype": "bf16" }), json!({ "quantization": "int8" })] {
+            let other = draw(format.clone());
+            let apart =
+                exact.iter().zip(&other).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / exact.len() as f64;
+            println!("{model:<16} {format:<24} {apart:>6.2} of 255 a byte");
+            assert!(apart > 0.0 && apart < 12.0, "{model} {format}: {apart}");
+        }
+    }
+}
+
+#[test]
+fn an_estimate_counts_each_network_once() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut worker = worker(nowhere.path());
+    let mut weights = |controlnet: serde_json::Value| {
+        let call = Call::Estimate(Box::new(request(controlnet)));
+        match worker.instructors.dispatch(call, &mut worker.managers, &Context::detached()).unwrap() {
+            Reply::Inference(Response::Estimate(estimate)) => estimate.weights.0,
+            other => panic!("{other:?}"),
+        }
+    };
+    let bare = weights(json!([]));
+    let one = weights(json!({ "model": "control_small", "image": EDGES }));
+    let twice =
+        weights(json!([{ "model": "control_small", "image": EDGES }, { "model": "control_small", "image": EDGES }]));
+    let file = random_networks::folder().join("control_small/diffusion_pytorch_model.safetensors");
+    assert_eq!(one - bare, fs::metadata(file).unwrap().len());
+    assert_eq!(twice, one);
+}
+
+#[test]
+fn the_wire_knows_the_fields_of_a_list() {
+    assert!(sdxl_worker::inference::interface::Inference::OPERATIONS.contains(&"controlnet"));
+    let mut worker = Process::start(&[]);
+    let lines = [
+        json!({ "request_id": "list", "prompt": "a", "controlnet": [{ "weigth": 1 }] }),
+        json!({ "request_id": "alone", "prompt": "a", "controlnet": { "weigth": 1 } }),
+        json!({ "request_id": "twins", "prompt": "a", "controlnet": [{ "image": "x", "input_image": "y" }] }),
+        json!({ "request_id": "text", "prompt": "a", "controlnet": "x" }),
+        json!({ "request_id": "array", "prompt": "a", "controlnet": [["x"]] }),
+    ];
+    for line in &lines {
+        worker.send(line);
+    }
+    worker.close_stdin();
+    let (answers, _) = worker.rest();
+    let check = |id: &str, pointer: &str, text: &str, hint: Option<&str>| {
+        let answer = answers.iter().find(|answer| answer["request_id"] == id).unwrap();
+        assert_eq!(
+            (code(answer), answer["error"]["pointer"].as_str()),
+            ("invalid_parameter", Some(pointer)),
+            "{answer}"
+        );
+        assert!(answer["error"]["message"].as_str().unwrap().contains(text), "{answer}");
+        if let Some(hint) = hint {
+            assert_eq!(answer["error"]["hint"], hint, "{answer}");
+        }
+    };
+    check("list", "/controlnet/0/weigth", "is not a known key", Some("did you mean `weight`?"));
+    check("alone", "/controlnet/weigth", "is not a known key", None);
+    check("twins", "/controlnet/0/image", "two names of one field", None);
+    check("text", "/controlnet", "an array of objects, or one object", None);
+    check("array", "/controlnet/0", "must be an object", None);
+}
