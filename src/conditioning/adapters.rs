@@ -199,10 +199,7 @@ impl ConditioningInstructor {
         let start = settled(&mut wish.start, &field, "start", 0.0, [0.0, 1.0])?;
         let end = settled(&mut wish.end, &field, "end", 1.0, [0.0, 1.0])?;
         if start > end {
-            return Err(Error::invalid(
-                &format!("{field}.start"),
-                format!("must be at most `end`, {end}, got {start}"),
-            ));
+            return Err(Error::invalid(format!("{field}.start"), format!("must be at most `end`, {end}, got {start}")));
         }
         let found = catalog.companion(&wish.model, &format!("{field}.model"))?;
         let encoder = catalog.companion(&wish.image_encoder, &format!("{field}.image_encoder"))?;
@@ -310,5 +307,5 @@ fn settled(wish: &mut Option<f64>, field: &str, name: &str, default: f64, [low, 
     if (low..=high).contains(&value) {
         return Ok(value);
     }
-    Err(Error::invalid(&format!("{field}.{name}"), format!("must be {low} to {high}, got {value}")))
+    Err(Error::invalid(format!("{field}.{name}"), format!("must be {low} to {high}, got {value}")))
 }

@@ -27,7 +27,7 @@ use sdxl_worker::resample::Filter;
 use sdxl_worker::roots::Roots;
 use serde_json::{Value, json};
 
-use super::drawing::Worker;
+use super::drawing::{Worker, distance};
 
 /// Largest error of a network, of the largest value.
 const TOLERANCE: f64 = 1e-4;
@@ -53,7 +53,7 @@ fn steer() -> PathBuf {
 }
 
 /// A folder with the random networks, made from their recipes by the first who asks.
-pub(crate) fn networks() -> PathBuf {
+pub(super) fn networks() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(make_networks).clone()
 }
@@ -314,4 +314,29 @@ fn a_result_says_what_was_applied_and_its_parameters_make_the_same_image() {
     let resident: Vec<_> = worker.managers.resident().into_iter().filter(|one| one.bytes.0 > 0).collect();
     let kinds: Vec<_> = resident.iter().map(|one| one.kind).collect();
     assert_eq!(kinds, ["t2i_adapter", "ip_adapter", "image_encoder"]);
+}
+
+/// With parts of a prompt, without guidance, from an image, and in a second pass, whose features have another size.
+#[test]
+fn adapters_steer_every_kind_of_run() {
+    let mut worker = worker();
+    let t2i = json!({ "t2i_adapter": { "model": "t2i/outline", "image": outline() } });
+    let kinds = [
+        json!({}),
+        json!({ "cfg_scale": 1.0 }),
+        json!({ "prompt": "a barn AND a sky", "cfg_scale": 1.0 }),
+        json!({ "init_image": outline(), "denoising_strength": 1.0 }),
+        json!({ "enable_hr": true, "hr_scale": 1.5, "denoising_strength": 1.0 }),
+    ];
+    for kind in kinds {
+        let plain = worker.draw(&request(kind.clone())).remove(0).0;
+        for steered in [&t2i, &ip("ip/plain"), &ip("ip/plus.safetensors")] {
+            let mut fields = kind.clone();
+            fields.as_object_mut().unwrap().extend(steered.as_object().unwrap().clone());
+            let ours = worker.draw(&request(fields)).remove(0).0;
+            let far = distance(&ours, &plain);
+            println!("{kind} {}: {far:.2}", steered.as_object().unwrap().keys().next().unwrap());
+            assert!(far > 0.02, "{kind} with {steered} is what it is without");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::units::ImageSize;
 const STAGE: &str = "image encoder";
 /// Mean and standard deviation of the pictures that CLIP was trained on, red, green, blue.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Shows a T2I-Adapter its picture.
 pub(in crate::conditioning) struct Outline;
