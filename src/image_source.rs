@@ -156,7 +156,7 @@ fn turned(orientation: Orientation) -> bool {
 /// What has read the header. Its limit is for what stands beside the pixels: compressed colour profiles can be bombs.
 fn decoder(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_> {
     let mut limits = Limits::default();
-    limits.max_alloc = Some(16 * Bytes::MIB);
+    limits.max_alloc = Some(8 * Bytes::MIB);
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(limits);
     reader.into_decoder().map_err(|error| undecodable(&error))

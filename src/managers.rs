@@ -70,10 +70,11 @@ impl Managers {
     /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
     pub fn make_room(&mut self, want: Bytes) -> Bytes {
         let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 7] = [
+        let order: [&mut dyn Manager; 8] = [
             hints,
             embeddings,
             &mut model.tokenizers,
+            &mut model.adapters,
             &mut model.encoders,
             &mut model.controlnets,
             &mut model.vaes,

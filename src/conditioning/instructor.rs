@@ -38,6 +38,8 @@ use crate::roots::Roots;
 const STAGE: &str = "text encoder";
 /// Steps of a prompt that is encoded by itself.
 const STEPS: usize = 25;
+/// Chunks of all texts of a request together: about 600 KiB each in f32.
+const MOST_TOLD: usize = 1024;
 /// Texts that the encoders read in one pass.
 const AT_ONCE: usize = 16;
 /// Most textual inversions of a request, and the longest word for one in bytes.
@@ -176,6 +178,11 @@ impl ConditioningInstructor {
         let laid = |text| lay(text, &tokenizers, &inversions.words, (positions, wish.backtrack), ctx);
         let mut encoded = texts.iter().map(laid).collect::<Result<Vec<EncodeText>>>()?;
         let count = encoded.iter().flat_map(|text| &text.sides).map(|side| side.rows.len()).max().unwrap_or(1);
+        if encoded.len() * count > MOST_TOLD {
+            let (texts, most) = (encoded.len(), MOST_TOLD / count);
+            let message = format!("must be at most {most} texts of its length from step to step, got {texts}");
+            return Err(Error::invalid("prompt", message));
+        }
         for EncodeText { sides: [first, second] } in &mut encoded {
             if let Some(tokenizer) = &tokenizers.first {
                 first.fill(count, tokenizer, positions);

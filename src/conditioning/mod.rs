@@ -1,5 +1,6 @@
 //! The conditioning domain: from words to the tensors that guide the UNet.
 
+pub mod adapters;
 pub mod canvas;
 pub mod hints;
 pub mod instructor;
@@ -10,4 +11,5 @@ pub mod script;
 mod workers;
 
 pub use workers::encode::Embeddings;
+pub use workers::picture::clip_pixels;
 pub use workers::preprocess::{HintTask, PREPROCESSORS, Parameters, Preprocessor};

@@ -12,6 +12,8 @@ use crate::model::checkpoint::Checkpoint;
 
 /// Most prompts that `AND` may join: each is a sample more in every evaluation.
 const MOST_PARTS: usize = 16;
+/// Bytes of prompts that are read in all, those that change anew for each change.
+const MOST_WRITTEN: usize = 1 << 24;
 
 /// One text for both encoders, decided.
 #[derive(Debug, PartialEq)]
@@ -73,6 +75,12 @@ pub(super) fn read(wish: &PromptWish, checkpoint: &Checkpoint, zeros: bool) -> R
     let mut ends = BTreeSet::from([steps]);
     for schedule in positive.iter().chain(&negative).flat_map(|pair| &pair.schedules) {
         ends.extend(schedule.ends(steps));
+    }
+    let others = [second.0, wish.prompt_2.as_deref()].into_iter().flatten();
+    let written = wish.prompt.len() + first.len() + others.map(str::len).sum::<usize>();
+    if ends.len().saturating_mul(written) > MOST_WRITTEN {
+        let got = ends.len();
+        return Err(Error::invalid("prompt", format!("changes {got} times, too often for its {written} bytes")));
     }
     let mut reading = Reading { texts: Vec::new(), tellings: Vec::new() };
     for until in ends {

@@ -23,7 +23,7 @@ pub struct Positive {
 /// What is told from the end of the span before on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
-    /// Steps that are done when it ends.
+    /// Steps that are done when it is told last.
     pub(super) until: usize,
     /// Its place in [`Script::told`].
     pub(super) told: usize,
@@ -44,7 +44,9 @@ impl Script {
     /// The place in `told` of what the step after `done` steps is told.
     #[must_use]
     pub fn at(&self, done: usize) -> usize {
-        let span = self.spans.iter().find(|span| done < span.until).or(self.spans.last());
+        // AUTOMATIC1111 counts evaluations from 0 and compares them with the step that a span ends at: the first span is
+        // told once more than its number says.
+        let span = self.spans.iter().find(|span| done <= span.until).or(self.spans.last());
         span.map_or(0, |span| span.told)
     }
 }

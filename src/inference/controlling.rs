@@ -160,7 +160,8 @@ pub(super) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<C
 /// Whether something in memory is a network of the generation.
 pub(super) fn is_of(plan: &GenerationPlan, resident: &Resident) -> bool {
     let control = || plan.controls.iter().any(|control| control.net.name == resident.name);
-    resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control())
+    let adapter = || plan.adapters.names().any(|name| name == resident.name);
+    resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control()) || adapter()
 }
 
 /// A ControlNet in an image's text, as AUTOMATIC1111's extension has it.

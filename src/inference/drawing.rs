@@ -15,6 +15,7 @@ use super::workers::latents::{
 };
 use super::workers::preview::{Preview, PreviewTask};
 use super::workers::prompts::Prompts;
+use crate::conditioning::adapters::{Adaptation, AdapterFacts};
 use crate::conditioning::canvas::{Canvas, InpaintingFill, Paste};
 use crate::conditioning::instructor::{Conditioning, PromptWish};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
@@ -37,6 +38,8 @@ pub(super) struct Shared {
     prompts: Vec<Option<Prompts>>,
     /// Likewise.
     controls: Vec<Option<Controls>>,
+    /// Likewise.
+    adaptations: Vec<Option<Adaptation>>,
     /// Hints of ControlNets that earlier requests had made, and that this one made.
     pub(super) hints: CacheCount,
 }
@@ -79,6 +82,11 @@ impl Shared {
         first.map(|prompts| (prompts.script.applied.clone(), prompts.script.cache)).unwrap_or_default()
     }
 
+    /// What each adapter did with its file.
+    pub(super) fn adapted(&self) -> Vec<AdapterFacts> {
+        self.adaptations.iter().flatten().next().map(|adaptation| adaptation.facts.clone()).unwrap_or_default()
+    }
+
     /// How a result goes back into the request's image.
     pub(super) fn paste(&self) -> Option<&Paste> {
         self.canvas.as_ref()?.paste.as_ref()
@@ -96,6 +104,7 @@ impl InferenceInstructor {
             canvas,
             prompts: (0..runs).map(|_| None).collect(),
             controls: (0..runs).map(|_| None).collect(),
+            adaptations: (0..runs).map(|_| None).collect(),
             hints: CacheCount::default(),
         })
     }
@@ -284,6 +293,15 @@ impl InferenceInstructor {
         ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, placement }))
     }
 
+    /// What adapters made of their pictures. A run of another model, as the refiner's, has none.
+    fn adapted(&self, plan: &GenerationPlan, run: Run<'_>, (placement, crew, ctx): Hands<'_>) -> Result<Adaptation> {
+        if run.checkpoint.key != plan.checkpoint.key {
+            return Ok(Adaptation::default());
+        }
+        let shape = (run.size, plan.prompt.passes > 1);
+        self.conditioning.adapt(&plan.adapters, shape, &mut crew.conditioning, placement, ctx)
+    }
+
     fn run(
         &self,
         plan: &GenerationPlan,
@@ -294,7 +312,7 @@ impl InferenceInstructor {
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
-        let Shared { prompts, controls, hints, .. } = shared;
+        let Shared { prompts, controls, adaptations, hints, .. } = shared;
         if matches!(controls.get(run.index), Some(None)) {
             let wanted = ControlledRun { checkpoint, size: run.size, placement };
             let earlier: Vec<&Controls> = controls.iter().flatten().collect();
@@ -305,6 +323,11 @@ impl InferenceInstructor {
         }
         let controls = controls.get(run.index).and_then(Option::as_ref);
         let controls = controls.ok_or_else(|| Error::bug("denoising without its ControlNets"))?;
+        let adaptation = adaptations.get_mut(run.index).ok_or_else(|| Error::bug("a run without its adapters"))?;
+        if adaptation.is_none() {
+            *adaptation = Some(self.adapted(plan, run, (placement, &mut *crew, ctx))?);
+        }
+        let adaptation = adaptation.as_ref().ok_or_else(|| Error::bug("denoising without its adapters"))?;
         let prompts = prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
         if prompts.is_none() {
             let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };
@@ -334,7 +357,9 @@ impl InferenceInstructor {
         let latents = ctx.stage(Stage::Denoise, || {
             let prepare = |conditioning: &Conditioning| {
                 let (time_ids, guidance) = (run.time_ids, plan.guidance);
-                let task = PrepareTask { unet: &unet, controls, conditioning, time_ids, guidance, placement, batch: 1 };
+                let unet = &unet;
+                let task =
+                    PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch: 1 };
                 ctx.perform(&Prepare, task)
             };
             let Start { x, masking } = start;

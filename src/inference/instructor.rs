@@ -178,7 +178,8 @@ impl InferenceInstructor {
         let model = plan.checkpoint.name.clone();
         let (embeddings, cache) = shared.told();
         let cache = CacheUse { embeddings: cache, hints: shared.hints };
-        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache })
+        let adapters = shared.adapted();
+        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache, adapters })
     }
 
     /// What the file says of itself; the request in it makes this one image.

@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
-use crate::layers::{Domain, Interface};
+use crate::layers::{Domain, Interface, OneOrMany};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -226,6 +227,13 @@ pub struct GenerateRequest {
     /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controlnet: Option<ControlWishes>,
+    /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
+    /// one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub t2i_adapter: Option<OneOrMany<T2iAdapterWish>>,
+    /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
@@ -241,6 +249,14 @@ impl GenerateRequest {
             if matches!(image, Some(ImageSource::Base64(_))) {
                 *image = None;
             }
+        }
+        let carried = |image: &ImageSource| matches!(image, ImageSource::Base64(_));
+        if let Some(OneOrMany(wishes)) = &mut self.t2i_adapter {
+            wishes.retain(|wish| !carried(&wish.image));
+        }
+        if let Some(OneOrMany(wishes)) = &mut self.ip_adapter {
+            wishes.iter_mut().for_each(|wish| wish.image.0.retain(|image| !carried(image)));
+            wishes.retain(|wish| !wish.image.0.is_empty());
         }
         self
     }
@@ -319,6 +335,9 @@ pub struct Generated {
     pub embeddings: Vec<AppliedEmbedding>,
     /// What was known from earlier requests.
     pub cache: CacheUse,
+    /// What each adapter did with its file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterFacts>,
 }
 
 /// Work that earlier requests had done already.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::interface::GenerateRequest;
 use super::workers::latents::Between;
+use crate::conditioning::adapters::AdapterPlan;
 use crate::conditioning::canvas::CanvasWish;
 use crate::conditioning::hints::HintPlan;
 use crate::conditioning::instructor::PromptWish;
@@ -36,6 +37,8 @@ pub struct GenerationPlan {
     /// What follows the first run.
     pub further: Vec<Further>,
     pub controls: Vec<ControlPlan>,
+    /// Pictures beside the prompt.
+    pub adapters: AdapterPlan,
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,

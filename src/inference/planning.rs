@@ -72,6 +72,11 @@ impl InferenceInstructor {
         let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
+        let (mut t2i_adapter, mut ip_adapter) = (request.t2i_adapter.clone(), request.ip_adapter.clone());
+        let catalog = &crew.model().catalog;
+        let own = further.iter().filter(|further| further.checkpoint.key == checkpoint.key);
+        let sizes: Vec<ImageSize> = [size].into_iter().chain(own.map(|further| further.size)).collect();
+        let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), &sizes, catalog)?;
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
             steps: Some(sampling.path.len() as i64),
@@ -91,6 +96,8 @@ impl InferenceInstructor {
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             controlnet: said(request, &controls),
             model: Some(checkpoint.name.clone()),
+            t2i_adapter,
+            ip_adapter,
             // A file of this name will be there by then, and is never overwritten.
             output: request.output.clone().map(|output| OutputWish { path: None, name: None, ..output }),
             ..parameters
@@ -114,6 +121,7 @@ impl InferenceInstructor {
             dtype: request.dtype,
             quantization: request.quantization,
             prompt,
+            adapters,
             size,
             seeds,
             rng,

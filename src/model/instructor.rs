@@ -9,7 +9,9 @@ use super::interface::{
     ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
-use super::managers::{ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager};
+use super::managers::{
+    AdapterManager, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+};
 use crate::context::Context;
 use crate::device;
 use crate::device::instructor::Placement;
@@ -30,6 +32,7 @@ pub struct ModelCrew {
     pub unets: UnetManager,
     pub vaes: VaeManager,
     pub controlnets: ControlNetManager,
+    pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
     pub placement: Option<Placement>,
@@ -48,6 +51,7 @@ impl ModelCrew {
             unets: UnetManager::new(capacity),
             vaes: VaeManager::new(capacity),
             controlnets: ControlNetManager::new(capacity),
+            adapters: AdapterManager::new(capacity),
             text_encoders: settings.text_encoders,
             placement: None,
             published: None,
@@ -58,8 +62,8 @@ impl ModelCrew {
     #[must_use]
     pub fn resident(&self) -> Vec<Resident> {
         let own = || {
-            let managers: [&dyn Manager; 5] =
-                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.controlnets];
+            let managers: [&dyn Manager; 6] =
+                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.controlnets, &self.adapters];
             managers.into_iter().flat_map(Manager::resident).collect()
         };
         self.published.clone().unwrap_or_else(own)
@@ -225,6 +229,7 @@ impl ModelInstructor {
             crew.vaes.shelf.remove(key),
             crew.controlnets.shelf.remove(key),
             crew.tokenizers.remove(key),
+            if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
         ];
         let after = names(crew);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();

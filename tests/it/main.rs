@@ -1,5 +1,6 @@
 //! Integration tests: behaviour at the boundaries, and goldens.
 
+mod adapters;
 mod architecture;
 mod conditioning;
 mod config;

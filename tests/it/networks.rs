@@ -133,6 +133,8 @@ fn evaluate(unet: &Unet, golden: &Golden, text: Text, dtype: DType, check: &dyn 
         time_ids: &time_ids,
         down_residuals: mid.as_ref().map(|_| down.as_slice()),
         mid_residual: mid.as_ref(),
+        pictures: &[],
+        features: &[],
         check,
     })
 }

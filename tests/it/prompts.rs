@@ -15,11 +15,12 @@ use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::error::{Error, Result};
-use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::inference::interface::{self as inference, GenerateRequest};
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::instructor::ModelCrew;
 use sdxl_worker::model::interface as model;
 use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
+use sdxl_worker::postprocessing::interface::{OutputWish, ReturnAs};
 use sdxl_worker::roots::Roots;
 
 use super::drawing::Worker;
@@ -105,6 +106,30 @@ fn weights_of_one_change_nothing() {
     }
     let literal = context(&PromptWish { weighting: PromptWeighting::None, ..wish("a (red:1.5) hill") });
     assert_eq!(difference(&literal, &context(&wish(r"a \(red:1.5\) hill"))), 0.0);
+}
+
+/// What the first step is told of the prompt, and of the negative prompt.
+fn contexts(wish: &PromptWish) -> [Tensor; 2] {
+    let script = told(wish, &mut crew(&models())).unwrap();
+    let told = &script.told[0];
+    [told.positive[0].embeddings.context.clone(), told.negative.as_ref().unwrap().context.clone()]
+}
+
+#[test]
+fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
+    let blurry = |prompt: &str| PromptWish { negative_prompt: Some("blurry".to_owned()), ..wish(prompt) };
+    let [alone, _] = contexts(&wish("a hill"));
+    let [beside, negative] = contexts(&blurry("a hill"));
+    assert_eq!(difference(&alone, &beside), 0.0);
+    for prompt in ["[a hill|b|c|d|e]", "a hill AND fog :0.5 AND (rain:1.3)"] {
+        let [first, other] = contexts(&blurry(prompt));
+        assert_eq!(difference(&other, &negative), 0.0, "{prompt}");
+        assert!(prompt.starts_with('a') || difference(&first, &alone) == 0.0, "{prompt}");
+    }
+    let weighed = PromptWish { weighting: PromptWeighting::Compel, ..blurry("a (hill:0.5) in (fog:0.2)") };
+    assert_eq!(difference(&contexts(&weighed)[1], &negative), 0.0);
+    let again = PromptWish { negative_prompt: Some("a (hill:0.5) in (fog:0.2)".to_owned()), ..weighed.clone() };
+    assert_eq!(difference(&contexts(&weighed)[0], &contexts(&again)[1]), 0.0);
 }
 
 #[test]
@@ -193,6 +218,8 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     let own = Some("c :2 AND d".to_owned());
     check_refused(GenerateRequest { prompt_2: own, ..request("a AND b") }, "/data/prompt_2", "weight of its own");
     check_refused(request(&"a AND ".repeat(20)), "/data/prompt", "at most 16 parts");
+    let often = GenerateRequest { steps: Some(900), ..request(&format!("[a|b] {}", "c ".repeat(30_000))) };
+    check_refused(often, "/data/prompt", "changes 900 times");
     let backtrack = Some(75);
     check_refused(
         GenerateRequest { comma_padding_backtrack: backtrack, ..plain() },
@@ -206,12 +233,54 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
 }
 
 #[test]
+fn what_would_fill_the_memory_is_refused() {
+    let changing = PromptWish { steps: 600, ..wish(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
+    let mut crew = crew(&models());
+    assert_eq!(told(&PromptWish { steps: 40, ..changing.clone() }, &mut crew).unwrap().told.len(), 1);
+    let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
+    let error = told(&PromptWish { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut crew);
+    assert!(error.unwrap_err().to_string().contains("must be at most 512 texts"));
+}
+
+#[test]
 fn what_is_decided_stands_in_the_parameters() {
     let made = planned(GenerateRequest { embeddings: style("a"), ..request("A hill") }).unwrap();
     assert_eq!(made.prompt_weighting, Some(PromptWeighting::A1111));
     assert_eq!(made.comma_padding_backtrack, Some(0));
     let name = format!("embeddings/{STYLE}");
     assert_eq!(made.embeddings, Some(vec![EmbeddingWish { name, token: Some("a".to_owned()) }]));
+}
+
+/// The answer to `data`, as it stands on the wire.
+fn answer(worker: &mut Worker, data: &str) -> serde_json::Value {
+    let request: GenerateRequest = serde_json::from_str(data).unwrap();
+    let output = OutputWish { return_as: Some(ReturnAs::Base64), ..OutputWish::default() };
+    let request = GenerateRequest { output: Some(output), ..request };
+    let (leader, ctx) = (&worker.instructors.inference, Context::detached());
+    let request = inference::Request::Generate(Box::new(request));
+    let made = leader.instruct(request, &mut worker.managers, &ctx).unwrap();
+    serde_json::to_value(&made).unwrap()
+}
+
+#[test]
+fn the_result_says_what_was_known_and_what_was_applied() {
+    let mut config = Config::default();
+    config.workers.instructors.model.roots = vec![models()];
+    let mut worker = Worker::with(&config);
+    let data = r#"{"prompt":"a (hill:1.2) in <s> AND [fog|rain]","negative_prompt":"b","steps":2,"seed":1,"width":64,
+                   "height":64,"batch_size":2,"embeddings":[{"path":"steer-style","token":"<s>"}]}"#;
+    let first = answer(&mut worker, data);
+    assert_eq!(first["cache"], serde_json::json!({"embeddings": {"hits": 0, "misses": 4}}));
+    let applied = r#"[{"name":"embeddings/steer-style","token":"<s>","vectors":3,
+                       "encoders":["text_encoder","text_encoder_2"]}]"#;
+    assert_eq!(first["embeddings"], serde_json::from_str::<serde_json::Value>(applied).unwrap());
+    let second = answer(&mut worker, data);
+    assert_eq!(second["cache"], serde_json::json!({"embeddings": {"hits": 4, "misses": 0}}));
+    assert_eq!(first["images"], second["images"]);
+    let again = answer(&mut worker, &first["parameters"].to_string());
+    assert_eq!(first["images"], again["images"]);
+    let plain = answer(&mut worker, r#"{"prompt":"a hill","steps":1,"width":64,"height":64}"#);
+    assert!(plain.get("embeddings").is_none(), "{plain}");
 }
 
 fn inversion(tensors: &[(&str, (usize, usize))]) -> Error {

@@ -75,8 +75,12 @@ fn check(file: &Path, models: &Path) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();
     let mut config = Config::default();
-    config.workers.instructors.model.roots =
-        vec![folder().join("models"), models.to_owned(), random_networks::folder().to_owned()];
+    config.workers.instructors.model.roots = vec![
+        folder().join("models"),
+        models.to_owned(),
+        random_networks::folder().to_owned(),
+        super::adapters::networks(),
+    ];
     config.workers.instructors.postprocessing.roots = vec![folder()];
     let mut worker = Worker::with(&config);
     let mut failures = Vec::new();

@@ -4,6 +4,8 @@
     pip install numpy pillow safetensors
     make_images.py        writes files/odd/* and images.safetensors (a key a file: [H, W, 3] bytes)
 """
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,8 @@ keep("palette.png", picture.quantize(16))
 keep("one-bit.png", picture.convert("1"))
 
 # Pillow writes no grey of 16 bits with alpha: the file is put together here. What is transparent keeps its grey.
-import struct, zlib
 gray = (y * 2700 + x * 31).astype(">u2"); alpha = (x * 1600).astype(">u2")
-rows = b"".join(b"\0" + np.stack([gray[r], alpha[r]], -1).tobytes() for r in range(24))
+rows = b"".join(b"\0" + np.stack([gray[r], alpha[r]], -1).astype(">u2").tobytes() for r in range(24))
 chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 (FOLDER / "gray-alpha-16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 24, 16, 4, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 expected["gray-alpha-16.png"] = np.repeat(np.round(gray.astype(np.float64) / 257).astype(np.uint8)[..., None], 3, 2)

@@ -134,10 +134,11 @@ def both(fragments):
 
 
 def draw(pipe, encoders, data, told):
-    """`told(step)`, step from 1: ([(weight, fragments)], negative fragments or None)."""
+    """`told(step)`, step from 1: ([(weight, fragments)], negative fragments or None). AUTOMATIC1111 compares evaluations,
+    counted from 0, with the step that each text ends at (`reconstruct_cond_batch`), so the first is told once more."""
     weighting, backtrack = data.get("prompt_weighting", "a1111"), data.get("comma_padding_backtrack", 0)
     steps, scale, skip = data["steps"], data["cfg_scale"], data.get("clip_skip", 0)
-    script = [told(step) for step in range(1, steps + 1)]
+    script = [told(max(step, 1)) for step in range(steps)]
     texts = [both(f) for parts, negative in script for f in [f for _, f in parts] + ([negative] if negative is not None else [])]
     count = max(encoders.count(text, backtrack) for text in texts)
     scheduler = make_cases.scheduler(data["sampler_name"], data["scheduler"])
@@ -211,7 +212,7 @@ def cases():
     case("schedule-negative", lambda step: ([(1.0, [("a hill", 1.0)])], [("blue" if step <= 4 else "grey", 1.0)]),
          prompt="a hill", negative_prompt="[blue:grey:4]")
     case("alternate", lambda step: ([(1.0, [(f"a {['cat', 'dog', 'fox'][(step - 1) % 3]} on grass", 1.0)])], [("blurry", 1.0)]), SAMPLERS,
-         prompt="a [cat|dog|fox] on grass", negative_prompt="blurry")
+         prompt="a [cat|dog|fox] on grass", negative_prompt="blurry", seed=12)
     case("alternate-five", lambda step: ([(1.0, [(["a", "b", "c", "d", "e"][(step - 1) % 5], 1.0)])], None), prompt="[a|b|c|d|e]")
     parts = [(1.0, [("a red circle ", 1.0)]), (0.6, [(" a ", 1.0), ("blue", 1.2), (" square", 1.0)]), (-0.2, [(" fog", 1.0)])]
     case("and", still(parts, [("blurry", 1.0)]), SAMPLERS, prompt="a red circle AND a (blue:1.2) square :0.6 AND fog:-0.2", negative_prompt="blurry")

@@ -3,6 +3,7 @@
 pub(super) mod encode;
 pub(super) mod fit;
 pub(super) mod mask;
+pub(super) mod picture;
 pub(super) mod preprocess;
 pub(super) mod prompt;
 pub(super) mod schedule;

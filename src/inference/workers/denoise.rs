@@ -5,10 +5,12 @@ use std::cell::Cell;
 
 use candle_core::{DType, Tensor};
 
+use super::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};
 use super::control::{Controls, Evaluation};
 use super::guidance::{Guide, GuideTask};
 use super::latents::Masking;
 use super::prompts::{PreparePrompt, Prompts};
+use crate::conditioning::adapters::Adaptation;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
@@ -87,6 +89,7 @@ pub struct Prepare;
 pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
     pub controls: &'a Controls,
+    pub adaptation: &'a Adaptation,
     pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
     pub guidance: Guidance,
@@ -101,6 +104,7 @@ pub struct Prompt {
     text: ReadText,
     /// For each ControlNet.
     control_texts: Vec<ReadText>,
+    adapters: Adapters,
     /// The weight of each part.
     parts: Vec<f64>,
     /// `[passes·B, P]`
@@ -115,7 +119,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
     type Output = Prompt;
 
     fn run(&self, task: PrepareTask<'_>, ctx: &Context) -> Result<Prompt> {
-        let PrepareTask { unet, controls, conditioning, time_ids, guidance, placement, batch } = task;
+        let PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch } = task;
         let mut contexts = Vec::new();
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
@@ -138,9 +142,13 @@ impl Worker<PrepareTask<'_>> for Prepare {
         }
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
+        let text = unet.read(&context, compute, &|| ctx.checkpoint())?;
+        let negatives = if guidance.is_on() || parts.len() > 1 { batch } else { 0 };
+        let task = ReadAdaptersTask { unet, adaptation, text: &text, negatives };
         Ok(Prompt {
             control_texts: controls.read(&context, compute, ctx)?,
-            text: unet.read(&context, compute, &|| ctx.checkpoint())?,
+            adapters: ctx.perform(&ReadAdapters, task)?,
+            text,
             parts,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
@@ -212,7 +220,8 @@ impl Network<'_> {
 
     /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
     fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, control_texts, pooled, time_ids, batch, .. } = self.prompt;
+        let Prompt { text, control_texts, adapters, pooled, time_ids, batch, .. } = self.prompt;
+        let adapted = adapters.at(now.step, now.steps)?;
         // Without the negative prompt there are the prompt's samples alone.
         let negative = if text.samples() > *batch { *batch } else { 0 };
         let task = Evaluation { sample: input, texts: control_texts, pooled, time_ids, negative, now };
@@ -225,6 +234,8 @@ impl Network<'_> {
             time_ids,
             down_residuals: residuals.as_ref().map(|residuals| residuals.down.as_slice()),
             mid_residual: residuals.as_ref().map(|residuals| &residuals.mid),
+            pictures: &adapted.pictures,
+            features: &adapted.features,
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -259,7 +270,7 @@ fn finite(latents: &Tensor, placement: &Placement) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Controls, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
+    use super::{Adaptation, Controls, DType, Guidance, Prepare, PrepareTask, Prompt, Tensor, TimeIds};
     use crate::conditioning::instructor::{Conditioning, Positive};
     use crate::context::Context;
     use crate::device::instructor::Placement;
@@ -292,6 +303,7 @@ mod tests {
         let task = PrepareTask {
             unet: &unet,
             controls: &Controls::default(),
+            adaptation: &Adaptation::default(),
             conditioning: &conditioning,
             time_ids: &time_ids,
             guidance,

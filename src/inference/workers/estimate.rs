@@ -49,6 +49,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
         let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
         weights = weights + nets.map(|at| plan.controls[at].net.file_bytes()).sum();
+        weights = weights + plan.adapters.file_bytes();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections. What ControlNets add stays while it runs, and a sum beside what is added to it.

@@ -1,5 +1,6 @@
 //! The steps of a generation: initial latents, denoising, guidance, decoding.
 
+pub mod adapters;
 pub mod control;
 pub mod decode;
 pub mod denoise;

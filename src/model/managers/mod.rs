@@ -1,5 +1,6 @@
 //! Long-lived weights, one manager a network, and the shelf on which each keeps them.
 
+mod adapters;
 mod controlnet;
 mod encoder;
 mod tokenizer;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
+pub use adapters::{Adapter, AdapterManager, shapes};
 pub use controlnet::ControlNetManager;
 pub use encoder::{EncoderManager, TextEncoders};
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};

@@ -45,28 +45,61 @@ pub(super) struct KeysValues {
 }
 
 impl KeysValues {
+    pub(super) fn new(keys: Tensor, values: Tensor) -> Self {
+        Self { keys, values }
+    }
+
+    /// `C`
+    pub(super) fn channels(&self) -> usize {
+        self.keys.dims().last().copied().unwrap_or(0)
+    }
+
+    /// The first sample `first` times, then the last as often as is left of `samples`.
+    pub(super) fn spread(&self, first: usize, samples: usize) -> CandleResult<Self> {
+        let spread = |x: &Tensor| -> CandleResult<Tensor> {
+            let (one, other) = (x.narrow(0, 0, 1)?, x.narrow(0, x.dim(0)?.saturating_sub(1), 1)?);
+            let rows: Vec<&Tensor> = (0..samples).map(|row| if row < first { &one } else { &other }).collect();
+            Tensor::cat(&rows, 0)
+        };
+        Ok(Self { keys: spread(&self.keys)?, values: spread(&self.values)? })
+    }
+
     /// Those of `count` samples from `start` on.
     pub(super) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
         Ok(Self { keys: self.keys.narrow(0, start, count)?, values: self.values.narrow(0, start, count)? })
     }
 }
 
+/// What every block reads of pictures beside the text, and how much it counts.
+pub(super) type Pictures<'a> = (&'a [KeysValues], f64);
+
 /// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
 pub(super) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
+    all: usize,
+    /// One an IP-Adapter.
+    pictures: &'a [Pictures<'a>],
+}
+
+/// What one block reads.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    text: &'a KeysValues,
+    place: usize,
+    pictures: &'a [Pictures<'a>],
 }
 
 impl<'a> TextReader<'a> {
-    pub(super) fn new(all: &'a [KeysValues]) -> Self {
-        Self { ahead: Cell::new(all) }
+    pub(super) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>]) -> Self {
+        Self { ahead: Cell::new(all), all: all.len(), pictures }
     }
 
-    fn next(&self) -> Result<&'a KeysValues> {
-        let Some((first, rest)) = self.ahead.get().split_first() else {
+    fn next(&self) -> Result<Reading<'a>> {
+        let Some((text, rest)) = self.ahead.get().split_first() else {
             return Err(Error::bug("text was read by fewer blocks than there are"));
         };
         self.ahead.set(rest);
-        Ok(first)
+        Ok(Reading { text, place: self.all - rest.len() - 1, pictures: self.pictures })
     }
 }
 
@@ -99,6 +132,21 @@ impl Attention {
     /// Gives `[B, HW, C]`, as `x` is.
     fn attend(&self, x: &Tensor, given: &KeysValues) -> CandleResult<Tensor> {
         attention(&self.to_q.forward(x)?, &given.keys, &given.values, self.heads, Mask::None)
+    }
+
+    /// [`Self::attend`] to the text, plus the same to each IP-Adapter's pictures times its weight.
+    fn attend_all(&self, x: &Tensor, given: Reading) -> CandleResult<Tensor> {
+        if given.pictures.is_empty() {
+            return self.attend(x, given.text);
+        }
+        let q = self.to_q.forward(x)?;
+        let mut attended = attention(&q, &given.text.keys, &given.text.values, self.heads, Mask::None)?;
+        for (blocks, weight) in given.pictures {
+            if let Some(KeysValues { keys, values }) = blocks.get(given.place) {
+                attended = (attended + (attention(&q, keys, values, self.heads, Mask::None)? * *weight)?)?;
+            }
+        }
+        Ok(attended)
     }
 
     /// `residual` plus the projection of what [`Self::attend`] gave.
@@ -136,13 +184,13 @@ impl TransformerBlock {
     }
 
     /// `x` is `[B, HW, C]`; `text` was read by `attn2`.
-    fn forward(&self, x: &Tensor, text: &KeysValues) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor, text: Reading) -> CandleResult<Tensor> {
         let attended = {
             let normal = self.norm1.forward(x)?;
             self.attn1.attend(&normal, &self.attn1.read(&normal)?)?
         };
         let x = self.attn1.join(&attended, x)?;
-        let attended = self.attn2.attend(&self.norm2.forward(&x)?, text)?;
+        let attended = self.attn2.attend_all(&self.norm2.forward(&x)?, text)?;
         let x = self.attn2.join(&attended, &x)?;
         let gated = self.gate.forward_geglu(&self.norm3.forward(&x)?)?; // [B, HW, 4C]
         self.narrow.forward_with(&gated, Epilogue { residual: Some(&x), ..Epilogue::default() })
@@ -169,6 +217,11 @@ impl SpatialTransformer {
             blocks: (0..depth).map(|i| TransformerBlock::load(&blocks.pp(i), shape)).collect::<CandleResult<_>>()?,
             proj_out: load_projection(&vb.pp("proj_out"), shape.channels, shape.channels)?,
         })
+    }
+
+    /// How many blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.blocks.len()
     }
 
     /// What each block reads in `context`, `[B, L, D]`, added to `read` in the blocks' order.

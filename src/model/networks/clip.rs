@@ -70,7 +70,7 @@ impl ClipConfig {
         }
     }
 
-    fn activation(&self, judge: Judge) -> Result<Activation> {
+    pub(super) fn activation(&self, judge: Judge) -> Result<Activation> {
         judge.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
         Ok(if self.hidden_act == "gelu" { Activation::Gelu } else { Activation::QuickGelu })
     }
@@ -116,8 +116,9 @@ pub struct ClipRow<'a> {
     pub hidden: Range<usize>,
 }
 
+/// A transformer layer, of text and image encoders alike.
 #[derive(Clone, Debug)]
-struct EncoderLayer {
+pub(super) struct EncoderLayer {
     layer_norm1: LayerNorm,
     q_proj: Linear,
     k_proj: Linear,
@@ -131,7 +132,7 @@ struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
+    pub(super) fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
         let (size, inner) = (config.hidden_size, config.intermediate_size);
         let (attn, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
         let norm = |name: &str| LayerNorm::load(&vb.pp(name), size, config.layer_norm_eps);
@@ -152,19 +153,33 @@ impl EncoderLayer {
 
     /// `[B, L, C]` to `[B, L, C]`. `hidden` holds for each text the positions that no other sees.
     fn forward(&self, x: &Tensor, hidden: &[Range<usize>]) -> CandleResult<Tensor> {
+        self.forward_by(x, |q, k, v| {
+            if hidden.iter().all(Range::is_empty) {
+                return attention(q, k, v, self.heads, Mask::Causal);
+            }
+            let one = |(i, hidden): (usize, &Range<usize>)| {
+                let row = |t: &Tensor| t.narrow(0, i, 1)?.contiguous();
+                self.attend(&row(q)?, &row(k)?, &row(v)?, hidden)
+            };
+            Tensor::cat(&hidden.iter().enumerate().map(one).collect::<CandleResult<Vec<_>>>()?, 0)
+        })
+    }
+
+    /// `[B, L, C]` to `[B, L, C]`, where every position sees every other.
+    pub(super) fn forward_unmasked(&self, x: &Tensor) -> CandleResult<Tensor> {
+        self.forward_by(x, |q, k, v| attention(q, k, v, self.heads, Mask::None))
+    }
+
+    fn forward_by(
+        &self,
+        x: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
         let normal = self.layer_norm1.forward(x)?;
         let q = self.q_proj.forward(&normal)?;
         let k = self.k_proj.forward(&normal)?;
         let v = self.v_proj.forward(&normal)?;
-        let seen = if hidden.iter().all(Range::is_empty) {
-            attention(&q, &k, &v, self.heads, Mask::Causal)?
-        } else {
-            let one = |(i, hidden): (usize, &Range<usize>)| {
-                let row = |t: &Tensor| t.narrow(0, i, 1)?.contiguous();
-                self.attend(&row(&q)?, &row(&k)?, &row(&v)?, hidden)
-            };
-            Tensor::cat(&hidden.iter().enumerate().map(one).collect::<CandleResult<Vec<_>>>()?, 0)?
-        };
+        let seen = attend(&q, &k, &v)?;
         let x = self.out_proj.forward_with(&seen, Epilogue { residual: Some(x), ..Epilogue::default() })?;
         let normal = self.layer_norm2.forward(&x)?;
         let activation = Some(self.activation);

@@ -243,12 +243,12 @@ impl ControlNet {
             Ok((x, Activation::Silu.apply(&time)?.to_dtype(dtype)?))
         };
         let (mut x, time) = enter().stage(STAGE)?;
-        let reader = TextReader::new(&text.blocks);
+        let reader = TextReader::new(&text.blocks, &[]);
         let given = Conditions { time: &time, text: &reader, check };
         let mut skips = Skips::new(None);
         skips.keep(&x);
         for block in &self.down_blocks {
-            x = block.forward(x, given, &mut skips)?;
+            x = block.forward(x, given, &mut skips, None)?;
         }
         if let Some(block) = &self.mid_block {
             x = block.forward(x, given)?;

@@ -10,12 +10,15 @@
 
 pub mod attention;
 pub mod clip;
+pub mod clip_vision;
 pub mod controlnet;
 pub mod controlnet_config;
 mod controlnet_union;
 pub mod embeddings;
+pub mod ip_adapter;
 pub mod resnet;
 mod strips;
+pub mod t2i_adapter;
 pub mod unet;
 pub mod unet_blocks;
 pub mod unet_config;

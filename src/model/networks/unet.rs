@@ -9,8 +9,9 @@ use candle_nn::VarBuilder;
 
 use super::attention::{KeysValues, TextReader};
 use super::embeddings::{StepEmbedding, StepNumbers};
+use super::ip_adapter::IpAdapter;
 use super::resnet::load_same_conv;
-use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock};
+use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
 pub use super::unet_config::UnetConfig;
 use super::{Check, Judge, loading};
 use crate::error::{Error, Result, Stage};
@@ -54,6 +55,34 @@ impl ReadText {
     }
 }
 
+/// Keys and values of an IP-Adapter's tokens for every transformer block, in the order of evaluation.
+#[derive(Clone, Debug)]
+pub struct ReadPictures {
+    blocks: Vec<KeysValues>,
+}
+
+/// What an evaluation reads of pictures beside the text.
+#[derive(Clone, Copy)]
+pub struct Pictures<'a> {
+    /// Of as many samples as the evaluation has.
+    pub read: &'a ReadPictures,
+    /// Times which what they give is added to what the text gives.
+    pub weight: f64,
+}
+
+impl ReadPictures {
+    /// For an evaluation of `samples`, of which the first `negatives` read the first sample of the tokens, and all others
+    /// the last.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn spread(&self, negatives: usize, samples: usize) -> Result<Self> {
+        let spread = |block: &KeysValues| block.spread(negatives, samples);
+        let blocks = self.blocks.iter().map(spread).collect::<CandleResult<_>>().stage(STAGE)?;
+        Ok(Self { blocks })
+    }
+}
+
 /// One evaluation.
 #[derive(Clone, Copy)]
 pub struct UnetInput<'a> {
@@ -72,6 +101,11 @@ pub struct UnetInput<'a> {
     pub down_residuals: Option<&'a [Tensor]>,
     /// A ControlNet's addition to the output of the middle block.
     pub mid_residual: Option<&'a Tensor>,
+    /// Read beside the text, one an IP-Adapter.
+    pub pictures: &'a [Pictures<'a>],
+    /// A T2I-Adapter's features, one a block of the way down and one for the middle block, as far as it has them: each
+    /// is added to what the block gives, and so to its last skip connection. `[1, H', W', C']`, or one a sample.
+    pub features: &'a [Tensor],
     pub check: Check<'a>,
 }
 
@@ -172,6 +206,30 @@ impl Unet {
         Ok(ReadText { blocks, samples, dtype })
     }
 
+    /// Keys and values of an IP-Adapter's tokens, `[R, T, D]`, beside `text`, which this network read. The adapter's file
+    /// numbers cross-attentions in the order in which diffusers lists them: down, up, middle.
+    ///
+    /// # Errors
+    /// That of `check`; `model_unsupported` where the adapter is for another UNet; those of the device.
+    pub fn pictures(
+        &self,
+        text: &ReadText,
+        adapter: &IpAdapter,
+        tokens: &Tensor,
+        check: Check,
+    ) -> Result<ReadPictures> {
+        let down: usize = self.down_blocks.iter().map(DownBlock::reads).sum();
+        let up = down + self.mid_block.as_ref().map_or(0, MidBlock::reads);
+        let order: Vec<usize> = (0..down).chain(up..text.blocks.len()).chain(down..up).collect();
+        let channels: Vec<usize> =
+            order.iter().filter_map(|&place| text.blocks.get(place)).map(KeysValues::channels).collect();
+        let tokens = tokens.to_dtype(text.dtype).stage(STAGE)?;
+        let read = adapter.read(&tokens, &channels, check)?;
+        let mut placed: Vec<(usize, KeysValues)> = order.into_iter().zip(read).collect();
+        placed.sort_by_key(|(place, _)| *place);
+        Ok(ReadPictures { blocks: placed.into_iter().map(|(_, read)| read).collect() })
+    }
+
     /// Gives `[B, H, W, C]` in the dtype of the sample.
     ///
     /// # Errors
@@ -189,16 +247,21 @@ impl Unet {
                 &own
             }
         };
-        let text = TextReader::new(&read.blocks);
+        let pictures: Vec<_> = input.pictures.iter().map(|one| (one.read.blocks.as_slice(), one.weight)).collect();
+        let text = TextReader::new(&read.blocks, &pictures);
         let given = Conditions { time: &time, text: &text, check: input.check };
         let mut skips = Skips::new(input.down_residuals);
         let mut x = self.conv_in.forward(input.sample).stage(STAGE)?;
         skips.keep(&x);
+        let mut features = input.features.iter();
         for block in &self.down_blocks {
-            x = block.forward(x, given, &mut skips)?;
+            x = block.forward(x, given, &mut skips, features.next())?;
         }
         if let Some(block) = &self.mid_block {
             x = block.forward(x, given)?;
+        }
+        if let Some(feature) = features.next() {
+            x = add_feature(&x, feature)?;
         }
         if let Some(residual) = input.mid_residual {
             x = residual.to_dtype(dtype).and_then(|residual| x + residual).stage(STAGE)?;
@@ -259,6 +322,10 @@ impl Unet {
                     format!("pooled text {other:?}, {times} timesteps, {rows} rows of time ids for {batch} latents");
                 return Err(Error::bug(message));
             }
+        }
+        let (count, places) = (input.features.len(), self.down_blocks.len() + 1);
+        if count > places {
+            return Err(judge.refuse(format!("it takes at most {places} features of a t2i adapter, got {count}")));
         }
         match input.down_residuals.map(<[Tensor]>::len) {
             Some(count) if count != self.skips() => {

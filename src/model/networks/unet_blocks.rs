@@ -6,10 +6,10 @@
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::Check;
 use super::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
 use super::unet_config::{BlockPlan, MidPlan, Shared};
+use super::{Check, Judge};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Padding, concat_channels};
 
@@ -126,21 +126,56 @@ impl DownBlock {
         read_text(&self.layers, context, check, read)
     }
 
+    /// How many transformer blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.layers.iter().filter_map(|layer| layer.attention.as_ref()).map(SpatialTransformer::reads).sum()
+    }
+
     pub(super) fn skips(&self) -> usize {
         self.layers.len() + usize::from(self.downsampler.is_some())
     }
 
-    pub(super) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {
-        for layer in &self.layers {
+    /// `feature` is added where diffusers adds it: with transformers behind the last of them, without at the end.
+    pub(super) fn forward(
+        &self,
+        mut x: Tensor,
+        given: Conditions,
+        skips: &mut Skips,
+        feature: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let attends = self.layers.iter().any(|layer| layer.attention.is_some());
+        let early = feature.filter(|_| attends || self.downsampler.is_none());
+        let late = feature.filter(|_| early.is_none());
+        for (place, layer) in self.layers.iter().enumerate() {
             x = layer.forward(x, given)?;
+            if let Some(feature) = early.filter(|_| place + 1 == self.layers.len()) {
+                x = add_feature(&x, feature)?;
+            }
             skips.keep(&x);
         }
         if let Some(downsampler) = &self.downsampler {
             x = downsampler.forward(&x).stage(STAGE)?;
+            if let Some(feature) = late {
+                x = add_feature(&x, feature)?;
+            }
             skips.keep(&x);
         }
         Ok(x)
     }
+}
+
+/// A feature map with a T2I-Adapter's feature.
+///
+/// # Errors
+/// `model_unsupported` where the feature is for another network's map; those of the device.
+pub(super) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
+    let (own, given) = (x.dims(), feature.dims());
+    let alike = own.len() == given.len() && own.iter().zip(given).skip(1).all(|(a, b)| a == b);
+    if !alike || !(given.first() == Some(&1) || given.first() == own.first()) {
+        let message = format!("a t2i adapter's feature is {given:?} where its own map is {own:?}");
+        return Err(Judge { name: STAGE }.refuse(message));
+    }
+    feature.to_dtype(x.dtype()).and_then(|feature| x.broadcast_add(&feature)).stage(STAGE)
 }
 
 #[derive(Clone, Debug)]
@@ -162,6 +197,11 @@ impl MidBlock {
             Ok((SpatialTransformer::load(&vb.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
         });
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
+    }
+
+    /// How many transformer blocks read the text.
+    pub(super) fn reads(&self) -> usize {
+        self.after.as_ref().map_or(0, |(attention, _)| attention.reads())
     }
 
     /// # Errors

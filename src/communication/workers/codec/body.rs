@@ -84,7 +84,9 @@ impl Body<'_> {
         let value = parsed.value.map_err(|(message, path)| self.fault(&message, path, names))?;
         for path in &parsed.unknown {
             let Some((Step::Key(key), parent)) = path.split_last() else { continue };
-            let near = (names.fields)(parent).and_then(|known| nearest(key, known.fields.iter().copied()));
+            // An object may stand alone where a list is wanted.
+            let known = (names.fields)(parent).or_else(|| (names.fields)(&[parent, &[Step::Index(0)]].concat()));
+            let near = known.and_then(|known| nearest(key, known.fields.iter().copied()));
             let shown = clip(key.clone(), QUOTE);
             let hint = near.map(|name| format!("did you mean `{name}`?"));
             if self.strict {

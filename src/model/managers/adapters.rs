@@ -1,0 +1,150 @@
+//! Keeps what adds pictures to a prompt: T2I-Adapters, IP-Adapters, and the image encoders that these see with.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_nn::VarBuilder;
+
+use super::{Opened, Shelf, ShelfKey};
+use crate::context::{Context, Stage};
+use crate::device::instructor::Placement;
+use crate::device::interface::Quantization;
+use crate::error::Result;
+use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::CheckpointKey;
+use crate::model::companion::Companion;
+use crate::model::networks::clip_vision::{ClipVision, ClipVisionConfig};
+use crate::model::networks::ip_adapter::{IpAdapter, IpAdapterLayout};
+use crate::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
+use crate::model::workers::open::Weights;
+use crate::units::Bytes;
+
+/// An adapter, and what of its file it uses.
+pub struct Adapter<T> {
+    pub network: T,
+    /// Tensors of the file that are part of the network.
+    pub applied: usize,
+    /// Tensors of the file that are not.
+    pub unused: usize,
+}
+
+pub struct AdapterManager {
+    features: Shelf<Adapter<T2iAdapter>>,
+    pictures: Shelf<Adapter<IpAdapter>>,
+    encoders: Shelf<ClipVision>,
+}
+
+impl AdapterManager {
+    #[must_use]
+    pub fn new(capacity: Bytes) -> Self {
+        Self {
+            features: Shelf::new("t2i_adapter", capacity),
+            pictures: Shelf::new("ip_adapter", capacity),
+            encoders: Shelf::new("image_encoder", capacity),
+        }
+    }
+
+    /// A T2I-Adapter in the placement's compute dtype, loaded if it is not here.
+    ///
+    /// # Errors
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    pub fn features(
+        &mut self,
+        found: &Companion,
+        config: &T2iAdapterConfig,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<Adapter<T2iAdapter>>> {
+        let load = |weights: &Weights, vb: &VarBuilder| {
+            let (network, applied) = (T2iAdapter::load(vb, config)?, config.tensors());
+            Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
+        };
+        acquire(&mut self.features, ("t2i_adapter", found), placement, load, ctx)
+    }
+
+    /// An IP-Adapter in the placement's compute dtype, loaded if it is not here.
+    ///
+    /// # Errors
+    /// Those of [`Self::features`].
+    pub fn pictures(
+        &mut self,
+        found: &Companion,
+        layout: &IpAdapterLayout,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<Adapter<IpAdapter>>> {
+        let load = |weights: &Weights, vb: &VarBuilder| {
+            let (network, applied) = (IpAdapter::load(vb, layout)?, layout.tensors());
+            Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
+        };
+        acquire(&mut self.pictures, ("ip_adapter", found), placement, load, ctx)
+    }
+
+    /// An image encoder in the placement's compute dtype, loaded if it is not here.
+    ///
+    /// # Errors
+    /// Those of [`Self::features`].
+    pub fn encoder(
+        &mut self,
+        found: &Companion,
+        config: &ClipVisionConfig,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<ClipVision>> {
+        let load = |_: &Weights, vb: &VarBuilder| ClipVision::load(vb, config);
+        acquire(&mut self.encoders, ("image_encoder", found), placement, load, ctx)
+    }
+
+    /// Drops everything. Gives the bytes that were held.
+    pub(in crate::model) fn clear(&mut self) -> Bytes {
+        let all: Option<CheckpointKey> = None;
+        self.features.remove(all) + self.pictures.remove(all) + self.encoders.remove(all)
+    }
+}
+
+/// Names and shapes of a file's tensors.
+///
+/// # Errors
+/// `model_corrupt`, `cancelled`, `deadline_exceeded`.
+pub fn shapes(found: &Companion, ctx: &Context) -> Result<BTreeMap<String, Vec<usize>>> {
+    let weights = found.open(ctx)?;
+    Ok(weights.tensors().map(|(name, stored)| (name.to_owned(), stored.shape.clone())).collect())
+}
+
+/// What lies on the shelf, or is loaded to it.
+fn acquire<T>(
+    shelf: &mut Shelf<T>,
+    (component, found): (&'static str, &Companion),
+    placement: &Placement,
+    load: impl FnOnce(&Weights, &VarBuilder) -> Result<T>,
+    ctx: &Context,
+) -> Result<Arc<T>> {
+    let key = ShelfKey {
+        checkpoint: found.key,
+        dtype: placement.compute,
+        quantization: Quantization::None,
+        device: placement.name.clone(),
+    };
+    if let Some(kept) = shelf.get(&key) {
+        return Ok(kept);
+    }
+    ctx.stage(Stage::Load, || {
+        let opened = Opened { component, weights: found.open(ctx)?, placement, dtype: placement.compute };
+        shelf.reserve(opened.bytes());
+        let (network, bytes) = opened.load(ctx, |vb| load(&opened.weights, vb))?;
+        Ok(shelf.insert(key, &found.name, bytes, network))
+    })
+}
+
+impl Manager for AdapterManager {
+    fn resident(&self) -> Vec<Resident> {
+        let shelves: [&dyn Manager; 3] = [&self.features, &self.pictures, &self.encoders];
+        shelves.into_iter().flat_map(Manager::resident).collect()
+    }
+
+    /// Image encoders first: they are the largest, and what they saw is kept for as long as a request needs it.
+    fn evict(&mut self, want: Bytes) -> Bytes {
+        let shelves: [&mut dyn Manager; 3] = [&mut self.encoders, &mut self.pictures, &mut self.features];
+        shelves.into_iter().fold(Bytes(0), |freed, shelf| freed + shelf.evict(want.saturating_sub(freed)))
+    }
+}
