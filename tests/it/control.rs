@@ -14,10 +14,12 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
 use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::layers::Interface;
+use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile};
+use sdxl_worker::model::networks::unet::UnetConfig;
 
 use super::drawing::Worker;
 use super::random_networks::{self, Layout};
-use super::wire::{Worker as Process, code};
+use super::wire::{Worker as Process, code, validator};
 
 const EDGES: &str = "tests/steer/files/control_edges.png";
 
@@ -240,4 +242,75 @@ fn the_wire_knows_the_fields_of_a_list() {
     check("twins", "/controlnet/0/image", "two names of one field", None);
     check("text", "/controlnet", "an array of objects, or one object", None);
     check("array", "/controlnet/0", "must be an object", None);
+}
+
+#[test]
+fn the_schema_has_one_network_and_several() {
+    let requests = validator("RequestLine");
+    let line = |controlnet: serde_json::Value| json!({ "prompt": "a", "controlnet": controlnet });
+    let good = [
+        json!({ "model": "canny", "image": "a.png" }),
+        json!([{ "model": "canny", "image": { "base64": "AAAA" }, "preprocessor": "canny", "weight": 0.5 }]),
+        json!([{ "model": "canny", "input_image": "a.png", "module": "none", "guidance_start": 0.1, "guidance_end": 0.9 }]),
+        json!([{ "model": "union", "image": "a.png", "control_type": "tile", "guess_mode": true, "resize_mode": "crop" }]),
+        json!([{ "model": "canny", "image": "a.png", "preprocessor": "canny", "parameters": { "low_threshold": 50 } }]),
+    ];
+    for wish in good {
+        assert!(requests.is_valid(&line(wish.clone())), "{wish}");
+    }
+    for wish in [
+        json!("canny"),
+        json!([{ "modle": "canny" }]),
+        json!([{ "image": "a", "input_image": "b" }]),
+        json!({ "weight": "1" }),
+    ] {
+        assert!(!requests.is_valid(&line(wish.clone())), "{wish}");
+    }
+}
+
+/// The configurations of published networks, with those sizes that decide whether they fit.
+#[test]
+fn published_networks_are_understood() {
+    let plain = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"];
+    let trunk = json!({
+        "act_fn": "silu", "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "down_block_types": plain, "layers_per_block": 2,
+        "projection_class_embeddings_input_dim": 2816, "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": true, "class_embed_type": null, "encoder_hid_dim": null, "upcast_attention": null,
+    });
+    let with = |more: serde_json::Value| {
+        let mut config = trunk.clone();
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let up = ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"];
+    let unet: UnetConfig = serde_json::from_value(with(json!({ "up_block_types": up }))).unwrap();
+    let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {
+        let task = kinds.map(|kinds| [kinds, 320]);
+        let shape = |name: &str| -> Option<&[usize]> {
+            match name {
+                "controlnet_cond_embedding.conv_in.weight" => Some(&[16, 3, 3, 3]),
+                "controlnet_cond_embedding.blocks.1.weight" => Some(&[32, 16, 3, 3]),
+                "controlnet_cond_embedding.blocks.3.weight" => Some(&[96, 32, 3, 3]),
+                "controlnet_cond_embedding.blocks.5.weight" => Some(&[256, 96, 3, 3]),
+                "task_embedding" => task.as_ref().map(<[usize; 2]>::as_slice),
+                _ => None,
+            }
+        };
+        let file: Option<ControlNetFile> = config.map(|config| serde_json::from_value(config).unwrap());
+        ControlNetConfig::new("mine", file, &shape, &unet).map(|config| config.kinds())
+    };
+    let rgb = json!({ "controlnet_conditioning_channel_order": "rgb", "conditioning_embedding_out_channels": [16, 32, 96, 256] });
+    assert_eq!(check(Some(with(rgb)), None).unwrap(), None);
+    let small = json!({ "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D"], "mid_block_type": "UNetMidBlock2D" });
+    assert_eq!(check(Some(with(small)), None).unwrap(), None);
+    let union = json!({ "num_control_type": 8, "num_trans_channel": 320, "num_trans_head": 8, "num_trans_layer": 1 });
+    assert_eq!(check(Some(with(union)), Some(8)).unwrap(), Some(8));
+    let pooled = json!({ "global_pool_conditions": true });
+    assert!(check(Some(with(pooled)), None).unwrap_err().to_string().contains("`global_pool_conditions`"));
+    let sd15 = json!({ "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "transformer_layers_per_block": 1 });
+    assert_eq!(check(Some(with(sd15)), None).unwrap_err().code(), "model_unsupported");
+    assert_eq!(check(None, None).unwrap_err().code(), "model_unsupported", "a file without blocks");
 }

@@ -158,6 +158,8 @@ def main(model, out):
         "small, blue first": {"controlnet": [two()]},
         "weight": {"controlnet": [one(weight=0.4)]},
         "start and end": {"controlnet": [one(start=0.2, end=0.7)]},
+        "start and end, heun": {"sampler_name": "heun", "controlnet": [one(start=0.2, end=0.7)]},
+        "start and end, pndm": {"sampler_name": "pndm", "controlnet": [one(end=0.5)]},
         "guess mode": {"controlnet": [one(guess_mode=True)], "cfg_scale": 3.0},
         "guess mode without guidance": {"controlnet": [one(guess_mode=True)], "cfg_scale": 1.0},
         "no guidance": {"controlnet": [one()], "cfg_scale": 1.0},

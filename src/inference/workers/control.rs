@@ -33,16 +33,16 @@ pub struct Shown {
     pub embedded: Tensor,
     pub kind: Option<usize>,
     pub weight: f64,
-    /// Shares of the steps.
+    /// Shares of the evaluations.
     pub start: f64,
     pub end: f64,
 }
 
 impl Shown {
-    /// Its weight at a step; 0 outside of its share of the steps, of which the whole step must be part.
+    /// Its weight at an evaluation; 0 outside of its share of them, of which the whole evaluation must be part.
     fn weight(&self, now: Moment) -> f64 {
-        let share = |step: usize| step as f64 / now.steps as f64;
-        let kept = share(now.step) >= self.start && share(now.step + 1) <= self.end;
+        let share = |call: usize| call as f64 / now.calls as f64;
+        let kept = share(now.call) >= self.start && share(now.call + 1) <= self.end;
         if kept { self.weight } else { 0.0 }
     }
 }

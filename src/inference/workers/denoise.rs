@@ -57,8 +57,10 @@ impl Worker<DenoiseTask<'_>> for Denoise {
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let done = Cell::new(0);
         let steps = sampling.steps();
+        let (called, calls) = (Cell::new(0), sampling.evaluations());
         let mut denoiser = |x: &Tensor, level: Level| {
-            let now = Moment { level, step: done.get(), steps };
+            let call = called.replace(called.get() + 1);
+            let now = Moment { level, step: done.get(), steps, call, calls };
             let network = Network {
                 unet,
                 controls,
@@ -177,6 +179,9 @@ pub(super) struct Moment {
     /// Steps that are done, of `steps` that will be walked.
     pub(super) step: usize,
     pub(super) steps: usize,
+    /// Evaluations that were made, of `calls` that will be: samplers of second order make two a step.
+    pub(super) call: usize,
+    pub(super) calls: usize,
 }
 
 impl Moment {

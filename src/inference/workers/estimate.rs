@@ -52,11 +52,12 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         weights = weights + plan.adapters.file_bytes();
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
-        // beside the skip connections.
+        // beside the skip connections. What ControlNets add stays while it runs, and a sum beside what is added to it.
+        let added = 4 * plan.controls.len().min(2);
         let unet: usize =
             plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
                 let here = (positions >> (2 * level)).max(1);
-                sum + here * channels * (6 + 4)
+                sum + here * channels * (6 + 4 + added)
             });
         let left = weights.saturating_sub(loaded);
         let activations = |extent| {
