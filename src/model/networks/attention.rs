@@ -119,7 +119,7 @@ impl<'a> TextReader<'a> {
         self.perturbed.iter().filter_map(change).collect()
     }
 
-    fn next(&self) -> Result<Reading> {
+    fn next(&self) -> Result<Reading<'a>> {
         let Some((text, rest)) = self.ahead.get().split_first() else {
             return Err(Error::bug("text was read by fewer blocks than there are"));
         };
