@@ -356,7 +356,11 @@ fn control_operations_answer_in_the_schema() {
     let hello = worker.ask("1", "hello", &json!({}));
     assert_eq!(hello["protocol"], "1.2", "{hello}");
     let told = worker.ask("2", "capabilities", &json!({}));
-    assert_eq!(told["operations"]["inference"], json!(["generate", "text2image", "batch"]), "{told}");
+    assert_eq!(
+        told["operations"]["inference"],
+        json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"]),
+        "{told}"
+    );
     assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");
     assert_eq!(&worker.ask("3", "schema", &json!({})), schema());
     for (id, operation) in ["ping", "health", "metrics", "status", "cancel_all"].iter().enumerate() {
