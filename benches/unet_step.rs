@@ -92,7 +92,7 @@ fn main() {
         };
         let ctx = Context::new(String::new(), CancelToken::default(), None, None, sink);
         let start = Instant::now();
-        let latents = inference.latents(&plan, 1, &placement, &mut managers, &ctx).expect("latents");
+        let latents = inference.latents(&plan, plan.seeds[0], &placement, &mut managers, &ctx).expect("latents");
         let pixels = inference.pixels(&plan, &latents, &placement, &mut managers, &ctx).expect("pixels");
         let stages: Vec<String> =
             ctx.timings().iter().map(|(s, t)| format!("{} {:.3} s", s.name(), t.as_secs_f64())).collect();

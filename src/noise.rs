@@ -27,9 +27,27 @@ pub enum RngKind {
     Nv,
 }
 
+/// What an image's noise is drawn from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Seed {
+    pub main: u64,
+    pub variation: Option<Variation>,
+}
+
+/// A second stream, whose first draw is blended into the noise that the image begins from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Variation {
+    pub seed: u64,
+    /// 0, the main stream alone, to 1, this one alone.
+    pub strength: f64,
+}
+
 /// The noise of the images of one batch.
 pub struct NoiseSource {
+    kind: RngKind,
     streams: Vec<Stream>,
+    /// One per stream, or none at all.
+    variations: Vec<Option<Variation>>,
     channels: usize,
     height: usize,
     width: usize,
@@ -40,14 +58,15 @@ impl NoiseSource {
     /// One stream per seed; each draw is `[B, H, W, C]` with B the number of seeds.
     #[must_use]
     pub fn new(kind: RngKind, seeds: &[u64], channels: usize, height: usize, width: usize, device: &Device) -> Self {
-        let streams = seeds
-            .iter()
-            .map(|&seed| match kind {
-                RngKind::Cpu => Stream::Cpu(Box::new(TorchCpu::new(seed))),
-                RngKind::Nv => Stream::Nv(Philox { seed, draws: 0 }),
-            })
-            .collect();
-        Self { streams, channels, height, width, device: device.clone() }
+        let streams = seeds.iter().map(|&seed| Stream::new(kind, seed)).collect();
+        Self { kind, streams, variations: Vec::new(), channels, height, width, device: device.clone() }
+    }
+
+    /// The same streams, each with its variation.
+    #[must_use]
+    pub fn varied(mut self, variations: &[Option<Variation>]) -> Self {
+        self.variations = variations.to_vec();
+        self
     }
 
     /// The next draw of every stream, standard normal, f32 `[B, H, W, C]` on the device.
@@ -55,13 +74,30 @@ impl NoiseSource {
     /// # Errors
     /// `internal` when the device refuses the copy.
     pub fn draw(&mut self) -> Result<Tensor> {
+        self.next(false)
+    }
+
+    /// [`Self::draw`], with the variations blended in: the noise that an image begins from. The streams go on as after
+    /// any other draw.
+    ///
+    /// # Errors
+    /// Those of [`Self::draw`].
+    pub fn initial(&mut self) -> Result<Tensor> {
+        self.next(true)
+    }
+
+    fn next(&mut self, varied: bool) -> Result<Tensor> {
         let (c, h, w) = (self.channels, self.height, self.width);
         if c * h * w == 0 {
             return Err(Error::bug("noise of an empty shape"));
         }
         let mut values = Vec::with_capacity(self.streams.len() * c * h * w);
-        for stream in &mut self.streams {
-            let planes = stream.randn(c * h * w); // [C, H, W]
+        for (index, stream) in self.streams.iter_mut().enumerate() {
+            let mut planes = stream.randn(c * h * w); // [C, H, W]
+            let variation = self.variations.get(index).copied().flatten();
+            if let Some(Variation { seed, strength }) = variation.filter(|one| varied && one.strength > 0.0) {
+                slerp(&mut planes, &Stream::new(self.kind, seed).randn(c * h * w), strength, [c, h, w]);
+            }
             for pixel in 0..h * w {
                 values.extend(planes.iter().skip(pixel).step_by(h * w).copied());
             }
@@ -76,10 +112,47 @@ enum Stream {
 }
 
 impl Stream {
+    fn new(kind: RngKind, seed: u64) -> Self {
+        match kind {
+            RngKind::Cpu => Self::Cpu(Box::new(TorchCpu::new(seed))),
+            RngKind::Nv => Self::Nv(Philox { seed, draws: 0 }),
+        }
+    }
+
     fn randn(&mut self, count: usize) -> Vec<f32> {
         match self {
             Self::Cpu(torch) => torch.randn(count),
             Self::Nv(philox) => philox.randn(count),
+        }
+    }
+}
+
+/// Turns `from` towards `to` by `share` of the angle between them: `(sin((1−t)ω) a + sin(tω) b) / sin ω`. Both are
+/// `[C, H, W]`, and every column of every channel is a vector of its own, which is how AUTOMATIC1111 has it
+/// (modules/rng.py at 0d5dc9a), down to the weights of noises that are nearly the same.
+fn slerp(from: &mut [f32], to: &[f32], share: f64, [channels, height, width]: [usize; 3]) {
+    let columns = || (0..channels * width).map(|i| i / width * height * width + i % width);
+    let rows = |column: usize| (0..height).map(move |row| column + row * width);
+    let cosine = |from: &[f32], column: usize| {
+        let (mut dot, mut a, mut b) = (0.0, 0.0, 0.0);
+        for at in rows(column) {
+            let (x, y) = (f64::from(from[at]), f64::from(to[at]));
+            dot += x * y;
+            a += x * x;
+            b += y * y;
+        }
+        dot / (a * b).sqrt()
+    };
+    let same = columns().map(|column| cosine(from, column)).sum::<f64>() > 0.9995 * (channels * width) as f64;
+    for column in columns() {
+        let (a, b) = if same {
+            (share, 1.0 - share)
+        } else {
+            let angle = cosine(from, column).clamp(-1.0, 1.0).acos();
+            (((1.0 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin())
+        };
+        for at in rows(column) {
+            from[at] = (a * f64::from(from[at]) + b * f64::from(to[at])) as f32;
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::managers::Vae;
-use crate::noise::NoiseSource;
+use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
 use crate::pixels::{Gray8, Rgb8};
 use crate::scheduler::schedule::SamplingPlan;
@@ -116,7 +116,7 @@ impl InferenceInstructor {
     pub fn latents(
         &self,
         plan: &GenerationPlan,
-        seed: u64,
+        seed: Seed,
         placement: &Placement,
         crew: &mut Managers,
         ctx: &Context,
@@ -129,7 +129,7 @@ impl InferenceInstructor {
     pub(super) fn draw(
         &self,
         plan: &GenerationPlan,
-        seed: u64,
+        seed: Seed,
         shared: &mut Shared,
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
@@ -162,14 +162,14 @@ impl InferenceInstructor {
                     let to = (further.size.height / 8, further.size.width / 8);
                     let larger = ctx.perform(&Enlarge, EnlargeTask { latents: &latents, to, between })?;
                     noise = self.noise(plan, seed, further.size, placement);
-                    noised(&larger, &noise.draw()?, further.sampling.first())?
+                    noised(&larger, &noise.initial()?, further.sampling.first())?
                 }
                 Entry::Pixels(filter) => {
                     let picture = self.pixels(plan, &latents, placement, crew, ctx)?;
                     let larger = picture.resized(further.size.width, further.size.height, filter)?;
                     noise = self.noise(plan, seed, further.size, placement);
                     let latents = self.encoded(plan, &larger, Some(&mut noise), (placement, &mut *crew, ctx))?;
-                    noised(&latents, &noise.draw()?, further.sampling.first())?
+                    noised(&latents, &noise.initial()?, further.sampling.first())?
                 }
             };
             let run = Run {
@@ -189,9 +189,11 @@ impl InferenceInstructor {
         Ok(latents)
     }
 
-    fn noise(&self, plan: &GenerationPlan, seed: u64, size: ImageSize, placement: &Placement) -> NoiseSource {
+    fn noise(&self, plan: &GenerationPlan, seed: Seed, size: ImageSize, placement: &Placement) -> NoiseSource {
         let channels = plan.checkpoint.vae.latent_channels;
-        NoiseSource::new(plan.rng, &[seed], channels, size.height / 8, size.width / 8, &placement.device)
+        let sides = (size.height / 8, size.width / 8);
+        NoiseSource::new(plan.rng, &[seed.main], channels, sides.0, sides.1, &placement.device)
+            .varied(&[seed.variation])
     }
 
     /// Where the first run starts. Noise is drawn in the reference's order: for the encoded image, for the start, for
@@ -205,7 +207,7 @@ impl InferenceInstructor {
     ) -> Result<Start> {
         let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
         let (Some(editing), Some(canvas)) = (&plan.editing, canvas) else {
-            let x = (noise.draw()? * plan.sampling.init_scale)?;
+            let x = (noise.initial()? * plan.sampling.init_scale)?;
             let masking = match takes_mask {
                 true => Some(self.unmasked(plan, (placement, crew, ctx))?),
                 false => None,
@@ -219,7 +221,7 @@ impl InferenceInstructor {
         let first = plan.sampling.first();
         let Some(mask) = &canvas.mask else {
             let latents = encode(&canvas.image.to_tensor(&placement.device)?, noise)?;
-            let x = if editing.adds_noise { noised(&latents, &noise.draw()?, first)? } else { latents };
+            let x = if editing.adds_noise { noised(&latents, &noise.initial()?, first)? } else { latents };
             let masking = match takes_mask {
                 true => Some(self.unmasked(plan, (placement, crew, ctx))?),
                 false => None,
@@ -231,7 +233,7 @@ impl InferenceInstructor {
             true => None,
             false => Some(encode(&canvas.image.to_tensor(&placement.device)?, noise)?),
         };
-        let drawn = noise.draw()?;
+        let drawn = noise.initial()?;
         let x = match &latents {
             _ if editing.from_noise => (&drawn * plan.sampling.init_scale)?,
             Some(latents) => {
@@ -356,7 +358,7 @@ impl InferenceInstructor {
         let begun = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
             let prepare = |conditioning: &Conditioning| {
-                let (time_ids, guidance) = (run.time_ids, plan.guidance);
+                let (time_ids, guidance) = (run.time_ids, &plan.guidance);
                 let unet = &unet;
                 let task =
                     PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch: 1 };
@@ -378,8 +380,7 @@ impl InferenceInstructor {
             };
             ctx.perform(&Denoise, task)
         })?;
-        let passes = plan.prompt.passes;
-        let units = sampling.evaluations() * passes * run.size.width * run.size.height / 64;
+        let units = plan.guidance.evaluations(sampling) * run.size.width * run.size.height / 64;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());
         Ok(latents)

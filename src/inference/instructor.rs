@@ -17,7 +17,7 @@ use crate::layers::Instructor;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelInstructor;
-use crate::noise::RngKind;
+use crate::noise::{RngKind, Seed, Variation};
 use crate::postprocessing::instructor::{Delivery, PostprocessingInstructor};
 use crate::postprocessing::metadata::{ImageText, Parameters};
 use crate::scheduler::instructor::SchedulerInstructor;
@@ -165,12 +165,13 @@ impl InferenceInstructor {
                 let delivery = Delivery { plan: &plan.output, image: &pixels, index, text: Some(&text) };
                 self.postprocessing.deliver(delivery, ctx)
             })?;
-            ctx.progress(Progress::Image { index, path: delivered.path.clone(), seed });
+            ctx.progress(Progress::Image { index, path: delivered.path.clone(), seed: seed.main });
             images.push(Image {
                 path: delivered.path,
                 base64: delivered.base64,
                 format: plan.output.format.name,
-                seed,
+                seed: seed.main,
+                subseed: seed.variation.map(|variation| variation.seed),
                 width: pixels.width,
                 height: pixels.height,
             });
@@ -183,10 +184,12 @@ impl InferenceInstructor {
     }
 
     /// What the file says of itself; the request in it makes this one image.
-    fn text(plan: &GenerationPlan, seed: u64) -> Result<ImageText> {
+    fn text(plan: &GenerationPlan, seed: Seed) -> Result<ImageText> {
         let request = GenerateRequest {
-            seed: i64::try_from(seed).ok(),
+            seed: i64::try_from(seed.main).ok(),
+            subseed: seed.variation.and_then(|variation| i64::try_from(variation.seed).ok()),
             batch_size: Some(1),
+            n_iter: Some(1),
             output: None,
             ..plan.parameters.clone()
         }
@@ -208,9 +211,14 @@ impl InferenceInstructor {
             more.push(("Refiner switch at", switch_at.to_string()));
         }
         more.extend(plan.controls.iter().map(told));
+        if let Some(Variation { seed, strength }) = seed.variation {
+            more.push(("Variation seed", seed.to_string()));
+            more.push(("Variation seed strength", strength.to_string()));
+        }
         if plan.guidance.rescale > 0.0 {
             more.push(("CFG Rescale", plan.guidance.rescale.to_string()));
         }
+        more.extend(plan.guidance.text());
         if let Some(skip) = plan.prompt.clip_skip.filter(|&skip| skip > 0) {
             more.push(("Clip skip", skip.to_string()));
         }
@@ -226,7 +234,7 @@ impl InferenceInstructor {
             sampler: plan.sampling.sampler,
             schedule: plan.sampling.schedule,
             cfg_scale: plan.guidance.scale,
-            seed,
+            seed: seed.main,
             width: plan.size.width,
             height: plan.size.height,
             model: &plan.checkpoint.name,

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
@@ -72,6 +73,29 @@ pub struct GenerateRequest {
     /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
     #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
     pub guidance_rescale: Option<f64>,
+    /// Shares of the steps, 0 to 1, between which `cfg_scale` applies: from step ⌊start · steps⌋ to before step ⌊end · steps⌋.
+    /// The others make one pass only, and so are faster. Default: 0, 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cfg_interval: Option<[f64; 2]>,
+    /// Perturbed-attention guidance, 0 to 100, by a further pass. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_scale: Option<f64>,
+    /// By how much `pag_scale` falls with every timestep below 1000, down to 0; 0 to 100. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_adaptive_scale: Option<f64>,
+    /// Where attention is perturbed: parts of names of the UNet's transformer blocks, such as `mid`, `up_blocks.0` or
+    /// `down_blocks.1.attentions.0`. Default: `["mid"]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pag_applied_layers: Option<Vec<String>>,
+    /// Guidance away from a network with layers skipped. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_layer: Option<SkipLayerWish>,
+    /// Dynamic thresholding, for `cfg_scale` above 1. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dynamic_thresholding: Option<DynamicThresholdingWish>,
+    /// Weights of the UNet's backbone and skip connections. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeu: Option<FreeUWish>,
     /// Sampler, by its own name, AUTOMATIC1111's or diffusers'. Default: the configuration's `default_scheduler`.
     #[serde(alias = "sampler", skip_serializing_if = "Option::is_none")]
     pub sampler_name: Option<String>,
@@ -96,6 +120,13 @@ pub struct GenerateRequest {
     /// Of the first image, 0 to 2⁶³-1; each further one adds 1. -1 or left out: random below 2³².
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
+    /// Of the variation of the first image, 0 to 2⁶³-1; each further one adds 1. -1 or left out: random below 2³².
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed: Option<i64>,
+    /// How far the initial noise is turned towards that of `subseed`, 0 to 1. Above 0 all images have `seed` and differ by
+    /// `subseed`. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed_strength: Option<f64>,
     /// Noise as torch draws it on the CPU, or as CUDA does (`nv`). Default: `cpu`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngKind>,
@@ -180,9 +211,12 @@ pub struct GenerateRequest {
     /// The refiner's aesthetic score of the negative prompt, 0 to 10. Default: 2.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_aesthetic_score: Option<f64>,
-    /// Images made from this request. Default: the configuration's `batch_size`.
+    /// Images made from this request, `n_iter` times. Default: the configuration's `batch_size`.
     #[serde(alias = "num_images_per_prompt", skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<i64>,
+    /// How many batches: `n_iter` · `batch_size` images, all numbered on, at most 64 as shipped. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_iter: Option<i64>,
     /// Layers of the text encoders left out beyond SDXL's penultimate. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_skip: Option<i64>,
@@ -284,8 +318,7 @@ pub enum VaeSample {
 
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
-pub const FIELDS_TO_COME: &[&str] =
-    &["control_image", "lora", "loras", "n_iter", "subseed", "subseed_strength", "ip_adapter_image"];
+pub const FIELDS_TO_COME: &[&str] = &["control_image", "lora", "loras", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -319,6 +352,9 @@ pub struct Image {
     pub base64: Option<String>,
     pub format: &'static str,
     pub seed: u64,
+    /// The seed of its variation, where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subseed: Option<u64>,
     pub width: usize,
     pub height: usize,
 }
@@ -368,7 +404,7 @@ pub struct Estimate {
     pub free: Option<Bytes>,
     /// Whether `needed` is free.
     pub fits: Option<bool>,
-    /// Evaluations of the UNet, each of both passes where guidance is on.
+    /// Evaluations of the UNet, each of all the passes that guidance needs at its step.
     pub evaluations: usize,
     /// Seconds from the model being loaded to the image; null until this process has made an image with it.
     pub seconds: Option<f64>,

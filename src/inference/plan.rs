@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::guidance::Guidance;
 use super::interface::GenerateRequest;
 use super::workers::latents::Between;
 use crate::conditioning::adapters::AdapterPlan;
@@ -11,7 +12,7 @@ use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
-use crate::noise::RngKind;
+use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
 use crate::resample::Filter;
 use crate::scheduler::schedule::SamplingPlan;
@@ -27,7 +28,7 @@ pub struct GenerationPlan {
     pub prompt: PromptWish,
     pub size: ImageSize,
     /// One image each.
-    pub seeds: Vec<u64>,
+    pub seeds: Vec<Seed>,
     pub rng: RngKind,
     pub guidance: Guidance,
     pub sampling: SamplingPlan,
@@ -93,15 +94,6 @@ pub enum Entry {
     Pixels(Filter),
 }
 
-/// Classifier-free guidance: Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Guidance {
-    /// 1 and less: the conditional pass alone.
-    pub scale: f64,
-    /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
-    pub rescale: f64,
-}
-
 impl GenerationPlan {
     /// Steps of all runs of one image.
     #[must_use]
@@ -113,14 +105,6 @@ impl GenerationPlan {
     #[must_use]
     pub fn last_size(&self) -> ImageSize {
         self.further.last().map_or(self.size, |further| further.size)
-    }
-}
-
-impl Guidance {
-    /// Whether the network is evaluated for the negative prompt too.
-    #[must_use]
-    pub fn is_on(self) -> bool {
-        self.scale > 1.0
     }
 }
 

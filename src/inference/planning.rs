@@ -2,25 +2,26 @@
 //! anything is loaded.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
 
 use super::controlling::said;
 use super::editing::cut;
 use super::further::First;
+use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
-use super::plan::{GenerationPlan, Guidance, TimeIds};
+use super::plan::{GenerationPlan, TimeIds};
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
+use crate::noise::{Seed, Variation};
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::interface::SamplingWish;
 use crate::units::ImageSize;
 
 /// Steps where a request names none.
 const STEPS: i64 = 25;
-/// Guidance where a request names none.
-const CFG_SCALE: f64 = 5.0;
 /// The refiner's aesthetic scores of a positive and a negative prompt.
 const AESTHETIC: [f64; 2] = [6.0, 2.5];
 
@@ -38,10 +39,7 @@ impl InferenceInstructor {
         let mut parameters = request.clone();
         let editing = self.editing(request, &mut parameters)?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
-        let guidance = Guidance {
-            scale: within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?,
-            rescale: within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?,
-        };
+        let mut guidance = guidance(&mut parameters, &checkpoint)?;
         let wish = SamplingWish {
             sampler_name: request.sampler_name.clone(),
             scheduler: request.scheduler.clone(),
@@ -68,6 +66,9 @@ impl InferenceInstructor {
         let wishes = request.embeddings.as_deref().unwrap_or_default();
         let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
+        let first = seeds.first().copied();
+        let variation = first.and_then(|seed| seed.variation);
+        let n_iter = request.n_iter.unwrap_or(1);
         let time_ids = time_ids(request, size, &checkpoint)?;
         let controls = self.controls(request, crew)?;
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
@@ -80,16 +81,17 @@ impl InferenceInstructor {
         let parameters = GenerateRequest {
             prompt: Some(prompt.clone()),
             steps: Some(sampling.path.len() as i64),
-            cfg_scale: Some(guidance.scale),
-            guidance_rescale: Some(guidance.rescale),
             sampler_name: Some(sampling.sampler.to_owned()),
             scheduler: Some(sampling.schedule.to_owned()),
             eta: Some(sampling.eta),
-            seed: seeds.first().and_then(|&seed| i64::try_from(seed).ok()),
+            seed: first.and_then(|seed| i64::try_from(seed.main).ok()),
+            subseed: variation.map_or(request.subseed, |variation| i64::try_from(variation.seed).ok()),
+            subseed_strength: Some(variation.map_or(0.0, |variation| variation.strength)),
             rng: Some(rng),
             width: Some(size.width as i64),
             height: Some(size.height as i64),
-            batch_size: Some(seeds.len() as i64),
+            batch_size: Some(seeds.len() as i64 / n_iter.max(1)),
+            n_iter: Some(n_iter),
             clip_skip: clip_skip.map(i64::from),
             prompt_weighting: Some(weighting),
             comma_padding_backtrack: Some(backtrack),
@@ -116,6 +118,21 @@ impl InferenceInstructor {
             passes: 0,
         };
         prompt.passes = self.conditioning.check(&prompt, &checkpoint)?;
+        guidance.parts = match guidance.is_on() {
+            true => prompt.passes.saturating_sub(1).max(1),
+            // Parts need the negative pass, guided or not.
+            false if prompt.passes > 1 => prompt.passes - 1,
+            false => 1,
+        };
+        if guidance.parts > 1 {
+            let away = [
+                ("pag_scale", guidance.perturbed_attention.is_some()),
+                ("skip_layer", guidance.skipped_layers.is_some()),
+            ];
+            if let Some((field, _)) = away.iter().find(|(_, given)| *given) {
+                return Err(Error::invalid(*field, "cannot be used together with the parts that `AND` joins"));
+            }
+        }
         Ok(GenerationPlan {
             checkpoint,
             dtype: request.dtype,
@@ -151,22 +168,46 @@ impl InferenceInstructor {
         })
     }
 
-    fn seeds(&self, request: &GenerateRequest) -> Result<Vec<u64>> {
-        let count = request.batch_size.unwrap_or(i64::from(self.settings.batch_size));
+    /// AUTOMATIC1111's rule: without a variation the seeds count up, with one all images share the seed and the
+    /// variations count up (modules/processing.py).
+    fn seeds(&self, request: &GenerateRequest) -> Result<Vec<Seed>> {
         let limit = i64::from(self.settings.max_batch_size);
-        if !(1..=limit).contains(&count) {
-            return Err(Error::invalid("batch_size", format!("must be 1 to {limit}, got {count}")));
+        let batch = request.batch_size.unwrap_or(i64::from(self.settings.batch_size));
+        let batches = request.n_iter.unwrap_or(1);
+        for (field, count) in [("batch_size", batch), ("n_iter", batches)] {
+            if !(1..=limit).contains(&count) {
+                return Err(Error::invalid(field, format!("must be 1 to {limit}, got {count}")));
+            }
         }
-        let first = match request.seed {
-            None | Some(-1) => RandomState::new().build_hasher().finish() & 0xffff_ffff,
-            Some(seed) => u64::try_from(seed)
-                .map_err(|_| Error::invalid("seed", format!("must be -1 or 0 to 2⁶³-1, got {seed}")))?,
+        let count = batch.saturating_mul(batches);
+        if count > limit {
+            let message = format!("must leave at most {limit} images, got {batches} batches of {batch}");
+            return Err(Error::invalid("n_iter", message));
+        }
+        let strength = within("subseed_strength", request.subseed_strength.unwrap_or(0.0), 0.0, 1.0)?;
+        if request.subseed_strength.is_none() && request.subseed.is_some_and(|subseed| subseed >= 0) {
+            return Err(Error::invalid("subseed", "needs `subseed_strength`, which is 0 where it is left out"));
+        }
+        let numbers = |field: &str, first: Option<i64>, count: i64| -> Result<Range<u64>> {
+            let first = match first {
+                None | Some(-1) => RandomState::new().build_hasher().finish() & 0xffff_ffff,
+                Some(seed) => u64::try_from(seed)
+                    .map_err(|_| Error::invalid(field, format!("must be -1 or 0 to 2⁶³-1, got {seed}")))?,
+            };
+            let end = first + count.unsigned_abs();
+            if i64::try_from(end - 1).is_err() {
+                let message = format!("must leave room for {count} images below 2⁶³, got {first}");
+                return Err(Error::invalid(field, message));
+            }
+            Ok(first..end)
         };
-        let last = first + count.unsigned_abs() - 1;
-        if i64::try_from(last).is_err() {
-            return Err(Error::invalid("seed", format!("must leave room for {count} images below 2⁶³, got {first}")));
+        let alone = |main: u64| Seed { main, variation: None };
+        if strength == 0.0 {
+            return Ok(numbers("seed", request.seed, count)?.map(alone).collect());
         }
-        Ok((first..=last).collect())
+        let Range { start: main, .. } = numbers("seed", request.seed, 1)?;
+        let varied = |seed: u64| Seed { main, variation: Some(Variation { seed, strength }) };
+        Ok(numbers("subseed", request.subseed, count)?.map(varied).collect())
     }
 }
 

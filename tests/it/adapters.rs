@@ -53,7 +53,7 @@ fn steer() -> PathBuf {
 }
 
 /// A folder with the random networks, made from their recipes by the first who asks.
-pub(super) fn networks() -> PathBuf {
+pub(crate) fn networks() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(make_networks).clone()
 }
@@ -204,7 +204,7 @@ fn refusal(fields: Value) -> (&'static str, String) {
     let inference = &worker.instructors.inference;
     let made = inference.plan(&request(fields), &mut worker.managers).and_then(|plan| {
         let placement = inference.device.place(&mut worker.managers.device, plan.dtype)?;
-        inference.latents(&plan, 1, &placement, &mut worker.managers, &ctx)
+        inference.latents(&plan, plan.seeds[0], &placement, &mut worker.managers, &ctx)
     });
     let error = made.unwrap_err();
     (error.code(), error.to_string())

@@ -177,9 +177,11 @@ fn crew() -> ConditioningCrew {
 
 /// Reads from `root` and from `tests/steer`, writes beneath `root`.
 fn instructor(root: &Path) -> ConditioningInstructor {
-    let mut settings = sdxl_worker::postprocessing::interface::Settings::default();
-    settings.output_dir = root.to_owned();
-    settings.roots = vec![steer("")];
+    let settings = sdxl_worker::postprocessing::interface::Settings {
+        output_dir: root.to_owned(),
+        roots: vec![steer("")],
+        ..Default::default()
+    };
     let delivery = PostprocessingInstructor::new(settings);
     let roots = delivery.roots().clone();
     ConditioningInstructor { settings: Settings::default(), roots, delivery }
@@ -258,7 +260,7 @@ fn the_cache_of_hints_is_bounded() {
         instructor.hint(&plan.unwrap(), ImageSize { width: 2048, height: 1024 }, &mut crew, &ctx).unwrap();
     }
     // Twelve of 6 MiB each would be 72.
-    assert_eq!(crew.hints.resident()[0].bytes, Bytes(10 * 6 << 20));
+    assert_eq!(crew.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));
 }
 
 #[test]

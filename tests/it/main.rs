@@ -1,6 +1,7 @@
 //! Integration tests: behaviour at the boundaries, and goldens.
 
 mod adapters;
+mod alone;
 mod architecture;
 mod conditioning;
 mod config;
@@ -10,6 +11,7 @@ mod drawing;
 mod edits;
 mod hints;
 mod image_files;
+mod guidance;
 mod instruction_sets;
 mod mapping;
 mod memory;

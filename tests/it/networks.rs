@@ -13,6 +13,7 @@ use candle_nn::VarBuilder;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
+use sdxl_worker::model::networks::steering::Steering;
 use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
 use sdxl_worker::model::networks::vae::{Extent, VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Value, json};
@@ -135,6 +136,7 @@ fn evaluate(unet: &Unet, golden: &Golden, text: Text, dtype: DType, check: &dyn 
         mid_residual: mid.as_ref(),
         pictures: &[],
         features: &[],
+        steering: Steering::default(),
         check,
     })
 }

@@ -1,5 +1,8 @@
 //! What adapters add at each step: which of them count then, and how they join.
 
+use std::borrow::Cow;
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use crate::conditioning::adapters::{Adaptation, Features};
@@ -31,8 +34,14 @@ pub struct Adapters {
 
 /// What one evaluation takes.
 pub(super) struct Now<'a> {
-    pub(super) pictures: Vec<Pictures<'a>>,
+    pictures: Vec<(Cow<'a, ReadPictures>, f64)>,
     pub(super) features: Vec<Tensor>,
+}
+
+impl Now<'_> {
+    pub(super) fn pictures(&self) -> Vec<Pictures<'_>> {
+        self.pictures.iter().map(|(read, weight)| Pictures { read, weight: *weight }).collect()
+    }
 }
 
 impl Worker<ReadAdaptersTask<'_>> for ReadAdapters {
@@ -51,18 +60,18 @@ impl Worker<ReadAdaptersTask<'_>> for ReadAdapters {
 }
 
 impl Adapters {
-    /// What counts in step `step` of `steps`. Diffusers' rules: pictures in steps that lie whole between their shares,
+    /// What counts in step `step` of `steps` for some samples of all that were read. Diffusers' rules: pictures in steps that lie whole between their shares,
     /// features in the first `⌊steps · end⌋`.
     ///
     /// # Errors
     /// `model_unsupported` where T2I-Adapters do not go together; those of the device.
-    pub(super) fn at(&self, step: usize, steps: usize) -> Result<Now<'_>> {
+    pub(super) fn at(&self, step: usize, steps: usize, samples: &Range<usize>) -> Result<Now<'_>> {
         let (now, all) = (step as f64, steps as f64);
         let counts = |[start, end]: [f64; 2]| now / all >= start && (now + 1.0) / all <= end;
         let pictures = (self.pictures.iter())
             .filter(|(_, weight, share)| *weight != 0.0 && counts(*share))
-            .map(|(read, weight, _)| Pictures { read, weight: *weight })
-            .collect();
+            .map(|(read, weight, _)| Ok((read.of(samples)?, *weight)))
+            .collect::<Result<_>>()?;
         let mut features: Vec<Tensor> = Vec::new();
         for (maps, _) in self.features.iter().filter(|(_, end)| now < (all * end).floor()) {
             if features.is_empty() {

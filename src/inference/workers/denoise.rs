@@ -2,6 +2,7 @@
 //! here, so that every sampler has them and none sees a network.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
@@ -15,8 +16,10 @@ use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage as _};
-use crate::inference::plan::{Guidance, TimeIds};
+use crate::inference::guidance::{Guidance, Role};
+use crate::inference::plan::TimeIds;
 use crate::layers::Worker;
+use crate::model::networks::steering::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
@@ -90,15 +93,15 @@ pub struct PrepareTask<'a> {
     pub adaptation: &'a Adaptation,
     pub conditioning: &'a Conditioning,
     pub time_ids: &'a TimeIds,
-    pub guidance: Guidance,
+    pub guidance: &'a Guidance,
     pub placement: &'a Placement,
     /// `B`: images made at once, all with this prompt.
     pub batch: usize,
 }
 
-/// A prompt as the UNet takes it. With guidance it is evaluated for the negative prompt and the prompt's parts in one
-/// batch, the negative one's samples first; without, and without parts, for the prompt alone.
+/// A prompt as the UNet takes it, for every pass that some step needs. The passes of a step are evaluated in one batch.
 pub struct Prompt {
+    roles: Vec<Role>,
     text: ReadText,
     /// For each ControlNet.
     control_texts: Vec<ReadText>,
@@ -122,37 +125,48 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let mut pooled = Vec::new();
         let mut ids = Vec::new();
         let parts: Vec<f64> = conditioning.positive.iter().map(|part| part.weight).collect();
-        if guidance.is_on() || parts.len() > 1 {
-            let negative =
-                conditioning.negative.as_ref().ok_or_else(|| Error::bug("guidance without a negative prompt"))?;
+        let roles = guidance.all_roles();
+        let mut told = conditioning.positive.iter();
+        for role in &roles {
+            let (text, sizes) = match role {
+                Role::Negative => (conditioning.negative.as_ref(), &time_ids.negative),
+                Role::Positive => (told.next().map(|part| &part.embeddings), &time_ids.positive),
+                Role::Perturbed | Role::Skipping => {
+                    (conditioning.positive.first().map(|part| &part.embeddings), &time_ids.positive)
+                }
+            };
+            let text = text.ok_or_else(|| Error::bug(format!("a pass without its prompt: {role:?}")))?;
             for _ in 0..batch {
-                contexts.push(&negative.context);
-                pooled.push(&negative.pooled);
-                ids.push(time_ids.negative.clone());
-            }
-        }
-        for part in &conditioning.positive {
-            for _ in 0..batch {
-                contexts.push(&part.embeddings.context);
-                pooled.push(&part.embeddings.pooled);
-                ids.push(time_ids.positive.clone());
+                contexts.push(&text.context);
+                pooled.push(&text.pooled);
+                ids.push(sizes.clone());
             }
         }
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         let text = unet.read(&context, compute, &|| ctx.checkpoint())?;
-        let negatives = if guidance.is_on() || parts.len() > 1 { batch } else { 0 };
+        let negatives = if roles.contains(&Role::Negative) { batch } else { 0 };
         let task = ReadAdaptersTask { unet, adaptation, text: &text, negatives };
         Ok(Prompt {
+            roles,
             control_texts: controls.read(&context, compute, ctx)?,
             adapters: ctx.perform(&ReadAdapters, task)?,
             text,
             parts,
             pooled: Tensor::cat(&pooled, 0)?.to_dtype(compute)?,
             time_ids: ids,
-            guidance,
+            guidance: guidance.clone(),
             batch,
         })
+    }
+}
+
+impl Prompt {
+    /// Which samples of all those prepared have these roles, which are neighbours.
+    fn samples(&self, roles: &[Role]) -> Result<Range<usize>> {
+        let first = self.roles.windows(roles.len().max(1)).position(|window| window == roles);
+        let first = first.ok_or_else(|| Error::bug(format!("passes {roles:?} among {:?}", self.roles)))?;
+        Ok(first * self.batch..(first + roles.len()) * self.batch)
     }
 }
 
@@ -163,6 +177,20 @@ pub(super) struct Moment {
     /// Steps that are done, of `steps` that will be walked.
     pub(super) step: usize,
     pub(super) steps: usize,
+}
+
+impl Moment {
+    /// 0 at the first step, 1 at the last.
+    fn done(self) -> f64 {
+        self.step as f64 / self.steps.saturating_sub(1).max(1) as f64
+    }
+}
+
+/// One evaluation of the network: a pass for each role, `B` samples each.
+struct Passes<'a> {
+    roles: &'a [Role],
+    /// `[passes·B, H, W, C]`, in the compute dtype.
+    input: &'a Tensor,
 }
 
 /// The UNet with the prompt.
@@ -184,53 +212,102 @@ impl Network<'_> {
         // The network was trained on variance-preserving inputs: x / √(α² + σ²).
         let scale = 1.0 / alpha.hypot(sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
-        let predicted = self.guided(&scaled, now, ctx)?;
-        let x0 = match self.prediction {
-            // x = α x₀ + σ ε
-            Prediction::Epsilon => ((x - (predicted * sigma)?)? / alpha)?,
-            // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
-            Prediction::VPrediction => ((scaled * (alpha * scale))? - (predicted * (sigma * scale))?)?,
-            Prediction::Sample => predicted,
+        let x0 = |predicted: Tensor| -> Result<Tensor> {
+            Ok(match self.prediction {
+                // x = α x₀ + σ ε
+                Prediction::Epsilon => ((x - (predicted * sigma)?)? / alpha)?,
+                // v = a ε − b x₀ with a = α/√(α²+σ²), b = σ/√(α²+σ²): Salimans & Ho 2022, <https://arxiv.org/abs/2202.00512>
+                Prediction::VPrediction => ((&scaled * (alpha * scale))? - (predicted * (sigma * scale))?)?,
+                Prediction::Sample => predicted,
+            })
         };
-        Ok(x0)
+        self.guided(&scaled, now, &x0, ctx)
     }
 
-    /// What the network predicts under guidance. `scaled` and the result are `[B, H, W, C]`, f32.
-    fn guided(&self, scaled: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
+    /// x₀ under guidance; `x0` makes it of a prediction. `scaled` and the result are `[B, H, W, C]`, f32.
+    fn guided(
+        &self,
+        scaled: &Tensor,
+        now: Moment,
+        x0: &dyn Fn(Tensor) -> Result<Tensor>,
+        ctx: &Context,
+    ) -> Result<Tensor> {
         let Prompt { guidance, batch, parts, .. } = self.prompt;
         let input = match self.beside {
             Some(beside) => Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute)?,
             None => scaled.to_dtype(self.compute)?,
         };
-        if !guidance.is_on() && parts.len() == 1 {
-            return self.predicted(&input, now, ctx);
+        let roles = guidance.roles(now.step, now.steps);
+        if roles == [Role::Positive] {
+            return x0(self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?);
         }
-        let predicted = self.predicted(&Tensor::cat(&vec![&input; 1 + parts.len()], 0)?, now, ctx)?;
-        let negative = predicted.narrow(0, 0, *batch)?;
-        let positive = joined(&predicted, &negative, parts)?;
-        // Parts that are not guided are joined as they are.
-        let guidance = Guidance { scale: guidance.scale.max(1.0), ..*guidance };
-        ctx.perform(&Guide, GuideTask { negative, positive, guidance })
+        let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
+        let predicted = self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?;
+        let pass = |index: usize| -> Result<Tensor> { Ok(predicted.narrow(0, index * batch, *batch)?) };
+        // An extent is one of latents, not of noise. Everything else is linear, and the same for either.
+        let of_latents = guidance.thresholding.is_some();
+        let kind = |predicted: Tensor| if of_latents { x0(predicted) } else { Ok(predicted) };
+        let of = |role: Role| roles.iter().position(|&other| other == role).map(pass).transpose();
+        let negative = of(Role::Negative)?;
+        let first = roles.iter().position(|&role| role == Role::Positive);
+        let first = first.ok_or_else(|| Error::bug("no pass for the prompt"))?;
+        let positive = match &negative {
+            Some(negative) => {
+                let each = (0..parts.len()).map(|part| pass(first + part)).collect::<Result<Vec<_>>>()?;
+                joined(negative, &each, parts)?
+            }
+            None => pass(first)?,
+        };
+        let heeded = guidance.heeds_negative(now.step, now.steps);
+        let task = GuideTask {
+            // Parts that are not guided are joined as they are.
+            negative: negative.filter(|_| heeded).map(kind).transpose()?,
+            positive: kind(positive)?,
+            perturbed: of(Role::Perturbed)?.map(kind).transpose()?,
+            skipping: of(Role::Skipping)?.map(kind).transpose()?,
+            guidance,
+            timestep: now.level.timestep,
+            done: now.done(),
+        };
+        let guided = ctx.perform(&Guide, task)?;
+        if of_latents { Ok(guided) } else { x0(guided) }
     }
 
-    /// One evaluation: `input` is `[passes·B, H, W, C]` in the compute dtype, the result as large and f32.
-    fn predicted(&self, input: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
-        let Prompt { text, control_texts, adapters, pooled, time_ids, batch, .. } = self.prompt;
-        let adapted = adapters.at(now.step, now.steps)?;
-        // Without the negative prompt there are the prompt's samples alone.
-        let negative = if text.samples() > *batch { *batch } else { 0 };
-        let task = Evaluation { sample: input, texts: control_texts, pooled, time_ids, negative, now };
+    /// One evaluation; the result is as large as its input, and f32.
+    fn predicted(&self, passes: &Passes, now: Moment, ctx: &Context) -> Result<Tensor> {
+        let Prompt { text, control_texts, adapters, pooled, time_ids, guidance, batch, roles, .. } = self.prompt;
+        let samples = self.prompt.samples(passes.roles)?;
+        let all = passes.roles == roles.as_slice();
+        let some: Vec<ReadText>;
+        let (text, control_texts) = if all {
+            (text, control_texts.as_slice())
+        } else {
+            let texts = [text].into_iter().chain(control_texts);
+            some = texts.map(|text| text.rows(samples.start, samples.len())).collect::<Result<_>>()?;
+            some.split_first().ok_or_else(|| Error::bug("no text of a prompt"))?
+        };
+        let changed = passes.roles.iter().enumerate().filter_map(|(index, &role)| {
+            let blocks = guidance.changes(role)?.to_vec();
+            Some(Perturbed { samples: index * batch..(index + 1) * batch, blocks })
+        });
+        let perturbed: Vec<Perturbed> = changed.collect();
+        let adapted = adapters.at(now.step, now.steps, &samples)?;
+        let pooled = &pooled.narrow(0, samples.start, samples.len())?;
+        let time_ids = time_ids.get(samples).unwrap_or_default();
+        let negative = if passes.roles.contains(&Role::Negative) { *batch } else { 0 };
+        let task = Evaluation { sample: passes.input, texts: control_texts, pooled, time_ids, negative, now };
         let residuals = self.controls.residuals(task, ctx)?;
         let predicted = self.unet.forward(UnetInput {
-            sample: input,
+            sample: passes.input,
             timesteps: &[now.level.timestep],
             text: Text::Read(text),
             pooled,
             time_ids,
             down_residuals: residuals.as_ref().map(|residuals| residuals.down.as_slice()),
             mid_residual: residuals.as_ref().map(|residuals| &residuals.mid),
-            pictures: &adapted.pictures,
+            pictures: &adapted.pictures(),
             features: &adapted.features,
+            steering: Steering { perturbed: &perturbed, freeu: guidance.freeu.as_ref() },
             check: &|| ctx.checkpoint(),
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
@@ -238,15 +315,13 @@ impl Network<'_> {
 }
 
 /// The parts of a prompt as one (Liu et al. 2022, <https://arxiv.org/abs/2206.01714>, equation 11, in the web UI's form):
-/// ε₋ + Σ wᵢ (εᵢ − ε₋). `predicted` has the negative prompt's samples and then each part's.
-fn joined(predicted: &Tensor, negative: &Tensor, parts: &[f64]) -> Result<Tensor> {
-    let batch = negative.dim(0)?;
-    if matches!(parts, [1.0]) {
-        return Ok(predicted.narrow(0, batch, batch)?);
+/// ε₋ + Σ wᵢ (εᵢ − ε₋).
+fn joined(negative: &Tensor, parts: &[Tensor], weights: &[f64]) -> Result<Tensor> {
+    if let ([part], [1.0]) = (parts, weights) {
+        return Ok(part.clone());
     }
     let mut joined = negative.clone();
-    for (place, weight) in parts.iter().enumerate() {
-        let part = predicted.narrow(0, (1 + place) * batch, batch)?;
+    for (part, weight) in parts.iter().zip(weights) {
         joined = (joined + ((part - negative)? * *weight)?)?;
     }
     Ok(joined)
@@ -294,14 +369,13 @@ mod tests {
         let part = |i: usize| Positive { embeddings: text((1 + i) as f32), weight: 1.0 };
         let conditioning = Conditioning { positive: (0..parts).map(part).collect(), negative: Some(text(-1.0)) };
         let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
-        let guidance = Guidance { scale, rescale: 0.0 };
         let task = PrepareTask {
             unet: &unet,
             controls: &Controls::default(),
             adaptation: &Adaptation::default(),
             conditioning: &conditioning,
             time_ids: &time_ids,
-            guidance,
+            guidance: &Guidance::of(scale),
             placement: &placement,
             batch,
         };

@@ -32,7 +32,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
         let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = plan.prompt.passes;
+        let passes = plan.guidance.all_roles().len();
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
@@ -71,10 +71,10 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         };
         let images = plan.seeds.len();
         let runs = || {
-            let further = plan.further.iter().map(|further| (further.sampling.evaluations(), of(further.size)));
-            std::iter::once((plan.sampling.evaluations(), of(plan.size))).chain(further)
+            let further = plan.further.iter().map(|further| (&further.sampling, of(further.size)));
+            std::iter::once((&plan.sampling, of(plan.size))).chain(further)
         };
-        let units = runs().map(|(evaluations, positions)| evaluations * passes * positions).sum();
+        let units = runs().map(|(sampling, positions)| plan.guidance.evaluations(sampling) * positions).sum();
         let seconds = pace
             .expect(key, Work::Evaluation, units)
             .zip(pace.expect(key, Work::Decode, last))
@@ -86,7 +86,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             needed,
             free,
             fits: free.map(|free| needed <= free),
-            evaluations: runs().map(|(evaluations, _)| evaluations).sum::<usize>() * images,
+            evaluations: runs().map(|(sampling, _)| sampling.evaluations()).sum::<usize>() * images,
             seconds,
         })
     }

@@ -1,38 +1,68 @@
 //! Classifier-free guidance (Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>) and its rescaling (Lin et al. 2023,
-//! <https://arxiv.org/abs/2305.08891>, equations 15 and 16).
+//! <https://arxiv.org/abs/2305.08891>, equations 15 and 16); guidance away from perturbed passes (Ahn et al. 2024,
+//! <https://arxiv.org/abs/2403.17377>, equation 16).
 
 use candle_core::{DType, Device, Tensor};
 
+use super::thresholding::{Threshold, ThresholdTask};
 use crate::context::Context;
 use crate::error::Result;
-use crate::inference::plan::Guidance;
+use crate::inference::guidance::Guidance;
 use crate::layers::Worker;
 
-/// Joins the two predictions of the network.
+/// Joins the predictions of an evaluation's passes.
 pub struct Guide;
 
-pub struct GuideTask {
-    /// `[B, H, W, C]`, f32: the prediction for the negative prompt.
-    pub negative: Tensor,
-    /// `[B, H, W, C]`, f32: the prediction for the prompt.
+/// Predictions are `[B, H, W, C]`, f32, all of one kind; with dynamic thresholding they are x₀.
+pub struct GuideTask<'a> {
+    /// For the negative prompt, where this step heeds it.
+    pub negative: Option<Tensor>,
+    /// For the prompt.
     pub positive: Tensor,
-    pub guidance: Guidance,
+    /// For the prompt, with perturbed attention.
+    pub perturbed: Option<Tensor>,
+    /// For the prompt, with layers skipped.
+    pub skipping: Option<Tensor>,
+    pub guidance: &'a Guidance,
+    pub timestep: f64,
+    /// 0 at the first step, 1 at the last.
+    pub done: f64,
 }
 
-impl Worker<GuideTask> for Guide {
+impl Worker<GuideTask<'_>> for Guide {
     /// `[B, H, W, C]`, f32.
     type Output = Tensor;
 
-    fn run(&self, task: GuideTask, _ctx: &Context) -> Result<Tensor> {
-        let GuideTask { negative, positive, guidance } = task;
-        let guided = (&negative + ((&positive - &negative)? * guidance.scale)?)?;
-        if guidance.rescale == 0.0 {
+    fn run(&self, task: GuideTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let GuideTask { negative, positive, perturbed, skipping, guidance, timestep, done } = task;
+        let skipped = guidance.skipped_layers.as_ref().map_or(0.0, |skipped| skipped.scale);
+        let mut guided = match (&negative, &skipping, &guidance.thresholding) {
+            (Some(negative), _, Some(wish)) => {
+                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, done, wish })?
+            }
+            (Some(negative), _, None) => from(negative, &positive, guidance.scale)?,
+            // Diffusers' guider starts at the worse prediction where there is no other.
+            (None, Some(skipping), _) => from(skipping, &positive, skipped)?,
+            (None, None, _) => positive.clone(),
+        };
+        if let (Some(_), Some(skipping)) = (&negative, &skipping) {
+            guided = (guided + ((&positive - skipping)? * skipped)?)?;
+        }
+        if let (Some(perturbed), Some(wish)) = (&perturbed, &guidance.perturbed_attention) {
+            guided = (guided + ((&positive - perturbed)? * wish.scale_at(timestep))?)?;
+        }
+        if guidance.rescale == 0.0 || (negative.is_none() && skipping.is_none()) {
             return Ok(guided);
         }
         let ratio = (deviation(&positive)? / deviation(&guided)?)?; // [B, 1, 1, 1]
         let rescaled = guided.broadcast_mul(&ratio)?;
         Ok(((rescaled * guidance.rescale)? + (guided * (1.0 - guidance.rescale))?)?)
     }
+}
+
+/// From one prediction through another, `scale` times as far.
+fn from(start: &Tensor, through: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok((start + ((through - start)? * scale)?)?)
 }
 
 /// Standard deviation of each sample, with Bessel's correction as torch has it: `[B, 1, 1, 1]`, f32.

@@ -10,3 +10,4 @@ pub mod latents;
 pub mod paste;
 pub mod preview;
 pub mod prompts;
+pub mod thresholding;

@@ -3,11 +3,13 @@
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens of the text, `D` width of a token.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
+use super::steering::{Change, Perturbed, SelfAttention};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
 
@@ -49,6 +51,11 @@ impl KeysValues {
         Self { keys, values }
     }
 
+    /// `B`
+    pub(super) fn samples(&self) -> usize {
+        self.keys.dims().first().copied().unwrap_or(0)
+    }
+
     /// `C`
     pub(super) fn channels(&self) -> usize {
         self.keys.dims().last().copied().unwrap_or(0)
@@ -73,34 +80,51 @@ impl KeysValues {
 /// What every block reads of pictures beside the text, and how much it counts.
 pub(super) type Pictures<'a> = (&'a [KeysValues], f64);
 
-/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation.
+/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation:
+/// what it reads of the text, and in which samples it is changed.
 pub(super) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
     all: usize,
     /// One an IP-Adapter.
     pictures: &'a [Pictures<'a>],
+    perturbed: &'a [Perturbed],
 }
 
 /// What one block reads.
-struct Reading {
-    text: KeysValues,
-    /// One an IP-Adapter, with its weight.
-    pictures: Vec<(KeysValues, f64)>,
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    text: &'a KeysValues,
+    place: usize,
+    pictures: &'a [Pictures<'a>],
+    /// The samples that it is for, where they are not all.
+    samples: Option<(usize, usize)>,
+}
+
+impl Reading<'_> {
+    /// The same for some samples.
+    fn of(self, samples: &Range<usize>) -> Self {
+        Self { samples: Some((samples.start, samples.len())), ..self }
+    }
 }
 
 impl<'a> TextReader<'a> {
-    pub(super) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>]) -> Self {
-        Self { ahead: Cell::new(all), all: all.len(), pictures }
+    pub(super) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>], perturbed: &'a [Perturbed]) -> Self {
+        Self { ahead: Cell::new(all), all: all.len(), pictures, perturbed }
     }
 
-    fn next(&self) -> Result<Reading> {
+    /// Of the block whose turn is next.
+    fn changes(&self) -> Vec<(&'a Range<usize>, Change)> {
+        let block = self.all - self.ahead.get().len();
+        let change = |one: &'a Perturbed| Some((&one.samples, one.blocks.get(block).copied().flatten()?));
+        self.perturbed.iter().filter_map(change).collect()
+    }
+
+    fn next(&self) -> Result<Reading<'a>> {
         let Some((text, rest)) = self.ahead.get().split_first() else {
             return Err(Error::bug("text was read by fewer blocks than there are"));
         };
         self.ahead.set(rest);
-        let place = self.all - rest.len() - 1;
-        let of_block = |&(blocks, weight): &Pictures<'a>| Some((blocks.get(place)?.clone(), weight));
-        Ok(Reading { text: text.clone(), pictures: self.pictures.iter().filter_map(of_block).collect() })
+        Ok(Reading { text, place: self.all - rest.len() - 1, pictures: self.pictures, samples: None })
     }
 }
 
@@ -136,11 +160,22 @@ impl Attention {
     }
 
     /// [`Self::attend`] to the text, plus the same to each IP-Adapter's pictures times its weight.
-    fn attend_all(&self, x: &Tensor, given: &Reading) -> CandleResult<Tensor> {
+    fn attend_all(&self, x: &Tensor, given: Reading) -> CandleResult<Tensor> {
         let q = self.to_q.forward(x)?;
-        let mut attended = attention(&q, &given.text.keys, &given.text.values, self.heads, Mask::None)?;
-        for (KeysValues { keys, values }, weight) in &given.pictures {
-            attended = (attended + (attention(&q, keys, values, self.heads, Mask::None)? * *weight)?)?;
+        let read = |all: &KeysValues| -> CandleResult<Tensor> {
+            match given.samples {
+                None => attention(&q, &all.keys, &all.values, self.heads, Mask::None),
+                Some((start, count)) => {
+                    let KeysValues { keys, values } = all.rows(start, count)?;
+                    attention(&q, &keys, &values, self.heads, Mask::None)
+                }
+            }
+        };
+        let mut attended = read(given.text)?;
+        for (blocks, weight) in given.pictures {
+            if let Some(block) = blocks.get(given.place) {
+                attended = (attended + (read(block)? * *weight)?)?;
+            }
         }
         Ok(attended)
     }
@@ -179,15 +214,50 @@ impl TransformerBlock {
         })
     }
 
-    /// `x` is `[B, HW, C]`; `text` was read by `attn2`.
-    fn forward(&self, x: &Tensor, text: &Reading) -> CandleResult<Tensor> {
-        let attended = {
-            let normal = self.norm1.forward(x)?;
-            self.attn1.attend(&normal, &self.attn1.read(&normal)?)?
+    /// `x` is `[B, HW, C]`; `text` was read by `attn2`. `changes` are in the order of their samples.
+    fn forward(&self, x: &Tensor, text: Reading, changes: &[(&Range<usize>, Change)]) -> CandleResult<Tensor> {
+        const KEPT: Change = Change::Within { attention: SelfAttention::Kept, skips_feed_forward: false };
+        if changes.is_empty() {
+            return self.forward_changed(x, text, KEPT);
+        }
+        let of = |samples: Range<usize>, change: Change| {
+            self.forward_changed(&x.narrow(0, samples.start, samples.len())?, text.of(&samples), change)
         };
-        let x = self.attn1.join(&attended, x)?;
+        let mut parts = Vec::new();
+        let mut done = 0;
+        for &(samples, change) in changes {
+            if done < samples.start {
+                parts.push(of(done..samples.start, KEPT)?);
+            }
+            parts.push(of(samples.clone(), change)?);
+            done = samples.end;
+        }
+        if done < x.dim(0)? {
+            parts.push(of(done..x.dim(0)?, KEPT)?);
+        }
+        Tensor::cat(&parts, 0)
+    }
+
+    fn forward_changed(&self, x: &Tensor, text: Reading, change: Change) -> CandleResult<Tensor> {
+        let Change::Within { attention, skips_feed_forward } = change else { return Ok(x.clone()) };
+        let x = {
+            let normal = self.norm1.forward(x)?;
+            match attention {
+                SelfAttention::Kept => {
+                    let attended = self.attn1.attend(&normal, &self.attn1.read(&normal)?)?;
+                    drop(normal);
+                    self.attn1.join(&attended, x)?
+                }
+                // What attention would mix is taken as it is.
+                SelfAttention::Identity => self.attn1.join(&self.attn1.to_v.forward(&normal)?, x)?,
+                SelfAttention::Skipped => (normal + x)?,
+            }
+        };
         let attended = self.attn2.attend_all(&self.norm2.forward(&x)?, text)?;
         let x = self.attn2.join(&attended, &x)?;
+        if skips_feed_forward {
+            return self.norm3.forward(&x)? + x;
+        }
         let gated = self.gate.forward_geglu(&self.norm3.forward(&x)?)?; // [B, HW, 4C]
         self.narrow.forward_with(&gated, Epilogue { residual: Some(&x), ..Epilogue::default() })
     }
@@ -246,7 +316,8 @@ impl SpatialTransformer {
         let (residual, mut tokens) = enter().stage(STAGE)?;
         for block in &self.blocks {
             check()?;
-            tokens = block.forward(&tokens, &text.next()?).stage(STAGE)?;
+            let changes = text.changes();
+            tokens = block.forward(&tokens, text.next()?, &changes).stage(STAGE)?;
         }
         let epilogue = Epilogue { residual: Some(&residual), ..Epilogue::default() };
         self.proj_out.forward_with(&tokens, epilogue).and_then(|y| y.reshape(x.shape())).stage(STAGE)

@@ -243,8 +243,8 @@ impl ControlNet {
             Ok((x, Activation::Silu.apply(&time)?.to_dtype(dtype)?))
         };
         let (mut x, time) = enter().stage(STAGE)?;
-        let reader = TextReader::new(&text.blocks, &[]);
-        let given = Conditions { time: &time, text: &reader, check };
+        let reader = TextReader::new(&text.blocks, &[], &[]);
+        let given = Conditions { time: &time, text: &reader, freeu: None, check };
         let mut skips = Skips::new(None);
         skips.keep(&x);
         for block in &self.down_blocks {

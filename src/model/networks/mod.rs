@@ -17,6 +17,7 @@ mod controlnet_union;
 pub mod embeddings;
 pub mod ip_adapter;
 pub mod resnet;
+pub mod steering;
 mod strips;
 pub mod t2i_adapter;
 pub mod unet;

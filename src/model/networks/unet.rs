@@ -4,6 +4,9 @@
 //! Legend: `B` batch, `H` `W` rows and columns of latents, `C` channels, `L` tokens of the text, `D` their width,
 //! `P` channels of the pooled text, `T` width of the time embedding.
 
+use std::borrow::Cow;
+use std::ops::Range;
+
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
@@ -11,6 +14,7 @@ use super::attention::{KeysValues, TextReader};
 use super::embeddings::{StepEmbedding, StepNumbers};
 use super::ip_adapter::IpAdapter;
 use super::resnet::load_same_conv;
+use super::steering::Steering;
 use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
 pub use super::unet_config::UnetConfig;
 use super::{Check, Judge, loading};
@@ -81,6 +85,18 @@ impl ReadPictures {
         let blocks = self.blocks.iter().map(spread).collect::<CandleResult<_>>().stage(STAGE)?;
         Ok(Self { blocks })
     }
+
+    /// Those of some samples.
+    ///
+    /// # Errors
+    /// Samples that there are not, or the device's own.
+    pub fn of(&self, samples: &Range<usize>) -> Result<Cow<'_, Self>> {
+        if self.blocks.first().is_none_or(|block| block.samples() == samples.len()) {
+            return Ok(Cow::Borrowed(self));
+        }
+        let blocks = self.blocks.iter().map(|block| block.rows(samples.start, samples.len()));
+        Ok(Cow::Owned(Self { blocks: blocks.collect::<CandleResult<_>>().stage(STAGE)? }))
+    }
 }
 
 /// One evaluation.
@@ -106,6 +122,7 @@ pub struct UnetInput<'a> {
     /// A T2I-Adapter's features, one a block of the way down and one for the middle block, as far as it has them: each
     /// is added to what the block gives, and so to its last skip connection. `[1, H', W', C']`, or one a sample.
     pub features: &'a [Tensor],
+    pub steering: Steering<'a>,
     pub check: Check<'a>,
 }
 
@@ -248,8 +265,8 @@ impl Unet {
             }
         };
         let pictures: Vec<_> = input.pictures.iter().map(|one| (one.read.blocks.as_slice(), one.weight)).collect();
-        let text = TextReader::new(&read.blocks, &pictures);
-        let given = Conditions { time: &time, text: &text, check: input.check };
+        let text = TextReader::new(&read.blocks, &pictures, input.steering.perturbed);
+        let given = Conditions { time: &time, text: &text, freeu: None, check: input.check };
         let mut skips = Skips::new(input.down_residuals);
         let mut x = self.conv_in.forward(input.sample).stage(STAGE)?;
         skips.keep(&x);
@@ -266,8 +283,9 @@ impl Unet {
         if let Some(residual) = input.mid_residual {
             x = residual.to_dtype(dtype).and_then(|residual| x + residual).stage(STAGE)?;
         }
-        for block in &self.up_blocks {
-            x = block.forward(x, given, &mut skips)?;
+        for (step, block) in self.up_blocks.iter().enumerate() {
+            let freeu = input.steering.freeu.and_then(|freeu| freeu.stages.get(step).copied());
+            x = block.forward(x, Conditions { freeu, ..given }, &mut skips)?;
         }
         (input.check)()?;
         let normal = self.conv_norm_out.forward_silu(&x).stage(STAGE)?;

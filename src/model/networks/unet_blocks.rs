@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
+use super::steering;
 use super::unet_config::{BlockPlan, MidPlan, Shared};
 use super::{Check, Judge};
 use crate::error::{Error, Result, Stage};
@@ -21,6 +22,8 @@ pub(super) struct Conditions<'a> {
     /// `[B, T]`, SiLU already applied.
     pub(super) time: &'a Tensor,
     pub(super) text: &'a TextReader<'a>,
+    /// Of this block of the way up.
+    pub(super) freeu: Option<steering::Stage>,
     pub(super) check: Check<'a>,
 }
 
@@ -244,7 +247,13 @@ impl UpBlock {
         for layer in &self.layers {
             let joined = {
                 let skip = skips.take()?;
-                concat_channels(&x, &skip).stage(STAGE)?
+                match given.freeu {
+                    Some(factors) => {
+                        let (x, skip) = factors.apply(&x, &skip).stage(STAGE)?;
+                        concat_channels(&x, &skip).stage(STAGE)?
+                    }
+                    None => concat_channels(&x, &skip).stage(STAGE)?,
+                }
             };
             drop(x);
             x = layer.forward(joined, given)?;

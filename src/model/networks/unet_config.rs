@@ -128,6 +128,26 @@ impl UnetConfig {
         self.cross_attention_dim.values().first().copied().unwrap_or(0)
     }
 
+    /// Names of the transformer blocks, in the order of evaluation.
+    ///
+    /// # Errors
+    /// That of [`Self::check`].
+    pub fn transformer_blocks(&self) -> Result<Vec<String>> {
+        let plan = self.plan("unet")?;
+        let level = |way: &str, blocks: &[BlockPlan]| -> Vec<(String, usize)> {
+            let name = |block: usize, layer: usize| format!("{way}_blocks.{block}.attentions.{layer}");
+            let layers = blocks.iter().enumerate().flat_map(|(block, plan)| {
+                let depths = plan.layers.iter().enumerate();
+                depths.map(move |(layer, plan)| (name(block, layer), plan.depth.unwrap_or(0)))
+            });
+            layers.collect()
+        };
+        let mid = plan.mid.and_then(|mid| mid.depth).map(|depth| ("mid_block.attentions.0".to_owned(), depth));
+        let all = level("down", &plan.down).into_iter().chain(mid).chain(level("up", &plan.up));
+        let blocks = |(name, depth): (String, usize)| (0..depth).map(move |i| format!("{name}.transformer_blocks.{i}"));
+        Ok(all.flat_map(blocks).collect())
+    }
+
     /// Refuses what would be computed otherwise than diffusers does, and what no real network has.
     pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
         let judge = Judge { name };

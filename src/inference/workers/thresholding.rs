@@ -1,0 +1,112 @@
+//! Dynamic thresholding of guided latents, as mcmonkey's sd-dynamic-thresholding defines it (dynthres_core.py at 1fd915a):
+//! guidance by the full scale is brought to the extent of guidance by a lower one, the mimic scale.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::inference::guidance::Thresholding;
+use crate::inference::steering::{ScalingStartpoint, VariabilityMeasure};
+use crate::layers::Worker;
+
+pub struct Threshold;
+
+pub struct ThresholdTask<'a> {
+    /// `[B, H, W, C]`, f32: x₀ for the negative prompt, and for the prompt.
+    pub negative: &'a Tensor,
+    pub positive: &'a Tensor,
+    /// 0 at the first step, 1 at the last.
+    pub done: f64,
+    pub wish: &'a Thresholding,
+}
+
+impl Worker<ThresholdTask<'_>> for Threshold {
+    /// `[B, H, W, C]`, f32: x₀ under guidance.
+    type Output = Tensor;
+
+    fn run(&self, task: ThresholdTask<'_>, _ctx: &Context) -> Result<Tensor> {
+        let ThresholdTask { negative, positive, done, wish } = task;
+        let (mimic, scale) = (wish.mimic.at(done), wish.guided.at(done));
+        let (batch, height, width, channels) = positive.dims4()?;
+        // By channel, on the host: a sort is needed, and latents are small.
+        let planes = |x: &Tensor| -> Result<Vec<Vec<f64>>> {
+            let host = x.to_device(&Device::Cpu)?.permute((0, 3, 1, 2))?.to_dtype(DType::F64)?;
+            Ok(host.reshape((batch * channels, height * width))?.to_vec2::<f64>()?)
+        };
+        let (negative, positive) = (planes(negative)?, planes(positive)?);
+        let mut values = Vec::with_capacity(batch * channels * height * width);
+        for (negative, positive) in negative.chunks(channels).zip(positive.chunks(channels)) {
+            if wish.separate {
+                for (negative, positive) in negative.chunks(1).zip(positive.chunks(1)) {
+                    values.extend(thresholded(negative, positive, [mimic, scale], wish)?);
+                }
+            } else {
+                values.extend(thresholded(negative, positive, [mimic, scale], wish)?);
+            }
+        }
+        let host = Tensor::from_vec(values, (batch, channels, height, width), &Device::Cpu)?;
+        Ok(host.permute((0, 2, 3, 1))?.contiguous()?.to_device(task.positive.device())?)
+    }
+}
+
+/// The planes of one sample that have one extent together, guided and brought to the extent of the mimic scale.
+fn thresholded(
+    negative: &[Vec<f64>],
+    positive: &[Vec<f64>],
+    [mimic, scale]: [f64; 2],
+    wish: &Thresholding,
+) -> Result<Vec<f32>> {
+    let guided = |scale: f64| -> Vec<Vec<f64>> {
+        let plane = |(negative, positive): (&Vec<f64>, &Vec<f64>)| {
+            negative.iter().zip(positive).map(|(n, p)| n + (p - n) * scale).collect()
+        };
+        negative.iter().zip(positive).map(plane).collect()
+    };
+    let mean = |plane: &Vec<f64>| plane.iter().sum::<f64>() / plane.len().max(1) as f64;
+    let centred = |planes: &[Vec<f64>]| -> Vec<f64> {
+        planes.iter().flat_map(|plane| plane.iter().map(move |x| x - mean(plane))).collect()
+    };
+    let guided_planes = guided(scale);
+    let (model, around) = (centred(&guided(mimic)), centred(&guided_planes));
+    let (wanted, own) = match wish.measure {
+        VariabilityMeasure::Std => (deviation(&model), deviation(&around)),
+        VariabilityMeasure::Ad => {
+            let wanted = model.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+            (wanted, quantile(&around, wish.percentile)?)
+        }
+    };
+    let phi = wish.phi;
+    let means = guided_planes.iter().flat_map(|plane| std::iter::repeat_n(mean(plane), plane.len()));
+    let values = guided_planes.iter().flatten().zip(&around).zip(means).map(|((&guided, &around), mean)| {
+        let result = match (wish.startpoint, wish.measure) {
+            (ScalingStartpoint::Zero, _) => guided * (wanted / own),
+            (ScalingStartpoint::Mean, VariabilityMeasure::Std) => around / own * wanted + mean,
+            (ScalingStartpoint::Mean, VariabilityMeasure::Ad) => {
+                let top = wanted.max(own);
+                around.max(-top).min(top) / top * wanted + mean
+            }
+        };
+        (result * phi + guided * (1.0 - phi)) as f32
+    });
+    Ok(values.collect())
+}
+
+/// With Bessel's correction, as torch has it.
+fn deviation(values: &[f64]) -> f64 {
+    let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+    let squares: f64 = values.iter().map(|x| (x - mean) * (x - mean)).sum();
+    (squares / values.len().saturating_sub(1).max(1) as f64).sqrt()
+}
+
+/// Of the magnitudes, between neighbours linearly, as torch has it.
+fn quantile(values: &[f64], share: f64) -> Result<f64> {
+    let mut sorted: Vec<f64> = values.iter().map(|x| x.abs()).collect();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let at = share * sorted.len().saturating_sub(1) as f64;
+    let below = at.floor();
+    let value = |index: f64| sorted.get(index as usize).copied();
+    match (value(below), value(at.ceil())) {
+        (Some(low), Some(high)) => Ok(low + (high - low) * (at - below)),
+        _ => Err(Error::bug("a quantile of nothing")),
+    }
+}
