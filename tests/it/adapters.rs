@@ -53,7 +53,7 @@ fn steer() -> PathBuf {
 }
 
 /// A folder with the random networks, made from their recipes by the first who asks.
-pub(super) fn networks() -> PathBuf {
+pub(crate) fn networks() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(make_networks).clone()
 }

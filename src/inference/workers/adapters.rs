@@ -60,8 +60,8 @@ impl Worker<ReadAdaptersTask<'_>> for ReadAdapters {
 }
 
 impl Adapters {
-    /// What counts in step `step` of `steps` for some samples of all that were read. Diffusers' rules: pictures in steps that lie whole between their shares,
-    /// features in the first `⌊steps · end⌋`.
+    /// What counts in step `step` of `steps` for some samples of all that were read. Diffusers' rules: pictures in steps
+    /// that lie whole between their shares, features in the first `⌊steps · end⌋`.
     ///
     /// # Errors
     /// `model_unsupported` where T2I-Adapters do not go together; those of the device.
