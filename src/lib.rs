@@ -37,7 +37,7 @@
 //! | [`postprocessing`] | image files, their metadata and names; above conditioning, which delivers hints as images |
 //! | [`conditioning`] | prompts to embeddings, images to hints |
 //! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
-//! | [`inference`] | the recipe of an image; prediction type and guidance live in its `denoise` worker |
+//! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers |
 //! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
 //! | [`instructors`] [`lane`] [`communication`] | the one match over domains, the compute thread, the wire |
 //!
@@ -56,8 +56,9 @@
 //!
 //! # What is absent
 //!
-//! Image to image, inpainting, ControlNet, LoRA, single-file checkpoints, the hub, upscaling and safety
-//! checks: their operations answer `unsupported_feature`. `dpmpp_sde` is left out.
+//! LoRA, single-file checkpoints, the hub, upscaling by networks and safety checks: their operations and fields answer
+//! `unsupported_feature`. ControlNet-LLLite, preprocessors that are networks, IP-Adapter's FaceID and Full Face and its
+//! masks, and light T2I-Adapters are refused by name. `dpmpp_sde` is left out.
 
 pub mod units;
 pub mod error;

@@ -25,7 +25,10 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn open(name: &str) -> Self {
-        let path = layouts().join(format!("{name}.json"));
+        Self::read(&layouts().join(format!("{name}.json")))
+    }
+
+    pub(crate) fn read(path: &Path) -> Self {
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
@@ -60,11 +63,11 @@ fn layouts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer/layouts")
 }
 
-/// A folder with every network, made once for all tests; it goes with the machine's temporary files.
+/// A folder with every network, made once for all tests.
 pub(crate) fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("networks-{}", std::process::id()));
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("networks");
         fs::create_dir_all(&folder).unwrap();
         for entry in fs::read_dir(layouts()).unwrap() {
             let path = entry.unwrap().path();

@@ -14,7 +14,7 @@ use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::noise::{NoiseSource, RngKind};
 
 use super::drawing::{Worker, distance};
-use super::random_networks;
+use super::random_networks::{self, Layout};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-3;
@@ -54,7 +54,24 @@ fn models() -> tempfile::TempDir {
     let wide = Tensor::cat(&[&first, &(more * 0.05).unwrap()], 1).unwrap();
     weights.insert("conv_in.weight".to_owned(), wide);
     candle_core::safetensors::save(&weights, &file).unwrap();
+    refiner(&demo, root.path());
     root
+}
+
+/// `refiner`: the second encoder alone, and a UNet that is told aesthetic scores, of random weights.
+fn refiner(demo: &Path, root: &Path) {
+    let folder = root.join("refiner");
+    for part in ["text_encoder_2", "tokenizer", "vae", "scheduler"] {
+        copy(&demo.join(part), &folder.join(part));
+    }
+    fs::rename(folder.join("tokenizer"), folder.join("tokenizer_2")).unwrap();
+    Layout::read(&self::folder().join("refiner/unet.json")).write(&folder, "unet");
+    let index = r#"{"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": true,
+        "force_zeros_for_empty_prompt": false, "text_encoder": [null, null], "tokenizer": [null, null],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"]}"#;
+    fs::write(folder.join("model_index.json"), index).unwrap();
 }
 
 fn copy(from: &Path, to: &Path) {

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "parity"))
 from make_cases import scheduler  # noqa: E402
+from make_control import fill  # noqa: E402
 
 SAMPLERS = ["ddim", "euler", "dpmpp_2m", "euler_ancestral"]
 MADE_BY = (f"tests/steer/make_edits.py, diffusers {diffusers.__version__}, torch {torch.__version__}, "
@@ -67,6 +68,7 @@ def cases():
         yield f"inpaint-all-{sampler}", {**with_sampler, **mask, "denoising_strength": 1.0}
         yield f"inpaint9-{sampler}", {**with_sampler, **mask, "denoising_strength": 0.8, "model": "inpaint9"}
         yield f"refiner-{sampler}", {**with_sampler, "width": 128, "height": 128, "refiner": {"model": "demo", "switch_at": 0.6}}
+        yield f"refiner-own-{sampler}", {**with_sampler, "width": 128, "height": 128, "refiner": {"model": "refiner", "switch_at": 0.6}}
         yield f"hires-{sampler}", {**with_sampler, "width": 128, "height": 128, "enable_hr": True, "hr_scale": 1.5,
                                    "hr_upscaler": "latent", "denoising_strength": 0.7}
     euler = {**BASE, "sampler_name": "euler", "scheduler": "leading"}
@@ -78,6 +80,8 @@ def cases():
         yield f"img2img-{mode}", {**euler, "init_image": FILES + "scene_wide.png", "width": 128, "height": 96,
                                   "denoising_strength": 0.5, "resize_mode": mode}
     yield "img2img-start", {**euler, **image, "denoising_start": 0.5}
+    yield "img2img-refiner", {**euler, **image, "denoising_strength": 0.5, "model": "refiner", "aesthetic_score": 7.5,
+                              "negative_aesthetic_score": 1.0}
     yield "img2img-size", {**euler, "init_image": FILES + "scene_wide.png", "denoising_strength": 0.5}
     yield "inpaint-soft", {**euler, **mask, "denoising_strength": 0.8, "soft_mask": True}
     yield "inpaint-mode", {**euler, **mask, "denoising_strength": 0.8, "init_sample": "mode", "sampler_name": "euler_ancestral"}
@@ -100,6 +104,20 @@ def nine(unet):
     weights["conv_in.weight"] = torch.cat([first, more.permute(1, 0, 2).reshape(first.shape[0], 5, 3, 3)], 1)
     wide.load_state_dict(weights)
     return wide
+
+
+def refiner(parts):
+    """A pipeline of the refiner's layout: the second encoder alone, aesthetic scores, and a UNet drawn from a seed."""
+    config = {k: v for k, v in parts["unet"].config.items() if not k.startswith("_")}
+    unet = UNet2DConditionModel(**{**config, "cross_attention_dim": 64, "projection_class_embeddings_input_dim": 64 + 5 * 16,
+                                   "transformer_layers_per_block": [1, 1, 1]})
+    unet.eval()
+    layout, _ = fill(unet, 120)
+    layout["made_by"] = MADE_BY
+    (HERE / "refiner").mkdir(exist_ok=True)
+    (HERE / "refiner" / "unet.json").write_text(json.dumps(layout) + "\n")
+    return StableDiffusionXLImg2ImgPipeline(**{**parts, "text_encoder": None, "tokenizer": None, "unet": unet},
+                                            requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
 
 
 class Mode:
@@ -131,7 +149,8 @@ def main(model):
     image = StableDiffusionXLImg2ImgPipeline(**parts, force_zeros_for_empty_prompt=text.config.force_zeros_for_empty_prompt, add_watermarker=False)
     paint = StableDiffusionXLInpaintPipeline(**parts, force_zeros_for_empty_prompt=text.config.force_zeros_for_empty_prompt, add_watermarker=False)
     paint9 = StableDiffusionXLInpaintPipeline(**{**parts, "unet": nine(text.unet)}, force_zeros_for_empty_prompt=text.config.force_zeros_for_empty_prompt, add_watermarker=False)
-    for pipe in (image, paint, paint9):
+    own = refiner(parts)
+    for pipe in (image, paint, paint9, own):
         pipe.set_progress_bar_config(disable=True)
     pictures(text)
     resized()
@@ -148,8 +167,9 @@ def main(model):
             switch = data["refiner"]["switch_at"]
             text.scheduler = fresh()
             latents = text(**kwargs, **size, denoising_end=switch).images
-            image.scheduler = fresh()
-            latents = image(**{**kwargs, "image": latents, "denoising_start": switch}).images
+            second = own if data["refiner"]["model"] == "refiner" else image
+            second.scheduler = fresh()
+            latents = second(**{**kwargs, "image": latents, "denoising_start": switch}).images
         elif "enable_hr" in data:
             text.scheduler = fresh()
             latents = text(**kwargs, **size).images
@@ -187,10 +207,12 @@ def main(model):
             mode = {"stretch": "default"}.get(data.get("resize_mode", "stretch"), data.get("resize_mode"))
             width, height = size.get("width", picture.width // 8 * 8), size.get("height", picture.height // 8 * 8)
             picture = image.image_processor.resize(picture, height, width, resize_mode=mode)
-            image.scheduler = fresh()
+            pipe = own if data.get("model") == "refiner" else image
+            pipe.scheduler = fresh()
+            scores = {k: data[k] for k in ("aesthetic_score", "negative_aesthetic_score") if k in data}
             start = {"denoising_start": data["denoising_start"]} if "denoising_start" in data else {"strength": data["denoising_strength"]}
-            with Mode(image, data.get("init_sample") == "mode"):
-                latents = image(**kwargs, image=picture, **start).images
+            with Mode(pipe, data.get("init_sample") == "mode"):
+                latents = pipe(**kwargs, **scores, image=picture, **start).images
         goldens[name], requests[name] = latents.contiguous(), data
         print(name, tuple(latents.shape), "std %.3f" % latents.std().item(), flush=True)
     save_file(goldens, HERE / "edits.safetensors")
