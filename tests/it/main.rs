@@ -3,6 +3,7 @@
 mod architecture;
 mod conditioning;
 mod config;
+mod demo_controlnet;
 mod device;
 mod drawing;
 mod edits;
