@@ -6,6 +6,7 @@ mod architecture;
 mod conditioning;
 mod config;
 mod control;
+mod demo_controlnet;
 mod device;
 mod drawing;
 mod edits;

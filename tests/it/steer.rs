@@ -61,10 +61,9 @@ fn models() -> tempfile::TempDir {
 /// `refiner`: the second encoder alone, and a UNet that is told aesthetic scores, of random weights.
 fn refiner(demo: &Path, root: &Path) {
     let folder = root.join("refiner");
-    for part in ["text_encoder_2", "tokenizer", "vae", "scheduler"] {
+    for part in ["text_encoder_2", "vae", "scheduler"] {
         copy(&demo.join(part), &folder.join(part));
     }
-    fs::rename(folder.join("tokenizer"), folder.join("tokenizer_2")).unwrap();
     Layout::read(&self::folder().join("refiner/unet.json")).write(&folder, "unet");
     let index = r#"{"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": true,
         "force_zeros_for_empty_prompt": false, "text_encoder": [null, null], "tokenizer": [null, null],

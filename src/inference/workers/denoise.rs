@@ -380,7 +380,7 @@ mod tests {
             adaptation: &Adaptation::default(),
             conditioning: &conditioning,
             time_ids: &time_ids,
-            guidance: &Guidance::of(scale),
+            guidance: &Guidance { parts, ..Guidance::of(scale) },
             placement: &placement,
             batch,
         };
