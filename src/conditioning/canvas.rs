@@ -7,8 +7,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::instructor::ConditioningInstructor;
+use super::workers::fill::{Fill, FillTask};
 use super::workers::fit::{Fit, FitTask};
-use super::workers::mask::{Blur, BlurTask, Fill, FillTask, region};
+use super::workers::mask::{Blur, BlurTask, region};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image_source::ImageFile;

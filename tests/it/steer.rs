@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,12 @@ use super::random_networks::{self, Layout};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-3;
+
+/// The samplers that every mode is compared with.
+const SAMPLERS: [&str; 4] = ["ddim", "euler", "dpmpp_2m", "euler_ancestral"];
+
+/// Distances by mode, case without its sampler's name, and sampler.
+type Matrix = BTreeMap<(String, String), BTreeMap<String, f64>>;
 
 #[derive(serde::Deserialize)]
 struct Mode {
@@ -87,7 +93,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// Every case of a file, and how far each is from its golden.
-fn check(file: &Path, models: &Path) -> Vec<String> {
+fn check(file: &Path, models: &Path, matrix: &mut Matrix) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();
     let mut config = Config::default();
@@ -106,6 +112,10 @@ fn check(file: &Path, models: &Path) -> Vec<String> {
         for (index, (ours, _)) in worker.draw(&request).iter().enumerate() {
             let distance = distance(ours, &golden.narrow(0, index, 1).unwrap());
             println!("{:<24} {name:<32} {distance:>9.2e}", mode.mode);
+            let sampler = request.sampler_name.clone().unwrap_or_default();
+            let row = name.replace(&sampler, "").trim_matches([' ', '-', ',']).to_owned();
+            let worst = matrix.entry((mode.mode.clone(), row)).or_default().entry(sampler).or_insert(0.0);
+            *worst = distance.max(*worst);
             if distance.is_nan() || distance > TOLERANCE {
                 failures.push(format!("{} {name} image {index}: {distance:.2e}", mode.mode));
             }
@@ -121,6 +131,16 @@ fn every_mode_is_what_the_reference_draws() {
     files.sort();
     println!("{:<24} {:<32} {:>9}", "mode", "case", "|Δ|/σ");
     let models = models();
-    let failures: Vec<String> = files.iter().flat_map(|file| check(file, models.path())).collect();
+    let mut matrix = Matrix::new();
+    let failures: Vec<String> = files.iter().flat_map(|file| check(file, models.path(), &mut matrix)).collect();
+    println!("\n{:<48} {}", "mode", SAMPLERS.map(|sampler| format!("{sampler:>16}")).concat());
+    let all = |row: &&BTreeMap<String, f64>| SAMPLERS.iter().all(|sampler| row.contains_key(*sampler));
+    for ((mode, case), row) in matrix.iter().filter(|(_, row)| all(row)) {
+        let cells = SAMPLERS.map(|sampler| format!("{:>16.1e}", row[sampler]));
+        println!("{:<48} {}", format!("{mode} {case}"), cells.concat());
+    }
+    let whole: BTreeSet<&str> = matrix.iter().filter(|(_, row)| all(row)).map(|((mode, _), _)| mode.as_str()).collect();
+    let modes: BTreeSet<&str> = matrix.keys().map(|(mode, _)| mode.as_str()).collect();
+    assert_eq!(whole, modes, "a mode is not compared with every sampler");
     assert!(failures.is_empty(), "out of tolerance:\n{}", failures.join("\n"));
 }

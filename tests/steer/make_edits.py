@@ -11,7 +11,7 @@ import diffusers, numpy as np, PIL, torch, transformers
 from diffusers import (StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline,
                        UNet2DConditionModel)
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import save_file
 
 HERE = pathlib.Path(__file__).parent
@@ -87,6 +87,9 @@ def cases():
     yield "inpaint-mode", {**euler, **mask, "denoising_strength": 0.8, "init_sample": "mode", "sampler_name": "euler_ancestral"}
     yield "inpaint-region", {**euler, **image, "mask": FILES + "spot.png", "mask_blur": 0.0, "denoising_strength": 0.8,
                              "inpaint_full_res": True, "inpaint_full_res_padding": 12, "width": 128, "height": 96}
+    for fill in ("fill", "noise", "zeros"):
+        yield f"inpaint-{fill}", {**euler, **image, "mask": FILES + "spot.png", "mask_blur": 0.0, "denoising_strength": 0.8,
+                                  "inpainting_fill": fill}
     yield "inpaint9-all", {**euler, **mask, "denoising_strength": 1.0, "model": "inpaint9"}
     for between in ("latent_nearest", "latent_bicubic"):
         yield f"hires-{between}", {**euler, "width": 128, "height": 128, "enable_hr": True, "hr_scale": 1.25,
@@ -118,6 +121,17 @@ def refiner(parts):
     (HERE / "refiner" / "unet.json").write_text(json.dumps(layout) + "\n")
     return StableDiffusionXLImg2ImgPipeline(**{**parts, "text_encoder": None, "tokenizer": None, "unet": unet},
                                             requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
+
+
+def filled(image, mask):
+    """AUTOMATIC1111's `fill`: ever sharper blurs of what is seen, laid over each other."""
+    result, seen = Image.new("RGBA", image.size), Image.new("RGBa", image.size)
+    seen.paste(image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
+    for radius, times in ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1)):
+        blurred = seen.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        for _ in range(times):
+            result.alpha_composite(blurred)
+    return result.convert("RGB")
 
 
 class Mode:
@@ -195,6 +209,18 @@ def main(model):
                 vae_scale_factor=8, do_normalize=False, do_binarize=not data.get("soft_mask", False), do_convert_grayscale=True)
             picture, mask = open_image("init_image"), open_image("mask").convert("L")
             wanted = size or dict(width=128, height=128)
+            if data.get("inpainting_fill") == "fill":
+                picture = filled(picture, mask)
+            elif "inpainting_fill" in data:
+                # AUTOMATIC1111's latent noise and latent nothing: other latents beneath the mask, at the start alone.
+                proper, inner = pipe.scheduler.add_noise, (np.asarray(mask)[::8, ::8] >= 128)
+                beneath = torch.from_numpy(inner.astype("float32"))[None, None]
+                def start(latents, noise, timesteps, calls=[]):
+                    if not calls:
+                        latents = latents * (1 - beneath) + (noise * beneath if data["inpainting_fill"] == "noise" else 0)
+                    calls.append(1)
+                    return proper(latents, noise, timesteps)
+                pipe.scheduler.add_noise = start
             if data.get("inpaint_full_res"):
                 # What the pipeline does with `padding_mask_crop`, which it refuses for latents.
                 crop = pipe.mask_processor.get_crop_region(mask, **wanted, pad=data["inpaint_full_res_padding"])

@@ -1,9 +1,9 @@
-//! Masks: their blur, the region around what they show, and colours for what they hide.
+//! Masks: their blur, and the region around what they show.
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Region, Rgb8};
+use crate::pixels::{Gray8, Region};
 use crate::units::ImageSize;
 
 /// Gaussian blur over a window of 2.5 deviations to each side, as AUTOMATIC1111 blurs masks; mirrored at the border
@@ -96,80 +96,4 @@ fn grown((from, to): (i64, i64), more: i64, most: i64) -> (i64, i64) {
         from = 0;
     }
     (from, to.min(most))
-}
-
-/// Covers what is masked with the colours around it, from wide blurs to narrow ones: AUTOMATIC1111's `fill`.
-pub(in crate::conditioning) struct Fill;
-
-pub(in crate::conditioning) struct FillTask<'a> {
-    pub(in crate::conditioning) image: &'a Rgb8,
-    /// Of the image's size.
-    pub(in crate::conditioning) mask: &'a Gray8,
-}
-
-/// Radii of the blurs, and how often each is laid over what is there.
-const BLURS: [(usize, usize); 6] = [(256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1)];
-
-impl Worker<FillTask<'_>> for Fill {
-    type Output = Rgb8;
-
-    fn run(&self, task: FillTask<'_>, ctx: &Context) -> Result<Rgb8> {
-        let FillTask { image, mask } = task;
-        let (width, height) = (image.width, image.height);
-        // Colours times their opacity, and the opacity: what is masked is transparent.
-        let seen = |at: usize| 1.0 - f32::from(mask.data[at]) / 255.0;
-        let mut planes: [Vec<f32>; 4] = std::array::from_fn(|channel| {
-            let value = |at: usize| if channel == 3 { 1.0 } else { f32::from(image.data[3 * at + channel]) };
-            (0..width * height).map(|at| value(at) * seen(at)).collect()
-        });
-        let mut filled: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; width * height]);
-        let sharp = planes.clone();
-        for (radius, times) in BLURS {
-            ctx.checkpoint()?;
-            planes.clone_from(&sharp);
-            if radius > 0 {
-                planes.iter_mut().for_each(|plane| box_blurs(plane, width, radius));
-            }
-            for _ in 0..times {
-                for (filled, colour) in filled.iter_mut().zip(&planes) {
-                    for ((filled, colour), opacity) in filled.iter_mut().zip(colour).zip(&planes[3]) {
-                        *filled = colour + *filled * (1.0 - opacity);
-                    }
-                }
-            }
-        }
-        let data = (0..width * height).flat_map(|at| {
-            let filled = &filled;
-            (0..3).map(move |channel| filled[channel][at].round().clamp(0.0, 255.0) as u8)
-        });
-        Ok(Rgb8 { width, height, data: data.collect() })
-    }
-}
-
-/// Three box blurs in each direction: nearly a Gaussian of deviation `radius`. The border is repeated.
-fn box_blurs(plane: &mut [f32], width: usize, radius: usize) {
-    let height = plane.len() / width.max(1);
-    // Three boxes of side s have the variance (s² − 1) / 4.
-    let half = (((4.0 * (radius * radius) as f64 + 1.0).sqrt() - 1.0) / 2.0).round() as usize;
-    for _ in 0..3 {
-        for y in 0..height {
-            let row: Vec<f32> = plane[y * width..(y + 1) * width].to_vec();
-            box_line(&row, half, |x, value| plane[y * width + x] = value);
-        }
-        for x in 0..width {
-            let column: Vec<f32> = plane.iter().skip(x).step_by(width).copied().collect();
-            box_line(&column, half, |y, value| plane[y * width + x] = value);
-        }
-    }
-}
-
-fn box_line(line: &[f32], half: usize, mut put: impl FnMut(usize, f32)) {
-    let last = line.len() as isize - 1;
-    let at = |place: isize| f64::from(line[place.clamp(0, last) as usize]);
-    let half = half as isize;
-    let mut sum: f64 = (-half..=half).map(at).sum();
-    for place in 0..=last {
-        put(place as usize, (sum / (2 * half + 1) as f64) as f32);
-        sum += at(place + half + 1) - at(place - half);
-    }
 }

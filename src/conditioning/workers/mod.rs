@@ -1,6 +1,7 @@
 //! Workers of the conditioning domain.
 
 pub(super) mod encode;
+pub(super) mod fill;
 pub(super) mod fit;
 pub(super) mod mask;
 pub(super) mod picture;
