@@ -130,7 +130,7 @@ impl ConditioningInstructor {
             Some(padding) => region(&mask, padding, size),
             None => whole,
         };
-        let (mut image, working_mask) = if region == whole {
+        let (mut image, working_mask) = if asked.only_masked.is_none() {
             (fit(&original, wish.resize)?, fit(&mask.to_rgb(), wish.resize)?.to_gray())
         } else {
             // The region has the proportions of the work, except where the image's border cut it.

@@ -27,6 +27,8 @@ pub(super) struct ControlledRun<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) size: ImageSize,
     pub(super) placement: &'a Placement,
+    /// Whether it goes on from latents that are half denoised.
+    pub(super) refines: bool,
 }
 
 impl InferenceInstructor {
@@ -83,7 +85,7 @@ impl InferenceInstructor {
         Ok(ControlPlan { index, net, hint, kind, weight, start, end, guess: wish.guess_mode.unwrap_or(false) })
     }
 
-    /// Every ControlNet of the plan, loaded, having seen its images. A run of another model, as the refiner's, has none.
+    /// Every ControlNet of the plan, loaded, having seen its images. A refiner's run has none.
     /// Networks of `earlier` runs are not loaded again.
     ///
     /// # Errors
@@ -96,8 +98,8 @@ impl InferenceInstructor {
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Controls> {
-        let ControlledRun { checkpoint, size, placement } = run;
-        if checkpoint.key != plan.checkpoint.key {
+        let ControlledRun { checkpoint, size, placement, refines } = run;
+        if refines || checkpoint.key != plan.checkpoint.key {
             return Ok(Controls::default());
         }
         let mut controls: Vec<Control> = Vec::new();
@@ -161,7 +163,8 @@ pub(super) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<C
 pub(super) fn is_of(plan: &GenerationPlan, resident: &Resident) -> bool {
     let control = || plan.controls.iter().any(|control| control.net.name == resident.name);
     let adapter = || plan.adapters.names().any(|name| name == resident.name);
-    resident.name == plan.checkpoint.name || (resident.kind == "controlnet" && control()) || adapter()
+    let other = || plan.further.iter().any(|further| further.checkpoint.name == resident.name);
+    resident.name == plan.checkpoint.name || other() || (resident.kind == "controlnet" && control()) || adapter()
 }
 
 /// A ControlNet in an image's text, as AUTOMATIC1111's extension has it.

@@ -5,6 +5,7 @@ use std::time::Instant;
 use candle_core::Tensor;
 
 use super::controlling::ControlledRun;
+use super::guidance::Guidance;
 use super::instructor::{InferenceInstructor, pace_key};
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::control::Controls;
@@ -53,6 +54,11 @@ struct Run<'a> {
     size: ImageSize,
     sampling: &'a SamplingPlan,
     time_ids: &'a TimeIds,
+    guidance: &'a Guidance,
+    /// Whether it goes on from latents that are half denoised.
+    refines: bool,
+    /// Whether such a run goes on from its own.
+    goes_on: bool,
     /// Steps of the runs before it.
     before: usize,
     pass: Pass,
@@ -67,9 +73,9 @@ struct Pass {
 }
 
 /// Where a run starts.
-struct Start {
+struct Start<M> {
     x: Tensor,
-    masking: Option<Masking>,
+    masking: Option<M>,
 }
 
 /// The compute thread's things.
@@ -140,12 +146,17 @@ impl InferenceInstructor {
             size: plan.size,
             sampling: &plan.sampling,
             time_ids: &plan.time_ids,
+            guidance: &plan.guidance,
+            refines: false,
+            goes_on: carried(&plan.further) > 0,
             before: 0,
             pass: Pass { steps: plan.sampling.steps() + carried(&plan.further), before: 0 },
         };
         let mut pass = run.pass;
         let start = self.start(plan, shared.canvas.as_ref(), &mut noise, (placement, crew, ctx))?;
-        let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, crew, ctx))?;
+        let Start { x, mut masking } = start;
+        let start = Start { x, masking: masking.as_ref() };
+        let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         let mut before = plan.sampling.steps();
         let mut walked = before;
         for (index, further) in plan.further.iter().enumerate() {
@@ -178,12 +189,24 @@ impl InferenceInstructor {
                 size: further.size,
                 sampling: &further.sampling,
                 time_ids: &further.time_ids,
+                guidance: &further.guidance,
+                refines: further.entry == Entry::Carried,
+                goes_on: carried(plan.further.get(index + 1..).unwrap_or_default()) > 0,
                 before,
                 pass,
             };
             walked = further.sampling.steps();
             before += walked;
-            let start = Start { x, masking: None };
+            let takes_mask = further.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+            match (further.entry, &masking) {
+                // What is masked stays so, and what the other was told the refiner is told too.
+                (Entry::Carried, Some(held)) if held.outside.is_some() || takes_mask => {}
+                _ if takes_mask => {
+                    masking = Some(self.unmasked(plan, further.size, (placement, &mut *crew, ctx))?);
+                }
+                _ => masking = None,
+            }
+            let start = Start { x, masking: masking.as_ref() };
             latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         }
         Ok(latents)
@@ -204,12 +227,12 @@ impl InferenceInstructor {
         canvas: Option<&Canvas>,
         noise: &mut NoiseSource,
         (placement, crew, ctx): Hands<'_>,
-    ) -> Result<Start> {
+    ) -> Result<Start<Masking>> {
         let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
         let (Some(editing), Some(canvas)) = (&plan.editing, canvas) else {
             let x = (noise.initial()? * plan.sampling.init_scale)?;
             let masking = match takes_mask {
-                true => Some(self.unmasked(plan, (placement, crew, ctx))?),
+                true => Some(self.unmasked(plan, plan.size, (placement, crew, ctx))?),
                 false => None,
             };
             return Ok(Start { x, masking });
@@ -223,7 +246,7 @@ impl InferenceInstructor {
             let latents = encode(&canvas.image.to_tensor(&placement.device)?, noise)?;
             let x = if editing.adds_noise { noised(&latents, &noise.initial()?, first)? } else { latents };
             let masking = match takes_mask {
-                true => Some(self.unmasked(plan, (placement, crew, ctx))?),
+                true => Some(self.unmasked(plan, plan.size, (placement, crew, ctx))?),
                 false => None,
             };
             return Ok(Start { x, masking });
@@ -259,8 +282,8 @@ impl InferenceInstructor {
     }
 
     /// What an inpainting UNet is told where everything is painted: a mask of ones over a mid-grey picture.
-    fn unmasked(&self, plan: &GenerationPlan, hands: Hands<'_>) -> Result<Masking> {
-        let (ImageSize { width, height }, placement) = (plan.size, hands.0);
+    fn unmasked(&self, plan: &GenerationPlan, size: ImageSize, hands: Hands<'_>) -> Result<Masking> {
+        let (ImageSize { width, height }, placement) = (size, hands.0);
         let all = Gray8 { width, height, data: vec![255; width * height] };
         let mask = mask_of_latents(&all, false, plan.checkpoint.vae.reduction(), placement)?;
         let grey = Rgb8 { width, height, data: vec![0; 3 * width * height] };
@@ -297,7 +320,7 @@ impl InferenceInstructor {
 
     /// What adapters made of their pictures. A run of another model, as the refiner's, has none.
     fn adapted(&self, plan: &GenerationPlan, run: Run<'_>, (placement, crew, ctx): Hands<'_>) -> Result<Adaptation> {
-        if run.checkpoint.key != plan.checkpoint.key {
+        if run.refines || run.checkpoint.key != plan.checkpoint.key {
             return Ok(Adaptation::default());
         }
         let shape = (run.size, plan.prompt.passes > 1);
@@ -308,7 +331,7 @@ impl InferenceInstructor {
         &self,
         plan: &GenerationPlan,
         run: Run<'_>,
-        start: Start,
+        start: Start<&Masking>,
         noise: &mut NoiseSource,
         shared: &mut Shared,
         (placement, crew, ctx): Hands<'_>,
@@ -316,7 +339,7 @@ impl InferenceInstructor {
         let Run { checkpoint, sampling, before, pass, .. } = run;
         let Shared { prompts, controls, adaptations, hints, .. } = shared;
         if matches!(controls.get(run.index), Some(None)) {
-            let wanted = ControlledRun { checkpoint, size: run.size, placement };
+            let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines };
             let earlier: Vec<&Controls> = controls.iter().flatten().collect();
             let made = self.prepare_controls(plan, wanted, (&earlier, hints), crew, ctx)?;
             if let Some(place) = controls.get_mut(run.index) {
@@ -358,7 +381,7 @@ impl InferenceInstructor {
         let begun = Instant::now();
         let latents = ctx.stage(Stage::Denoise, || {
             let prepare = |conditioning: &Conditioning| {
-                let (time_ids, guidance) = (run.time_ids, &plan.guidance);
+                let (time_ids, guidance) = (run.time_ids, run.guidance);
                 let unet = &unet;
                 let task =
                     PrepareTask { unet, controls, adaptation, conditioning, time_ids, guidance, placement, batch: 1 };
@@ -371,16 +394,18 @@ impl InferenceInstructor {
                 prompts,
                 prepare: &prepare,
                 before: pass.before,
+                pass: pass.steps,
                 sampling,
                 x,
-                masking: masking.as_ref(),
+                masking,
+                goes_on: run.goes_on,
                 noise,
                 placement,
                 observe: &mut observe,
             };
             ctx.perform(&Denoise, task)
         })?;
-        let units = plan.guidance.evaluations(sampling) * run.size.width * run.size.height / 64;
+        let units = run.guidance.evaluations(sampling) * run.size.width * run.size.height / 64;
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());
         Ok(latents)

@@ -6,6 +6,7 @@ use super::plan::Editing;
 use super::planning::within;
 use crate::conditioning::canvas::{CanvasWish, Margins, MaskWish};
 use crate::error::{Error, Result};
+use crate::image_source::ImageSource;
 use crate::scheduler::schedule::SamplingPlan;
 use crate::units::ImageSize;
 
@@ -32,8 +33,16 @@ impl InferenceInstructor {
         };
         let image = source.read(&self.conditioning.roots, "init_image")?;
         let margins = margins(request.extend)?;
+        let pixels = (image.width + margins[0] + margins[2]) as u64 * (image.height + margins[1] + margins[3]) as u64;
+        if pixels > ImageSource::MAX_PIXELS {
+            let most = ImageSource::MAX_PIXELS;
+            return Err(Error::invalid("extend", format!("must leave the image at most {most} pixels, got {pixels}")));
+        }
         let masked = request.mask.is_some() || request.extend.is_some();
         let mask = if masked { Some(self.mask(request, parameters)?) } else { unmasked(request).map(|()| None)? };
+        if request.denoising_start.is_some() && request.denoising_strength.is_some() {
+            return Err(Error::invalid("denoising_strength", "and `denoising_start` must not both be given"));
+        }
         let strength =
             within("denoising_strength", request.denoising_strength.unwrap_or(DENOISING_STRENGTH), 0.0, 1.0)?;
         let sampled = request.init_sample.unwrap_or_default();
@@ -53,8 +62,14 @@ impl InferenceInstructor {
     fn mask(&self, request: &GenerateRequest, parameters: &mut GenerateRequest) -> Result<MaskWish> {
         let image = request.mask.as_ref().map(|mask| mask.read(&self.conditioning.roots, "mask")).transpose()?;
         let blur = within("mask_blur", request.mask_blur.unwrap_or(MASK_BLUR), 0.0, MOST_BLUR)?;
+        if request.mask.is_none() && request.mask_invert.is_some() {
+            return Err(Error::invalid("mask_invert", "needs a `mask`"));
+        }
         let invert = request.mask_invert.unwrap_or(false);
         let only_masked = request.inpaint_full_res.unwrap_or(false);
+        if !only_masked && request.inpaint_full_res_padding.is_some() {
+            return Err(Error::invalid("inpaint_full_res_padding", "needs `\"inpaint_full_res\": true`"));
+        }
         let padding = request.inpaint_full_res_padding.unwrap_or(ONLY_MASKED_PADDING);
         if !(0..=MOST_PADDING).contains(&padding) {
             let message = format!("must be 0 to {MOST_PADDING}, got {padding}");
@@ -63,7 +78,7 @@ impl InferenceInstructor {
         let fill = request.inpainting_fill.unwrap_or_default();
         let paste = request.paste_back.unwrap_or(true);
         parameters.mask_blur = Some(blur);
-        parameters.mask_invert = Some(invert);
+        parameters.mask_invert = request.mask.as_ref().map(|_| invert);
         parameters.inpaint_full_res = Some(only_masked);
         parameters.inpaint_full_res_padding = only_masked.then_some(padding);
         parameters.inpainting_fill = Some(fill);
@@ -80,8 +95,7 @@ impl InferenceInstructor {
         if editing.canvas.mask.as_ref().is_some_and(|mask| mask.only_masked.is_some()) {
             return model;
         }
-        let most = self.settings.max_side as usize / 8 * 8;
-        let side = |pixels: usize| (pixels / 8 * 8).clamp(64, most.max(64));
+        let side = |pixels: usize| pixels / 8 * 8;
         let size = editing.canvas.size();
         ImageSize { width: side(size.width), height: side(size.height) }
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::editing::by_strength;
+use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::{GenerateRequest, RefinerWish};
 use super::plan::{Entry, Further};
@@ -72,7 +73,13 @@ impl InferenceInstructor {
             return Err(Error::invalid("denoising_end", "and `refiner` must not both be given"));
         }
         let switch_at = within("refiner.switch_at", refiner.switch_at.unwrap_or(SWITCH_AT), 0.0, 1.0)?;
-        let model = crew.model().catalog.resolve(Some(&refiner.model))?;
+        let model = crew.model().catalog.resolve(Some(&refiner.model)).map_err(|error| error.below("refiner"))?;
+        let masked = request.mask.is_some() || request.extend.is_some();
+        let channels = (checkpoint.unet.in_channels, model.unet.in_channels);
+        if masked && channels.0 != channels.1 {
+            let message = format!("takes {} channels, and the model that it follows {}", channels.1, channels.0);
+            return Err(Error::invalid("refiner.model", message));
+        }
         if model.vae.latent_channels != checkpoint.vae.latent_channels {
             let message =
                 format!("names `{}`, whose latents are others than those of `{}`", model.name, checkpoint.name);
@@ -84,7 +91,15 @@ impl InferenceInstructor {
             None => (sampling, size),
         };
         let until = before.until_share(switch_at).min(before.run.end);
-        let mut after = self.scheduler.plan(wish, &model.scheduler)?;
+        // The same sampler on the same schedule, whatever the refiner's own would be: it goes on from the level at which
+        // the other stops.
+        let own = SamplingWish {
+            sampler_name: Some(before.sampler.to_owned()),
+            scheduler: Some(before.schedule.to_owned()),
+            steps: i64::try_from(before.path.len()).ok(),
+            ..wish.clone()
+        };
+        let mut after = self.scheduler.plan(&own, &model.scheduler)?;
         let from = after.from_share(switch_at);
         if until <= before.run.start || from >= after.path.len() {
             return Err(Error::invalid(
@@ -96,7 +111,9 @@ impl InferenceInstructor {
         let steps = after.path.len();
         after = after.between(from..steps);
         let time_ids = time_ids(request, size, &model)?;
-        runs.push(Further { entry: Entry::Carried, checkpoint: model, size, sampling: after, time_ids });
+        // Layers are named by model.
+        let guidance = guidance(&mut request.clone(), &model)?;
+        runs.push(Further { entry: Entry::Carried, checkpoint: model, size, sampling: after, time_ids, guidance });
         Ok(runs)
     }
 
@@ -108,6 +125,9 @@ impl InferenceInstructor {
     ) -> Result<Further> {
         if request.init_image.is_some() {
             return Err(Error::invalid("enable_hr", "belongs to text to image, and `init_image` is given"));
+        }
+        if request.denoising_end.is_some() {
+            return Err(Error::invalid("denoising_end", "and `enable_hr` must not both be given"));
         }
         let strength = within("denoising_strength", request.denoising_strength.unwrap_or(HR_STRENGTH), 0.0, 1.0)?;
         let scale = within("hr_scale", request.hr_scale.unwrap_or(HR_SCALE), 1.0, 8.0)?;
@@ -163,6 +183,7 @@ impl InferenceInstructor {
             size,
             sampling: sampling.between(start..count),
             time_ids: time_ids(request, size, checkpoint)?,
+            guidance: guidance(&mut request.clone(), checkpoint)?,
         })
     }
 }

@@ -284,13 +284,14 @@ impl GenerateRequest {
                 *image = None;
             }
         }
-        let carried = |image: &ImageSource| matches!(image, ImageSource::Base64(_));
-        if let Some(OneOrMany(wishes)) = &mut self.t2i_adapter {
-            wishes.retain(|wish| !carried(&wish.image));
-        }
-        if let Some(OneOrMany(wishes)) = &mut self.ip_adapter {
-            wishes.iter_mut().for_each(|wish| wish.image.0.retain(|image| !carried(image)));
-            wishes.retain(|wish| !wish.image.0.is_empty());
+        // What adapters are shown cannot be left out alone: an empty image makes the request fail rather than differ.
+        let shown = self.t2i_adapter.iter_mut().flat_map(|OneOrMany(wishes)| wishes).map(|wish| &mut wish.image);
+        let pictures =
+            self.ip_adapter.iter_mut().flat_map(|OneOrMany(wishes)| wishes).flat_map(|wish| &mut wish.image.0);
+        for image in shown.chain(pictures) {
+            if let ImageSource::Base64(text) = image {
+                text.clear();
+            }
         }
         self
     }

@@ -81,6 +81,7 @@ pub struct Further {
     pub size: ImageSize,
     pub sampling: SamplingPlan,
     pub time_ids: TimeIds,
+    pub guidance: Guidance,
 }
 
 /// How latents enter a further run.

@@ -53,7 +53,7 @@ impl InferenceInstructor {
         let sampling = self.scheduler.plan(&wish, &checkpoint.scheduler)?;
         let mut sampling = cut(request, editing.as_ref(), sampling)?;
         let first = First { checkpoint: &checkpoint, size, sampling: &mut sampling, wish: &wish };
-        let further = self.further(request, first, &mut parameters, crew)?;
+        let mut further = self.further(request, first, &mut parameters, crew)?;
         let clip_skip = match request.clip_skip.unwrap_or(0) {
             skip @ 0..=64 => u32::try_from(skip).ok(),
             other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
@@ -71,6 +71,16 @@ impl InferenceInstructor {
         let n_iter = request.n_iter.unwrap_or(1);
         let time_ids = time_ids(request, size, &checkpoint)?;
         let controls = self.controls(request, crew)?;
+        if request.inpaint_full_res == Some(true) {
+            let shown = [("controlnet", !controls.is_empty()), ("t2i_adapter", request.t2i_adapter.is_some())];
+            if let Some((field, _)) = shown.iter().find(|(_, given)| *given) {
+                return Err(Error::UnsupportedFeature {
+                    what: format!("`{field}` with `inpaint_full_res`"),
+                    hint: Some("leave `inpaint_full_res` out".to_owned()),
+                    field: Some((*field).to_owned()),
+                });
+            }
+        }
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();
         let (mut t2i_adapter, mut ip_adapter) = (request.t2i_adapter.clone(), request.ip_adapter.clone());
@@ -124,6 +134,7 @@ impl InferenceInstructor {
             false if prompt.passes > 1 => prompt.passes - 1,
             false => 1,
         };
+        further.iter_mut().for_each(|further| further.guidance.parts = guidance.parts);
         if guidance.parts > 1 {
             let away = [
                 ("pag_scale", guidance.perturbed_attention.is_some()),

@@ -4,12 +4,15 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use sdxl_worker::conditioning::canvas::{CanvasWish, InpaintingFill, MaskWish, ResizeMode};
 use sdxl_worker::context::Context;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
+use sdxl_worker::inference::workers::paste::{PasteBack, PasteTask};
 use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::pixels::Rgb8;
 use sdxl_worker::resample::{Filter, resize};
+use sdxl_worker::units::ImageSize;
 
 use super::drawing::Worker;
 
@@ -75,6 +78,45 @@ fn what_is_not_masked_comes_back_bit_for_bit() {
 }
 
 #[test]
+fn a_region_that_the_border_cuts_comes_back_undistorted() {
+    let (ctx, conditioning) = (Context::detached(), Worker::new().instructors.inference.conditioning);
+    // A picture of columns, of which one half is masked: its region cannot have the square's proportions.
+    let (width, height) = (256, 64);
+    let data = (0..width * height).flat_map(|at| [(at % width) as u8; 3]).collect();
+    let image = Rgb8 { width, height, data };
+    let mask = (0..width * height).flat_map(|at| [if at % width < 128 { 255 } else { 0 }; 3]).collect();
+    let mask = Rgb8 { width, height, data: mask };
+    let file = |rgb: &Rgb8| {
+        let (mut bytes, side) = (Vec::new(), |side: usize| u32::try_from(side).unwrap());
+        let buffer = image::RgbImage::from_raw(side(rgb.width), side(rgb.height), rgb.data.clone()).unwrap();
+        buffer.write_to(&mut std::io::Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
+        let source = sdxl_worker::image_source::ImageSource::Base64(STANDARD.encode(bytes));
+        source.read(&conditioning.roots, "init_image").unwrap()
+    };
+    let wish = CanvasWish {
+        image: file(&image),
+        margins: [0; 4],
+        resize: ResizeMode::Stretch,
+        mask: Some(MaskWish {
+            image: Some(file(&mask)),
+            invert: false,
+            blur: 0.0,
+            only_masked: Some(0),
+            fill: InpaintingFill::Original,
+            paste: true,
+        }),
+    };
+    let size = ImageSize { width: 128, height: 128 };
+    let canvas = conditioning.canvas(&wish, size, &ctx).unwrap();
+    let paste = canvas.paste.unwrap();
+    assert_eq!((paste.region.width, paste.region.height), (128, 64));
+    // What was not painted over must land where it was.
+    let pasted = ctx.perform(&PasteBack, PasteTask { painted: &canvas.image, paste: &paste }).unwrap();
+    let worst = pasted.data.iter().zip(&image.data).map(|(a, b)| a.abs_diff(*b)).max();
+    assert_eq!(worst, Some(0));
+}
+
+#[test]
 fn an_extended_image_holds_the_original() {
     let mut worker = Worker::new();
     let data = request(&format!(r#"{IMAGE}, "extend": {{"left": 32, "bottom": 16}}, "mask_blur": 0"#));
@@ -93,6 +135,10 @@ fn the_answers_parameters_make_the_same_image() {
         format!(r#"{IMAGE}, "denoising_strength": 0.5"#),
         r#""width": 128, "height": 128, "enable_hr": true, "hr_scale": 1.25"#.to_owned(),
         r#""width": 128, "height": 128, "refiner": {"model": "demo"}"#.to_owned(),
+        format!(r#"{IMAGE}, "mask": "tests/steer/files/sky.png", "refiner": {{"model": "demo", "switch_at": 0.5}}"#),
+        r#""width": 128, "height": 128, "enable_hr": true, "hr_scale": 1.25, "hr_second_pass_steps": 6,
+           "refiner": {"model": "demo", "switch_at": 0.7}, "cfg_interval": [0.0, 0.6]"#
+            .to_owned(),
     ] {
         let first = generate(&mut worker, Request::Generate(Box::new(request(&fields)))).unwrap();
         let again = generate(&mut worker, Request::Generate(first.parameters.clone())).unwrap();
@@ -110,7 +156,14 @@ fn what_cannot_be_done_is_refused_by_field() {
         (format!("{IMAGE}, \"denoising_strength\": 1.5"), "denoising_strength"),
         (format!("{IMAGE}, \"mask_blur\": 2"), "mask_blur"),
         (format!("{IMAGE}, {mask}, \"mask_blur\": -1"), "mask_blur"),
-        (format!("{IMAGE}, {mask}, \"inpaint_full_res_padding\": -1"), "inpaint_full_res_padding"),
+        (format!("{IMAGE}, {mask}, \"inpaint_full_res_padding\": 8"), "inpaint_full_res_padding"),
+        (
+            format!("{IMAGE}, {mask}, \"inpaint_full_res\": true, \"inpaint_full_res_padding\": -1"),
+            "inpaint_full_res_padding",
+        ),
+        (format!("{IMAGE}, \"extend\": {{\"left\": 8}}, \"mask_invert\": true"), "mask_invert"),
+        (format!("{IMAGE}, \"denoising_start\": 0.5, \"denoising_strength\": 0.5"), "denoising_strength"),
+        ("\"enable_hr\": true, \"denoising_end\": 0.5".to_owned(), "denoising_end"),
         (format!("{IMAGE}, \"extend\": {{\"left\": 7}}"), "extend.left"),
         (format!("{IMAGE}, \"extend\": {{}}"), "extend"),
         (format!("{IMAGE}, \"enable_hr\": true"), "enable_hr"),

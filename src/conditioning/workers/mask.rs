@@ -26,26 +26,32 @@ impl Worker<BlurTask<'_>> for Blur {
         let total = 1.0 + 2.0 * (1..=reach).map(weight).sum::<f64>();
         let kernel: Vec<f32> = (0..=reach).map(|at| (weight(at) / total) as f32).collect();
         let (width, height) = (mask.width, mask.height);
-        let line = |values: &dyn Fn(usize) -> f32, length: usize, at: usize| -> f32 {
-            let pair = |far: usize| {
-                values(mirrored(at as isize - far as isize, length)) + values(mirrored((at + far) as isize, length))
-            };
-            kernel
-                .iter()
-                .enumerate()
-                .skip(1)
-                .fold(kernel[0] * values(at), |sum, (far, weight)| sum + weight * pair(far))
-        };
         let mut across = Vec::with_capacity(width * height);
-        for row in mask.data.chunks_exact(width) {
-            across.extend((0..width).map(|x| line(&|at| f32::from(row[at]), width, x)));
+        let mut line = Vec::with_capacity(width + 2 * reach);
+        for row in mask.data.chunks_exact(width.max(1)) {
+            ctx.checkpoint()?;
+            line.clear();
+            let around = -(reach as isize)..(width + reach) as isize;
+            line.extend(around.map(|at| f32::from(row[mirrored(at, width)])));
+            across.extend(line.windows(2 * reach + 1).map(|window| {
+                let pair = |far: usize| window[reach - far] + window[reach + far];
+                kernel.iter().enumerate().skip(1).fold(kernel[0] * window[reach], |sum, (far, w)| sum + w * pair(far))
+            }));
         }
-        ctx.checkpoint()?;
         let mut data = Vec::with_capacity(width * height);
+        let mut sum = vec![0f32; width];
         for y in 0..height {
-            data.extend(
-                (0..width).map(|x| line(&|at| across[at * width + x], height, y).round().clamp(0.0, 255.0) as u8),
-            );
+            ctx.checkpoint()?;
+            let row = |at: isize| {
+                let start = mirrored(at, height) * width;
+                &across[start..start + width]
+            };
+            sum.iter_mut().zip(row(y as isize)).for_each(|(sum, value)| *sum = kernel[0] * value);
+            for (far, weight) in kernel.iter().enumerate().skip(1) {
+                let pair = row(y as isize - far as isize).iter().zip(row((y + far) as isize));
+                sum.iter_mut().zip(pair).for_each(|(sum, (above, below))| *sum += weight * (above + below));
+            }
+            data.extend(sum.iter().map(|sum| sum.round().clamp(0.0, 255.0) as u8));
         }
         Ok(Gray8 { width, height, data })
     }

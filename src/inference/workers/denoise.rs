@@ -33,13 +33,17 @@ pub struct DenoiseTask<'a> {
     /// Of as many images as `noise` has.
     pub prompts: &'a Prompts,
     pub prepare: &'a PreparePrompt<'a>,
-    /// Steps of the prompt's schedule that earlier runs have walked.
+    /// Steps of the pass that earlier runs have walked.
     pub before: usize,
+    /// Steps of the whole pass, of which prompts and guidance count shares.
+    pub pass: usize,
     pub sampling: &'a SamplingPlan,
     /// `[B, H, W, C]`, f32: the sample at the level where the run starts.
     pub x: Tensor,
     /// What is repainted; all of it where there is none.
     pub masking: Option<&'a Masking>,
+    /// Whether another run goes on from where this one ends.
+    pub goes_on: bool,
     /// The images' own streams, after what `x` was made of.
     pub noise: &'a mut NoiseSource,
     pub placement: &'a Placement,
@@ -52,19 +56,32 @@ impl Worker<DenoiseTask<'_>> for Denoise {
     type Output = Tensor;
 
     fn run(&self, task: DenoiseTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let DenoiseTask { unet, controls, prompts, prepare, before, sampling, x, masking, noise, placement, observe } =
-            task;
+        let DenoiseTask {
+            unet,
+            controls,
+            prompts,
+            prepare,
+            before,
+            pass,
+            sampling,
+            x,
+            masking,
+            goes_on,
+            noise,
+            placement,
+            observe,
+        } = task;
         let sampler = SAMPLERS.get(sampling.sampler)?;
         let done = Cell::new(0);
         let steps = sampling.steps();
         let (called, calls) = (Cell::new(0), sampling.evaluations());
         let mut denoiser = |x: &Tensor, level: Level| {
             let call = called.replace(called.get() + 1);
-            let now = Moment { level, step: done.get(), steps, call, calls };
+            let now = Moment { level, step: done.get(), steps, call, calls, pass: (before + done.get(), pass) };
             let network = Network {
                 unet,
                 controls,
-                prompt: &*prompts.at(before + now.step, prepare)?,
+                prompt: &*prompts.at(now.pass.0, prepare)?,
                 compute: placement.compute.tensor(),
                 prediction: sampling.prediction,
                 beside: masking.and_then(|masking| masking.beside.as_ref()),
@@ -75,7 +92,9 @@ impl Worker<DenoiseTask<'_>> for Denoise {
             done.set(landed);
             observe(landed, x0)?;
             match masking {
-                Some(Masking { mask, outside: Some(outside), .. }) => outside.hold(mask, &x, sampling, landed),
+                Some(Masking { mask, outside: Some(outside), .. }) => {
+                    outside.hold(mask, &x, (sampling, landed), goes_on)
+                }
                 _ => Ok(x),
             }
         };
@@ -182,12 +201,15 @@ pub(super) struct Moment {
     /// Evaluations that were made, of `calls` that will be: samplers of second order make two a step.
     pub(super) call: usize,
     pub(super) calls: usize,
+    /// Steps that are done, of how many, in all runs of the pass.
+    pub(super) pass: (usize, usize),
 }
 
 impl Moment {
     /// 0 at the first step, 1 at the last.
     fn done(self) -> f64 {
-        self.step as f64 / self.steps.saturating_sub(1).max(1) as f64
+        let (done, steps) = self.pass;
+        done as f64 / steps.saturating_sub(1).max(1) as f64
     }
 }
 
@@ -242,7 +264,7 @@ impl Network<'_> {
             Some(beside) => Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute)?,
             None => scaled.to_dtype(self.compute)?,
         };
-        let roles = guidance.roles(now.step, now.steps);
+        let roles = guidance.roles(now.pass.0, now.pass.1);
         if roles == [Role::Positive] {
             return x0(self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?);
         }
@@ -263,7 +285,7 @@ impl Network<'_> {
             }
             None => pass(first)?,
         };
-        let heeded = guidance.heeds_negative(now.step, now.steps);
+        let heeded = guidance.heeds_negative(now.pass.0, now.pass.1);
         let task = GuideTask {
             // Parts that are not guided are joined as they are.
             negative: negative.filter(|_| heeded).map(kind).transpose()?,

@@ -59,13 +59,20 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// `x` with what lies outside the mask put back as it is where the step `landed`; clean after the last.
+    /// `x` with what lies outside the mask put back as it is where the step `landed`; clean after the last, unless
+    /// another run goes on from there.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn hold(&self, mask: &Tensor, x: &Tensor, sampling: &SamplingPlan, landed: usize) -> Result<Tensor> {
+    pub fn hold(
+        &self,
+        mask: &Tensor,
+        x: &Tensor,
+        (sampling, landed): (&SamplingPlan, usize),
+        goes_on: bool,
+    ) -> Result<Tensor> {
         let next = sampling.run.start + landed;
-        let at = sampling.path.get(next).filter(|_| next < sampling.run.end).map(|step| step.at);
+        let at = sampling.path.get(next).filter(|_| next < sampling.run.end || goes_on).map(|step| step.at);
         let proper = match at {
             Some(level) => noised(&self.latents, &self.noise, level)?,
             None => self.latents.clone(),

@@ -4,7 +4,7 @@ use crate::conditioning::canvas::Paste;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
+use crate::pixels::{Region, Rgb8};
 use crate::resample::Filter;
 
 pub struct PasteBack;
@@ -20,7 +20,7 @@ impl Worker<PasteTask<'_>> for PasteBack {
 
     fn run(&self, task: PasteTask<'_>, _ctx: &Context) -> Result<Rgb8> {
         let Paste { original, mask, region } = task.paste;
-        let painted = task.painted.resized(region.width, region.height, Filter::Lanczos)?;
+        let painted = uncovered(task.painted, *region)?;
         let mut pasted = original.clone();
         for (y, row) in painted.data.chunks_exact(3 * region.width).enumerate() {
             let start = (region.top + y) * original.width + region.left;
@@ -36,4 +36,17 @@ impl Worker<PasteTask<'_>> for PasteBack {
         }
         Ok(pasted)
     }
+}
+
+/// A picture at the size of a region. Where the proportions differ, the region lies in the picture's middle, as it was
+/// brought there, and the picture is cut.
+fn uncovered(painted: &Rgb8, region: Region) -> Result<Rgb8> {
+    let Region { width, height, .. } = region;
+    let (wide, high) = match width * painted.height < height * painted.width {
+        true => (painted.width * height / painted.height, height),
+        false => (width, painted.height * width / painted.width),
+    };
+    let (wide, high) = (wide.max(width), high.max(height));
+    let inner = Region { left: wide / 2 - width / 2, top: high / 2 - height / 2, width, height };
+    painted.resized(wide, high, Filter::Lanczos)?.part(inner)
 }

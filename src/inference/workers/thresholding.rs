@@ -64,7 +64,11 @@ fn thresholded(
     };
     let mean = |plane: &Vec<f64>| plane.iter().sum::<f64>() / plane.len().max(1) as f64;
     let centred = |planes: &[Vec<f64>]| -> Vec<f64> {
-        planes.iter().flat_map(|plane| plane.iter().map(move |x| x - mean(plane))).collect()
+        let around = |plane: &Vec<f64>| -> Vec<f64> {
+            let mean = mean(plane);
+            plane.iter().map(|x| x - mean).collect()
+        };
+        planes.iter().flat_map(around).collect()
     };
     let guided_planes = guided(scale);
     let (model, around) = (centred(&guided(mimic)), centred(&guided_planes));
