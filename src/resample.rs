@@ -1,5 +1,6 @@
 //! Pictures of bytes at another size, equal to Pillow's `Image.resize` bit for bit, as the reference resizes with it:
-//! a separable filter, across and then down, with 22-bit coefficients and bytes between the two.
+//! a separable filter, across and then down, with 22-bit coefficients and bytes between the two. Pillow 13 goes down first
+//! for some pairs of sizes, and is then a level or two away.
 
 use crate::error::{Error, Result};
 
