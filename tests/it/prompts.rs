@@ -133,6 +133,23 @@ fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
 }
 
 #[test]
+fn many_masked_fragments_change_no_other_text() {
+    let compel = |count: usize| PromptWish {
+        weighting: PromptWeighting::Compel,
+        negative_prompt: Some("(a:0.5)(b:0.6)".repeat(count)),
+        ..wish("a (hill:0.5) in fog")
+    };
+    // In one pass of the encoder, and in two.
+    let (few, many) = (contexts(&compel(1)), contexts(&compel(35)));
+    assert_eq!(difference(&few[0], &many[0]), 0.0);
+    let error = told(&compel(129), &mut crew(&models())).unwrap_err();
+    let (code, pointer) = (error.code(), error.pointer());
+    assert_eq!((code, pointer.as_deref()), ("invalid_parameter", Some("/data/negative_prompt")), "{error}");
+    assert!(error.to_string().contains("at most 256 fragments"), "{error}");
+    assert!(told(&PromptWish { weighting: PromptWeighting::A1111, ..compel(129) }, &mut crew(&models())).is_ok());
+}
+
+#[test]
 fn unguided_parts_have_a_negative_all_the_same() {
     let script = told(&PromptWish { guided: false, ..wish("a AND b") }, &mut crew(&models())).unwrap();
     assert!(script.told[0].negative.is_some());
