@@ -247,6 +247,18 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     check_refused(GenerateRequest { embeddings: style("b"), ..plain() }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style("b"), ..request("ab b1") }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style(" "), ..plain() }, "/data/embeddings/0/token", "must be a word");
+    let two = GenerateRequest { embeddings: style("a b"), ..request("a b") };
+    check_refused(two, "/data/embeddings/0/token", "without white space");
+}
+
+#[test]
+fn the_word_of_an_embedding_may_stand_where_it_is_not_told() {
+    let with = |token: &str, prompt: &str| GenerateRequest { embeddings: style(token), ..request(prompt) };
+    let negative = Some("bad, Style".to_owned());
+    let unread = GenerateRequest { negative_prompt: negative, cfg_scale: Some(1.0), ..with("style", "a hill") };
+    for request in [unread, with("style", "a hill [style::0]"), with("s(1)", r"a hill, s\(1\)"), with("<s>", "a<s>")] {
+        assert!(planned(request.clone()).is_ok(), "{request:?}");
+    }
 }
 
 #[test]

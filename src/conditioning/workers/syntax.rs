@@ -204,6 +204,19 @@ pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<
     merged(reader.fragments, field)
 }
 
+/// A text whose escaped characters stand for themselves.
+pub(in crate::conditioning) fn unescaped(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut characters = text.chars().peekable();
+    while let Some(c) = characters.next() {
+        match c {
+            '\\' => plain.extend(characters.next_if(|&next| "()[]\\".contains(next))),
+            _ => plain.push(c),
+        }
+    }
+    plain
+}
+
 /// `:1.2)` at `colon`: the number as it is spelled, and where the text goes on.
 fn number(text: &[Glyph], colon: usize) -> Option<(String, usize)> {
     let blank = |from: usize| from + text.iter().skip(from).take_while(|glyph| glyph.c.is_whitespace()).count();
