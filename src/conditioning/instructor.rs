@@ -185,7 +185,9 @@ impl ConditioningInstructor {
         let count = encoded.iter().flat_map(|text| &text.sides).map(|side| side.rows.len()).max().unwrap_or(1);
         if encoded.len() * count > MOST_TOLD {
             let (texts, most) = (encoded.len(), MOST_TOLD / count);
-            let message = format!("must be at most {most} texts of its length from step to step, got {texts}");
+            let message = format!(
+                "and the other prompts together must be at most {most} texts of {count} chunks from step to step, got {texts}"
+            );
             return Err(Error::invalid("prompt", message));
         }
         for EncodeText { sides: [first, second] } in &mut encoded {

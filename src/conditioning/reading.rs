@@ -82,7 +82,10 @@ pub(super) fn read(wish: &PromptWish, checkpoint: &Checkpoint, zeros: bool) -> R
     let written = wish.prompt.len() + first.len() + others.map(str::len).sum::<usize>();
     if ends.len().saturating_mul(written) > MOST_WRITTEN {
         let got = ends.len();
-        return Err(Error::invalid("prompt", format!("changes {got} times, too often for its {written} bytes")));
+        return Err(Error::invalid(
+            "prompt",
+            format!("and the other prompts together change {got} times, too often for their {written} bytes"),
+        ));
     }
     let mut reading = Reading { texts: Vec::new(), tellings: Vec::new() };
     for until in ends {

@@ -236,7 +236,7 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     check_refused(GenerateRequest { prompt_2: own, ..request("a AND b") }, "/data/prompt_2", "weight of its own");
     check_refused(request(&"a AND ".repeat(20)), "/data/prompt", "at most 16 parts");
     let often = GenerateRequest { steps: Some(900), ..request(&format!("[a|b] {}", "c ".repeat(30_000))) };
-    check_refused(often, "/data/prompt", "changes 900 times");
+    check_refused(often, "/data/prompt", "prompts together change 900 times");
     let backtrack = Some(75);
     check_refused(
         GenerateRequest { comma_padding_backtrack: backtrack, ..plain() },
@@ -268,7 +268,7 @@ fn what_would_fill_the_memory_is_refused() {
     assert_eq!(told(&PromptWish { steps: 40, ..changing.clone() }, &mut crew).unwrap().told.len(), 1);
     let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
     let error = told(&PromptWish { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut crew);
-    assert!(error.unwrap_err().to_string().contains("must be at most 512 texts"));
+    assert!(error.unwrap_err().to_string().contains("prompts together must be at most 512 texts of 2 chunks"));
 }
 
 #[test]
