@@ -333,7 +333,7 @@ mod tests {
         check_fault(&format!("{}deep", "(".repeat(60)), "at character 61");
         check_fault("a AND b :200", "at character 10");
         check_fault(&format!("é {}deep", "([".repeat(40)), "at character 67");
-        check_fault(&"()[".repeat(70), "at character 195");
+        check_fault(&"()[".repeat(70), "at character 193");
         assert!(attention(&glyphs(&"([".repeat(32)), "prompt").is_ok());
     }
 
