@@ -24,6 +24,8 @@ use crate::units::{Bytes, ImageSize};
 /// The most adapters of one kind, and the most images of one adapter.
 const MOST_ADAPTERS: usize = 8;
 const MOST_IMAGES: usize = 16;
+/// The most bytes that the files of all pictures of a request have together, which are held until it is answered.
+const MOST_BYTES: u64 = 256 * Bytes::MIB;
 
 /// A T2I-Adapter and the picture that it is shown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -146,7 +148,7 @@ impl ConditioningInstructor {
     ///
     /// # Errors
     /// `invalid_parameter` for a value out of its range, those of the catalog for the models, those of
-    /// [`ImageSource::read`] for the images.
+    /// [`ImageSource::read`] for the images; `image_too_large` for more than 256 MiB of them.
     pub fn plan_adapters(
         &self,
         features: Option<&mut OneOrMany<T2iAdapterWish>>,
@@ -154,17 +156,22 @@ impl ConditioningInstructor {
         sizes: &[ImageSize],
         catalog: &Catalog,
     ) -> Result<AdapterPlan> {
-        let mut plan = AdapterPlan::default();
+        let (mut plan, mut room) = (AdapterPlan::default(), Room(MOST_BYTES));
         if let Some(OneOrMany(wishes)) = features {
             few("t2i_adapter", wishes.len(), 0..=MOST_ADAPTERS)?;
             for (index, wish) in wishes.iter_mut().enumerate() {
-                plan.features.push(self.plan_features(wish, &format!("t2i_adapter.{index}"), sizes, catalog)?);
+                plan.features.push(self.plan_features(
+                    wish,
+                    &format!("t2i_adapter.{index}"),
+                    sizes,
+                    (catalog, &mut room),
+                )?);
             }
         }
         if let Some(OneOrMany(wishes)) = pictures {
             few("ip_adapter", wishes.len(), 0..=MOST_ADAPTERS)?;
             for (index, wish) in wishes.iter_mut().enumerate() {
-                plan.pictures.push(self.plan_pictures(wish, format!("ip_adapter.{index}"), catalog)?);
+                plan.pictures.push(self.plan_pictures(wish, format!("ip_adapter.{index}"), (catalog, &mut room))?);
             }
         }
         Ok(plan)
@@ -175,7 +182,7 @@ impl ConditioningInstructor {
         wish: &mut T2iAdapterWish,
         field: &str,
         sizes: &[ImageSize],
-        catalog: &Catalog,
+        (catalog, room): (&Catalog, &mut Room),
     ) -> Result<FeaturePlan> {
         let weight = settled(&mut wish.weight, field, "weight", 1.0, [-10.0, 10.0])?;
         let end = settled(&mut wish.end, field, "end", 1.0, [0.0, 1.0])?;
@@ -190,11 +197,16 @@ impl ConditioningInstructor {
                 return Err(Error::invalid(name, message));
             }
         }
-        let image = wish.image.read(&self.roots, &format!("{field}.image"))?;
+        let image = room.take(wish.image.read(&self.roots, &format!("{field}.image"))?)?;
         Ok(FeaturePlan { found, config, image, weight, end })
     }
 
-    fn plan_pictures(&self, wish: &mut IpAdapterWish, field: String, catalog: &Catalog) -> Result<PicturePlan> {
+    fn plan_pictures(
+        &self,
+        wish: &mut IpAdapterWish,
+        field: String,
+        (catalog, room): (&Catalog, &mut Room),
+    ) -> Result<PicturePlan> {
         let weight = settled(&mut wish.weight, &field, "weight", 1.0, [-10.0, 10.0])?;
         let start = settled(&mut wish.start, &field, "start", 0.0, [0.0, 1.0])?;
         let end = settled(&mut wish.end, &field, "end", 1.0, [0.0, 1.0])?;
@@ -210,7 +222,7 @@ impl ConditioningInstructor {
         let mut images = Vec::with_capacity(sources.len());
         for (index, source) in sources.iter().enumerate() {
             let field = format!("{field}.image.{index}");
-            let image = source.read(&self.roots, &field)?;
+            let image = room.take(source.read(&self.roots, &field)?)?;
             let (long, short) = (image.width.max(image.height), image.width.min(image.height).max(1));
             if long / short >= MOST_OBLONG {
                 let message = format!("must be less than {MOST_OBLONG} times as long as wide, got {long} × {short}");
@@ -268,14 +280,28 @@ impl ConditioningInstructor {
                 return Err(Error::ModelUnsupported { name: one.found.name.clone(), message });
             }
             let tokens = ctx.stage(Part::Encode, || {
-                let images = one.images.iter().map(ImageFile::decode).collect::<Result<Vec<_>>>()?;
-                let network = &adapter.network;
-                ctx.perform(&Look, LookTask { network, encoder: &encoder, images: &images, guided, placement })
+                let (network, images) = (&adapter.network, &one.images);
+                ctx.perform(&Look, LookTask { network, encoder: &encoder, images, guided, placement })
             })?;
             made.facts.push(facts("ip_adapter", &one.found, (adapter.applied, adapter.unused)));
             made.pictures.push(PictureTokens { adapter, tokens, weight: one.weight, share: one.share });
         }
         Ok(made)
+    }
+}
+
+/// Bytes that the files of the pictures may still have.
+struct Room(u64);
+
+impl Room {
+    fn take(&mut self, image: ImageFile) -> Result<ImageFile> {
+        let Some(left) = self.0.checked_sub(image.bytes.len() as u64) else {
+            let most = MOST_BYTES / Bytes::MIB;
+            let message = format!("the pictures of the adapters together are more than {most} MiB");
+            return Err(Error::ImageTooLarge { message });
+        };
+        self.0 = left;
+        Ok(image)
     }
 }
 
@@ -308,4 +334,23 @@ fn settled(wish: &mut Option<f64>, field: &str, name: &str, default: f64, [low, 
         return Ok(value);
     }
     Err(Error::invalid(format!("{field}.{name}"), format!("must be {low} to {high}, got {value}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::Room;
+    use crate::image_source::ImageSource;
+    use crate::roots::Roots;
+
+    #[test]
+    fn pictures_have_room_for_so_many_bytes_together() {
+        let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer/files");
+        let source = ImageSource::Path(files.join("adapter_outline.png"));
+        let read = || source.read(&Roots::new([files.clone()]), "image").unwrap();
+        let mut room = Room(2 * read().bytes.len() as u64);
+        assert!(room.take(read()).is_ok() && room.take(read()).is_ok());
+        assert_eq!(room.take(read()).unwrap_err().code(), "image_too_large");
+    }
 }

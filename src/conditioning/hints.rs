@@ -91,8 +91,8 @@ impl ConditioningInstructor {
         let plan = self.plan_hint(&HintWish {
             image: &wish.image,
             preprocessor: Some(&wish.preprocessor),
-            parameters: &wish.parameters,
-            resize: wish.resize_mode,
+            parameters: &wish.parameters.unwrap_or_default(),
+            resize: wish.resize_mode.unwrap_or_default(),
             fields: ["image", "preprocessor", "parameters"],
         })?;
         let side = |field: &str, wish: Option<i64>, own: usize| match wish {
@@ -130,11 +130,40 @@ impl HintPlan {
     }
 }
 
-/// As large as the largest image that is read.
+/// The longest side of a hint; images that are read may be longer.
 const MAX_SIDE: usize = 8192;
 
 /// Preprocessors that people know and that need a network of their own.
-const NETWORKS: [&str; 4] = ["depth_anything", "hed", "openpose", "mlsd"];
+const NETWORKS: [&str; 28] = [
+    "depth_anything",
+    "depth_anything_v2",
+    "depth_leres",
+    "depth_midas",
+    "depth_zoe",
+    "dw_openpose_full",
+    "hed",
+    "lineart_anime",
+    "lineart_anime_denoise",
+    "lineart_coarse",
+    "lineart_realistic",
+    "mlsd",
+    "normal_bae",
+    "normal_midas",
+    "openpose",
+    "openpose_face",
+    "openpose_faceonly",
+    "openpose_full",
+    "openpose_hand",
+    "scribble_hed",
+    "scribble_pidinet",
+    "seg_ofade20k",
+    "seg_ofcoco",
+    "seg_ufade20k",
+    "softedge_hed",
+    "softedge_hedsafe",
+    "softedge_pidinet",
+    "softedge_pidisafe",
+];
 
 fn unknown(name: &str) -> Error {
     if NETWORKS.contains(&name) {

@@ -20,7 +20,10 @@ use super::reading::{Reading, Telling, Text, read};
 use super::script::Span;
 pub use super::script::{Conditioning, Positive, Script};
 use super::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
-use super::workers::prompt::{Lay, LayTask, MOST_CHUNKS, Side, Tokenize, TokenizeTask, Word, chunks, empty, stands_in};
+use super::workers::prompt::{
+    LONGEST, Lay, LayTask, MOST_CHUNKS, Side, Tokenize, TokenizeTask, Word, chunks, empty, stands_in,
+};
+use super::workers::syntax::unescaped;
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage};
@@ -125,8 +128,10 @@ impl ConditioningInstructor {
             })?;
             let own = name.rsplit('/').next().unwrap_or(name);
             let token = token.as_deref().unwrap_or(own.strip_suffix(".safetensors").unwrap_or(own));
-            if token.trim().is_empty() || token.len() > LONGEST_TOKEN {
-                return Err(Error::invalid(field("token"), format!("must be a word of 1 to {LONGEST_TOKEN} bytes")));
+            // White space would have it compared with stretches of text where it is compared with words.
+            if token.is_empty() || token.contains(char::is_whitespace) || token.len() > LONGEST_TOKEN {
+                let message = format!("must be a word of 1 to {LONGEST_TOKEN} bytes without white space");
+                return Err(Error::invalid(field("token"), message));
             }
             if choices.iter().any(|known| known.token.to_lowercase() == token.to_lowercase()) {
                 return Err(Error::invalid(field("token"), format!("`{token}` stands for an embedding already")));
@@ -143,9 +148,9 @@ impl ConditioningInstructor {
     /// `invalid_parameter`, with the field and the character; for an embedding whose word stands in no prompt.
     pub fn check(&self, wish: &PromptWish, checkpoint: &Checkpoint) -> Result<usize> {
         let reading = read(wish, checkpoint, zeros(wish, checkpoint))?;
+        let written = if wish.embeddings.is_empty() { Vec::new() } else { written(wish)? };
         for (index, choice) in wish.embeddings.iter().enumerate() {
-            let used = reading.texts.iter().flat_map(|text| &text.fragments).any(|f| stands_in(f, &choice.token));
-            if !used {
+            if !written.iter().any(|text| stands_in(text, &choice.token)) {
                 let message = format!("`{}` stands in none of the prompts", choice.token);
                 return Err(Error::invalid(format!("embeddings.{index}.token"), message));
             }
@@ -180,7 +185,9 @@ impl ConditioningInstructor {
         let count = encoded.iter().flat_map(|text| &text.sides).map(|side| side.rows.len()).max().unwrap_or(1);
         if encoded.len() * count > MOST_TOLD {
             let (texts, most) = (encoded.len(), MOST_TOLD / count);
-            let message = format!("must be at most {most} texts of its length from step to step, got {texts}");
+            let message = format!(
+                "and the other prompts together must be at most {most} texts of {count} chunks from step to step, got {texts}"
+            );
             return Err(Error::invalid("prompt", message));
         }
         for EncodeText { sides: [first, second] } in &mut encoded {
@@ -265,6 +272,28 @@ impl ConditioningInstructor {
 /// Whether no negative prompt means zeros.
 fn zeros(wish: &PromptWish, checkpoint: &Checkpoint) -> bool {
     wish.negative_prompt.is_none() && checkpoint.force_zeros_for_empty_prompt
+}
+
+/// The four prompts as they are written, and those with escapes without them too. A word counts as standing there whether
+/// or not it is ever told, as that depends on the guidance and the steps.
+fn written(wish: &PromptWish) -> Result<Vec<String>> {
+    let others = [
+        ("prompt_2", &wish.prompt_2),
+        ("negative_prompt", &wish.negative_prompt),
+        ("negative_prompt_2", &wish.negative_prompt_2),
+    ];
+    let others = others.into_iter().filter_map(|(field, text)| Some((field, text.as_ref()?)));
+    let mut all = Vec::new();
+    for (field, text) in others.chain([("prompt", &wish.prompt)]) {
+        if text.len() > LONGEST {
+            return Err(Error::invalid(field, format!("must be at most {LONGEST} bytes, got {}", text.len())));
+        }
+        all.push(text.clone());
+        if text.contains('\\') {
+            all.push(unescaped(text));
+        }
+    }
+    Ok(all)
 }
 
 /// What is told, once each, and when. Without a text for the negative prompt it is zeros, where `zeros` says so or where

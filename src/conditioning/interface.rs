@@ -139,8 +139,9 @@ pub struct PreprocessWish {
     pub image: ImageSource,
     /// A name that `conditioning.list` gives.
     pub preprocessor: String,
+    /// The preprocessor's numbers. Default: its own.
     #[serde(default)]
-    pub parameters: HintParameters,
+    pub parameters: Option<HintParameters>,
     /// Of the hint, 1 to 8192 pixels. Default: the image's.
     #[serde(default)]
     pub width: Option<i64>,
@@ -149,7 +150,7 @@ pub struct PreprocessWish {
     pub height: Option<i64>,
     /// How an image of another size is brought to the hint's, before the preprocessor sees it. Default: `stretch`.
     #[serde(default)]
-    pub resize_mode: ResizeMode,
+    pub resize_mode: Option<ResizeMode>,
     /// Where the hint goes, and in which format.
     #[serde(default)]
     pub output: Option<OutputWish>,

@@ -14,6 +14,8 @@ use crate::model::checkpoint::Checkpoint;
 const MOST_PARTS: usize = 16;
 /// Bytes of prompts that are read in all, those that change anew for each change.
 const MOST_WRITTEN: usize = 1 << 24;
+/// Fragments of one text whose weight is below 1, where each is encoded once more.
+const MOST_LESSENED: usize = 256;
 
 /// One text for both encoders, decided.
 #[derive(Debug, PartialEq)]
@@ -80,7 +82,10 @@ pub(super) fn read(wish: &PromptWish, checkpoint: &Checkpoint, zeros: bool) -> R
     let written = wish.prompt.len() + first.len() + others.map(str::len).sum::<usize>();
     if ends.len().saturating_mul(written) > MOST_WRITTEN {
         let got = ends.len();
-        return Err(Error::invalid("prompt", format!("changes {got} times, too often for its {written} bytes")));
+        return Err(Error::invalid(
+            "prompt",
+            format!("and the other prompts together change {got} times, too often for their {written} bytes"),
+        ));
     }
     let mut reading = Reading { texts: Vec::new(), tellings: Vec::new() };
     for until in ends {
@@ -118,11 +123,22 @@ impl Pair {
                     let text = text.iter().map(|glyph| glyph.c).collect();
                     Ok(vec![Fragment::Text { text, weight: 1.0 }])
                 }
-                _ => attention(&text, field),
+                _ => attention(&text, field).and_then(|fragments| few(fragments, field, weighting)),
             }
         });
         Ok(Text { fragments: [first?, second?], fields: self.fields, skip: self.skip })
     }
+}
+
+/// `compel` encodes a text once more for every fragment of less than full weight.
+fn few(fragments: Vec<Fragment>, field: &str, weighting: PromptWeighting) -> Result<Vec<Fragment>> {
+    let lessened = |fragment: &&Fragment| matches!(fragment, Fragment::Text { weight, .. } if *weight < 1.0);
+    let got = fragments.iter().filter(lessened).count();
+    if weighting != PromptWeighting::Compel || got <= MOST_LESSENED {
+        return Ok(fragments);
+    }
+    let what = format!("must have at most {MOST_LESSENED} fragments of a weight below 1 for `compel`, got {got}");
+    Err(Error::invalid(field, what))
 }
 
 /// A missing or empty second prompt is the first; so is that of a model with the second encoder alone.

@@ -301,6 +301,16 @@ fn preprocess_writes_the_hint() {
         let error = instructor.instruct(wish(more), &mut crew, &ctx).unwrap_err();
         assert!(error.to_string().starts_with(&format!("`{field}`")), "{error}");
     }
+    let null = serde_json::json!({ "parameters": null, "resize_mode": null, "width": null, "height": null,
+                                   "output": { "return": "base64" } });
+    assert!(instructor.instruct(wish(null), &mut crew, &ctx).is_ok());
+    for (name, code) in
+        [("openpose_full", "unsupported_feature"), ("depth_anything", "unsupported_feature"), ("canyn", "unknown_name")]
+    {
+        let error =
+            instructor.instruct(wish(serde_json::json!({ "preprocessor": name })), &mut crew, &ctx).unwrap_err();
+        assert_eq!(error.code(), code, "{name}: {error}");
+    }
     let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
         panic!()
     };

@@ -133,6 +133,23 @@ fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
 }
 
 #[test]
+fn many_masked_fragments_change_no_other_text() {
+    let compel = |count: usize| PromptWish {
+        weighting: PromptWeighting::Compel,
+        negative_prompt: Some("(a:0.5)(b:0.6)".repeat(count)),
+        ..wish("a (hill:0.5) in fog")
+    };
+    // In one pass of the encoder, and in two.
+    let (few, many) = (contexts(&compel(1)), contexts(&compel(35)));
+    assert_eq!(difference(&few[0], &many[0]), 0.0);
+    let error = told(&compel(129), &mut crew(&models())).unwrap_err();
+    let (code, pointer) = (error.code(), error.pointer());
+    assert_eq!((code, pointer.as_deref()), ("invalid_parameter", Some("/data/negative_prompt")), "{error}");
+    assert!(error.to_string().contains("at most 256 fragments"), "{error}");
+    assert!(told(&PromptWish { weighting: PromptWeighting::A1111, ..compel(129) }, &mut crew(&models())).is_ok());
+}
+
+#[test]
 fn unguided_parts_have_a_negative_all_the_same() {
     let script = told(&PromptWish { guided: false, ..wish("a AND b") }, &mut crew(&models())).unwrap();
     assert!(script.told[0].negative.is_some());
@@ -219,7 +236,7 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     check_refused(GenerateRequest { prompt_2: own, ..request("a AND b") }, "/data/prompt_2", "weight of its own");
     check_refused(request(&"a AND ".repeat(20)), "/data/prompt", "at most 16 parts");
     let often = GenerateRequest { steps: Some(900), ..request(&format!("[a|b] {}", "c ".repeat(30_000))) };
-    check_refused(often, "/data/prompt", "changes 900 times");
+    check_refused(often, "/data/prompt", "prompts together change 900 times");
     let backtrack = Some(75);
     check_refused(
         GenerateRequest { comma_padding_backtrack: backtrack, ..plain() },
@@ -230,6 +247,18 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
     check_refused(GenerateRequest { embeddings: style("b"), ..plain() }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style("b"), ..request("ab b1") }, "/data/embeddings/0/token", unused);
     check_refused(GenerateRequest { embeddings: style(" "), ..plain() }, "/data/embeddings/0/token", "must be a word");
+    let two = GenerateRequest { embeddings: style("a b"), ..request("a b") };
+    check_refused(two, "/data/embeddings/0/token", "without white space");
+}
+
+#[test]
+fn the_word_of_an_embedding_may_stand_where_it_is_not_told() {
+    let with = |token: &str, prompt: &str| GenerateRequest { embeddings: style(token), ..request(prompt) };
+    let negative = Some("bad, Style".to_owned());
+    let unread = GenerateRequest { negative_prompt: negative, cfg_scale: Some(1.0), ..with("style", "a hill") };
+    for request in [unread, with("style", "a hill [style::0]"), with("s(1)", r"a hill, s\(1\)"), with("<s>", "a<s>")] {
+        assert!(planned(request.clone()).is_ok(), "{request:?}");
+    }
 }
 
 #[test]
@@ -239,7 +268,7 @@ fn what_would_fill_the_memory_is_refused() {
     assert_eq!(told(&PromptWish { steps: 40, ..changing.clone() }, &mut crew).unwrap().told.len(), 1);
     let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
     let error = told(&PromptWish { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut crew);
-    assert!(error.unwrap_err().to_string().contains("must be at most 512 texts"));
+    assert!(error.unwrap_err().to_string().contains("prompts together must be at most 512 texts of 2 chunks"));
 }
 
 #[test]

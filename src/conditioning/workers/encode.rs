@@ -15,6 +15,8 @@ use crate::model::networks::clip::{ClipInput, ClipRow, ClipTextModel};
 use crate::units::Bytes;
 
 const STAGE: &str = "text encoder";
+/// Rows that an encoder reads at once: few enough for the memory, and for a request to be cancelled between.
+const ROWS: usize = 64;
 
 /// What the UNet is told of one text.
 #[derive(Clone, Debug)]
@@ -72,7 +74,6 @@ struct One<'a> {
 impl One<'_> {
     /// For each text `[N·L, C]` and, where the encoder has it, `[1, P]`.
     fn run(&self, task: &EncodeTask, ctx: &Context) -> Result<Vec<(Tensor, Option<Tensor>)>> {
-        ctx.checkpoint()?;
         let row = |ids, hidden| ClipRow { ids, hidden };
         let plain = self.sides.iter().flat_map(|side| &side.rows).map(|one| row(&one.ids, 0..0));
         let mut rows: Vec<ClipRow> = plain.collect();
@@ -91,11 +92,21 @@ impl One<'_> {
                 rows.push(row(&one.ids, first..last + 1));
             }
         }
-        let input = ClipInput { rows: &rows, skip: task.skip, vectors: self.vectors, device: task.device };
-        let output = self.encoder.encode(input)?;
+        let (mut hidden, mut pooled) = (Vec::new(), Vec::new());
+        for rows in rows.chunks(ROWS) {
+            ctx.checkpoint()?;
+            let input = ClipInput { rows, skip: task.skip, vectors: self.vectors, device: task.device };
+            let output = self.encoder.encode(input)?;
+            hidden.push(output.hidden);
+            pooled.extend(output.pooled);
+        }
         let split = || {
-            let states = (0..rows.len()).map(|i| output.hidden.narrow(0, i, 1)?.squeeze(0));
-            let states = states.collect::<candle_core::Result<Vec<Tensor>>>()?;
+            let one = |batch: &Tensor, i| batch.narrow(0, i, 1)?.squeeze(0);
+            let each = hidden
+                .iter()
+                .flat_map(|batch| (0..batch.dims().first().copied().unwrap_or(0)).map(move |i| one(batch, i)));
+            let states = each.collect::<candle_core::Result<Vec<Tensor>>>()?;
+            let pooled = if pooled.is_empty() { None } else { Some(Tensor::cat(&pooled, 0)?) };
             let empty = states.get(texts).filter(|_| masked > texts);
             let (mut start, mut more) = (0, masked);
             let mut all = Vec::with_capacity(self.sides.len());
@@ -105,7 +116,7 @@ impl One<'_> {
                 let told = States { chunks: part(start, end), empty, masked: part(more, until) };
                 let context = Tensor::cat(&weigh(side, task.weighting, &told)?, 0)?; // [N·L, C]
                 // Of the first chunk, and without weights.
-                let pooled = output.pooled.as_ref().map(|pooled| pooled.narrow(0, start, 1)?.copy()).transpose()?;
+                let pooled = pooled.as_ref().map(|pooled| pooled.narrow(0, start, 1)?.copy()).transpose()?;
                 all.push((context, pooled));
                 (start, more) = (end, until);
             }

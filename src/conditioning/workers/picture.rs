@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Result, Stage};
+use crate::image_source::ImageFile;
 use crate::layers::Worker;
 use crate::model::networks::clip_vision::{ClipVision, Seen};
 use crate::model::networks::ip_adapter::IpAdapter;
@@ -59,8 +60,8 @@ pub(in crate::conditioning) struct Look;
 pub(in crate::conditioning) struct LookTask<'a> {
     pub(in crate::conditioning) network: &'a IpAdapter,
     pub(in crate::conditioning) encoder: &'a ClipVision,
-    /// At least one.
-    pub(in crate::conditioning) images: &'a [Rgb8],
+    /// At least one. They are decoded one after the other, as all at once might not fit into the memory.
+    pub(in crate::conditioning) images: &'a [ImageFile],
     /// Whether the tokens of no picture are wanted before theirs.
     pub(in crate::conditioning) guided: bool,
     pub(in crate::conditioning) placement: &'a Placement,
@@ -78,7 +79,7 @@ impl Worker<LookTask<'_>> for Look {
         let mut shown = Vec::with_capacity(images.len());
         for image in images {
             check()?;
-            let pixels = clip_pixels(image, encoder.image_size())?;
+            let pixels = clip_pixels(&image.decode()?, encoder.image_size())?;
             let pixels = pixels.to_device(&placement.device).and_then(|pixels| pixels.to_dtype(dtype)).stage(STAGE)?;
             if guided && rows.is_empty() {
                 // No picture: an embedding of zeros, or for patches the states of a picture of zeros.

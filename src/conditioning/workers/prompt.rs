@@ -127,20 +127,36 @@ impl Chunks {
         self.last = None;
     }
 
-    fn push(&mut self, slot: Slot) {
-        if self.comma == Some(slot.id) {
-            self.last = Some(self.filling.len());
-        } else if let Some(comma) = self.last.filter(|_| self.filling.len() == self.room)
+    /// Ends a chunk that is full at its last comma, where that is near, and what follows it goes to the next chunk.
+    fn relocate(&mut self) {
+        if let Some(comma) = self.last.filter(|_| self.filling.len() == self.room)
             && self.room - comma <= self.backtrack
         {
             let moved = self.filling.split_off((comma + 1).min(self.filling.len()));
             self.close();
             self.filling = moved;
         }
+    }
+
+    fn push(&mut self, slot: Slot) {
+        if self.comma == Some(slot.id) {
+            self.last = Some(self.filling.len());
+        } else {
+            self.relocate();
+        }
         if self.filling.len() == self.room {
             self.close();
         }
         self.filling.push(slot);
+    }
+
+    /// Slots that stay in one chunk.
+    fn push_all(&mut self, slots: impl ExactSizeIterator<Item = Slot>) {
+        self.relocate();
+        if self.filling.len() + slots.len() > self.room {
+            self.close();
+        }
+        self.filling.extend(slots);
     }
 }
 
@@ -166,6 +182,7 @@ impl Worker<LayTask<'_>> for Lay {
                 chunks.close();
                 continue;
             };
+            ctx.checkpoint()?;
             let weight = *weight;
             if weight < 1.0 {
                 lessened.push(weight);
@@ -180,11 +197,8 @@ impl Worker<LayTask<'_>> for Lay {
                     }
                     Piece::Word(word) => {
                         count += word.count;
-                        if chunks.filling.len() + word.count > room {
-                            chunks.close();
-                        }
-                        let ids = (0..).map(|i| word.first + i).take(word.count);
-                        chunks.filling.extend(ids.map(|id| Slot { id, weight, lessened: mark }));
+                        let ids: Vec<u32> = (word.first..).take(word.count).collect();
+                        chunks.push_all(ids.into_iter().map(|id| Slot { id, weight, lessened: mark }));
                     }
                 }
             }
@@ -238,12 +252,9 @@ fn pieces<'a>(text: &'a str, words: &'a [Word]) -> Vec<Piece<'a>> {
     pieces
 }
 
-/// Whether any of the texts has the word `token` by itself.
-pub(in crate::conditioning) fn stands_in(fragments: &[Fragment], token: &str) -> bool {
-    fragments.iter().any(|fragment| match fragment {
-        Fragment::Text { text, .. } => text.char_indices().any(|(start, _)| word_at(text, start, token).is_some()),
-        Fragment::Break => false,
-    })
+/// Whether a text has the word `token` by itself.
+pub(in crate::conditioning) fn stands_in(text: &str, token: &str) -> bool {
+    text.char_indices().any(|(start, _)| word_at(text, start, token).is_some())
 }
 
 fn first_word<'a>(text: &str, words: &'a [Word]) -> Option<(usize, usize, &'a Word)> {
@@ -260,7 +271,12 @@ fn first_word<'a>(text: &str, words: &'a [Word]) -> Option<(usize, usize, &'a Wo
 /// Where `token` ends that begins at `start`, in whatever case, if no letter, digit or `_` makes it part of a word.
 fn word_at(text: &str, start: usize, token: &str) -> Option<usize> {
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let joined = |inner: Option<char>, outer: Option<char>| inner.is_some_and(is_word) && outer.is_some_and(is_word);
     let (before, from) = (text.get(..start)?, text.get(start..)?);
+    // First, as it spares the comparison within every word.
+    if joined(token.chars().next(), before.chars().next_back()) {
+        return None;
+    }
     let mut characters = from.chars();
     let mut length = 0;
     for wanted in token.chars() {
@@ -270,9 +286,38 @@ fn word_at(text: &str, start: usize, token: &str) -> Option<usize> {
         }
         length += c.len_utf8();
     }
-    let joined = |inner: Option<char>, outer: Option<char>| inner.is_some_and(is_word) && outer.is_some_and(is_word);
-    let apart = length > 0
-        && !joined(token.chars().next(), before.chars().next_back())
-        && !joined(token.chars().next_back(), characters.next());
+    let apart = length > 0 && !joined(token.chars().next_back(), characters.next());
     apart.then_some(start + length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Chunks, Slot};
+
+    const COMMA: u32 = 9;
+
+    fn slot(id: u32) -> Slot {
+        Slot { id, weight: 1.0, lessened: 0 }
+    }
+
+    /// Chunks of 5 of `text`, where an embedding of two vectors follows.
+    #[track_caller]
+    fn check(backtrack: usize, text: &[u32], expected: &[&[u32]]) {
+        let comma = (backtrack > 0).then_some(COMMA);
+        let mut chunks = Chunks { room: 5, backtrack, comma, last: None, full: Vec::new(), filling: Vec::new() };
+        text.iter().for_each(|&id| chunks.push(slot(id)));
+        chunks.push_all([100, 101].map(slot).into_iter());
+        chunks.close();
+        let got: Vec<Vec<u32>> = chunks.full.iter().map(|chunk| chunk.iter().map(|slot| slot.id).collect()).collect();
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn a_full_chunk_ends_at_a_comma_before_an_embedding_too() {
+        check(0, &[1, 2, COMMA, 3, 4], &[&[1, 2, COMMA, 3, 4], &[100, 101]]);
+        check(3, &[1, 2, COMMA, 3, 4], &[&[1, 2, COMMA], &[3, 4, 100, 101]]);
+        check(2, &[1, 2, COMMA, 3, 4], &[&[1, 2, COMMA, 3, 4], &[100, 101]]);
+        check(3, &[1, 2, COMMA, 3], &[&[1, 2, COMMA, 3], &[100, 101]]);
+        check(5, &[COMMA, 1, 2, 3, 4], &[&[COMMA], &[1, 2, 3, 4], &[100, 101]]);
+    }
 }

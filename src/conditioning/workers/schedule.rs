@@ -1,14 +1,12 @@
 //! Prompts that change while they are drawn, as AUTOMATIC1111's web UI defines them (`modules/prompt_parser.py`):
-//! `[a|b]` alternates from step to step, `[a:b:5]` is `a` for five steps and then `b`, `[a:5]` and `[a::5]` come and go.
-//! A step with a decimal point is a fraction of all steps. Everything else stays as it is, attention's brackets too.
+//! `[a|b]` alternates from step to step, `[a:b:5]` is `a` for five steps, and for one more as evaluations are counted
+//! there from 0, and then `b`; `[a:5]` and `[a::5]` come and go. A step with a decimal point is a fraction of all steps.
+//! Everything else stays as it is, attention's brackets too.
 
 use std::collections::BTreeSet;
 
-use super::syntax::{Glyph, fault};
+use super::syntax::{DEPTH, Glyph, fault};
 use crate::error::Result;
-
-/// How deep brackets may nest.
-const DEPTH: usize = 64;
 
 /// A text, as far as it depends on the step.
 #[derive(Debug)]

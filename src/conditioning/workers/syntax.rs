@@ -6,6 +6,8 @@ use crate::error::{Error, Result};
 
 /// What a pair of round brackets multiplies by, and a pair of square ones divides by.
 const STEP: f64 = 1.1;
+/// How deep brackets may nest.
+pub(super) const DEPTH: usize = 64;
 /// Largest weight, of a word as of a part.
 const MOST: f64 = 100.0;
 
@@ -141,7 +143,8 @@ impl Reader {
 /// The fragments of a text. Neighbours of the same weight are one.
 ///
 /// # Errors
-/// `invalid_parameter`, with the character, for a weight that is no number or lies beyond ±100.
+/// `invalid_parameter`, with the character, for a weight that is no number or lies beyond ±100, and for brackets that
+/// nest too deep.
 pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<Vec<Fragment>> {
     let mut reader = Reader::default();
     let mut i = 0;
@@ -154,6 +157,9 @@ pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<
                     reader.text(glyph.c.to_string(), at);
                     next += 1;
                 }
+            }
+            '(' | '[' if reader.round.len() + reader.square.len() >= DEPTH => {
+                return Err(fault(field, at, format_args!("brackets that nest deeper than {DEPTH}")));
             }
             '(' => reader.round.push(reader.fragments.len()),
             '[' => reader.square.push(reader.fragments.len()),
@@ -196,6 +202,19 @@ pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<
         reader.multiply(start, 1.0 / STEP);
     }
     merged(reader.fragments, field)
+}
+
+/// A text whose escaped characters stand for themselves.
+pub(in crate::conditioning) fn unescaped(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut characters = text.chars().peekable();
+    while let Some(c) = characters.next() {
+        match c {
+            '\\' => plain.extend(characters.next_if(|&next| "()[]\\".contains(next))),
+            _ => plain.push(c),
+        }
+    }
+    plain
 }
 
 /// `:1.2)` at `colon`: the number as it is spelled, and where the text goes on.
@@ -313,6 +332,9 @@ mod tests {
         check_fault("(a:1e9) (b:9999999)", "at character 12");
         check_fault(&format!("{}deep", "(".repeat(60)), "at character 61");
         check_fault("a AND b :200", "at character 10");
+        check_fault(&format!("é {}deep", "([".repeat(40)), "at character 67");
+        check_fault(&"()[".repeat(70), "at character 193");
+        assert!(attention(&glyphs(&"([".repeat(32)), "prompt").is_ok());
     }
 
     fn check_parts(text: &str, expected: &[(&str, Option<f64>)]) {
