@@ -107,6 +107,31 @@ fn what_cannot_be_used_is_refused_with_its_place() {
     check(second, invalid, "controlnet/1/weight", "0 to 2");
 }
 
+/// Changes that are no changes of their layers, two of which would be products of many times their size.
+#[test]
+fn changes_of_other_shapes_are_refused_before_they_are_multiplied() {
+    let folder = tempfile::tempdir().unwrap();
+    let wrong: [(&str, &[usize]); 5] = [
+        ("in_layers.2.up", &[4096, 4, 1, 1]),
+        ("in_layers.2.up", &[128]),
+        ("in_layers.2.down", &[4, 4096, 3, 3]),
+        ("in_layers.2.down", &[8, 32, 3, 3]),
+        ("emb_layers.1.down", &[4]),
+    ];
+    for (i, (part, wrong)) in wrong.iter().enumerate() {
+        let mut lora = Layout::open("control_lora");
+        let name = format!("input_blocks.1.0.{part}");
+        let (_, shape, ..) = lora.tensors.iter_mut().find(|(own, ..)| *own == name).unwrap();
+        *shape = wrong.to_vec();
+        lora.write(folder.path(), &format!("wrong_{i}"));
+    }
+    let mut worker = worker(folder.path());
+    for (i, wrong) in wrong.iter().enumerate() {
+        let error = refusal(&mut worker, json!({ "model": format!("wrong_{i}"), "image": EDGES }));
+        assert_eq!(error.code(), "model_unsupported", "{wrong:?}: {error}");
+    }
+}
+
 #[test]
 fn one_file_draws_the_bytes_that_the_folder_draws() {
     let nowhere = tempfile::tempdir().unwrap();
@@ -285,7 +310,7 @@ fn published_networks_are_understood() {
     };
     let up = ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"];
     let unet: UnetConfig = serde_json::from_value(with(json!({ "up_block_types": up }))).unwrap();
-    let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {
+    let check_for = |config: Option<serde_json::Value>, kinds: Option<usize>, reduction: usize| {
         let task = kinds.map(|kinds| [kinds, 320]);
         let shape = |name: &str| -> Option<&[usize]> {
             match name {
@@ -298,10 +323,15 @@ fn published_networks_are_understood() {
             }
         };
         let file: Option<ControlNetFile> = config.map(|config| serde_json::from_value(config).unwrap());
-        ControlNetConfig::new("mine", file, &shape, &unet).map(|config| config.kinds())
+        ControlNetConfig::new("mine", file, &shape, (&unet, reduction)).map(|config| config.kinds())
     };
+    let check = |config: Option<serde_json::Value>, kinds: Option<usize>| check_for(config, kinds, 8);
     let rgb = json!({ "controlnet_conditioning_channel_order": "rgb", "conditioning_embedding_out_channels": [16, 32, 96, 256] });
-    assert_eq!(check(Some(with(rgb)), None).unwrap(), None);
+    assert_eq!(check(Some(with(rgb.clone())), None).unwrap(), None);
+    for reduction in [4, 16] {
+        let error = check_for(Some(with(rgb.clone())), None, reduction).unwrap_err();
+        assert!(error.to_string().contains("makes images 8 times smaller"), "{error}");
+    }
     let small = json!({ "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D"], "mid_block_type": "UNetMidBlock2D" });
     assert_eq!(check(Some(with(small)), None).unwrap(), None);
     let union = json!({ "num_control_type": 8, "num_trans_channel": 320, "num_trans_head": 8, "num_trans_layer": 1 });

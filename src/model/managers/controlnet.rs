@@ -56,7 +56,8 @@ impl ControlNetManager {
         let key = ShelfKey { checkpoint: of, dtype, quantization, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
-        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, &checkpoint.unet)?;
+        let model = (&checkpoint.unet, checkpoint.vae.reduction());
+        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, model)?;
         // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
         if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
             return Ok(found);

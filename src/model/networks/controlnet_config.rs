@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 
 /// The tensor that every ControlNet has and no other network.
 const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
+/// Channels of the hint's embedding at full size, at most; twice as many at half of it, and so on. Published ones have 16,
+/// and 256 at an eighth.
+const MOST_HINT: usize = 128;
 /// Heads of a union's transformer where no configuration names them, as in every published one.
 const UNION_HEADS: usize = 8;
 
@@ -61,11 +64,17 @@ pub(super) struct UnionShape {
 pub type Shapes<'a> = &'a dyn Fn(&str) -> Option<&'a [usize]>;
 
 impl ControlNetConfig {
-    /// Of the network `name` with these tensors, for a model whose UNet is `unet`.
+    /// Of the network `name` with these tensors, for a model whose UNet is `unet` and whose latents are `reduction` times
+    /// smaller than images.
     ///
     /// # Errors
     /// `model_unsupported` for what is no ControlNet, or one for another UNet, or cannot be computed.
-    pub fn new(name: &str, file: Option<ControlNetFile>, shapes: Shapes, unet: &UnetConfig) -> Result<Self> {
+    pub fn new(
+        name: &str,
+        file: Option<ControlNetFile>,
+        shapes: Shapes,
+        (unet, reduction): (&UnetConfig, usize),
+    ) -> Result<Self> {
         let judge = Judge { name };
         let Some(&[first, hint_inputs, ..]) = shapes(MARK) else {
             return Err(judge.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));
@@ -92,12 +101,7 @@ impl ControlNetConfig {
             bgr: order == "bgr",
             union: union(judge, shapes, file.num_trans_head)?,
         };
-        for &channels in config.hint.iter().chain([&config.hint_inputs]) {
-            judge.channels("conditioning_embedding_out_channels", channels)?;
-        }
-        if hint_inputs != 3 {
-            return Err(judge.refuse(format!("its hint has {hint_inputs} channels, and images have 3")));
-        }
+        config.check_hint(judge, reduction)?;
         config.suits(judge, unet)?;
         Ok(config)
     }
@@ -110,6 +114,23 @@ impl ControlNetConfig {
 
     pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
         self.trunk.plan(name)
+    }
+
+    /// Whether images become as large as latents, and are not much larger meanwhile.
+    fn check_hint(&self, judge: Judge, reduction: usize) -> Result<()> {
+        for (halvings, &channels) in self.hint.iter().enumerate() {
+            judge.within("conditioning_embedding_out_channels", channels, 1..=MOST_HINT << halvings)?;
+        }
+        if self.hint_inputs != 3 {
+            return Err(judge.refuse(format!("its hint has {} channels, and images have 3", self.hint_inputs)));
+        }
+        let own = 1 << self.hint.len().saturating_sub(1);
+        if own != reduction {
+            let message =
+                format!("it makes images {own} times smaller, and the model's latents are {reduction} times smaller");
+            return Err(judge.refuse(message));
+        }
+        Ok(())
     }
 
     /// Whether what it gives can be added to the feature maps of `unet`.
