@@ -52,8 +52,8 @@ impl ControlNetManager {
         let is_lora = weights.tensors().any(|(name, _)| name == LORA);
         let weights = ctx.perform(&RenameControl, weights)?;
         let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
-        let of = base.as_ref().map_or(companion.key, |_| companion.key.over(checkpoint.key));
-        let key = ShelfKey { checkpoint: of, dtype, quantization, device: placement.name.clone() };
+        let (of, laid) = if is_lora { (checkpoint.key, Some(companion.key)) } else { (companion.key, None) };
+        let key = ShelfKey { checkpoint: of, over: laid, dtype, quantization, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
         let model = (&checkpoint.unet, checkpoint.vae.reduction());
@@ -65,7 +65,9 @@ impl ControlNetManager {
         ctx.stage(Stage::Load, || {
             let open = |weights| Opened { component: "controlnet", weights, placement, dtype };
             let (opened, base) = (open(weights), base.map(open));
-            self.shelf.reserve(opened.bytes());
+            // Of the UNet at most all but its way up.
+            let of_base = base.as_ref().map_or(Bytes(0), |base| base.bytes_of(|name| !name.starts_with("up_blocks.")));
+            self.shelf.reserve(opened.bytes() + of_base);
             let net = |vb: &VarBuilder| ControlNet::load(vb, &config);
             let load = || match &base {
                 None => opened.load(ctx, net),
