@@ -118,12 +118,6 @@ impl IpAdapterLayout {
         };
         projection + 2 * self.blocks.len()
     }
-
-    /// Width of the tokens, and how many cross-attentions read them.
-    #[must_use]
-    pub fn reads(&self) -> (usize, usize) {
-        (self.width, self.blocks.len())
-    }
 }
 
 /// The cross-attentions that a file has keys and values for.
@@ -290,12 +284,6 @@ impl IpAdapter {
             read.push(make().stage(STAGE)?);
         }
         Ok(read)
-    }
-
-    /// `D`
-    #[must_use]
-    pub fn width(&self) -> usize {
-        self.layout.width
     }
 }
 
