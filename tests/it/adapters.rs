@@ -260,6 +260,30 @@ fn files_of_other_kinds_are_refused_by_name() {
     assert!(message.contains("config.json"), "{message}");
 }
 
+/// Of two ways in which weight files are called, what is said is about the one that is there.
+#[test]
+fn a_folder_is_judged_by_the_weights_that_it_has() {
+    let folder = |name: &str, files: &[(&str, &str)]| {
+        fs::create_dir_all(networks().join(name)).unwrap();
+        for (file, text) in files {
+            fs::write(networks().join(name).join(file), text).unwrap();
+        }
+        json!({ "t2i_adapter": { "model": name, "image": outline() } })
+    };
+    let config = ("config.json", "{}");
+    let check = |fields: Value, wanted: &str, text: &str| {
+        let (code, message) = refusal(fields);
+        assert_eq!(code, wanted, "{message}");
+        assert!(message.contains(text), "{message}");
+    };
+    let index = ("diffusion_pytorch_model.safetensors.index.json", r#"{ "weight_map": {} }"#);
+    check(folder("no_shards", &[config, index]), "model_corrupt", "names no files");
+    let index = ("model.safetensors.index.json", r#"{ "weight_map": {} }"#);
+    check(folder("no_shards_either", &[config, index]), "model_corrupt", "names no files");
+    check(folder("pickles", &[config, ("model.bin", "\x02")]), "unsafe_format", "");
+    check(folder("bare", &[config]), "model_corrupt", "`diffusion_pytorch_model.safetensors` is missing");
+}
+
 /// Sizes that no published network has, and that would cost memory without bound.
 #[test]
 fn sizes_that_no_network_has_are_refused() {
