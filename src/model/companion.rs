@@ -56,7 +56,7 @@ impl Companion {
                 let rest = |name: &String| name.strip_prefix(*stem).map(str::to_owned);
                 names.iter().filter_map(rest).any(|rest| rest.starts_with('.') && rest.contains(".safetensors"))
             };
-            let stem = STEMS.into_iter().find(|stem| holds(&stem)).unwrap_or(STEMS[0]);
+            let stem = STEMS.into_iter().find(holds).unwrap_or(STEMS[0]);
             (folder.find("config.json")?, weight_files(&folder, "", stem)?)
         };
         let mut files = weights.files.clone();
