@@ -158,36 +158,39 @@ fn a_control_lora_is_unloaded_with_its_model() {
     assert_eq!(kept(&worker), ["control_small"]);
 }
 
+/// Shapes of tensors.
+type Sizes = HashMap<String, Vec<usize>>;
+
 /// A single file's layers are read off its tensors, and a configuration cannot say everything that tensors can.
 #[test]
 fn layers_that_no_configuration_has_are_refused_and_not_dropped() {
     let demo = Checkpoint::demo().unwrap();
-    let check = |change: &dyn Fn(&mut HashMap<String, Vec<usize>>)| {
+    let check = |change: &dyn Fn(&mut Sizes)| {
         let tensors = Layout::open("control").tensors.into_iter();
         let mut shapes: HashMap<_, _> = tensors.map(|(name, shape, ..)| (name, shape)).collect();
         change(&mut shapes);
         let shape = |name: &str| shapes.get(name).map(Vec::as_slice);
         ControlNetConfig::new("mine", None, &shape, (&demo.unet, demo.vae.reduction())).map(drop)
     };
-    let refused = |change: &dyn Fn(&mut HashMap<String, Vec<usize>>), text: &str| {
+    let refused = |change: &dyn Fn(&mut Sizes), text: &str| {
         let error = check(change).unwrap_err();
         assert_eq!(error.code(), "model_unsupported");
         assert!(error.to_string().contains(text), "{error}");
     };
     check(&|_| {}).unwrap();
-    let second = |shapes: &mut HashMap<String, Vec<usize>>| {
+    let second = |shapes: &mut Sizes| {
         shapes.insert("down_blocks.1.resnets.1.conv1.weight".to_owned(), vec![96, 96, 3, 3]);
     };
     refused(&second, "the transformers of its `down_blocks.1` are of different depths");
-    let middle = |shapes: &mut HashMap<String, Vec<usize>>| {
+    let middle = |shapes: &mut Sizes| {
         shapes.retain(|name, _| !name.starts_with("mid_block.attentions.0.transformer_blocks.1."));
     };
     refused(&middle, "its middle has 1 transformer blocks, and its last block 2");
-    let quarter = |shapes: &mut HashMap<String, Vec<usize>>| {
+    let quarter = |shapes: &mut Sizes| {
         shapes.retain(|name, _| !name.starts_with("controlnet_cond_embedding.blocks.5."));
     };
     refused(&quarter, "makes images 4 times smaller, and the model's latents are 8 times smaller");
-    let wide = |shapes: &mut HashMap<String, Vec<usize>>| {
+    let wide = |shapes: &mut Sizes| {
         shapes.insert("controlnet_cond_embedding.conv_in.weight".to_owned(), vec![129, 3, 3, 3]);
     };
     refused(&wide, "must be between 1 and 128, got 129");
