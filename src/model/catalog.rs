@@ -130,7 +130,8 @@ impl Catalog {
         let ended = path.with_added_extension("safetensors");
         for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
             match admit(&self.roots, &candidate) {
-                Ok(Some(real)) => return Companion::find(name, &real, &self.roots, self.mmap),
+                // By the name that was given: what a link leads to need not end as a file of weights does.
+                Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }

@@ -32,16 +32,6 @@ const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CheckpointKey(u64);
 
-impl CheckpointKey {
-    /// Of a network that is made of this one's files and of another's.
-    #[must_use]
-    pub(super) fn over(self, other: Self) -> Self {
-        let mut hasher = DefaultHasher::new();
-        (self, other).hash(&mut hasher);
-        Self(hasher.finish())
-    }
-}
-
 /// The networks of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Part {

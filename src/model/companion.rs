@@ -51,8 +51,13 @@ impl Companion {
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             (None, WeightFiles { files: vec![folder.need(&own)?], index: None })
         } else {
-            let [first, second] = STEMS.map(|stem| weight_files(&folder, "", stem));
-            (folder.find("config.json")?, first.or(second)?)
+            let names = folder.names("");
+            let holds = |stem: &&str| {
+                let rest = |name: &String| name.strip_prefix(*stem).map(str::to_owned);
+                names.iter().filter_map(rest).any(|rest| rest.starts_with('.') && rest.contains(".safetensors"))
+            };
+            let stem = STEMS.into_iter().find(holds).unwrap_or(STEMS[0]);
+            (folder.find("config.json")?, weight_files(&folder, "", stem)?)
         };
         let mut files = weights.files.clone();
         files.extend(config.clone());

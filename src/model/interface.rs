@@ -12,7 +12,7 @@ use crate::units::Bytes;
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Bytes of weights that are kept in memory, as a number or as `4GB`.
+    /// Bytes of weights that are kept in memory of each kind of network, as a number or as `4GB`.
     pub cache_size: Bytes,
     /// What becomes of a model's text encoders when a prompt has been encoded.
     pub text_encoders: EncoderPolicy,

@@ -260,6 +260,78 @@ fn files_of_other_kinds_are_refused_by_name() {
     assert!(message.contains("config.json"), "{message}");
 }
 
+/// Of two ways in which weight files are called, what is said is about the one that is there.
+#[test]
+fn a_folder_is_judged_by_the_weights_that_it_has() {
+    let folder = |name: &str, files: &[(&str, &str)]| {
+        fs::create_dir_all(networks().join(name)).unwrap();
+        for (file, text) in files {
+            fs::write(networks().join(name).join(file), text).unwrap();
+        }
+        json!({ "t2i_adapter": { "model": name, "image": outline() } })
+    };
+    let config = ("config.json", "{}");
+    let check = |fields: Value, wanted: &str, text: &str| {
+        let (code, message) = refusal(fields);
+        assert_eq!(code, wanted, "{message}");
+        assert!(message.contains(text), "{message}");
+    };
+    let index = ("diffusion_pytorch_model.safetensors.index.json", r#"{ "weight_map": {} }"#);
+    check(folder("no_shards", &[config, index]), "model_corrupt", "names no files");
+    let index = ("model.safetensors.index.json", r#"{ "weight_map": {} }"#);
+    check(folder("no_shards_either", &[config, index]), "model_corrupt", "names no files");
+    check(folder("pickles", &[config, ("model.bin", "\x02")]), "unsafe_format", "");
+    check(folder("bare", &[config]), "model_corrupt", "`diffusion_pytorch_model.safetensors` is missing");
+}
+
+/// Sizes that no published network has, and that would cost memory without bound.
+#[test]
+fn sizes_that_no_network_has_are_refused() {
+    let t2i = |more: Value| {
+        let mut config: Value = config("t2i/outline");
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value::<T2iAdapterConfig>(config).unwrap().check("mine")
+    };
+    assert!(t2i(json!({ "channels": [320, 640, 1280, 1280] })).is_ok());
+    for wrong in [json!({ "downscale_factor": 7 }), json!({ "downscale_factor": 65 }), json!({ "channels": [4097] })] {
+        assert_eq!(t2i(wrong.clone()).unwrap_err().code(), "model_unsupported", "{wrong}");
+    }
+    let vision = |more: Value| {
+        let mut config: Value = config("ip/encoder");
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value::<ClipVisionConfig>(config).unwrap().check("mine")
+    };
+    assert!(vision(json!({ "hidden_size": 1664, "intermediate_size": 8192, "num_attention_heads": 16 })).is_ok());
+    assert!(vision(json!({ "image_size": 336, "patch_size": 14 })).is_ok());
+    for wrong in [
+        json!({ "image_size": 130, "patch_size": 2 }),
+        json!({ "image_size": 8, "patch_size": 16 }),
+        json!({ "patch_size": 0 }),
+        json!({ "intermediate_size": 0 }),
+        json!({ "intermediate_size": 8 * 48 + 1 }),
+    ] {
+        assert_eq!(vision(wrong.clone()).unwrap_err().code(), "model_unsupported", "{wrong}");
+    }
+    let plus = |name: &str, shape: &[usize]| {
+        let tensors = candle_core::safetensors::load(networks().join("ip/plus.safetensors"), &Device::Cpu).unwrap();
+        let mut shapes: BTreeMap<_, _> =
+            tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
+        shapes.insert(name.to_owned(), shape.to_vec());
+        IpAdapterLayout::of(&shapes, "mine", "ip_adapter.0.model")
+    };
+    assert!(plus("image_proj.latents", &[1, 256, 64]).is_ok());
+    let wide = 1 << 16;
+    for (name, shape) in [
+        ("image_proj.latents", &[1, 257, 64][..]),
+        ("image_proj.latents", &[1, 0, 64]),
+        ("image_proj.layers.0.0.to_q.weight", &[wide, 64]),
+        ("image_proj.layers.0.1.1.weight", &[wide, 64]),
+        ("image_proj.proj_out.weight", &[wide, 64]),
+    ] {
+        assert_eq!(plus(name, shape).unwrap_err().code(), "model_unsupported", "{name} {shape:?}");
+    }
+}
+
 #[test]
 fn values_out_of_range_are_refused_where_they_stand() {
     let check = |fields: Value, wanted: &str| {

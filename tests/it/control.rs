@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
@@ -14,6 +15,8 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
 use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::layers::Interface;
+use sdxl_worker::model::checkpoint::Checkpoint;
+use sdxl_worker::model::interface::ModelWish;
 use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile};
 use sdxl_worker::model::networks::unet::UnetConfig;
 
@@ -107,10 +110,129 @@ fn what_cannot_be_used_is_refused_with_its_place() {
     check(second, invalid, "controlnet/1/weight", "0 to 2");
 }
 
+/// As a cache of Hugging Face's hub keeps files: links whose targets have no endings.
+#[cfg(unix)]
 #[test]
-fn one_file_draws_the_bytes_that_the_folder_draws() {
+fn links_within_the_roots_are_followed_by_their_own_names() {
+    use std::os::unix::fs::symlink;
+    let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (blobs, snapshot) = (root.path().join("blobs"), root.path().join("snapshot"));
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot).unwrap();
+    let own = random_networks::folder();
+    fs::copy(own.join("control_single.safetensors"), blobs.join("0a1b")).unwrap();
+    fs::copy(own.join("control_small/config.json"), blobs.join("2c3d")).unwrap();
+    fs::copy(own.join("control_small/diffusion_pytorch_model.safetensors"), blobs.join("4e5f")).unwrap();
+    fs::copy(own.join("control_single.safetensors"), outside.path().join("6a7b")).unwrap();
+    symlink("blobs/0a1b", root.path().join("linked.safetensors")).unwrap();
+    symlink("../blobs/2c3d", snapshot.join("config.json")).unwrap();
+    symlink("../blobs/4e5f", snapshot.join("diffusion_pytorch_model.safetensors")).unwrap();
+    symlink(outside.path().join("6a7b"), root.path().join("out.safetensors")).unwrap();
+    let mut worker = worker(root.path());
+    for (name, same) in
+        [("linked", "control_single"), ("linked.safetensors", "control_single"), ("snapshot", "control_small")]
+    {
+        let mut draw = |name: &str| worker.draw(&request(json!({ "model": name, "image": EDGES }))).remove(0).1.data;
+        assert!(draw(name) == draw(same), "{name}");
+    }
+    let error = refusal(&mut worker, json!({ "model": "out.safetensors", "image": EDGES }));
+    assert_eq!(error.code(), "path_not_allowed", "{error}");
+}
+
+/// What is made of a model's own weights goes with it; other networks stay.
+#[test]
+fn a_control_lora_is_unloaded_with_its_model() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
+    for model in ["control_lora", "control_small"] {
+        worker.draw(&request(json!({ "model": model, "image": EDGES })));
+    }
+    let kept = |worker: &Worker| -> Vec<String> {
+        let resident = worker.managers.resident().into_iter();
+        resident.filter(|one| one.kind == "controlnet").map(|one| one.name).collect()
+    };
+    assert_eq!(kept(&worker), ["control_lora", "control_small"]);
+    let wish = ModelWish { model: Some("demo".to_owned()) };
+    let unload = Call::Model(sdxl_worker::model::interface::Request::Unload(wish));
+    worker.instructors.dispatch(unload, &mut worker.managers, &Context::detached()).unwrap();
+    assert_eq!(kept(&worker), ["control_small"]);
+}
+
+/// Shapes of tensors.
+type Sizes = HashMap<String, Vec<usize>>;
+
+/// A single file's layers are read off its tensors, and a configuration cannot say everything that tensors can.
+#[test]
+fn layers_that_no_configuration_has_are_refused_and_not_dropped() {
+    let demo = Checkpoint::demo().unwrap();
+    let check = |change: &dyn Fn(&mut Sizes)| {
+        let tensors = Layout::open("control").tensors.into_iter();
+        let mut shapes: HashMap<_, _> = tensors.map(|(name, shape, ..)| (name, shape)).collect();
+        change(&mut shapes);
+        let shape = |name: &str| shapes.get(name).map(Vec::as_slice);
+        ControlNetConfig::new("mine", None, &shape, (&demo.unet, demo.vae.reduction())).map(drop)
+    };
+    let refused = |change: &dyn Fn(&mut Sizes), text: &str| {
+        let error = check(change).unwrap_err();
+        assert_eq!(error.code(), "model_unsupported");
+        assert!(error.to_string().contains(text), "{error}");
+    };
+    check(&|_| {}).unwrap();
+    let second = |shapes: &mut Sizes| {
+        shapes.insert("down_blocks.1.resnets.1.conv1.weight".to_owned(), vec![96, 96, 3, 3]);
+    };
+    refused(&second, "the transformers of its `down_blocks.1` are of different depths");
+    let middle = |shapes: &mut Sizes| {
+        shapes.retain(|name, _| !name.starts_with("mid_block.attentions.0.transformer_blocks.1."));
+    };
+    refused(&middle, "its middle has 1 transformer blocks, and its last block 2");
+    let quarter = |shapes: &mut Sizes| {
+        shapes.retain(|name, _| !name.starts_with("controlnet_cond_embedding.blocks.5."));
+    };
+    refused(&quarter, "makes images 4 times smaller, and the model's latents are 8 times smaller");
+    let wide = |shapes: &mut Sizes| {
+        shapes.insert("controlnet_cond_embedding.conv_in.weight".to_owned(), vec![129, 3, 3, 3]);
+    };
+    refused(&wide, "must be between 1 and 128, got 129");
+}
+
+/// Changes that are no changes of their layers, two of which would be products of many times their size.
+#[test]
+fn changes_of_other_shapes_are_refused_before_they_are_multiplied() {
+    let folder = tempfile::tempdir().unwrap();
+    let wrong: [(&str, &[usize]); 5] = [
+        ("in_layers.2.up", &[4096, 4, 1, 1]),
+        ("in_layers.2.up", &[128]),
+        ("in_layers.2.down", &[4, 4096, 3, 3]),
+        ("in_layers.2.down", &[8, 32, 3, 3]),
+        ("emb_layers.1.down", &[4]),
+    ];
+    for (i, (part, wrong)) in wrong.iter().enumerate() {
+        let mut lora = Layout::open("control_lora");
+        let name = format!("input_blocks.1.0.{part}");
+        let (_, shape, ..) = lora.tensors.iter_mut().find(|(own, ..)| *own == name).unwrap();
+        *shape = wrong.to_vec();
+        lora.write(folder.path(), &format!("wrong_{i}"));
+    }
+    let mut worker = worker(folder.path());
+    for (i, wrong) in wrong.iter().enumerate() {
+        let error = refusal(&mut worker, json!({ "model": format!("wrong_{i}"), "image": EDGES }));
+        assert_eq!(error.code(), "model_unsupported", "{wrong:?}: {error}");
+    }
+}
+
+#[test]
+fn one_file_draws_the_bytes_that_the_folder_draws() {
+    let more = tempfile::tempdir().unwrap();
+    // Older files keep the weights of linear layers as those of convolutions.
+    let mut convolved = Layout::open("control_single");
+    for (name, shape, ..) in &mut convolved.tensors {
+        if name.ends_with("proj_in.weight") || name.ends_with("proj_out.weight") {
+            shape.extend([1, 1]);
+        }
+    }
+    convolved.write(more.path(), "convolved");
+    let mut worker = worker(more.path());
     let mut latents = |controlnet: serde_json::Value| -> Vec<f32> {
         let drawn = worker.draw(&request(controlnet));
         drawn.first().map(|(latents, _): &(Tensor, _)| latents.flatten_all().unwrap().to_vec1().unwrap()).unwrap()
@@ -119,6 +241,7 @@ fn one_file_draws_the_bytes_that_the_folder_draws() {
     let file = latents(json!({ "model": "control_single", "image": EDGES }));
     let ended = latents(json!({ "model": "control_single.safetensors", "image": EDGES }));
     assert!(folder == file && folder == ended);
+    assert!(folder == latents(json!({ "model": "convolved", "image": EDGES })));
     let weightless = latents(json!({ "model": "control", "image": EDGES, "weight": 0 }));
     let bare = latents(json!([]));
     assert!(weightless == bare && bare != folder);
@@ -285,8 +408,7 @@ fn published_networks_are_understood() {
     };
     let up = ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"];
     let unet: UnetConfig = serde_json::from_value(with(json!({ "up_block_types": up }))).unwrap();
-    let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {
-        let task = kinds.map(|kinds| [kinds, 320]);
+    let check_for = |config: Option<serde_json::Value>, task: Option<[usize; 2]>, model: (&UnetConfig, usize)| {
         let shape = |name: &str| -> Option<&[usize]> {
             match name {
                 "controlnet_cond_embedding.conv_in.weight" => Some(&[16, 3, 3, 3]),
@@ -298,14 +420,33 @@ fn published_networks_are_understood() {
             }
         };
         let file: Option<ControlNetFile> = config.map(|config| serde_json::from_value(config).unwrap());
-        ControlNetConfig::new("mine", file, &shape, &unet).map(|config| config.kinds())
+        ControlNetConfig::new("mine", file, &shape, model).map(|config| config.kinds())
+    };
+    let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {
+        check_for(config, kinds.map(|kinds| [kinds, 320]), (&unet, 8))
     };
     let rgb = json!({ "controlnet_conditioning_channel_order": "rgb", "conditioning_embedding_out_channels": [16, 32, 96, 256] });
-    assert_eq!(check(Some(with(rgb)), None).unwrap(), None);
+    assert_eq!(check(Some(with(rgb.clone())), None).unwrap(), None);
+    for reduction in [4, 16] {
+        let error = check_for(Some(with(rgb.clone())), None, (&unet, reduction)).unwrap_err();
+        assert!(error.to_string().contains("makes images 8 times smaller"), "{error}");
+    }
     let small = json!({ "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D"], "mid_block_type": "UNetMidBlock2D" });
     assert_eq!(check(Some(with(small)), None).unwrap(), None);
     let union = json!({ "num_control_type": 8, "num_trans_channel": 320, "num_trans_head": 8, "num_trans_layer": 1 });
-    assert_eq!(check(Some(with(union)), Some(8)).unwrap(), Some(8));
+    assert_eq!(check(Some(with(union.clone())), Some(8)).unwrap(), Some(8));
+    let narrow = check_for(Some(with(union)), Some([8, 160]), (&unet, 8)).unwrap_err();
+    assert!(narrow.to_string().contains("has 160 channels, and its first feature map 320"), "{narrow}");
+    let numbers = check(Some(with(json!({ "addition_time_embed_dim": 128 }))), None).unwrap_err();
+    assert!(numbers.to_string().contains("it takes 128 channels for each added number"), "{numbers}");
+    // As many feature maps of as many channels, and of other resolutions.
+    let even = json!({ "block_out_channels": [320, 320, 320], "attention_head_dim": 5, "up_block_types": up });
+    let model: UnetConfig = serde_json::from_value(with(even.clone())).unwrap();
+    assert_eq!(check_for(Some(with(even.clone())), None, (&model, 8)).unwrap(), None);
+    let mut shifted = with(even);
+    shifted["layers_per_block"] = json!([1, 2, 3]);
+    let shifted = check_for(Some(shifted), None, (&model, 8)).unwrap_err();
+    assert!(shifted.to_string().contains("other resolutions"), "{shifted}");
     let pooled = json!({ "global_pool_conditions": true });
     assert!(check(Some(with(pooled)), None).unwrap_err().to_string().contains("`global_pool_conditions`"));
     let sd15 = json!({ "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8,

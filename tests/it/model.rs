@@ -322,6 +322,7 @@ fn keys(count: u64) -> Vec<ShelfKey> {
     (0..count)
         .map(|n| ShelfKey {
             checkpoint,
+            over: None,
             dtype: Dtype::F32,
             quantization: Quantization::None,
             device: format!("cuda:{n}"),

@@ -121,6 +121,7 @@ fn acquire<T>(
 ) -> Result<Arc<T>> {
     let key = ShelfKey {
         checkpoint: found.key,
+        over: None,
         dtype: placement.compute,
         quantization: Quantization::None,
         device: placement.name.clone(),

@@ -52,11 +52,12 @@ impl ControlNetManager {
         let is_lora = weights.tensors().any(|(name, _)| name == LORA);
         let weights = ctx.perform(&RenameControl, weights)?;
         let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
-        let of = base.as_ref().map_or(companion.key, |_| companion.key.over(checkpoint.key));
-        let key = ShelfKey { checkpoint: of, dtype, quantization, device: placement.name.clone() };
+        let (of, laid) = if is_lora { (checkpoint.key, Some(companion.key)) } else { (companion.key, None) };
+        let key = ShelfKey { checkpoint: of, over: laid, dtype, quantization, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
-        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, &checkpoint.unet)?;
+        let model = (&checkpoint.unet, checkpoint.vae.reduction());
+        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, model)?;
         // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
         if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
             return Ok(found);
@@ -64,7 +65,9 @@ impl ControlNetManager {
         ctx.stage(Stage::Load, || {
             let open = |weights| Opened { component: "controlnet", weights, placement, dtype };
             let (opened, base) = (open(weights), base.map(open));
-            self.shelf.reserve(opened.bytes());
+            // Of the UNet at most all but its way up.
+            let of_base = base.as_ref().map_or(Bytes(0), |base| base.bytes_of(|name| !name.starts_with("up_blocks.")));
+            self.shelf.reserve(opened.bytes() + of_base);
             let net = |vb: &VarBuilder| ControlNet::load(vb, &config);
             let load = || match &base {
                 None => opened.load(ctx, net),

@@ -33,6 +33,8 @@ use crate::units::Bytes;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShelfKey {
     pub checkpoint: CheckpointKey,
+    /// The files that lie over the checkpoint's, for a network that is made of both.
+    pub over: Option<CheckpointKey>,
     pub dtype: Dtype,
     pub quantization: Quantization,
     /// `cpu`, `cuda:0`, `metal`
@@ -42,7 +44,7 @@ pub struct ShelfKey {
 impl ShelfKey {
     pub(in crate::model) fn new(checkpoint: &Checkpoint, placement: &Placement, dtype: Dtype) -> Self {
         let device = placement.name.clone();
-        Self { checkpoint: checkpoint.key, dtype, quantization: Quantization::None, device }
+        Self { checkpoint: checkpoint.key, over: None, dtype, quantization: Quantization::None, device }
     }
 }
 
@@ -187,7 +189,12 @@ impl<'a> Opened<'a> {
 
     /// Bytes that the weights will take.
     fn bytes(&self) -> Bytes {
-        kept_bytes(&self.weights, self.dtype, &self.placement.device)
+        self.bytes_of(|_| true)
+    }
+
+    /// Bytes that those weights will take whose names are `wanted`.
+    fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> Bytes {
+        kept_bytes(&self.weights, wanted, self.dtype, &self.placement.device)
     }
 
     /// Reads the weights and builds the network from them. Gives it with the bytes that it holds.

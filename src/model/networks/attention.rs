@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{Error as CandleError, Result as CandleResult, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
@@ -23,10 +23,14 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 /// # Errors
 /// A missing tensor, or one of another shape.
 pub(super) fn load_projection(vb: &VarBuilder, inputs: usize, outputs: usize) -> CandleResult<Linear> {
-    let weight = vb.get((outputs, inputs), "weight").or_else(|first| {
-        let weight = vb.get((outputs, inputs, 1, 1), "weight").map_err(|_| first)?;
-        weight.reshape((outputs, inputs))
-    })?;
+    // Asked for by name alone: a file's reader keeps the first refusal of a shape, and reports it whatever comes after.
+    let weight = vb.get_unchecked("weight")?;
+    let expected = Shape::from((outputs, inputs));
+    if weight.shape() != &expected && weight.dims() != [outputs, inputs, 1, 1] {
+        let msg = format!("`{}.weight`", vb.prefix());
+        return Err(CandleError::UnexpectedShape { msg, expected, got: weight.shape().clone() });
+    }
+    let weight = weight.reshape(expected)?;
     Linear::named(vb, &weight, Some(vb.get(outputs, "bias")?))
 }
 

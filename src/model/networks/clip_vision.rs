@@ -8,11 +8,13 @@ use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use super::clip::{ClipConfig, EncoderLayer};
-use super::{Check, Judge, MAX_CHANNELS, MAX_LAYERS, loading};
+use super::{Check, Judge, MAX_LAYERS, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Padding};
 
 const STAGE: &str = "image encoder";
+/// Along a side. Published ones have 16 or 24, and attention's costs grow by the fourth power.
+const MOST_PATCHES: usize = 64;
 
 /// `config.json` of an image encoder; what is left out has transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -59,7 +61,8 @@ impl ClipVisionConfig {
         judge.within("num_channels", self.num_channels, 3..=3)?;
         judge.within("image_size", self.image_size, 1..=2048)?;
         judge.within("patch_size", self.patch_size, 1..=self.image_size)?;
-        judge.within("image_size / patch_size", self.image_size / self.patch_size, 1..=MAX_CHANNELS)
+        judge.within("image_size / patch_size", self.side(), 1..=MOST_PATCHES)?;
+        judge.within("intermediate_size", self.intermediate_size, 1..=8 * self.hidden_size)
     }
 
     /// What its layers have in common with a text encoder's.

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 
 /// The tensor that every ControlNet has and no other network.
 const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
+/// Channels of the hint's embedding at full size, at most; twice as many at half of it, and so on. Published ones have 16,
+/// and 256 at an eighth.
+const MOST_HINT: usize = 128;
 /// Heads of a union's transformer where no configuration names them, as in every published one.
 const UNION_HEADS: usize = 8;
 
@@ -61,11 +64,17 @@ pub(super) struct UnionShape {
 pub type Shapes<'a> = &'a dyn Fn(&str) -> Option<&'a [usize]>;
 
 impl ControlNetConfig {
-    /// Of the network `name` with these tensors, for a model whose UNet is `unet`.
+    /// Of the network `name` with these tensors, for a model whose UNet is `unet` and whose latents are `reduction` times
+    /// smaller than images.
     ///
     /// # Errors
     /// `model_unsupported` for what is no ControlNet, or one for another UNet, or cannot be computed.
-    pub fn new(name: &str, file: Option<ControlNetFile>, shapes: Shapes, unet: &UnetConfig) -> Result<Self> {
+    pub fn new(
+        name: &str,
+        file: Option<ControlNetFile>,
+        shapes: Shapes,
+        (unet, reduction): (&UnetConfig, usize),
+    ) -> Result<Self> {
         let judge = Judge { name };
         let Some(&[first, hint_inputs, ..]) = shapes(MARK) else {
             return Err(judge.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));
@@ -92,12 +101,7 @@ impl ControlNetConfig {
             bgr: order == "bgr",
             union: union(judge, shapes, file.num_trans_head)?,
         };
-        for &channels in config.hint.iter().chain([&config.hint_inputs]) {
-            judge.channels("conditioning_embedding_out_channels", channels)?;
-        }
-        if hint_inputs != 3 {
-            return Err(judge.refuse(format!("its hint has {hint_inputs} channels, and images have 3")));
-        }
+        config.check_hint(judge, reduction)?;
         config.suits(judge, unet)?;
         Ok(config)
     }
@@ -112,6 +116,23 @@ impl ControlNetConfig {
         self.trunk.plan(name)
     }
 
+    /// Whether images become as large as latents, and are not much larger meanwhile.
+    fn check_hint(&self, judge: Judge, reduction: usize) -> Result<()> {
+        for (halvings, &channels) in self.hint.iter().enumerate() {
+            judge.within("conditioning_embedding_out_channels", channels, 1..=MOST_HINT << halvings)?;
+        }
+        if self.hint_inputs != 3 {
+            return Err(judge.refuse(format!("its hint has {} channels, and images have 3", self.hint_inputs)));
+        }
+        let own = 1 << self.hint.len().saturating_sub(1);
+        if own != reduction {
+            let message =
+                format!("it makes images {own} times smaller, and the model's latents are {reduction} times smaller");
+            return Err(judge.refuse(message));
+        }
+        Ok(())
+    }
+
     /// Whether what it gives can be added to the feature maps of `unet`.
     fn suits(&self, judge: Judge, unet: &UnetConfig) -> Result<()> {
         let (own, other) = (self.plan(judge.name)?, unet.plan("unet")?);
@@ -121,7 +142,11 @@ impl ControlNetConfig {
             let message = format!("it controls feature maps of {own} channels, and the model's UNet has {other}");
             return Err(judge.refuse(message));
         }
+        if own.skip_levels() != other.skip_levels() {
+            return Err(judge.refuse("it controls feature maps of other resolutions than the model's UNet has"));
+        }
         let numbers = [
+            ("channels for each added number", own.addition, other.addition),
             ("channels of text", own.shared.context, other.shared.context),
             ("channels of added conditioning", own.projection, other.projection),
         ];
@@ -129,6 +154,13 @@ impl ControlNetConfig {
             if own != other {
                 return Err(judge.refuse(format!("it takes {own} {what}, and the model's UNet takes {other}")));
             }
+        }
+        let width = own.down.first().map_or(0, |block| block.outputs);
+        if let Some(UnionShape { channels, .. }) = self.union
+            && channels != width
+        {
+            let message = format!("its `task_embedding` has {channels} channels, and its first feature map {width}");
+            return Err(judge.refuse(message));
         }
         if self.trunk.in_channels > unet.in_channels {
             let (own, other) = (self.trunk.in_channels, unet.in_channels);
@@ -148,19 +180,33 @@ fn seen(judge: Judge, shapes: Shapes, unet: &UnetConfig) -> Result<UnetConfig> {
     if blocks == 0 {
         return Err(judge.refuse("it is no ControlNet: it has no tensor `down_blocks.0.resnets.0.conv1.weight`"));
     }
-    let depth =
-        |place: &str| count(MAX_LAYERS, &|i| format!("{place}.attentions.0.transformer_blocks.{i}.attn2.to_k.weight"));
+    let depth_at = |place: &str, layer: usize| {
+        count(MAX_LAYERS, &|i| format!("{place}.attentions.{layer}.transformer_blocks.{i}.attn2.to_k.weight"))
+    };
+    let depth = |place: &str| depth_at(place, 0);
+    let layers = |place: &str| count(MAX_LAYERS, &|layer| format!("{place}.resnets.{layer}.conv1.weight"));
     let places = (0..blocks).map(|i| format!("down_blocks.{i}"));
     let crosses = |place: &str| shapes(&format!("{place}.attentions.0.norm.weight")).is_some();
     let kind = |place: &str| if crosses(place) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }.to_owned();
     let mut depths: Vec<usize> = places.clone().map(|place| depth(&place)).collect();
+    // A configuration has one depth for each block, and the last block's for the middle.
+    let uneven = |place: &String| (1..layers(place)).any(|layer| depth_at(place, layer) != depth(place));
+    if let Some(place) = places.clone().find(uneven) {
+        return Err(judge.refuse(format!("the transformers of its `{place}` are of different depths")));
+    }
+    let (last, middle) = (depths.last().copied().unwrap_or(0), depth("mid_block"));
+    if last > 0 && crosses("mid_block") && middle != last {
+        let message =
+            format!("its middle has {middle} transformer blocks, and its last block {last}: both must be as many");
+        return Err(judge.refuse(message));
+    }
     let mid = match (shapes("mid_block.resnets.0.conv1.weight"), crosses("mid_block")) {
         (None, _) => None,
         (Some(_), false) => Some("UNetMidBlock2D".to_owned()),
         (Some(_), true) => {
             // The middle has the last block's depth, of which a plain last block needs none.
             if let Some(last) = depths.last_mut() {
-                *last = depth("mid_block");
+                *last = middle;
             }
             Some("UNetMidBlock2DCrossAttn".to_owned())
         }
@@ -172,11 +218,9 @@ fn seen(judge: Judge, shapes: Shapes, unet: &UnetConfig) -> Result<UnetConfig> {
     let side = |name: &str| shapes(name).and_then(|shape| shape.get(1)).copied();
     Ok(UnetConfig {
         in_channels: side("conv_in.weight").unwrap_or(unet.in_channels),
-        down_block_types: places.map(|place| kind(&place)).collect(),
+        down_block_types: places.clone().map(|place| kind(&place)).collect(),
         mid_block_type: mid,
-        layers_per_block: PerBlock::Each(
-            (0..blocks).map(|i| count(MAX_LAYERS, &|j| format!("down_blocks.{i}.resnets.{j}.conv1.weight"))).collect(),
-        ),
+        layers_per_block: PerBlock::Each(places.clone().map(|place| layers(&place)).collect()),
         transformer_layers_per_block: PerBlock::Each(depths.into_iter().map(PerBlock::Same).collect()),
         cross_attention_dim: context.map_or_else(|| unet.cross_attention_dim.clone(), PerBlock::Same),
         projection_class_embeddings_input_dim: side("add_embedding.linear_1.weight")

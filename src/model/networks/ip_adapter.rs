@@ -21,6 +21,8 @@ const STAGE: &str = "ip adapter";
 const LAYER_NORM_EPS: f64 = 1e-5;
 /// Channels of a head inside the perceiver, in every published file.
 const HEAD: usize = 64;
+/// Tokens of a picture. Published files have 4 or 16.
+const MOST_TOKENS: usize = 256;
 /// Cross-attention layers of a UNet, at most.
 const MOST_BLOCKS: usize = 1024;
 
@@ -87,7 +89,9 @@ impl IpAdapterLayout {
                 let depth =
                     (0..=MAX_LAYERS).take_while(|i| has(&format!("image_proj.layers.{i}.0.to_q.weight"))).count();
                 judge.within("layers", depth, 1..=MAX_LAYERS)?;
-                judge.channels("hidden", inner)?;
+                for (key, channels) in [("hidden", inner), ("queries", queries), ("wide", wide)] {
+                    judge.channels(key, channels)?;
+                }
                 (Kind::Plus { inner, heads: queries / HEAD, depth, wide }, tokens, width, inputs)
             }
             Some(other) => return Err(judge.refuse(format!("`image_proj.latents` has the shape {other:?}"))),
@@ -100,7 +104,8 @@ impl IpAdapterLayout {
                 (Kind::Plain, outputs / width, width, inputs)
             }
         };
-        judge.within("tokens", tokens, 1..=4096)?;
+        judge.within("tokens", tokens, 1..=MOST_TOKENS)?;
+        judge.channels("width", width)?;
         Ok(Self { kind, tokens, width, inputs, blocks })
     }
 
@@ -112,12 +117,6 @@ impl IpAdapterLayout {
             Kind::Plus { depth, .. } => 7 + 11 * depth,
         };
         projection + 2 * self.blocks.len()
-    }
-
-    /// Width of the tokens, and how many cross-attentions read them.
-    #[must_use]
-    pub fn reads(&self) -> (usize, usize) {
-        (self.width, self.blocks.len())
     }
 }
 
@@ -285,12 +284,6 @@ impl IpAdapter {
             read.push(make().stage(STAGE)?);
         }
         Ok(read)
-    }
-
-    /// `D`
-    #[must_use]
-    pub fn width(&self) -> usize {
-        self.layout.width
     }
 }
 

@@ -1,5 +1,6 @@
-//! The networks of SDXL: both text encoders, UNet, VAE. Configured by the checkpoint's own `config.json`, written
-//! against [`crate::kernels`] alone.
+//! The networks of SDXL: both text encoders, UNet, VAE, ControlNets, adapters and the image encoders that these see with.
+//! Configured by their own `config.json`, or by the shapes of their tensors where a single file has none; written against
+//! [`crate::kernels`] alone.
 //!
 //! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Activations run in the dtype of the input; weights are
 //! kept in the dtype of the `VarBuilder`, or narrower. No network caches anything between calls.

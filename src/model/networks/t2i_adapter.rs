@@ -4,6 +4,8 @@
 //! Legend: `B` batch, `H` `W` rows and columns of the picture, `h` `w` of a feature map, `C` channels, `F` the factor by
 //! which the picture is folded.
 
+use std::ops::RangeInclusive;
+
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
@@ -14,8 +16,11 @@ use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, Epilogue};
 
 const STAGE: &str = "t2i adapter";
-/// Above it a picture of the largest size folds to nothing.
-const MAX_FACTOR: usize = 64;
+/// 16 in every published file. Below the least, features are as large as pictures; above the most, a picture of the
+/// largest size folds to nothing.
+const FACTORS: RangeInclusive<usize> = 8..=64;
+/// Of a block. A published one has 1280.
+const MOST_CHANNELS: usize = 4096;
 
 /// `config.json` of a T2I-Adapter; what is left out has diffusers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -52,11 +57,11 @@ impl T2iAdapterConfig {
             return Err(judge.refuse(format!("`in_channels` must be 1 or 3, got {}", self.in_channels)));
         }
         judge.within("channels", self.channels.len(), 1..=MAX_BLOCKS)?;
-        self.channels.iter().try_for_each(|&channels| judge.channels("channels", channels))?;
+        self.channels.iter().try_for_each(|&channels| judge.within("channels", channels, 1..=MOST_CHANNELS))?;
         let changes = self.channels.windows(2).skip(2).any(|pair| pair.first() != pair.last());
         judge.absent("channels", changes)?;
         judge.within("num_res_blocks", self.num_res_blocks, 0..=MAX_LAYERS)?;
-        judge.within("downscale_factor", self.downscale_factor, 1..=MAX_FACTOR)
+        judge.within("downscale_factor", self.downscale_factor, FACTORS)
     }
 
     /// Tensors that such a network has.

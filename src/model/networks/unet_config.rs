@@ -364,6 +364,15 @@ impl UnetPlan {
             |block: &BlockPlan| std::iter::repeat_n(block.outputs, block.layers.len() + usize::from(block.resamples));
         first.into_iter().chain(self.down.iter().flat_map(of_block)).collect()
     }
+
+    /// How often each of [`Self::skips`] was halved.
+    pub(super) fn skip_levels(&self) -> Vec<usize> {
+        let of_block = |(level, block): (usize, &BlockPlan)| {
+            let halved = block.resamples.then_some(level + 1);
+            std::iter::repeat_n(level, block.layers.len()).chain(halved)
+        };
+        std::iter::once(0).chain(self.down.iter().enumerate().flat_map(of_block)).collect()
+    }
 }
 
 /// What all blocks have in common.

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{DType, Device, Result as CandleResult, Shape, Tensor};
+use candle_core::{DType, Device, Error as CandleError, Result as CandleResult, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 
@@ -52,14 +52,35 @@ impl Over<'_> {
         Ok(tensor)
     }
 
-    /// The sum is made in f32 and kept in the compute dtype: the file's own may be too coarse for it.
+    /// The sum is made in f32 and kept in the compute dtype: the file's own may be too coarse for it. Shapes are compared
+    /// before anything is computed: the product of two small matrices may be as large as it likes.
     fn changed(&self, weight: &Tensor, layer: &str) -> CandleResult<Tensor> {
-        let matrix = |part: &str| {
-            let tensor = self.upper.get_unchecked(&format!("{layer}.{part}"))?;
-            tensor.to_dtype(DType::F32)?.flatten_from(1)
+        let part = |part: &str| self.upper.get_unchecked(&format!("{layer}.{part}"));
+        let (up, down) = (part("up")?, part("down")?);
+        let fits = match (sides(weight), sides(&up), sides(&down)) {
+            (Some((rows, columns)), Some((up_rows, rank)), Some((down_rows, down_columns))) => {
+                (up_rows, down_columns) == (rows, columns) && rank == down_rows
+            }
+            _ => false,
         };
-        let change = matrix("up")?.matmul(&matrix("down")?)?.reshape(weight.shape())?;
+        if !fits {
+            return Err(CandleError::UnexpectedShape {
+                msg: format!("what `{layer}.up` times `{layer}.down`, {:?}, is added to", down.dims()),
+                expected: weight.shape().clone(),
+                got: up.shape().clone(),
+            });
+        }
+        let matrix = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_from(1);
+        let change = matrix(&up)?.matmul(&matrix(&down)?)?.reshape(weight.shape())?;
         (weight.to_dtype(DType::F32)? + change)?.to_dtype(self.lower.dtype())
+    }
+}
+
+/// Rows and columns of a tensor as a matrix; `None` where it has none.
+fn sides(tensor: &Tensor) -> Option<(usize, usize)> {
+    match tensor.dims() {
+        [rows, rest @ ..] if !rest.is_empty() => Some((*rows, rest.iter().product())),
+        _ => None,
     }
 }
 

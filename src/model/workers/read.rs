@@ -45,10 +45,16 @@ pub(in crate::model) fn kept(stored: StoredDtype, compute: Dtype, device: &Devic
     Some(if narrower && device.is_cpu() { stored } else { compute })
 }
 
-/// Bytes that the weights take on the device.
+/// Bytes that those weights take on the device whose names are `wanted`.
 #[must_use]
-pub(in crate::model) fn kept_bytes(weights: &Weights, compute: Dtype, device: &Device) -> Bytes {
-    weights.tensors().map(|(_, stored)| tensor_bytes(stored, compute, device)).sum()
+pub(in crate::model) fn kept_bytes(
+    weights: &Weights,
+    wanted: impl Fn(&str) -> bool,
+    compute: Dtype,
+    device: &Device,
+) -> Bytes {
+    let tensors = weights.tensors().filter(|(name, _)| wanted(name));
+    tensors.map(|(_, stored)| tensor_bytes(stored, compute, device)).sum()
 }
 
 fn tensor_bytes(stored: &Stored, compute: Dtype, device: &Device) -> Bytes {
