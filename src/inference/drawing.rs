@@ -30,7 +30,7 @@ use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
 use crate::pixels::{Gray8, Rgb8};
 use crate::scheduler::schedule::SamplingPlan;
-use crate::units::ImageSize;
+use crate::units::{Bytes, ImageSize};
 
 /// What every image of a request has in common, made once.
 pub(super) struct Shared {
@@ -337,6 +337,7 @@ impl InferenceInstructor {
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
+        self.make_place(checkpoint, crew);
         let Shared { prompts, controls, adaptations, hints, .. } = shared;
         if matches!(controls.get(run.index), Some(None)) {
             let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines };
@@ -409,6 +410,16 @@ impl InferenceInstructor {
         let key = pace_key(checkpoint, placement.compute, placement.quantization);
         crew.published.pace.record(&key, Work::Evaluation, units, begun.elapsed());
         Ok(latents)
+    }
+
+    /// Frees what is kept where the device has no room for a model that is not in memory, as a refiner beside its base.
+    fn make_place(&self, checkpoint: &Checkpoint, crew: &mut Managers) {
+        let here = crew.resident().iter().any(|one| one.kind == "unet" && one.name == checkpoint.name);
+        let free = self.device.free(&crew.device).filter(|_| !here);
+        let short = free.map_or(Bytes(0), |free| checkpoint.file_bytes().saturating_sub(free));
+        if short > Bytes(0) {
+            crew.make_room(short);
+        }
     }
 
     /// The picture of `latents`.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "parity"))
-from make_cases import scheduler  # noqa: E402
+from make_cases import SCHEDULERS, scheduler  # noqa: E402
 from make_control import fill  # noqa: E402
 
 SAMPLERS = ["ddim", "euler", "dpmpp_2m", "euler_ancestral"]
@@ -68,6 +68,11 @@ def cases():
         yield f"refiner-own-{sampler}", {**with_sampler, "width": 128, "height": 128, "refiner": {"model": "refiner", "switch_at": 0.6}}
         yield f"hires-{sampler}", {**with_sampler, "width": 128, "height": 128, "enable_hr": True, "hr_scale": 1.5,
                                    "hr_upscaler": "latent", "denoising_strength": 0.7}
+    for sampler in SCHEDULERS:
+        if sampler not in SAMPLERS:
+            spacing = "linspace" if sampler == "dpmpp_2s" else "leading"
+            yield f"img2img-of-{sampler}", {**BASE, "sampler_name": sampler, "scheduler": spacing, **image, "denoising_strength": 0.6,
+                                           **({"eta": 0.0} if sampler == "tcd" else {})}
     euler = {**BASE, "sampler_name": "euler", "scheduler": "leading"}
     yield "img2img-whole", {**euler, **image, "denoising_strength": 1.0}
     yield "img2img-mode", {**euler, **image, "denoising_strength": 0.5, "init_sample": "mode"}
@@ -167,6 +172,11 @@ def main(model):
     resized()
     root = HERE.parent.parent
     goldens, requests = {}, {}
+
+    def corrected(steps, strength, device, denoising_start=None):
+        times = image.scheduler.timesteps.unique().flip(0)[steps - int(steps * strength):]
+        return torch.cat([times[:2], times[1:]]), len(times) + 1
+
     for name, data in cases():
         noise = torch.Generator("cpu").manual_seed(data["seed"])
         kwargs = dict(prompt=data["prompt"], negative_prompt=data["negative_prompt"], num_inference_steps=data["steps"],
@@ -232,6 +242,9 @@ def main(model):
             picture = image.image_processor.resize(picture, height, width, resize_mode=mode)
             pipe = own if data.get("model") == "refiner" else image
             pipe.scheduler = fresh()
+            # diffusers cuts PNDM's list, in which the second timestep stands twice, as if it did not, and then leaves a
+            # level out. Its own steps are right from any timestep on.
+            pipe.get_timesteps = corrected if data["sampler_name"] == "pndm" else type(pipe).get_timesteps.__get__(pipe)
             scores = {k: data[k] for k in ("aesthetic_score", "negative_aesthetic_score") if k in data}
             start = {"denoising_start": data["denoising_start"]} if "denoising_start" in data else {"strength": data["denoising_strength"]}
             with Mode(pipe, data.get("init_sample") == "mode"):

@@ -42,14 +42,13 @@ impl Worker<AppraiseTask<'_>> for Appraise {
                 Quantization::Int8 => checkpoint.file_bytes().saturating_sub(checkpoint.int8_saves(ctx)?),
             })
         };
-        let mut weights = bytes(&plan.checkpoint)?;
-        if let Some(other) = plan.further.iter().find(|further| further.checkpoint.key != plan.checkpoint.key) {
-            weights = weights + bytes(&other.checkpoint)?;
-        }
+        let base = bytes(&plan.checkpoint)?;
+        let other = plan.further.iter().find(|further| further.checkpoint.key != plan.checkpoint.key);
+        let other = other.map_or(Ok(Bytes(0)), |further| bytes(&further.checkpoint))?;
         let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
         let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
-        weights = weights + nets.map(|at| plan.controls[at].net.file_bytes()).sum();
-        weights = weights + plan.adapters.file_bytes();
+        let beside = nets.map(|at| plan.controls[at].net.file_bytes()).sum::<Bytes>() + plan.adapters.file_bytes();
+        let weights = base + other + beside;
         let element = compute.tensor().size_in_bytes();
         // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
         // beside the skip connections. What ControlNets add stays while it runs, and a sum beside what is added to it.
@@ -59,7 +58,8 @@ impl Worker<AppraiseTask<'_>> for Appraise {
                 let here = (positions >> (2 * level)).max(1);
                 sum + here * channels * (6 + 4 + added)
             });
-        let left = weights.saturating_sub(loaded);
+        // A refiner takes its base's place where there is no room for both.
+        let left = (base.max(other) + beside).saturating_sub(loaded);
         let activations = |extent| {
             let decoder = plan.checkpoint.vae.decode_bytes(64 * last, element, extent);
             Bytes((passes * unet * element).max(decoder) as u64)
