@@ -92,6 +92,16 @@ pub struct Canvas {
     /// Of the working size; white is repainted.
     pub mask: Option<Gray8>,
     pub paste: Option<Paste>,
+    /// The part that is worked on, where it is not all.
+    pub cut: Option<Cut>,
+}
+
+/// A part of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// The image's size with its margins.
+    pub whole: ImageSize,
+    pub region: Region,
 }
 
 /// Where a result goes.
@@ -122,7 +132,7 @@ impl ConditioningInstructor {
         let original = wish.image.decode()?.grown(wish.margins)?;
         let fit = |image: &Rgb8, mode| ctx.perform(&Fit, FitTask { image, size, mode });
         let Some(asked) = &wish.mask else {
-            return Ok(Canvas { image: fit(&original, wish.resize)?, mask: None, paste: None });
+            return Ok(Canvas { image: fit(&original, wish.resize)?, mask: None, paste: None, cut: None });
         };
         let mask = self.mask(asked, wish, ctx)?;
         let whole = Region { left: 0, top: 0, width: original.width, height: original.height };
@@ -150,7 +160,8 @@ impl ConditioningInstructor {
                 Some(Paste { original, mask: working_mask.clone(), region })
             }
         };
-        Ok(Canvas { image, mask: Some(working_mask), paste })
+        let cut = asked.only_masked.map(|_| Cut { whole: wish.size(), region });
+        Ok(Canvas { image, mask: Some(working_mask), paste, cut })
     }
 
     /// The mask at the size of the image with its margins.

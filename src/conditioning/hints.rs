@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::canvas::ResizeMode;
+use super::canvas::{Cut, ResizeMode};
 use super::instructor::{ConditioningCrew, ConditioningInstructor};
 use super::interface::{HintParameters, ParameterEntry, PreprocessWish, PreprocessedImage, PreprocessorEntry};
 use super::manager::HintKey;
@@ -67,18 +67,25 @@ impl ConditioningInstructor {
         Ok(HintPlan { image, preprocessor: name, parameters, resize: wish.resize, method, told })
     }
 
-    /// The hint of `size`, made or kept.
+    /// The hint of `size`, made or kept; of a part of the image where only that is worked on.
     ///
     /// # Errors
     /// `image_decode_failed`, `cancelled`, `deadline_exceeded`.
-    pub fn hint(&self, plan: &HintPlan, size: ImageSize, crew: &mut ConditioningCrew, ctx: &Context) -> Result<Hint> {
+    pub fn hint(
+        &self,
+        plan: &HintPlan,
+        (size, cut): (ImageSize, Option<Cut>),
+        crew: &mut ConditioningCrew,
+        ctx: &Context,
+    ) -> Result<Hint> {
         ctx.stage(Stage::Encode, || {
             let content = crew.hints.content(&plan.image.bytes);
-            let key = HintKey { content, preprocessor: plan.preprocessor, told: plan.told, resize: plan.resize, size };
+            let key =
+                HintKey { content, preprocessor: plan.preprocessor, told: plan.told, resize: plan.resize, size, cut };
             if let Some(image) = crew.hints.get(&key).filter(|_| self.settings.cache_hints) {
                 return Ok(Hint { image, cached: true });
             }
-            let image = Arc::new(plan.make(size, ctx)?);
+            let image = Arc::new(plan.make(size, cut, ctx)?);
             if self.settings.cache_hints {
                 crew.hints.insert(key, &image);
             }
@@ -107,7 +114,7 @@ impl ConditioningInstructor {
             height: side("height", wish.height, plan.image.height)?,
         };
         let output = self.delivery.resolve(&wish.output.clone().unwrap_or_default())?;
-        let image = ctx.stage(Stage::Encode, || plan.make(size, ctx))?;
+        let image = ctx.stage(Stage::Encode, || plan.make(size, None, ctx))?;
         let delivery = Delivery { plan: &output, image: &image, index: 0, text: None };
         let delivered = ctx.stage(Stage::Write, || self.delivery.deliver(delivery, ctx))?;
         Ok(PreprocessedImage {
@@ -123,9 +130,16 @@ impl ConditioningInstructor {
 }
 
 impl HintPlan {
-    fn make(&self, size: ImageSize, ctx: &Context) -> Result<Rgb8> {
+    fn make(&self, size: ImageSize, cut: Option<Cut>, ctx: &Context) -> Result<Rgb8> {
         let image = self.image.decode()?;
-        let image = ctx.perform(&Fit, FitTask { image: &image, size, mode: self.resize })?;
+        let fit = |image: &Rgb8, size, mode| ctx.perform(&Fit, FitTask { image, size, mode });
+        let image = match cut {
+            None => fit(&image, size, self.resize)?,
+            // As the image that is worked on is cut.
+            Some(Cut { whole, region }) => {
+                fit(&fit(&image, whole, self.resize)?.part(region)?, size, ResizeMode::Fill)?
+            }
+        };
         ctx.perform(self.method, HintTask { image: &image, parameters: &self.told })
     }
 }

@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::conditioning::canvas::ResizeMode;
+use crate::conditioning::canvas::{Cut, ResizeMode};
 use crate::conditioning::interface::PromptWeighting;
 use crate::conditioning::workers::encode::{Embeddings, EncodeText};
 use crate::conditioning::workers::preprocess::Parameters;
@@ -94,6 +94,7 @@ pub(super) struct HintKey {
     pub(super) told: Parameters,
     pub(super) resize: ResizeMode,
     pub(super) size: ImageSize,
+    pub(super) cut: Option<Cut>,
 }
 
 /// The length of a file and two hashes of it under keys that were drawn when the process began: no file can be made to

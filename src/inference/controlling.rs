@@ -9,6 +9,7 @@ use super::interface::GenerateRequest;
 use super::plan::{ControlPlan, GenerationPlan};
 use super::planning::within;
 use super::workers::control::{Control, Controls, Shown};
+use crate::conditioning::canvas::Cut;
 use crate::conditioning::hints::{Hint, HintWish};
 use crate::conditioning::interface::CacheCount;
 use crate::context::Context;
@@ -29,6 +30,8 @@ pub(super) struct ControlledRun<'a> {
     pub(super) placement: &'a Placement,
     /// Whether it goes on from latents that are half denoised.
     pub(super) refines: bool,
+    /// What of the images is shown, where it is not all.
+    pub(super) cut: Option<Cut>,
 }
 
 impl InferenceInstructor {
@@ -98,7 +101,7 @@ impl InferenceInstructor {
         crew: &mut Managers,
         ctx: &Context,
     ) -> Result<Controls> {
-        let ControlledRun { checkpoint, size, placement, refines } = run;
+        let ControlledRun { checkpoint, size, placement, refines, cut } = run;
         if refines || checkpoint.key != plan.checkpoint.key {
             return Ok(Controls::default());
         }
@@ -112,7 +115,8 @@ impl InferenceInstructor {
                 None => crew.model().controlnets.acquire(&wish.net, checkpoint, placement, ctx)?,
             };
             let kind = place(wish, &net, ctx)?;
-            let Hint { image, cached } = self.conditioning.hint(&wish.hint, size, &mut crew.conditioning, ctx)?;
+            let Hint { image, cached } =
+                self.conditioning.hint(&wish.hint, (size, cut), &mut crew.conditioning, ctx)?;
             *(if cached { &mut count.hits } else { &mut count.misses }) += 1;
             let embedded = net.embed(&image.to_unit_tensor(&placement.device)?, placement.compute.tensor())?;
             let shown = Shown { embedded, kind, weight: wish.weight, start: wish.start, end: wish.end };

@@ -338,9 +338,10 @@ impl InferenceInstructor {
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
         self.make_place(checkpoint, crew);
-        let Shared { prompts, controls, adaptations, hints, .. } = shared;
+        let Shared { canvas, prompts, controls, adaptations, hints } = shared;
         if matches!(controls.get(run.index), Some(None)) {
-            let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines };
+            let cut = canvas.as_ref().and_then(|canvas| canvas.cut);
+            let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines, cut };
             let earlier: Vec<&Controls> = controls.iter().flatten().collect();
             let made = self.prepare_controls(plan, wanted, (&earlier, hints), crew, ctx)?;
             if let Some(place) = controls.get_mut(run.index) {

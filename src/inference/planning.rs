@@ -71,15 +71,12 @@ impl InferenceInstructor {
         let n_iter = request.n_iter.unwrap_or(1);
         let time_ids = time_ids(request, size, &checkpoint)?;
         let controls = self.controls(request, crew)?;
-        if request.inpaint_full_res == Some(true) {
-            let shown = [("controlnet", !controls.is_empty()), ("t2i_adapter", request.t2i_adapter.is_some())];
-            if let Some((field, _)) = shown.iter().find(|(_, given)| *given) {
-                return Err(Error::UnsupportedFeature {
-                    what: format!("`{field}` with `inpaint_full_res`"),
-                    hint: Some("leave `inpaint_full_res` out".to_owned()),
-                    field: Some((*field).to_owned()),
-                });
-            }
+        if request.inpaint_full_res == Some(true) && request.t2i_adapter.is_some() {
+            return Err(Error::UnsupportedFeature {
+                what: "`t2i_adapter` with `inpaint_full_res`".to_owned(),
+                hint: Some("leave `inpaint_full_res` out".to_owned()),
+                field: Some("t2i_adapter".to_owned()),
+            });
         }
         let output = self.postprocessing.resolve(&request.output.clone().unwrap_or_default())?;
         let rng = request.rng.unwrap_or_default();

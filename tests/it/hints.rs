@@ -203,7 +203,7 @@ fn hints_are_kept_by_content() {
             fields: ["image", "preprocessor", "parameters"],
         };
         let plan = instructor.plan_hint(&wish).unwrap();
-        let hint = instructor.hint(&plan, size, &mut crew, &ctx).unwrap();
+        let hint = instructor.hint(&plan, (size, None), &mut crew, &ctx).unwrap();
         assert_eq!((hint.image.width, hint.image.height), (size.width, size.height));
         (hint.cached, hint.image)
     };
@@ -257,7 +257,7 @@ fn the_cache_of_hints_is_bounded() {
             resize: ResizeMode::Stretch,
             fields: ["image", "preprocessor", "parameters"],
         });
-        instructor.hint(&plan.unwrap(), ImageSize { width: 2048, height: 1024 }, &mut crew, &ctx).unwrap();
+        instructor.hint(&plan.unwrap(), (ImageSize { width: 2048, height: 1024 }, None), &mut crew, &ctx).unwrap();
     }
     // Twelve of 6 MiB each would be 72.
     assert_eq!(crew.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));

@@ -178,6 +178,8 @@ def main(model, out):
         "image to image": {"init_image": scene, "denoising_strength": 0.6, "controlnet": [one(end=0.8)]},
         "image to image, two nets": {"init_image": scene, "denoising_strength": 0.8, "sampler_name": "ddim", "controlnet": [one(), two()]},
         "inpainting": {"init_image": scene, "mask": sky, "mask_blur": 0.0, "denoising_strength": 0.8, "controlnet": [one()]},
+        "inpainting, region": {"init_image": scene, "mask": "tests/steer/files/spot.png", "mask_blur": 0.0, "denoising_strength": 0.8, "width": 128, "height": 96,
+                               "inpaint_full_res": True, "inpaint_full_res_padding": 12, "controlnet": [one()]},
         "inpainting, guess mode": {"init_image": scene, "mask": sky, "mask_blur": 0.0, "denoising_strength": 1.0, "sampler_name": "dpmpp_2m", "controlnet": [two(guess_mode=True)]},
         "a size of its own": {"width": 192, "height": 128, "controlnet": [one()], "resize": True},
     }
@@ -213,6 +215,12 @@ def main(model, out):
                 shown, kwargs = shown[0], {**kwargs, "controlnet_conditioning_scale": weights[0], "control_guidance_start": starts[0], "control_guidance_end": ends[0]}
             kwargs |= dict(image=Image.open(case["init_image"]).convert("RGB"), control_image=shown, strength=case["denoising_strength"])
             if "mask" in case: kwargs |= dict(mask_image=Image.open(case["mask"]).convert("L"))
+            if case.get("inpaint_full_res"):
+                # What the pipeline does with `padding_mask_crop`, which it refuses for latents.
+                size = dict(width=case["width"], height=case["height"])
+                crop = steered.mask_processor.get_crop_region(kwargs["mask_image"], **size, pad=case["inpaint_full_res_padding"])
+                for key in ("image", "mask_image", "control_image"):
+                    kwargs[key] = steered.image_processor.resize(kwargs[key].crop(crop), size["height"], size["width"], resize_mode="fill")
         elif names[0] == "control_union":
             steered = StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=nets["control_union"])
             kwargs |= dict(control_image=shown, control_mode=[KINDS[a["control_type"]] for a in asked])
