@@ -63,7 +63,7 @@ def cases():
         yield f"img2img-{sampler}", {**with_sampler, **image, "denoising_strength": 0.6}
         yield f"inpaint-{sampler}", {**with_sampler, **mask, "denoising_strength": 0.8}
         yield f"inpaint-all-{sampler}", {**with_sampler, **mask, "denoising_strength": 1.0}
-        yield f"inpaint9-{sampler}", {**with_sampler, **mask, "denoising_strength": 0.8, "model": "inpaint9"}
+        yield f"inpaint9-{sampler}", {**with_sampler, **mask, "denoising_strength": 0.8, "model": "inpaint9", "seed": 12}
         yield f"refiner-{sampler}", {**with_sampler, "width": 128, "height": 128, "refiner": {"model": "demo", "switch_at": 0.6}}
         yield f"refiner-own-{sampler}", {**with_sampler, "width": 128, "height": 128, "refiner": {"model": "refiner", "switch_at": 0.6}}
         yield f"hires-{sampler}", {**with_sampler, "width": 128, "height": 128, "enable_hr": True, "hr_scale": 1.5,
