@@ -1,5 +1,6 @@
 //! Workers of the model domain.
 
+pub(in crate::model) mod adapt;
 pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;

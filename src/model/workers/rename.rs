@@ -30,7 +30,8 @@ impl Worker<Weights> for RenameControl {
         let ends = names().filter(|name| name.contains(".0.op.")).filter_map(|name| place(name, "input_blocks."));
         let layers = ends.map(|end| end.saturating_sub(1)).min();
         let last_hint = names().filter_map(|name| place(name, "input_hint_block.")).max().unwrap_or(0);
-        let layout = Layout { layers: layers.unwrap_or(usize::MAX - 1), last_hint };
+        let unet = UnetNames { layers: layers.unwrap_or(usize::MAX - 1) };
+        let layout = ControlNames { unet, last_hint };
         weights.renamed(|name| {
             let name = name.strip_prefix(&prefix)?;
             layout.rename(name)
@@ -38,29 +39,19 @@ impl Worker<Weights> for RenameControl {
     }
 }
 
-/// What a name's numbers mean depends on these.
+/// The names of a ControlNet.
 #[derive(Clone, Copy)]
-struct Layout {
-    /// Residual blocks at each resolution.
-    layers: usize,
+struct ControlNames {
+    unet: UnetNames,
     /// The number of the last convolution of the hint.
     last_hint: usize,
 }
 
-impl Layout {
+impl ControlNames {
     /// `None` for a name of no part of the network.
     fn rename(self, name: &str) -> Option<String> {
-        for (old, new) in [
-            ("time_embed.0.", "time_embedding.linear_1."),
-            ("time_embed.2.", "time_embedding.linear_2."),
-            ("label_emb.0.0.", "add_embedding.linear_1."),
-            ("label_emb.0.2.", "add_embedding.linear_2."),
-            ("input_blocks.0.0.", "conv_in."),
-            ("middle_block_out.0.", "controlnet_mid_block."),
-        ] {
-            if let Some(rest) = name.strip_prefix(old) {
-                return Some(format!("{new}{rest}"));
-            }
+        if let Some(rest) = name.strip_prefix("middle_block_out.0.") {
+            return Some(format!("controlnet_mid_block.{rest}"));
         }
         if let Some((i, rest)) = name.strip_prefix("zero_convs.").and_then(number) {
             return Some(format!("controlnet_down_blocks.{i}.{}", rest.strip_prefix("0.")?));
@@ -73,10 +64,48 @@ impl Layout {
                 i => Some(format!("controlnet_cond_embedding.blocks.{}.{rest}", (i / 2).checked_sub(1)?)),
             };
         }
+        self.unet.rename(name)
+    }
+}
+
+/// The names of a UNet. What a name's numbers mean depends on how many layers there are.
+#[derive(Clone, Copy)]
+pub(in crate::model) struct UnetNames {
+    /// Residual blocks at each resolution of the way down; on the way up there is one more.
+    pub(in crate::model) layers: usize,
+}
+
+impl UnetNames {
+    /// diffusers' name of a tensor or layer that single files call `name`, without the prefix of its network. `None` for
+    /// a name of no part of the network.
+    pub(in crate::model) fn rename(self, name: &str) -> Option<String> {
+        for (old, new) in [
+            ("time_embed.0.", "time_embedding.linear_1."),
+            ("time_embed.2.", "time_embedding.linear_2."),
+            ("label_emb.0.0.", "add_embedding.linear_1."),
+            ("label_emb.0.2.", "add_embedding.linear_2."),
+            ("input_blocks.0.0.", "conv_in."),
+            ("out.0.", "conv_norm_out."),
+            ("out.2.", "conv_out."),
+        ] {
+            if let Some(rest) = name.strip_prefix(old) {
+                return Some(format!("{new}{rest}"));
+            }
+        }
         if let Some((i, rest)) = name.strip_prefix("middle_block.").and_then(number) {
             return match i {
                 1 => Some(format!("mid_block.attentions.0.{rest}")),
                 i => Some(format!("mid_block.resnets.{}.{}", i / 2, resnet(rest)?)),
+            };
+        }
+        if let Some((i, rest)) = name.strip_prefix("output_blocks.").and_then(number) {
+            let (part, rest) = number(rest)?;
+            let (block, layer) = (i / (self.layers + 1), i % (self.layers + 1));
+            return match (part, rest.strip_prefix("conv.")) {
+                (0, _) => Some(format!("up_blocks.{block}.resnets.{layer}.{}", resnet(rest)?)),
+                // A step between resolutions comes last, behind the transformers where there are some.
+                (_, Some(rest)) => Some(format!("up_blocks.{block}.upsamplers.0.conv.{rest}")),
+                (_, None) => Some(format!("up_blocks.{block}.attentions.{layer}.{rest}")),
             };
         }
         let (i, rest) = name.strip_prefix("input_blocks.").and_then(number)?;
