@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
@@ -19,8 +19,8 @@ pub struct UnetManager {
 
 impl UnetManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("unet", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("unet", budget) }
     }
 
     /// Under which key a UNet is kept.
