@@ -25,6 +25,8 @@ pub struct Placement {
     pub vae: Dtype,
     /// Of the UNet.
     pub quantization: Quantization,
+    /// Whether the UNet's weights stay on the host, or in their files, and come to the device a layer at a time.
+    pub away: bool,
 }
 
 impl Placement {
@@ -70,6 +72,7 @@ impl DeviceInstructor {
             compute: dtypes.compute,
             vae: dtypes.vae,
             quantization: self.settings.quantization,
+            away: false,
         }
         .quantised(None)
     }

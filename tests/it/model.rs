@@ -31,6 +31,7 @@ fn crew(roots: Vec<PathBuf>) -> ModelCrew {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
+        away: false,
     });
     crew
 }
@@ -265,6 +266,7 @@ fn wider_weights_become_the_compute_dtype() {
             compute,
             vae: Dtype::F32,
             quantization: Quantization::None,
+            away: false,
         });
         let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
             panic!("load")
@@ -278,7 +280,8 @@ fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
     let mut crew = crew(Vec::new());
     let mut load = |quantization| {
         let (device, name) = (Device::Cpu, "cpu".to_owned());
-        crew.placement = Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization });
+        crew.placement =
+            Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization, away: false });
         let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
             panic!("load")
         };
