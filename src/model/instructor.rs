@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::catalog::Catalog;
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, CheckpointKey};
 use super::interface::{
     ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
@@ -99,8 +99,22 @@ impl ModelCrew {
             EncoderPolicy::Release => true,
         };
         if release {
-            self.encoders.shelf.let_go(checkpoint.key);
+            self.dismiss(checkpoint);
         }
+    }
+
+    /// Frees the text encoders of a checkpoint, unless they are pinned.
+    pub fn dismiss(&mut self, checkpoint: &Checkpoint) {
+        self.encoders.shelf.let_go(checkpoint.key);
+    }
+
+    /// The running request will use what is kept of this checkpoint, or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey) {
+        self.encoders.shelf.claim(key);
+        self.unets.shelf.claim(key);
+        self.vaes.shelf.claim(key);
+        self.controlnets.shelf.claim(key);
+        self.adapters.claim(key);
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

@@ -22,6 +22,7 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
+mod scratch;
 mod prompts;
 mod protocol;
 mod random_networks;

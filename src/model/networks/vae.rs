@@ -141,7 +141,8 @@ impl VaeConfig {
         let below = self.block_out_channels.get(1).copied().unwrap_or(first);
         let channels = match extent {
             Extent::Whole => 2 * below + first,
-            Extent::Strips => 2 * first + below / 2,
+            // Two maps, and some rows of those before and between them. The picture is taken to be square.
+            Extent::Strips => 2 * first + below * STRIP.min(pixels.isqrt()) / pixels.isqrt().max(1),
         };
         pixels * channels * element
     }
