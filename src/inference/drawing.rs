@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::managers::{Reach, Vae};
+use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
 use crate::pixels::{Gray8, Rgb8};
@@ -317,7 +318,9 @@ impl InferenceInstructor {
         ctx: &Context,
     ) -> Result<Tensor> {
         let config = &plan.checkpoint.vae;
-        ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, placement }))
+        let strips = plan.means.decode == DecodeExtent::Strips;
+        let extent = if strips { Extent::Strips } else { Extent::Whole };
+        ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, extent, placement }))
     }
 
     /// What adapters made of their pictures. A run of another model, as the refiner's, has none.

@@ -26,5 +26,7 @@ mod scratch;
 mod prompts;
 mod protocol;
 mod random_networks;
+mod residency;
 mod steer;
+mod switching;
 mod wire;

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::inference::controlling::is_of;
 use crate::inference::interface::DecodeExtent;
 use crate::inference::memory::{Means, Offload, PartBytes};
-use crate::inference::plan::GenerationPlan;
+use crate::inference::plan::{Entry, GenerationPlan};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::networks::footprint::Footprint;
@@ -41,6 +41,8 @@ pub struct Needs {
     /// Feature maps of the decoder by extent.
     whole: f64,
     strips: f64,
+    /// Of the encoder by extent; none where no picture is encoded.
+    encode: [f64; 2],
     /// Of the text encoders and of what is always there.
     least: f64,
     pub evaluations: usize,
@@ -85,7 +87,9 @@ impl Needs {
     /// The largest moment of the feature maps.
     #[must_use]
     pub fn activations(&self, means: Means) -> Bytes {
-        self.denoise(means).max(self.decode(means)).max(Bytes(self.least as u64))
+        let [whole, strips] = self.encode;
+        let encode = if means.decode == DecodeExtent::Strips { strips } else { whole };
+        self.denoise(means).max(self.decode(means)).max(Bytes(encode.max(self.least) as u64))
     }
 
     /// Bytes still to be had.
@@ -122,8 +126,9 @@ impl Needs {
     /// The same for an image of `scale` times as many pixels.
     #[must_use]
     pub fn scaled(&self, scale: f64) -> Self {
-        let Self { pass, whole, strips, .. } = *self;
-        Self { pass: pass * scale, whole: whole * scale, strips: strips * scale, ..self.clone() }
+        let Self { pass, whole, strips, encode, .. } = *self;
+        let encode = encode.map(|bytes| bytes * scale);
+        Self { pass: pass * scale, whole: whole * scale, strips: strips * scale, encode, ..self.clone() }
     }
 }
 
@@ -139,6 +144,10 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         // The VAE never computes in f16.
         let wide = if holding.compute == Dtype::F16 { Dtype::F32.tensor().size_in_bytes() } else { element };
         let decode = |extent| plan.checkpoint.vae.decode_bytes(64 * last, wide, extent) as f64;
+        let encode = |extent| plan.checkpoint.vae.encode_bytes(64 * positions, wide, extent) as f64;
+        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+        let enlarged = plan.further.iter().any(|further| matches!(further.entry, Entry::Pixels(_)));
+        let encodes = plan.editing.is_some() || takes_mask || enlarged;
         let passes = plan.guidance.all_roles().len();
         let Footprint { maps, skips, text } = plan.checkpoint.unet.footprint(positions, holding.on_host)?;
         // What ControlNets add stays while it runs, and a sum beside what is added to it.
@@ -160,6 +169,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             text: text * (passes * element) as f64,
             whole: decode(Extent::Whole),
             strips: decode(Extent::Strips),
+            encode: if encodes { [Extent::Whole, Extent::Strips].map(encode) } else { [0.0; 2] },
             least: Bytes::MIB as f64,
             evaluations: runs().map(|(sampling, _)| sampling.evaluations()).sum::<usize>() * images,
             seconds,
