@@ -22,7 +22,6 @@ mod noise;
 mod outputs;
 mod parity;
 mod scheduler;
-mod scratch;
 mod prompts;
 mod protocol;
 mod random_networks;
