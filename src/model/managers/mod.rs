@@ -192,10 +192,10 @@ impl<T> Rack for Entries<T> {
         let shares = ["unet", "encoder"].contains(&self.kind);
         let like = |key: &ShelfKey| shares && *key == ShelfKey { over: key.over, ..gone.key.clone() };
         let heir = list.iter_mut().rev().find(|entry| like(&entry.key));
-        let inherited = heir.map(|heir| std::mem::replace(&mut heir.bytes, heir.bytes.max(gone.bytes)));
-        drop(list);
-        // The smaller of the two, where there is an heir.
-        inherited.map_or(gone.bytes, |own| own.min(gone.bytes))
+        let Some(heir) = heir else { return gone.bytes };
+        let (less, more) = (heir.bytes.min(gone.bytes), heir.bytes.max(gone.bytes));
+        heir.bytes = more;
+        less
     }
 }
 
