@@ -260,6 +260,7 @@ impl ModelInstructor {
             crew.tokenizers.remove(key),
             if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
         ];
+        memory::release();
         let after = names(crew);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();
         models.sort();
