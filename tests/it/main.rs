@@ -11,6 +11,7 @@ mod device;
 mod drawing;
 mod edits;
 mod hints;
+mod hostile_files;
 mod image_files;
 mod guidance;
 mod instruction_sets;

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
+pub(crate) mod headers;
 mod weights;
 
 use std::fs;
