@@ -12,6 +12,7 @@ use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
+use crate::model::lora::LoraChoice;
 use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
 use crate::resample::Filter;
@@ -40,6 +41,8 @@ pub struct GenerationPlan {
     pub controls: Vec<ControlPlan>,
     /// Pictures beside the prompt.
     pub adapters: AdapterPlan,
+    /// In the order in which they are applied.
+    pub loras: Vec<LoraChoice>,
     pub output: OutputPlan,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,

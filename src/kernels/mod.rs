@@ -11,6 +11,7 @@ mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
+pub mod sharing;
 mod tally;
 
 #[cfg(target_arch = "x86_64")]
@@ -143,7 +144,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?))
+        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?)))
     }
 
     /// Reads `weight` alone.
@@ -151,7 +152,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, None)
+        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, None))
     }
 
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
@@ -260,9 +261,11 @@ impl Conv2d {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
-        shapes::kernel(&weight, shape)?;
-        Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+        sharing::layer(vb, || {
+            let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
+            shapes::kernel(&weight, shape)?;
+            Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+        })
     }
 
     /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
@@ -314,7 +317,7 @@ impl GroupNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
     }
 
     /// `x` is `[B, .., C]`.
@@ -409,7 +412,7 @@ impl LayerNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
     }
 
     /// `x` is `[.., C]`.

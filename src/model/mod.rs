@@ -1,5 +1,6 @@
 //! Checkpoints, weights and networks.
 
+mod beside;
 pub mod catalog;
 pub mod checkpoint;
 pub mod companion;
@@ -9,6 +10,7 @@ mod folder;
 pub mod instructor;
 pub mod interface;
 pub mod inversion;
+pub mod lora;
 pub mod managers;
 pub mod networks;
 mod workers;

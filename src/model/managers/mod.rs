@@ -3,6 +3,7 @@
 mod adapters;
 mod controlnet;
 mod encoder;
+mod lora;
 mod tokenizer;
 mod unet;
 mod vae;
@@ -13,7 +14,8 @@ use candle_nn::VarBuilder;
 
 pub use adapters::{Adapter, AdapterManager, shapes};
 pub use controlnet::ControlNetManager;
-pub use encoder::{EncoderManager, TextEncoders};
+pub use encoder::{ENCODERS, EncoderManager, TextEncoders};
+pub use lora::Kept;
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
@@ -77,6 +79,11 @@ impl<T> Shelf<T> {
         let item = Arc::clone(&entry.item);
         self.entries.push(entry);
         Some(item)
+    }
+
+    /// The items whose keys are `wanted`.
+    pub(in crate::model) fn like(&self, wanted: impl Fn(&ShelfKey) -> bool) -> Vec<Arc<T>> {
+        self.entries.iter().filter(|entry| wanted(&entry.key)).map(|entry| Arc::clone(&entry.item)).collect()
     }
 
     /// Makes place for an item before it is loaded, so that the old and the new need not fit together.
