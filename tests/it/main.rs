@@ -15,6 +15,7 @@ mod hostile_files;
 mod image_files;
 mod guidance;
 mod instruction_sets;
+mod loras;
 mod mapping;
 mod memory;
 mod model;
