@@ -93,7 +93,9 @@ impl LoraChoice {
     fn strength(&self, part: Part, layer: &str) -> f64 {
         match part {
             Part::Unet => {
-                let holds = |block: &str| layer.strip_prefix(block).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+                let holds = |block: &str| {
+                    layer.strip_prefix(block).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                };
                 let block = self.blocks.iter().filter(|(block, _)| holds(block)).max_by_key(|(block, _)| block.len());
                 self.unet * block.map_or(1.0, |(_, weight)| *weight)
             }
@@ -228,9 +230,13 @@ impl Lora {
         let mut layers = BTreeMap::new();
         for ((part, layer), held) in named.layers {
             let own = |tensor: &str| table(part).and_then(|table| table.shape(&format!("{layer}.{tensor}")));
-            if let (true, Some(down), Some(own)) = (is_of_text(part, &layer), held.get("lora_down.weight"), own("weight")) {
+            if let (true, Some(down), Some(own)) =
+                (is_of_text(part, &layer), held.get("lora_down.weight"), own("weight"))
+            {
                 let reads = stored.get(down.key.as_str()).and_then(|(_, shape)| shape.get(1)).copied();
-                if let (Some(reads), Some(&width)) = (reads, own.get(1)) && reads != width {
+                if let (Some(reads), Some(&width)) = (reads, own.get(1))
+                    && reads != width
+                {
                     return Err(refuse(for_another(reads, width, &checkpoint.name)));
                 }
             }
@@ -279,8 +285,7 @@ impl Lora {
         if wanted.is_empty() {
             return Ok(HashMap::new());
         }
-        let task =
-            ReadTask { component: "lora", weights: &self.weights, compute: Dtype::F32, device: &Device::Cpu };
+        let task = ReadTask { component: "lora", weights: &self.weights, compute: Dtype::F32, device: &Device::Cpu };
         let read = |vb: &VarBuilder| -> Result<HashMap<String, Tensor>> {
             let one = |key: &str| Ok((key.to_owned(), vb.get_unchecked(key)?));
             wanted.into_iter().map(one).collect()

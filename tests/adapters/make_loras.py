@@ -31,7 +31,7 @@ def layers(pipe, component, kind):
 
 
 def random(pipe, components, seed, kind="linear", dora=False):
-    """For each layer `down`, `up` and `alpha`; the change is as large as a third of the weights."""
+    """For each layer `down`, `up` and `alpha`; the change is as large as an eighth of the weights."""
     generator = torch.Generator().manual_seed(seed)
     changes = {}
     for component in components:
@@ -39,7 +39,7 @@ def random(pipe, components, seed, kind="linear", dora=False):
             down = torch.randn(RANK, *weight.shape[1:], generator=generator)
             up = torch.randn(weight.shape[0], RANK, *[1] * (weight.dim() - 2), generator=generator)
             change = up.flatten(1) @ down.flatten(1)
-            up = up * (0.35 * weight.std() / change.std()) * 2.0
+            up = up * (0.12 * weight.std() / change.std()) * 2.0
             parts = {"down": down.half(), "up": up.half(), "alpha": torch.tensor(RANK / 2.0)}
             if dora:
                 size = weight.flatten(1).norm(dim=1)
@@ -85,7 +85,7 @@ def draw(model, case, files):
     steps = dict(timesteps=case["timesteps"]) if "timesteps" in case else dict(num_inference_steps=case["steps"])
     with torch.no_grad():
         out = pipe(prompt=case["prompt"], negative_prompt=case["negative_prompt"], guidance_scale=case["cfg_scale"], width=case["width"],
-                   height=case["height"], generator=torch.Generator("cpu").manual_seed(case["seed"]), output_type="latent", **steps)
+                   height=case["height"], generator=torch.Generator("cpu").manual_seed(case["seed"]), output_type="latent", eta=case.get("eta", 0.0), **steps)
     return out.images
 
 

@@ -93,7 +93,8 @@ pub(super) fn split(key: &str) -> Option<Key<'_>> {
 fn ending(key: &str) -> Option<(&str, String)> {
     // PEFT names the adapter between the part and its tensor: `lora_A.default.weight`.
     for (middle, part) in [(".lora_A.", "lora_down."), (".lora_B.", "lora_up.")] {
-        if let Some((module, (_, tensor))) = key.split_once(middle).and_then(|(m, rest)| Some((m, rest.split_once('.')?)))
+        if let Some((module, (_, tensor))) =
+            key.split_once(middle).and_then(|(m, rest)| Some((m, rest.split_once('.')?)))
             && matches!(tensor, "weight" | "bias")
         {
             return Some((module, format!("{part}{tensor}")));
@@ -127,12 +128,37 @@ mod tests {
 
     #[test]
     fn keys_of_every_writer_are_taken_apart() {
-        check("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", Place::Unet, "input_blocks_4_1_proj_in", "lora_down.weight");
-        check("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", Place::Second, "text_model_encoder_layers_0_mlp_fc1", "alpha");
-        check("base_model.model.unet.mid_block.attentions.0.proj_in.lora_B.weight", Place::Unet, "mid_block.attentions.0.proj_in", "lora_up.weight");
+        check(
+            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
+            Place::Unet,
+            "input_blocks_4_1_proj_in",
+            "lora_down.weight",
+        );
+        check(
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
+            Place::Second,
+            "text_model_encoder_layers_0_mlp_fc1",
+            "alpha",
+        );
+        check(
+            "base_model.model.unet.mid_block.attentions.0.proj_in.lora_B.weight",
+            Place::Unet,
+            "mid_block.attentions.0.proj_in",
+            "lora_up.weight",
+        );
         check("unet.conv_in.lora_A.default.weight", Place::Unet, "conv_in", "lora_down.weight");
-        check("unet.a.attn1.processor.to_q_lora.down.weight", Place::Unet, "a.attn1.processor.to_q", "lora_down.weight");
-        check("text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight", Place::First, "text_model.x.q_proj", "lora_up.weight");
+        check(
+            "unet.a.attn1.processor.to_q_lora.down.weight",
+            Place::Unet,
+            "a.attn1.processor.to_q",
+            "lora_down.weight",
+        );
+        check(
+            "text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight",
+            Place::First,
+            "text_model.x.q_proj",
+            "lora_up.weight",
+        );
         check("unet.a.to_q.lora_magnitude_vector.default.weight", Place::Unet, "a.to_q", "lora_magnitude_vector");
         check("diffusion_model.out.2.lora_up.weight", Place::Unet, "out.2", "lora_up.weight");
         check("down_blocks.0.resnets.0.conv1.diff_b", Place::Any, "down_blocks.0.resnets.0.conv1", "diff_b");
