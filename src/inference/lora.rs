@@ -149,7 +149,8 @@ pub(super) fn choose(
         return Err(Error::invalid("loras", format!("must be at most {MOST}, got {count}")));
     }
     let (mut choices, mut decided): (Vec<LoraChoice>, Vec<LoraWish>) = (Vec::new(), Vec::new());
-    let fields = (0..said.len()).map(|index| format!("loras.{index}")).chain(tagged.iter().map(|_| "prompt".to_owned()));
+    let fields =
+        (0..said.len()).map(|index| format!("loras.{index}")).chain(tagged.iter().map(|_| "prompt".to_owned()));
     for (wish, field) in said.iter().chain(&tagged).zip(fields) {
         let from_prompt = field == "prompt";
         let at = |error: Error| if from_prompt { error } else { error.below(&field) };
@@ -160,12 +161,7 @@ pub(super) fn choose(
     Ok((choices, (wishes.is_some() || count > 0).then_some(LoraWishes(decided))))
 }
 
-fn decide(
-    wish: &LoraWish,
-    field: &str,
-    before: &[LoraChoice],
-    catalog: &Catalog,
-) -> Result<(LoraChoice, LoraWish)> {
+fn decide(wish: &LoraWish, field: &str, before: &[LoraChoice], catalog: &Catalog) -> Result<(LoraChoice, LoraWish)> {
     let name = wish.model.as_deref().ok_or_else(|| Error::invalid("model", "is missing: name a safetensors file"))?;
     let in_range = |field: &str, weight: f64| within(field, weight, -10.0, 10.0);
     let weight = in_range("weight", wish.weight.unwrap_or(1.0))?;

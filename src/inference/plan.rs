@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::guidance::Guidance;
 use super::interface::GenerateRequest;
+use super::memory::{Means, MemoryWish};
 use super::workers::latents::Between;
 use crate::conditioning::adapters::AdapterPlan;
 use crate::conditioning::canvas::CanvasWish;
@@ -44,6 +45,9 @@ pub struct GenerationPlan {
     /// In the order in which they are applied.
     pub loras: Vec<LoraChoice>,
     pub output: OutputPlan,
+    /// What is left open for want of memory, and what was decided.
+    pub memory: MemoryWish,
+    pub means: Means,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
 }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::companion::Companion;
-use super::workers::adapt::{ADAPTERS, Format, Parts};
+use super::workers::adapt::{self, Format, Parts};
 use super::workers::adapting::{Touch, Touches};
 use super::workers::names::{Held, Name, NameTask, Source, Table};
 use super::workers::open::{StoredDtype, Weights};
@@ -26,9 +26,6 @@ use crate::error::{Error, Result, nearest};
 pub const MOST: usize = 32;
 /// Keys that a report names of those that were skipped.
 const NAMED: usize = 5;
-/// Parts that change a layer's bias; all others change its weight.
-const OF_BIAS: [&str; 3] = ["diff_b", "b_norm", "lora_B.bias"];
-
 /// An adapter file, and times which it counts.
 #[derive(Clone, Debug)]
 pub struct LoraChoice {
@@ -96,7 +93,9 @@ impl LoraChoice {
     fn strength(&self, part: Part, layer: &str) -> f64 {
         match part {
             Part::Unet => {
-                let holds = |block: &str| layer.strip_prefix(block).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+                let holds = |block: &str| {
+                    layer.strip_prefix(block).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                };
                 let block = self.blocks.iter().filter(|(block, _)| holds(block)).max_by_key(|(block, _)| block.len());
                 self.unet * block.map_or(1.0, |(_, weight)| *weight)
             }
@@ -231,9 +230,13 @@ impl Lora {
         let mut layers = BTreeMap::new();
         for ((part, layer), held) in named.layers {
             let own = |tensor: &str| table(part).and_then(|table| table.shape(&format!("{layer}.{tensor}")));
-            if let (true, Some(down), Some(own)) = (is_of_text(part, &layer), held.get("lora_down.weight"), own("weight")) {
+            if let (true, Some(down), Some(own)) =
+                (is_of_text(part, &layer), held.get("lora_down.weight"), own("weight"))
+            {
                 let reads = stored.get(down.key.as_str()).and_then(|(_, shape)| shape.get(1)).copied();
-                if let (Some(reads), Some(&width)) = (reads, own.get(1)) && reads != width {
+                if let (Some(reads), Some(&width)) = (reads, own.get(1))
+                    && reads != width
+                {
                     return Err(refuse(for_another(reads, width, &checkpoint.name)));
                 }
             }
@@ -282,8 +285,7 @@ impl Lora {
         if wanted.is_empty() {
             return Ok(HashMap::new());
         }
-        let task =
-            ReadTask { component: "lora", weights: &self.weights, compute: Dtype::F32, device: &Device::Cpu };
+        let task = ReadTask { component: "lora", weights: &self.weights, compute: Dtype::F32, device: &Device::Cpu };
         let read = |vb: &VarBuilder| -> Result<HashMap<String, Tensor>> {
             let one = |key: &str| Ok((key.to_owned(), vb.get_unchecked(key)?));
             wanted.into_iter().map(one).collect()
@@ -301,21 +303,12 @@ struct Chosen {
 
 impl Chosen {
     fn of(held: &Held, has_weight: bool, has_bias: bool) -> Self {
-        let marked = |(_, format): &(&str, &Format)| {
-            format.marks.iter().any(|mark| held.contains_key(*mark) && !OF_BIAS.contains(mark))
-        };
-        let of_bias = |(_, format): &(&str, &Format)| {
-            format.parts.iter().any(|part| held.contains_key(*part) && OF_BIAS.contains(part))
-        };
-        Self {
-            weight: ADAPTERS.iter().find(marked).filter(|_| has_weight),
-            bias: ADAPTERS.iter().find(of_bias).filter(|_| has_bias),
-        }
+        let format = |tensor: &str| adapt::of(tensor, |part| held.contains_key(part));
+        Self { weight: format("weight").filter(|_| has_weight), bias: format("bias").filter(|_| has_bias) }
     }
 
     fn uses(self, part: &str) -> bool {
-        let format = if OF_BIAS.contains(&part) { self.bias } else { self.weight };
-        format.is_some_and(|(_, format)| format.parts.contains(&part))
+        [self.weight, self.bias].into_iter().flatten().any(|(_, format)| format.parts.contains(&part))
     }
 }
 

@@ -13,4 +13,5 @@ pub mod inversion;
 pub mod lora;
 pub mod managers;
 pub mod networks;
+pub mod weighing;
 mod workers;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::lora::{Adapting, Kept, donors};
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -30,8 +30,8 @@ pub struct EncoderManager {
 
 impl EncoderManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("encoder", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("encoder", budget) }
     }
 
     /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not here.
@@ -70,10 +70,9 @@ impl EncoderManager {
             let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
             let second = open(Part::TextEncoder2)?;
             let donors = donors(&self.shelf, &key);
-            let of_first = donors.iter().filter_map(|encoders| encoders.first.as_ref());
-            let first_changes = Adapting::new(stack, Part::TextEncoder, of_first);
-            let of_second = donors.iter().map(|encoders| &encoders.second);
-            let second_changes = Adapting::new(stack, Part::TextEncoder2, of_second);
+            let first_changes = Adapting::new(stack, Part::TextEncoder, &donors, |encoders| encoders.first.as_ref());
+            let second_changes = Adapting::new(stack, Part::TextEncoder2, &donors, |encoders| Some(&encoders.second));
+            drop(donors);
             let first_bytes = first.as_ref().map_or(Bytes(0), |(_, opened)| first_changes.bytes(opened));
             self.shelf.reserve(first_bytes + second_changes.bytes(&second));
             let tensor = dtype.tensor();

@@ -41,11 +41,16 @@ pub(super) struct Adapting<'a> {
 }
 
 impl<'a> Adapting<'a> {
-    /// Takes from `donors`, networks of the same checkpoint, device and dtype, what is the same in them.
-    pub(super) fn new<'d, T: 'd>(stack: &'a Stack, part: Part, donors: impl Iterator<Item = &'d Kept<T>>) -> Self {
+    /// Takes from the networks `of` donors, which are of the same checkpoint, device and dtype, what is the same in them.
+    pub(super) fn new<D, T>(
+        stack: &'a Stack,
+        part: Part,
+        donors: &[Arc<D>],
+        of: impl Fn(&D) -> Option<&Kept<T>>,
+    ) -> Self {
         let marks = stack.marks(part);
         let mut given = Layers::default();
-        for donor in donors {
+        for donor in donors.iter().filter_map(|donor| of(donor)) {
             for (name, layer) in donor.layers.iter() {
                 if donor.marks.get(name) == marks.get(name) && given.get(name).is_none() {
                     given.insert(name, layer.clone());
@@ -84,6 +89,6 @@ impl<'a> Adapting<'a> {
 }
 
 /// What of a shelf may give layers to a network of this key.
-pub(super) fn donors<T>(shelf: &Shelf<T>, key: &ShelfKey) -> Vec<Arc<T>> {
+pub(super) fn donors<T: 'static>(shelf: &Shelf<T>, key: &ShelfKey) -> Vec<Arc<T>> {
     shelf.like(|other| ShelfKey { over: key.over, ..other.clone() } == *key)
 }

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use candle_core::Device;
+
 use super::lora::{Adapting, Kept, donors};
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::quantising;
+use crate::kernels::{away, quantising};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::Stack;
@@ -21,21 +23,27 @@ pub struct UnetManager {
 
 impl UnetManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("unet", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("unet", budget) }
     }
 
     /// Under which key a UNet is kept.
     pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
         let quantization = placement.quantization;
-        ShelfKey { quantization, ..ShelfKey::new(checkpoint, placement, placement.compute) }
+        let device = if placement.away { format!("{} from afar", placement.name) } else { placement.name.clone() };
+        ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
     }
 
     /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not here.
     ///
     /// # Errors
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
-    pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Kept<Unet>>> {
+    pub fn acquire(
+        &mut self,
+        checkpoint: &Checkpoint,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<Kept<Unet>>> {
         self.adapted(checkpoint, &Stack::default(), placement, ctx)
     }
 
@@ -56,12 +64,14 @@ impl UnetManager {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let opened = Opened::new(checkpoint, Part::Unet, placement, dtype, ctx)?;
-            let donors = donors(&self.shelf, &key);
-            let adapting = Adapting::new(stack, Part::Unet, donors.iter().map(Arc::as_ref));
+            let host = Placement { device: Device::Cpu, ..placement.clone() };
+            let lies = if placement.away { &host } else { placement };
+            let opened = Opened::new(checkpoint, Part::Unet, lies, dtype, ctx)?;
+            let adapting = Adapting::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
             self.shelf.reserve(adapting.bytes(&opened));
             let load = || adapting.load(&opened, ctx, |vb| Unet::load(vb, &checkpoint.unet));
             let (loaded, saved) = match placement.quantization {
+                Quantization::None if placement.away => (away(&placement.device, load), 0),
                 Quantization::None => (load(), 0),
                 Quantization::Int8 => quantising(Unet::bears_int8, load),
             };

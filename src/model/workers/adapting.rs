@@ -99,9 +99,12 @@ impl Touch {
 impl Touches<'_> {
     fn tensors(&self) -> BTreeMap<String, Changed<'_>> {
         let of_layer = |(layer, by): (&'_ String, &'_ Vec<Touch>)| {
-            ["weight", "bias"].into_iter().filter(|tensor| by.iter().any(|touch| touch.format(tensor).is_some())).map(
-                move |tensor| tensor
-            ).map(|tensor| (format!("{layer}.{tensor}"), tensor)).collect::<Vec<_>>()
+            ["weight", "bias"]
+                .into_iter()
+                .filter(|tensor| by.iter().any(|touch| touch.format(tensor).is_some()))
+                .map(move |tensor| tensor)
+                .map(|tensor| (format!("{layer}.{tensor}"), tensor))
+                .collect::<Vec<_>>()
         };
         let mut all = BTreeMap::new();
         for (layer, by) in &self.layers {
@@ -188,9 +191,10 @@ impl Adapted<'_> {
             let parts: Parts = touch.parts.iter().map(part).collect::<CandleResult<_>>()?;
             let task = MergeTask { layer, tensor, base: &wide, parts: &parts, strength: touch.strength };
             let file = self.touches.names.get(touch.adapter).map_or("", String::as_str);
-            let next = self.ctx.perform(format.merge, task).map_err(|error| told(error, file))?;
+            let next = self.ctx.perform(format.merge, task).map_err(|error| told(error, file, &touch.parts))?;
             if next.shape() != wide.shape() {
-                let message = format!("`{layer}.{tensor}` is {:?}, and the change gives {:?}", wide.dims(), next.dims());
+                let message =
+                    format!("`{layer}.{tensor}` is {:?}, and the change gives {:?}", wide.dims(), next.dims());
                 return Err(Error::ModelUnsupported { name: file.to_owned(), message });
             }
             wide = next;
@@ -201,11 +205,13 @@ impl Adapted<'_> {
     }
 }
 
-/// An error of a format, which knows the layer alone, with the adapter's file.
-fn told(error: Error, file: &str) -> Error {
+/// An error of a format, which knows the layer alone, with the adapter's file and what it has.
+fn told(error: Error, file: &str, parts: &Parts) -> Error {
     match error {
         Error::ModelUnsupported { name, message } => {
-            Error::ModelUnsupported { name: file.to_owned(), message: format!("what it has for `{name}`: {message}") }
+            let parts: Vec<String> = parts.iter().map(|(name, part)| format!("`{name}` {:?}", part.dims())).collect();
+            let message = format!("what it has for `{name}`, {}: {message}", parts.join(", "));
+            Error::ModelUnsupported { name: file.to_owned(), message }
         }
         other => other,
     }

@@ -4,6 +4,8 @@
 //! (`….processor.to_q_lora.down.weight`), LyCORIS (`….hada_w1_a`, `….lokr_w1`, …), and programs that keep the names of the
 //! single file (`diffusion_model.input_blocks.4.1.…`).
 
+use crate::model::workers::adapt::ADAPTERS;
+
 /// The network that a key names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -41,48 +43,8 @@ const ENDINGS: &[(&str, &str)] = &[
     (".lora_B.weight", "lora_up.weight"),
     (".lora_A", "lora_down.weight"),
     (".lora_B", "lora_up.weight"),
-    (".lora_magnitude_vector.weight", "dora_scale"),
-    (".lora_magnitude_vector", "dora_scale"),
-];
-
-/// Endings that are names of parts already. `weight` is IA3's, and comes last as others end so too.
-const PARTS: &[&str] = &[
-    "lora_down.weight",
-    "lora_up.weight",
-    "lora_mid.weight",
-    "lora_B.bias",
-    "alpha",
-    "dora_scale",
-    "hada_w1_a",
-    "hada_w1_b",
-    "hada_w2_a",
-    "hada_w2_b",
-    "hada_t1",
-    "hada_t2",
-    "lokr_w1",
-    "lokr_w1_a",
-    "lokr_w1_b",
-    "lokr_w2",
-    "lokr_w2_a",
-    "lokr_w2_b",
-    "lokr_t1",
-    "lokr_t2",
-    "diff",
-    "diff_b",
-    "w_norm",
-    "b_norm",
-    "on_input",
-    "ia3_l",
-    "oft_blocks",
-    "oft_diag",
-    "oft_R.weight",
-    "oft_r",
-    "boft_R",
-    "boft_s",
-    "constraint",
-    "rescale",
-    "scalar",
-    "weight",
+    (".lora_B.bias", "lora_up.bias"),
+    (".lora_magnitude_vector.weight", "lora_magnitude_vector"),
 ];
 
 /// How keys begin.
@@ -130,23 +92,27 @@ pub(super) fn split(key: &str) -> Option<Key<'_>> {
 /// The module's name, and the part's.
 fn ending(key: &str) -> Option<(&str, String)> {
     // PEFT names the adapter between the part and its tensor: `lora_A.default.weight`.
-    for (middle, part) in
-        [(".lora_A.", "lora_down.weight"), (".lora_B.", "lora_up.weight"), (".lora_magnitude_vector.", "dora_scale")]
-    {
-        if let Some((module, rest)) = key.split_once(middle) {
-            let name = rest.strip_suffix(".weight").unwrap_or(if rest == "weight" { "" } else { rest });
-            if !name.contains('.') && name != "bias" && rest != "bias" {
-                return Some((module, part.to_owned()));
-            }
+    for (middle, part) in [(".lora_A.", "lora_down."), (".lora_B.", "lora_up.")] {
+        if let Some((module, (_, tensor))) =
+            key.split_once(middle).and_then(|(m, rest)| Some((m, rest.split_once('.')?)))
+            && matches!(tensor, "weight" | "bias")
+        {
+            return Some((module, format!("{part}{tensor}")));
         }
+    }
+    if let Some((module, rest)) = key.split_once(".lora_magnitude_vector.")
+        && rest.split('.').count() <= 2
+    {
+        return Some((module, "lora_magnitude_vector".to_owned()));
     }
     let key = key.strip_suffix(".default").unwrap_or(key);
     let known = ENDINGS.iter().find_map(|(end, part)| Some((key.strip_suffix(end)?, (*part).to_owned())));
     known.or_else(|| {
-        PARTS.iter().find_map(|part| {
-            let module = key.strip_suffix(part)?.strip_suffix('.')?;
-            Some((module, (*part).to_owned()))
-        })
+        // One part's name may end as another's.
+        let parts = ADAPTERS.iter().flat_map(|(_, format)| format.parts);
+        let of = |part: &&'static str| Some((key.strip_suffix(*part)?.strip_suffix('.')?, *part));
+        let (module, part) = parts.filter_map(|part| of(part)).max_by_key(|(_, part)| part.len())?;
+        Some((module, part.to_owned()))
     })
 }
 
@@ -162,13 +128,38 @@ mod tests {
 
     #[test]
     fn keys_of_every_writer_are_taken_apart() {
-        check("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", Place::Unet, "input_blocks_4_1_proj_in", "lora_down.weight");
-        check("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", Place::Second, "text_model_encoder_layers_0_mlp_fc1", "alpha");
-        check("base_model.model.unet.mid_block.attentions.0.proj_in.lora_B.weight", Place::Unet, "mid_block.attentions.0.proj_in", "lora_up.weight");
+        check(
+            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
+            Place::Unet,
+            "input_blocks_4_1_proj_in",
+            "lora_down.weight",
+        );
+        check(
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
+            Place::Second,
+            "text_model_encoder_layers_0_mlp_fc1",
+            "alpha",
+        );
+        check(
+            "base_model.model.unet.mid_block.attentions.0.proj_in.lora_B.weight",
+            Place::Unet,
+            "mid_block.attentions.0.proj_in",
+            "lora_up.weight",
+        );
         check("unet.conv_in.lora_A.default.weight", Place::Unet, "conv_in", "lora_down.weight");
-        check("unet.a.attn1.processor.to_q_lora.down.weight", Place::Unet, "a.attn1.processor.to_q", "lora_down.weight");
-        check("text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight", Place::First, "text_model.x.q_proj", "lora_up.weight");
-        check("unet.a.to_q.lora_magnitude_vector.default.weight", Place::Unet, "a.to_q", "dora_scale");
+        check(
+            "unet.a.attn1.processor.to_q_lora.down.weight",
+            Place::Unet,
+            "a.attn1.processor.to_q",
+            "lora_down.weight",
+        );
+        check(
+            "text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight",
+            Place::First,
+            "text_model.x.q_proj",
+            "lora_up.weight",
+        );
+        check("unet.a.to_q.lora_magnitude_vector.default.weight", Place::Unet, "a.to_q", "lora_magnitude_vector");
         check("diffusion_model.out.2.lora_up.weight", Place::Unet, "out.2", "lora_up.weight");
         check("down_blocks.0.resnets.0.conv1.diff_b", Place::Any, "down_blocks.0.resnets.0.conv1", "diff_b");
         check("lora_unet_a_to_k.weight", Place::Unet, "a_to_k", "weight");

@@ -73,13 +73,18 @@ impl Table {
 
     /// Whether a name is that of a layer, or of a block of layers.
     pub(in crate::model) fn has_block(&self, name: &str) -> bool {
-        self.layers.values().any(|layer| layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
+        self.layers
+            .values()
+            .any(|layer| layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
     }
 
     /// Names of layers and of blocks of layers.
     pub(in crate::model) fn blocks(&self) -> BTreeSet<String> {
-        let ends = |layer: &String| layer.match_indices('.').map(|(end, _)| end).chain([layer.len()]).collect::<Vec<_>>();
-        let of = |layer: &String| ends(layer).into_iter().filter_map(|end| layer.get(..end).map(str::to_owned)).collect::<Vec<_>>();
+        let ends =
+            |layer: &String| layer.match_indices('.').map(|(end, _)| end).chain([layer.len()]).collect::<Vec<_>>();
+        let of = |layer: &String| {
+            ends(layer).into_iter().filter_map(|end| layer.get(..end).map(str::to_owned)).collect::<Vec<_>>()
+        };
         self.layers.values().flat_map(of).collect()
     }
 
@@ -185,7 +190,9 @@ fn dotted(flat: &str) -> Option<String> {
     if let Some((_, dotted)) = WHOLE.iter().find(|(known, _)| *known == flat) {
         return Some((*dotted).to_owned());
     }
-    let inner = |rest: &str| INNER.iter().find(|(known, _)| *known == rest).map_or(rest.to_owned(), |(_, dotted)| (*dotted).to_owned());
+    let inner = |rest: &str| {
+        INNER.iter().find(|(known, _)| *known == rest).map_or(rest.to_owned(), |(_, dotted)| (*dotted).to_owned())
+    };
     if let Some(rest) = flat.strip_prefix("middle_block_") {
         let (place, rest) = rest.split_once('_')?;
         return Some(format!("middle_block.{place}.{}.", inner(rest)));
@@ -270,14 +277,18 @@ mod tests {
 
     #[test]
     fn openclip_names_are_found_and_the_fused_projection_is_divided() {
-        let attention = ["q_proj", "k_proj", "v_proj"].map(|name| format!("text_model.encoder.layers.3.self_attn.{name}"));
+        let attention =
+            ["q_proj", "k_proj", "v_proj"].map(|name| format!("text_model.encoder.layers.3.self_attn.{name}"));
         let mut known: Vec<&str> = attention.iter().map(String::as_str).collect();
         known.push("text_model.encoder.layers.3.mlp.fc1");
         let table = table(&known);
         let fused = of_text(&table, "transformer_resblocks_3_attn_in_proj", "lora_up.weight").unwrap_or_default();
         assert_eq!(fused, vec![(known[0], Some(0)), (known[1], Some(1)), (known[2], Some(2))]);
         assert_eq!(of_text(&table, "transformer_resblocks_3_mlp_c_fc", "alpha"), Some(vec![(known[3], None)]));
-        assert_eq!(of_text(&table, "text_model_encoder_layers_3_self_attn_to_q", "alpha"), Some(vec![(known[0], None)]));
+        assert_eq!(
+            of_text(&table, "text_model_encoder_layers_3_self_attn_to_q", "alpha"),
+            Some(vec![(known[0], None)])
+        );
         assert_eq!(of_text(&table, "transformer_resblocks_3_attn_in_proj", "lokr_w1"), None);
     }
 }
