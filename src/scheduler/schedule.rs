@@ -122,6 +122,12 @@ pub struct SchedulerConfig {
     /// `dpmsolver++` or `sde-dpmsolver++`, for the classes that are both.
     pub algorithm_type: Option<String>,
     pub original_inference_steps: usize,
+    /// Of Karras et al.'s noise: the lowest and highest σ, the deviation of the data, and how the σ fall.
+    pub sigma_min: Option<f64>,
+    pub sigma_max: Option<f64>,
+    pub sigma_data: Option<f64>,
+    pub sigma_schedule: Option<String>,
+    pub rho: Option<f64>,
 }
 
 impl Default for SchedulerConfig {
@@ -144,11 +150,23 @@ impl Default for SchedulerConfig {
             final_sigmas_type: FinalSigmas::Zero,
             algorithm_type: None,
             original_inference_steps: 50,
+            sigma_min: None,
+            sigma_max: None,
+            sigma_data: None,
+            sigma_schedule: None,
+            rho: None,
         }
     }
 }
 
 impl SchedulerConfig {
+    /// Whether the network was trained with the noise and the preconditioning of Karras et al. 2022,
+    /// <https://arxiv.org/abs/2206.00364>.
+    #[must_use]
+    pub fn is_edm(&self) -> bool {
+        self.class_name.as_deref().is_some_and(|class| class.starts_with("EDM"))
+    }
+
     /// SDXL base 1.0's, for checkpoints that bring none.
     #[must_use]
     pub fn sdxl() -> Self {

@@ -1,6 +1,7 @@
 //! Workers of the model domain.
 
 pub(in crate::model) mod adapt;
+pub(super) mod naming;
 pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;
