@@ -71,10 +71,9 @@ impl Marks {
             // Lin et al. 2023, section 3.3: a run must start where the signal ends.
             scheduler.timestep_spacing = Some(crate::scheduler::schedule::TimestepSpacing::Trailing);
         }
-        for (name, place) in [
-            ("edm_vpred.sigma_max", &mut scheduler.sigma_max),
-            ("edm_vpred.sigma_min", &mut scheduler.sigma_min),
-        ] {
+        for (name, place) in
+            [("edm_vpred.sigma_max", &mut scheduler.sigma_max), ("edm_vpred.sigma_min", &mut scheduler.sigma_min)]
+        {
             if let Some(&[value]) = weights.numbers(name, 1)?.as_deref()
                 && value.is_finite()
                 && value > 0.0
@@ -272,9 +271,7 @@ impl Draft {
             key: self.key,
             family,
             variant: self.variant.map(|variant| variant.name),
-            pipeline: self
-                .pipeline
-                .unwrap_or_else(|| family.pipelines.first().copied().unwrap_or_default().to_owned()),
+            pipeline: self.pipeline.unwrap_or_else(|| family.pipelines.first().copied().unwrap_or_default().to_owned()),
             // As the published refiner has it, and the base.
             force_zeros_for_empty_prompt: self.force_zeros_for_empty_prompt.unwrap_or(family.first_encoder),
             text_encoder,

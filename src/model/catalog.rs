@@ -143,7 +143,8 @@ impl Catalog {
                 let (key, files) = self.single(path)?;
                 // A header of thousands of tensors is parsed once.
                 if others.is_empty()
-                    && let Some(place) = self.known.iter().position(|known| known.key == key && known.name == listed.name)
+                    && let Some(place) =
+                        self.known.iter().position(|known| known.key == key && known.name == listed.name)
                 {
                     let known = self.known.remove(place);
                     self.known.push(Arc::clone(&known));
@@ -154,7 +155,7 @@ impl Catalog {
         };
         others.iter().try_for_each(|(part, other)| draft.replace(*part, other))?;
         let mut fresh = draft.finish()?;
-        fresh.mmap = self.mmap && listed.path.is_some() || self.mmap && !others.is_empty();
+        fresh.mmap = self.mmap;
         let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
         let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));
         self.known.push(Arc::clone(&checkpoint));

@@ -180,7 +180,7 @@ impl Checkpoint {
     /// Whether it brings tokenizers of its own.
     #[must_use]
     pub fn own_tokenizers(&self) -> bool {
-        !self.is_demo() && self.tokenizers.iter().any(Option::is_some)
+        self.tokenizers.iter().flatten().any(|files| matches!(files.vocab, Found::Disk(_)))
     }
 
     /// Whether it is the embedded model, every part of it.

@@ -62,7 +62,10 @@ pub(super) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
     let up: Vec<Level> = (0..blocks).map(|i| way("up", i)).collect::<Result<_, _>>()?;
     for (i, (down, up)) in down.iter().zip(up.iter().rev()).enumerate() {
         if down.layers + 1 != up.layers {
-            return Err(format!("level {i} has {} layers on the way down and {} on the way up", down.layers, up.layers));
+            return Err(format!(
+                "level {i} has {} layers on the way down and {} on the way up",
+                down.layers, up.layers
+            ));
         }
     }
     let of = |level: &Level| PerBlock::Each(level.depths.clone().unwrap_or(vec![0; level.layers]));
@@ -74,7 +77,9 @@ pub(super) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
             match (down.last().and_then(|level| level.depths.as_ref()), depths.last_mut()) {
                 (None, Some(last)) => *last = PerBlock::Same(depth),
                 (Some(last), _) if last.first() == Some(&depth) => {}
-                (last, _) => return Err(format!("its middle is {depth} transformers deep, and the level before {last:?}")),
+                (last, _) => {
+                    return Err(format!("its middle is {depth} transformers deep, and the level before {last:?}"));
+                }
             }
             Some("UNetMidBlock2DCrossAttn")
         }

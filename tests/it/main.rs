@@ -25,5 +25,8 @@ mod scheduler;
 mod prompts;
 mod protocol;
 mod random_networks;
+mod single;
+mod single_file;
+mod single_layouts;
 mod steer;
 mod wire;

@@ -2,10 +2,5 @@
 
 use super::{Family, PIPELINES};
 
-pub(super) const FAMILY: Family = Family {
-    name: "koala_700m",
-    pipelines: PIPELINES,
-    first_encoder: true,
-    channels: 4,
-    depths: Some(&[0, 2, 5]),
-};
+pub(super) const FAMILY: Family =
+    Family { name: "koala_700m", pipelines: PIPELINES, first_encoder: true, channels: 4, depths: Some(&[0, 2, 5]) };

@@ -25,6 +25,7 @@ struct Edm {
     sigma_data: f64,
     sigma_min: f64,
     sigma_max: f64,
+    schedule: &'static str,
 }
 
 const PLAIN: Variant = Variant {
@@ -42,7 +43,13 @@ const DISTILLED: Variant = Variant { spacing: Some(TimestepSpacing::Trailing), .
 const PLAYGROUND: Variant = Variant {
     name: "playground_v2_5",
     marks: &["edm_mean", "edm_std"],
-    edm: Some(Edm { class_name: "EDMDPMSolverMultistepScheduler", sigma_data: 0.5, sigma_min: 0.002, sigma_max: 80.0 }),
+    edm: Some(Edm {
+        class_name: "EDMDPMSolverMultistepScheduler",
+        sigma_data: 0.5,
+        sigma_min: 0.002,
+        sigma_max: 80.0,
+        schedule: "karras",
+    }),
     scaling_factor: Some(0.5),
     ..PLAIN
 };
@@ -50,7 +57,13 @@ const COSXL: Variant = Variant {
     name: "cosxl",
     marks: &["edm_vpred.sigma_max"],
     prediction: Prediction::VPrediction,
-    edm: Some(Edm { class_name: "EDMEulerScheduler", sigma_data: 1.0, sigma_min: 0.002, sigma_max: 120.0 }),
+    edm: Some(Edm {
+        class_name: "EDMEulerScheduler",
+        sigma_data: 1.0,
+        sigma_min: 0.002,
+        sigma_max: 120.0,
+        schedule: "exponential",
+    }),
     ..PLAIN
 };
 const V_PREDICTION: Variant =
@@ -109,12 +122,13 @@ impl Variant {
             timestep_spacing: variant.spacing.or(sdxl.timestep_spacing),
             ..sdxl
         };
-        let Some(Edm { class_name, sigma_data, sigma_min, sigma_max }) = variant.edm else { return plain };
+        let Some(Edm { class_name, sigma_data, sigma_min, sigma_max, schedule }) = variant.edm else { return plain };
         SchedulerConfig {
             class_name: Some(class_name.to_owned()),
             sigma_data: Some(sigma_data),
             sigma_min: Some(sigma_min),
             sigma_max: Some(sigma_max),
+            sigma_schedule: Some(schedule.to_owned()),
             timestep_spacing: None,
             ..plain
         }
