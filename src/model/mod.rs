@@ -14,4 +14,5 @@ pub mod interface;
 pub mod inversion;
 pub mod managers;
 pub mod networks;
+pub mod weighing;
 mod workers;
