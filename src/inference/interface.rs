@@ -265,6 +265,19 @@ pub struct GenerateRequest {
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
+    /// names or those of single files, which may hold more than it. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder_2: Option<String>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
