@@ -9,6 +9,7 @@ pub mod guidance;
 mod guiding;
 pub mod instructor;
 pub mod interface;
+pub mod lora;
 mod ladder;
 pub mod memory;
 pub mod plan;

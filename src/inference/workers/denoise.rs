@@ -22,6 +22,7 @@ use crate::layers::Worker;
 use crate::model::networks::steering::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
+use crate::scheduler::edm::{Edm, Preconditioning};
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
 use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
 
@@ -87,6 +88,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
                 prompt: &*prompts.at(now.pass.0, prepare)?,
                 compute: placement.compute.tensor(),
                 prediction: sampling.prediction,
+                edm: sampling.edm,
                 slice,
                 beside: masking.and_then(|masking| masking.beside.as_ref()),
             };
@@ -233,6 +235,8 @@ struct Network<'a> {
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
+    /// For a network with a preconditioning of its own.
+    edm: Option<Edm>,
     slice: bool,
     /// `[B, H, W, ·]`, f32: what the UNet takes beside the latents.
     beside: Option<&'a Tensor>,
@@ -243,6 +247,13 @@ impl Network<'_> {
     fn denoised(&self, x: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
         ctx.checkpoint()?;
         let Level { alpha, sigma, .. } = now.level;
+        if let Some(edm) = self.edm {
+            let Preconditioning { c_in, c_skip, c_out } = edm.preconditioning(sigma / alpha);
+            let sign = if self.prediction == Prediction::VPrediction { -1.0 } else { 1.0 };
+            let scaled = (x * (c_in / alpha))?;
+            let x0 = |predicted: Tensor| Ok(((x * (c_skip / alpha))? + (predicted * (sign * c_out))?)?);
+            return self.guided(&scaled, now, &x0, ctx);
+        }
         // The network was trained on variance-preserving inputs: x / √(α² + σ²).
         let scale = 1.0 / alpha.hypot(sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
