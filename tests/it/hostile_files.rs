@@ -41,6 +41,8 @@ pub(crate) struct Case {
     requests: Vec<Value>,
     /// One of these must be its code; any of [`TYPED`] if there is none.
     codes: &'static [&'static str],
+    /// A file that is made so long once the first request was answered.
+    cut: Option<(PathBuf, u64)>,
 }
 
 /// The files, in a root of models that is left behind by nobody.
@@ -115,7 +117,7 @@ impl Corpus {
         requests: Vec<Value>,
         codes: &'static [&'static str],
     ) {
-        self.cases.push(Case { kind, what: what.to_owned(), requests, codes });
+        self.cases.push(Case { kind, what: what.to_owned(), requests, codes, cut: None });
     }
 
     /// A name for the next case's file.
@@ -145,6 +147,11 @@ impl Corpus {
         self.ask_model(kind, what, &name, codes);
     }
 
+    /// Cuts the last case's file off once it was looked at.
+    pub(crate) fn cut(&mut self, path: PathBuf, length: u64) {
+        self.cases.last_mut().unwrap().cut = Some((path, length));
+    }
+
     /// One file that is asked for as what `fields` says, given its name.
     pub(crate) fn file(
         &mut self,
@@ -158,6 +165,28 @@ impl Corpus {
         let name = format!("{}.{end}", self.name("file"));
         fs::write(self.root().join(&name), bytes).unwrap();
         self.case(kind, what, vec![generate(&fields(&name))], codes);
+    }
+
+    /// One file that is asked for as a model.
+    pub(crate) fn checkpoint(&mut self, kind: &'static str, what: &str, bytes: &[u8], codes: &'static [&'static str]) {
+        let name = format!("{}.safetensors", self.name("file"));
+        fs::write(self.root().join(&name), bytes).unwrap();
+        self.ask_model(kind, what, &name, codes);
+    }
+
+    /// As [`Self::file`], and the file is then made so long, which takes no room on the disk.
+    pub(crate) fn sparse(
+        &mut self,
+        (kind, what): (&'static str, &str),
+        end: &str,
+        bytes: &[u8],
+        length: u64,
+        fields: impl Fn(&str) -> Value,
+        codes: &'static [&'static str],
+    ) {
+        let path = self.root().join(format!("{}.{end}", self.name("file")));
+        self.file(kind, what, end, bytes, fields, codes);
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
     }
 }
 
@@ -235,7 +264,10 @@ impl Measured {
         // The peak is counted from here on.
         fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
         let before = status(pid, "VmRSS");
-        for request in &case.requests {
+        for (number, request) in case.requests.iter().enumerate() {
+            if let (1, Some((path, length))) = (number, &case.cut) {
+                fs::OpenOptions::new().write(true).open(path).unwrap().set_len(*length).unwrap();
+            }
             let start = Instant::now();
             let answer = self.ask(request);
             let time = start.elapsed();
@@ -267,6 +299,8 @@ fn hostile_files_are_typed_errors_and_leave_nothing_behind() {
     let mut worker = Measured::start(corpus.root());
     let picture = worker.picture();
     assert!(picture.as_str().is_some_and(|text| text.len() > 100), "{picture}");
+    let resident = status(worker.worker.child.id(), "VmRSS");
+    let mut highest = 0;
     let (mut wrong, mut kinds) = (Vec::new(), BTreeMap::<_, (usize, Duration, u64, BTreeMap<String, usize>)>::new());
     for case in &corpus.cases {
         let name = format!("{}: {}", case.kind, case.what);
@@ -296,12 +330,16 @@ fn hostile_files_are_typed_errors_and_leave_nothing_behind() {
         let kind = kinds.entry(case.kind).or_default();
         *kind = (kind.0 + 1, kind.1.max(time), kind.2.max(memory), std::mem::take(&mut kind.3));
         *kind.3.entry(tried.code).or_default() += 1;
+        highest = highest.max(status(worker.worker.child.id(), "VmHWM"));
         worker.unload();
     }
     for (kind, (count, time, memory, codes)) in &kinds {
         println!("{kind:24} {count:4} files, at most {:4} ms and {:5} KiB: {codes:?}", time.as_millis(), memory);
     }
-    println!("{} files", corpus.cases.len());
+    println!(
+        "{} files; {resident} KiB resident after an image, at most {highest} KiB during all of them",
+        corpus.cases.len()
+    );
     assert!(worker.picture() == picture, "the picture is another one");
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), corpus.cases.len(), wrong.join("\n"));
     worker.worker.close_stdin();

@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use super::{Corpus, tensors};
 use crate::random_networks::Layout;
 
-const CORRUPT: &[&str] = &["model_corrupt"];
 const REFUSED: &[&str] = &["model_corrupt", "model_unsupported", "unsupported_feature"];
 
 fn control(name: &str) -> Value {
@@ -67,7 +66,7 @@ fn files(corpus: &mut Corpus) {
         }
         let zip = b"PK\x03\x04\x14\0\0\0\0\0archive/data.pkl";
         corpus.file("archives", &format!("{kind} .zip"), "zip", zip, fields, &["model_unsupported"]);
-        corpus.file("archives", &format!("{kind}, zip by another name"), "safetensors", zip, fields, CORRUPT);
+        corpus.file("archives", &format!("{kind}, zip by another name"), "safetensors", zip, fields, REFUSED);
         corpus.file("foreign", &format!("{kind} without tensors"), "safetensors", tensors([]), fields, REFUSED);
         let one = tensors([("a.b.c", vec![3, 3], 1.0)]);
         corpus.file("foreign", &format!("{kind} of one tensor"), "safetensors", one, fields, REFUSED);
@@ -131,15 +130,8 @@ fn controlnets(corpus: &mut Corpus) {
         layout.write(corpus.root(), &name);
         corpus.case("ControlNet", what, vec![super::generate(&control(&name))], REFUSED);
     };
-    for field in [
-        "block_out_channels",
-        "cross_attention_dim",
-        "attention_head_dim",
-        "layers_per_block",
-        "norm_num_groups",
-        "conditioning_embedding_out_channels",
-        "transformer_layers_per_block",
-    ] {
+    // What else it says is read off the tensors, as it is for single files.
+    for field in ["block_out_channels", "cross_attention_dim", "layers_per_block", "norm_num_groups"] {
         for value in [json!(0), json!(1_u64 << 40), json!([0, 0, 0]), json!("a"), json!(vec![1_u64 << 40; 3])] {
             let said = format!("{field} {value}");
             broken(&said, &|layout| layout.config.as_mut().unwrap()[field] = value.clone());

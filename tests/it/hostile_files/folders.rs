@@ -31,7 +31,7 @@ pub(super) fn add(corpus: &mut Corpus) {
         sizes().iter().for_each(|size| lie("config, UNet", UNET, pointer, size));
     }
     for pointer in ["/block_out_channels", "/transformer_layers_per_block", "/attention_head_dim"] {
-        let lists = [json!([]), json!([1]), json!([0, 0, 0]), json!(vec![1_u64 << 40; 3]), json!(vec![7; 100_000])];
+        let lists = [json!([]), json!([1]), json!([-1, 0, 0]), json!(vec![1_u64 << 40; 3]), json!(vec![7; 100_000])];
         lists.iter().for_each(|list| lie("config, UNet", UNET, pointer, list));
         lie("config, UNet", UNET, pointer, &json!([32, "a", []]));
     }
@@ -135,6 +135,17 @@ fn weights(corpus: &mut Corpus) {
     corpus.model("weights", "a name of a megabyte", CORRUPT, |model| {
         model.write(unet, tensors([("a".repeat(1 << 20).as_str(), vec![1], 0.0)]));
     });
+    for file in [unet, "vae/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"] {
+        for length in [0, 7, 20_000, 1_000_000] {
+            let mut path = None;
+            corpus.model("weights", &format!("{file} cut off at {length} once it was looked at"), CORRUPT, |model| {
+                let bytes = model.read(file);
+                model.write(file, bytes);
+                path = Some(model.path().join(file));
+            });
+            corpus.cut(path.unwrap(), length);
+        }
+    }
     for end in ["bin", "ckpt", "pt", "pth"] {
         corpus.model("weights", &format!("pickled, .{end}"), &["unsafe_format", "model_corrupt"], |model| {
             drop(model.fresh(unet));
