@@ -10,10 +10,12 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::blocks::Blocks;
 use super::planning::within;
 use crate::error::{Error, Result};
 use crate::model::catalog::Catalog;
 use crate::model::lora::{LoraChoice, MOST};
+use crate::model::networks::unet::UnetConfig;
 
 /// How a prompt begins to name an adapter.
 const TAGS: [&str; 2] = ["<lora:", "<lyco:"];
@@ -40,9 +42,10 @@ pub struct LoraWish {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoder_2_weight: Option<f64>,
     /// For parts of the UNet, such as `down_blocks.1`, `mid_block` or `up_blocks.0.attentions.1`, times which they count
-    /// beside, -10 to 10; the longest name that a layer begins with is the layer's. Default: 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub blocks: Option<BTreeMap<String, f64>>,
+    /// beside, -10 to 10; the longest name that a layer begins with is the layer's. Or a list of 12 or 20 numbers, as
+    /// AUTOMATIC1111's LoRA Block Weight has them, the text encoders' first. Default: 1.
+    #[serde(alias = "lbw", skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<Blocks>,
 }
 
 /// The field `loras`: a list, or its one element alone. A string is the element of that `model`.
@@ -140,7 +143,7 @@ pub(super) fn choose(
     wishes: Option<&LoraWishes>,
     prompt: &mut String,
     plain: bool,
-    catalog: &Catalog,
+    of: (&Catalog, &UnetConfig),
 ) -> Result<(Vec<LoraChoice>, Option<LoraWishes>)> {
     let said = wishes.map_or(&[][..], |LoraWishes(wishes)| wishes);
     let tagged = if plain { Vec::new() } else { take_tags(prompt)? };
@@ -154,21 +157,28 @@ pub(super) fn choose(
     for (wish, field) in said.iter().chain(&tagged).zip(fields) {
         let from_prompt = field == "prompt";
         let at = |error: Error| if from_prompt { error } else { error.below(&field) };
-        let (choice, wish) = decide(wish, &field, &choices, catalog).map_err(at)?;
+        let (choice, wish) = decide(wish, &field, &choices, of).map_err(at)?;
         choices.push(choice);
         decided.push(wish);
     }
     Ok((choices, (wishes.is_some() || count > 0).then_some(LoraWishes(decided))))
 }
 
-fn decide(wish: &LoraWish, field: &str, before: &[LoraChoice], catalog: &Catalog) -> Result<(LoraChoice, LoraWish)> {
+fn decide(
+    wish: &LoraWish,
+    field: &str,
+    before: &[LoraChoice],
+    (catalog, config): (&Catalog, &UnetConfig),
+) -> Result<(LoraChoice, LoraWish)> {
     let name = wish.model.as_deref().ok_or_else(|| Error::invalid("model", "is missing: name a safetensors file"))?;
     let in_range = |field: &str, weight: f64| within(field, weight, -10.0, 10.0);
     let weight = in_range("weight", wish.weight.unwrap_or(1.0))?;
     let unet = in_range("unet_weight", wish.unet_weight.unwrap_or(weight))?;
     let text_encoder = in_range("text_encoder_weight", wish.text_encoder_weight.unwrap_or(weight))?;
     let text_encoder_2 = in_range("text_encoder_2_weight", wish.text_encoder_2_weight.unwrap_or(text_encoder))?;
-    let blocks = wish.blocks.clone().unwrap_or_default();
+    let named = wish.blocks.as_ref().map(|blocks| blocks.named(config)).transpose()?;
+    let (blocks, of_encoders) = named.unwrap_or((BTreeMap::new(), 1.0));
+    let [text_encoder, text_encoder_2] = [text_encoder, text_encoder_2].map(|weight| weight * of_encoders);
     blocks.iter().try_for_each(|(block, &weight)| in_range(&format!("blocks.{block}"), weight).map(drop))?;
     let known = before.iter().find(|choice| choice.file.name == name).map(|choice| Arc::clone(&choice.file));
     let file = known.map_or_else(|| catalog.lora(name, "model").map(Arc::new), Ok)?;
@@ -178,14 +188,14 @@ fn decide(wish: &LoraWish, field: &str, before: &[LoraChoice], catalog: &Catalog
         unet_weight: Some(unet),
         text_encoder_weight: Some(text_encoder),
         text_encoder_2_weight: Some(text_encoder_2),
-        blocks: wish.blocks.clone(),
+        blocks: wish.blocks.as_ref().map(|_| Blocks::Named(blocks.clone())),
     };
     Ok((LoraChoice { file, field: field.to_owned(), unet, text_encoder, text_encoder_2, blocks }, decided))
 }
 
 /// Takes `<lora:name:weight>` and `<lora:name:encoders:unet>` out of a prompt, as AUTOMATIC1111 does
 /// (`extensions-builtin/Lora/extra_networks_lora.py`): the first weight is the encoders', and the UNet's where it has none;
-/// `te=` and `unet=` name them.
+/// `te=` and `unet=` name them, and `lbw=` is a list of blocks' weights.
 fn take_tags(prompt: &mut String) -> Result<Vec<LoraWish>> {
     let (mut kept, mut wishes) = (String::with_capacity(prompt.len()), Vec::new());
     let mut rest = prompt.as_str();
@@ -208,8 +218,14 @@ fn tag(text: &str) -> Result<LoraWish> {
     if name.is_empty() {
         return Err(Error::invalid("prompt", format!("names no file in `<lora:{text}>`")));
     }
-    let (mut encoders, mut unet, mut place) = (None, None, 0);
+    let (mut encoders, mut unet, mut blocks, mut place) = (None, None, None, 0);
     for part in parts {
+        if let Some(list) = part.trim().strip_prefix("lbw=") {
+            let weights: Option<Vec<f64>> = list.split(',').map(|weight| weight.trim().parse().ok()).collect();
+            let message = || format!("must have numbers for `{part}` in `<lora:{text}>`");
+            blocks = Some(Blocks::Listed(weights.ok_or_else(|| Error::invalid("prompt", message()))?));
+            continue;
+        }
         let (which, weight) = part.split_once('=').map_or((None, part), |(which, weight)| (Some(which.trim()), weight));
         let weight: Option<f64> = weight.trim().parse().ok().filter(|weight: &f64| weight.is_finite());
         let to = match (which, place) {
@@ -227,7 +243,7 @@ fn tag(text: &str) -> Result<LoraWish> {
     }
     let weight = encoders.unwrap_or(1.0);
     let unet_weight = unet.filter(|unet| *unet != weight);
-    Ok(LoraWish { weight: Some(weight), unet_weight, ..LoraWish::named(name) })
+    Ok(LoraWish { weight: Some(weight), unet_weight, blocks, ..LoraWish::named(name) })
 }
 
 /// The prompt as AUTOMATIC1111 writes it into an image: with the adapters behind it.

@@ -1,5 +1,6 @@
 //! Generation of images.
 
+pub mod blocks;
 mod controlling;
 pub mod controlnet;
 mod drawing;

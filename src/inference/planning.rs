@@ -73,7 +73,8 @@ impl InferenceInstructor {
             other => return Err(Error::invalid("comma_padding_backtrack", format!("must be 0 to 74, got {other}"))),
         };
         let plain = weighting == PromptWeighting::None;
-        let (loras, said_loras) = choose(request.loras.as_ref(), &mut prompt, plain, &crew.model().catalog)?;
+        let (loras, said_loras) =
+            choose(request.loras.as_ref(), &mut prompt, plain, (&crew.model().catalog, &checkpoint.unet))?;
         let wishes = request.embeddings.as_deref().unwrap_or_default();
         let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;

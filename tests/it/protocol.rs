@@ -363,7 +363,7 @@ fn control_operations_answer_in_the_schema() {
     let told = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(
         told["operations"]["inference"],
-        json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"]),
+        json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"]),
         "{told}"
     );
     assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");
