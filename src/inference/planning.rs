@@ -12,6 +12,7 @@ use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
 use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
+use super::rewriting::rewrites;
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
 use crate::managers::Managers;
@@ -44,7 +45,8 @@ impl InferenceInstructor {
         ];
         let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
         let mut parameters = request.clone();
-        let editing = self.editing(request, &mut parameters)?;
+        let mut editing = self.editing(request, &mut parameters)?;
+        rewrites(request, &checkpoint, &mut parameters, editing.as_mut())?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let mut guidance = guidance(&mut parameters, &checkpoint)?;
         let wish = SamplingWish {
