@@ -131,6 +131,7 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
+        away: false,
     });
     let mut told = |request: Request| ModelInstructor.instruct(request, &mut crew, &Context::detached()).unwrap();
     let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };

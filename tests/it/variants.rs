@@ -171,7 +171,7 @@ fn models_that_edit_an_image_draw_what_the_reference_draws() {
         let mut request = any.clone();
         change(&mut request);
         let Err(error) = worker.instructors.inference.plan(&request, &mut worker.managers) else { panic!("{field}") };
-        assert_eq!((error.code(), error.field().as_deref()), (code, Some(field)), "{error}");
+        assert_eq!((error.code(), error.pointer()), (code, Some(format!("/data/{field}"))), "{error}");
     };
     refused(&|r| r.init_image = None, "invalid_parameter", "init_image");
     refused(&|r| r.denoising_strength = Some(0.5), "invalid_parameter", "denoising_strength");
