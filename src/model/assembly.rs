@@ -252,13 +252,13 @@ impl Draft {
             let known = known.collect::<Vec<_>>().join(", ");
             unsupported(format!("its UNet takes {channels} channels, and this worker knows {known}"))
         })?;
+        for (part, encoder) in [(Part::TextEncoder, first.as_ref()), (Part::TextEncoder2, Some(&second))] {
+            encoder.map_or(Ok(()), |piece| piece.config.check(&format!("{name}/{}", part.name())))?;
+        }
         let width = second.config.hidden_size + first.as_ref().map_or(0, |first| first.config.hidden_size);
         if width != context {
             let message = format!("its UNet reads {context} channels of text, and its text encoders give {width}");
             return Err(unsupported(message));
-        }
-        for (part, encoder) in [(Part::TextEncoder, first.as_ref()), (Part::TextEncoder2, Some(&second))] {
-            encoder.map_or(Ok(()), |piece| piece.config.check(&format!("{name}/{}", part.name())))?;
         }
         vae.config.check(&format!("{name}/{}", Part::Vae.name()))?;
         let mut weights = Vec::new();

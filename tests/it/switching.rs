@@ -72,7 +72,7 @@ fn other_weights(folder: &Path) {
         let tensor = &tensors[name];
         let own = noise.narrow(0, at, tensor.elem_count()).unwrap().reshape(tensor.shape()).unwrap();
         at += tensor.elem_count();
-        let other = (tensor.to_dtype(DType::F32).unwrap() * (own * 0.1 + 1.0).unwrap()).unwrap();
+        let other = (tensor.to_dtype(DType::F32).unwrap() * ((own * 0.1).unwrap() + 1.0).unwrap()).unwrap();
         turned.insert(name.clone(), other.to_dtype(tensor.dtype()).unwrap());
     }
     candle_core::safetensors::save(&turned, file).unwrap();
