@@ -13,6 +13,7 @@ use super::interface::GenerateRequest;
 use super::lora::choose;
 use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
+use super::rewriting::rewrites;
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::conditioning::interface::PromptWeighting;
 use crate::error::{Error, Result};
@@ -46,7 +47,8 @@ impl InferenceInstructor {
         ];
         let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
         let mut parameters = request.clone();
-        let editing = self.editing(request, &mut parameters)?;
+        let mut editing = self.editing(request, &mut parameters)?;
+        rewrites(request, &checkpoint, &mut parameters, editing.as_mut())?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let mut guidance = guidance(&mut parameters, &checkpoint)?;
         let wish = SamplingWish {

@@ -33,4 +33,5 @@ mod single_file;
 mod single_layouts;
 mod steer;
 mod switching;
+mod variants;
 mod wire;

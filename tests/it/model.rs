@@ -112,8 +112,8 @@ fn what_is_not_sdxl_says_what_it_is() {
     check("index too long", m, &" ".repeat(5 << 20), "model_corrupt", "at most");
     check("deep", m, &"[".repeat(1 << 20), "model_corrupt", "model_index.json");
     let unet = fs::read_to_string(copy.path("unet/config.json")).unwrap();
-    let eight = unet.replace("\"in_channels\": 4", "\"in_channels\": 8");
-    check("pix2pix", "unet/config.json", &eight, "model_unsupported", "8 channels");
+    let seven = unet.replace("\"in_channels\": 4", "\"in_channels\": 7");
+    check("depth", "unet/config.json", &seven, "model_unsupported", "7 channels");
     let zero = unet.replace("\"norm_num_groups\": 16", "\"norm_num_groups\": 0");
     check("no groups", "unet/config.json", &zero, "model_unsupported", "norm_num_groups");
     check("unet broken", "unet/config.json", "{", "model_corrupt", "unet/config.json");
