@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
+pub(crate) mod headers;
 mod weights;
 
 use std::fs;
@@ -41,7 +42,7 @@ fn ask(request: Request, crew: &mut ModelCrew) -> Result<Response> {
 }
 
 fn named(model: &str) -> ModelWish {
-    ModelWish { model: Some(model.to_owned()) }
+    ModelWish { model: Some(model.to_owned()), ..ModelWish::default() }
 }
 
 /// A root that holds one copy of the demonstration model, called `copy`.
@@ -111,8 +112,8 @@ fn what_is_not_sdxl_says_what_it_is() {
     check("index too long", m, &" ".repeat(5 << 20), "model_corrupt", "at most");
     check("deep", m, &"[".repeat(1 << 20), "model_corrupt", "model_index.json");
     let unet = fs::read_to_string(copy.path("unet/config.json")).unwrap();
-    let eight = unet.replace("\"in_channels\": 4", "\"in_channels\": 8");
-    check("pix2pix", "unet/config.json", &eight, "model_unsupported", "8 channels");
+    let seven = unet.replace("\"in_channels\": 4", "\"in_channels\": 7");
+    check("depth", "unet/config.json", &seven, "model_unsupported", "7 channels");
     let zero = unet.replace("\"norm_num_groups\": 16", "\"norm_num_groups\": 0");
     check("no groups", "unet/config.json", &zero, "model_unsupported", "norm_num_groups");
     check("unet broken", "unet/config.json", "{", "model_corrupt", "unet/config.json");
@@ -422,7 +423,8 @@ fn every_family_is_found_by_what_it_looks_like() {
     use sdxl_worker::model::families::Family;
     for (name, family) in FAMILIES.iter() {
         assert_eq!(name, family.name);
-        assert_eq!(Family::detect(family.first_encoder, family.channels), Some(family));
+        let depths = family.depths.unwrap_or_default();
+        assert_eq!(Family::detect(family.first_encoder, family.channels, depths), Some(family));
         assert!(family.pipelines.iter().all(|class| Family::knows(class)));
     }
 }

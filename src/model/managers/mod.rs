@@ -4,6 +4,7 @@ mod adapters;
 mod budget;
 mod controlnet;
 mod encoder;
+mod lora;
 mod tokenizer;
 mod unet;
 mod vae;
@@ -17,7 +18,8 @@ use candle_nn::VarBuilder;
 pub use adapters::{Adapter, AdapterManager, shapes};
 pub use budget::{Budget, Reach};
 pub use controlnet::ControlNetManager;
-pub use encoder::{EncoderManager, TextEncoders};
+pub use encoder::{ENCODERS, EncoderManager, TextEncoders};
+pub use lora::Kept;
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
@@ -90,6 +92,17 @@ impl<T: 'static> Shelf<T> {
         let item = Arc::clone(&entry.item);
         list.push(entry);
         Some(item)
+    }
+
+    /// The items whose keys are `wanted`.
+    pub(in crate::model) fn like(&self, wanted: impl Fn(&ShelfKey) -> bool) -> Vec<Arc<T>> {
+        self.entries
+            .list
+            .borrow()
+            .iter()
+            .filter(|entry| wanted(&entry.key))
+            .map(|entry| Arc::clone(&entry.item))
+            .collect()
     }
 
     /// Makes place for an item before it is loaded, so that the old and the new need not fit together.
