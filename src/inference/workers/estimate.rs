@@ -238,6 +238,9 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
             add("controlnet", "controlnet", &control.net.name, Weighed::companion(&control.net, holding, ctx)?, None);
         }
     }
+    for lora in &plan.loras {
+        add("lora", "lora", &lora.file.name, Weighed::companion(&lora.file, holding, ctx)?, None);
+    }
     for (kind, found) in plan.adapters.networks() {
         add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
     }
