@@ -49,7 +49,7 @@ impl Default for Settings {
     }
 }
 
-/// How much of a picture is decoded at a time. The pixels are the same.
+/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DecodeExtent {
@@ -289,7 +289,7 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
-    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same. Default: the configuration's, `auto` as
+    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same but for rounding. Default: the configuration's, `auto` as
     /// shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode: Option<DecodeExtent>,
