@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use super::lora::LoraWishes;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
@@ -11,6 +12,7 @@ use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
+use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -309,6 +311,10 @@ pub struct GenerateRequest {
     /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
+    /// LoRA and its relatives, at most 32: a list, or one alone; a string is a file. They are applied in this order, then
+    /// those that `prompt` names as `<lora:file:weight>`. Default: none.
+    #[serde(alias = "lora", skip_serializing_if = "Option::is_none")]
+    pub loras: Option<LoraWishes>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
@@ -360,7 +366,7 @@ pub enum VaeSample {
 
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "lora", "loras", "ip_adapter_image"];
+pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -380,6 +386,8 @@ pub enum Request {
     Inpaint(Box<GenerateRequest>),
     /// As `generate`, with at least one ControlNet.
     Controlnet(Box<GenerateRequest>),
+    /// As `generate`, with at least one LoRA.
+    Lora(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -417,7 +425,15 @@ pub struct Generated {
     pub memory: MemoryUse,
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub adapters: Vec<AdapterFacts>,
+    pub adapters: Vec<AppliedAdapter>,
+}
+
+/// An adapter of one kind or the other.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub enum AppliedAdapter {
+    Picture(AdapterFacts),
+    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.
@@ -480,7 +496,7 @@ pub struct Inference;
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
     const OPERATIONS: &'static [&'static str] =
-        &["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"];
+        &["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"];
     type Request = Request;
     type Response = Response;
 }

@@ -13,6 +13,7 @@ use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
+use crate::model::lora::LoraChoice;
 use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
 use crate::resample::Filter;
@@ -41,6 +42,8 @@ pub struct GenerationPlan {
     pub controls: Vec<ControlPlan>,
     /// Pictures beside the prompt.
     pub adapters: AdapterPlan,
+    /// In the order in which they are applied.
+    pub loras: Vec<LoraChoice>,
     pub output: OutputPlan,
     /// What is left open for want of memory, and what was decided.
     pub memory: MemoryWish,

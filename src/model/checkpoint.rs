@@ -36,8 +36,17 @@ const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CheckpointKey(pub(super) u64);
 
+impl CheckpointKey {
+    /// Of what tells one thing that is kept from every other.
+    pub(super) fn of(what: &impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        what.hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
+
 /// The networks of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     TextEncoder,
     TextEncoder2,
