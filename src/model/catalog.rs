@@ -86,6 +86,12 @@ impl Catalog {
         self.assembled(&listed, &others)
     }
 
+    /// Every state of a model that was asked for: with parts of other files, and before its own files changed.
+    #[must_use]
+    pub fn states(&self, name: &str) -> Vec<CheckpointKey> {
+        self.known.iter().filter(|known| known.name == name).map(|known| known.key).collect()
+    }
+
     /// Every model that can be named, `demo` first, the others by name.
     #[must_use]
     pub fn list(&mut self) -> Vec<Listed> {

@@ -247,26 +247,32 @@ impl ModelInstructor {
         Ok(Loaded { model: checkpoint.name.clone(), components, bytes, ms: millis(start) })
     }
 
-    fn unload(&self, checkpoint: Option<&Checkpoint>, crew: &mut ModelCrew) -> Unloaded {
-        let key = checkpoint.map(|checkpoint| checkpoint.key);
+    fn unload(&self, keys: Option<&[CheckpointKey]>, crew: &mut ModelCrew) -> Unloaded {
         let names = |crew: &ModelCrew| -> Vec<String> {
             crew.resident().into_iter().filter(|r| r.kind != "tokenizer").map(|r| r.name).collect()
         };
         let before = names(crew);
-        let freed = [
-            crew.encoders.shelf.remove(key),
-            crew.unets.shelf.remove(key),
-            crew.vaes.shelf.remove(key),
-            crew.controlnets.shelf.remove(key),
-            crew.tokenizers.remove(key),
-            if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
-        ];
+        let mut free = |key: Option<CheckpointKey>| -> Bytes {
+            let freed = [
+                crew.encoders.shelf.remove(key),
+                crew.unets.shelf.remove(key),
+                crew.vaes.shelf.remove(key),
+                crew.controlnets.shelf.remove(key),
+                crew.tokenizers.remove(key),
+                if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
+            ];
+            freed.into_iter().sum()
+        };
+        let freed = match keys {
+            Some(keys) => keys.iter().map(|key| free(Some(*key))).sum(),
+            None => free(None),
+        };
         memory::release();
         let after = names(crew);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();
         models.sort();
         models.dedup();
-        Unloaded { models, freed: freed.into_iter().sum() }
+        Unloaded { models, freed }
     }
 }
 
@@ -287,10 +293,14 @@ impl Instructor for ModelInstructor {
             }
             Request::Unload(wish) => {
                 let separate = wish.separate();
-                let named = wish.model.is_some() || separate.iter().any(|(_, name)| name.is_some());
+                let apart = separate.iter().any(|(_, name)| name.is_some());
+                let named = wish.model.is_some() || apart;
                 let find = || crew.catalog.resolve_with(wish.model.as_deref(), &separate);
-                let checkpoint = named.then(find).transpose()?;
-                Response::Unload(self.unload(checkpoint.as_deref(), crew))
+                let keys = named.then(find).transpose()?.map(|checkpoint| match apart {
+                    true => vec![checkpoint.key],
+                    false => crew.catalog.states(&checkpoint.name),
+                });
+                Response::Unload(self.unload(keys.as_deref(), crew))
             }
             Request::Pin(wish) => {
                 let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;

@@ -159,7 +159,7 @@ fn names_lead_nowhere_but_beneath_the_roots() {
     check_name(&mut crew, "", Err("invalid_parameter"));
     check_name(&mut crew, "  ", Err("invalid_parameter"));
     check_name(&mut crew, "a\0b", Err("invalid_parameter"));
-    check_name(&mut crew, "a.safetensors", Err("model_unsupported"));
+    check_name(&mut crew, "a.safetensors", Err("model_corrupt"));
     check_name(&mut crew, "a.ckpt", Err("unsafe_format"));
     check_name(&mut crew, "a.txt", Err("model_unsupported"));
     check_name(&mut crew, "family", Err("model_unsupported"));

@@ -142,6 +142,12 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
     assert_eq!(pinned.bytes, loaded.bytes);
     let Response::Unload(freed) = told(Request::Unload(named("below/file"))) else { panic!("unload") };
     assert_eq!(freed.models, ["below/file.safetensors"]);
+    // A model goes with whatever parts it was loaded with.
+    let mut apart = named("folder");
+    apart.vae = Some("below/file".to_owned());
+    told(Request::Load(apart));
+    let Response::Unload(freed) = told(Request::Unload(named("folder"))) else { panic!("unload") };
+    assert!(freed.freed.0 >= 2 * loaded.bytes.0, "{freed:?}");
 }
 
 /// A whole checkpoint around a UNet.
