@@ -174,6 +174,9 @@ impl Error {
             | Self::DeviceUnavailable { hint, .. }
             | Self::Numerical { hint, .. } => hint.clone(),
             Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
+            Self::Offline { .. } => Some(
+                "set `hub.download` under `workers.instructors.model`, and `model.fetch` downloads it".to_owned(),
+            ),
             Self::UnsafeFormat { .. } => Some("convert it to safetensors".to_owned()),
             Self::OutOfMemory { fits, .. } => fits.clone(),
             _ => None,

@@ -34,6 +34,12 @@ pub enum Call {
 }
 
 impl Call {
+    /// Whether it may wait for the network, and goes to the thread that nothing else waits for.
+    #[must_use]
+    pub fn needs_network(&self) -> bool {
+        matches!(self, Self::Model(request) if request.needs_network())
+    }
+
     /// Whether it must wait for the compute thread. What needs none is answered while an image is made.
     #[must_use]
     pub fn needs_compute(&self) -> bool {

@@ -18,13 +18,15 @@ use crate::instructors::Call;
 use crate::lane::{self, Done, Job, Lane};
 use crate::managers::Published;
 
-/// Which of the two threads.
+/// Which of the three threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Post {
     /// Makes images, one at a time.
     Compute,
     /// Answers what needs no compute, also while an image is made.
     Desk,
+    /// Answers what waits for the network, also while the others work.
+    Hub,
 }
 
 /// A lane with what waits for it.
@@ -51,6 +53,7 @@ pub struct Floor {
     pub ledger: Ledger,
     pub compute: Station,
     pub desk: Station,
+    pub hub: Station,
     /// New work is refused.
     pub draining: bool,
     /// The process ends as soon as nothing is in flight.
@@ -69,13 +72,14 @@ pub struct Parts {
     pub ledger: Ledger,
     pub compute: Lane,
     pub desk: Lane,
+    pub hub: Lane,
     pub published: Arc<Published>,
 }
 
 impl Floor {
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { settings, begun, ledger, compute, desk, published } = parts;
+        let Parts { settings, begun, ledger, compute, desk, hub, published } = parts;
         let limit = settings.queue_limit;
         Self {
             settings,
@@ -83,6 +87,7 @@ impl Floor {
             ledger,
             compute: Station::new(compute, limit),
             desk: Station::new(desk, limit),
+            hub: Station::new(hub, limit),
             draining: false,
             ending: false,
             broken: None,
@@ -96,7 +101,14 @@ impl Floor {
         match post {
             Post::Compute => &mut self.compute,
             Post::Desk => &mut self.desk,
+            Post::Hub => &mut self.hub,
         }
+    }
+
+    /// Every station, the one that makes images first.
+    #[must_use]
+    pub fn stations(&self) -> [&Station; 3] {
+        [&self.compute, &self.desk, &self.hub]
     }
 
     /// Takes a line. What the lanes have no part in is handed back with its head, to be answered at once.
@@ -146,7 +158,11 @@ impl Floor {
     fn admit(&mut self, head: &Head, call: Call, warnings: Vec<Warning>, fingerprint: u64) -> Result<(), Error> {
         let now = Instant::now();
         let id = head.request_id.as_str();
-        let post = if call.needs_compute() { Post::Compute } else { Post::Desk };
+        let post = match () {
+            () if call.needs_compute() => Post::Compute,
+            () if call.needs_network() => Post::Hub,
+            () => Post::Desk,
+        };
         if let Some(error) = &self.broken {
             return Err(retold(error));
         }
@@ -363,6 +379,7 @@ impl Floor {
             Progress::ModelLoading { component, bytes_done, bytes_total } => {
                 Event::ModelLoading { component, bytes_done, bytes_total }
             }
+            Progress::Fetching { file, bytes_done, bytes_total } => Event::Fetching { file, bytes_done, bytes_total },
             Progress::Preview { step, png } => {
                 Event::Preview { step, base64: base64::engine::general_purpose::STANDARD.encode(&png) }
             }
@@ -393,7 +410,9 @@ impl Floor {
     }
 
     fn take_from_queues(&mut self, id: &str) {
-        drop(self.compute.queue.remove(id).or_else(|| self.desk.queue.remove(id)));
+        for post in [Post::Compute, Post::Desk, Post::Hub] {
+            drop(self.station(post).queue.remove(id));
+        }
     }
 
     /// Cancels everything, and says how many waited and how many ran.

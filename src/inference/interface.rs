@@ -248,9 +248,13 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
-    /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
+    /// A model by name, by path beneath the configured roots, or `owner/name` of a repository in the hub's cache. Default:
+    /// the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,

@@ -35,7 +35,7 @@ impl InferenceInstructor {
             .prompt
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
-        let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
+        let checkpoint = crew.model().catalog.resolve_at(request.model.as_deref(), request.revision.as_deref())?;
         let mut parameters = request.clone();
         let editing = self.editing(request, &mut parameters)?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
@@ -104,7 +104,8 @@ impl InferenceInstructor {
             comma_padding_backtrack: Some(backtrack),
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             controlnet: said(request, &controls),
-            model: Some(checkpoint.name.clone()),
+            model: Some(checkpoint.base_name().to_owned()),
+            revision: checkpoint.revision.clone(),
             t2i_adapter,
             ip_adapter,
             // A file of this name will be there by then, and is never overwritten.

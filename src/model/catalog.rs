@@ -9,6 +9,7 @@ use super::checkpoint::Checkpoint;
 use super::companion::Companion;
 use super::demo;
 use super::folder::admit;
+use super::hub::{Cache, Reference, Snapshot, at_revision};
 use super::interface::Settings;
 use crate::error::{Error, Result, nearest};
 use crate::roots::Roots;
@@ -25,6 +26,8 @@ pub struct Catalog {
     roots: Roots,
     default: Option<String>,
     mmap: bool,
+    /// Repositories by `owner/name`.
+    pub hub: Cache,
     /// Those that were asked for, least recently first.
     known: Vec<Arc<Checkpoint>>,
 }
@@ -35,6 +38,16 @@ pub struct Listed {
     pub name: String,
     /// `None` for the embedded model.
     path: Option<PathBuf>,
+    /// Where it lies in the cache of the hub, for one that does.
+    cached: Option<Snapshot>,
+}
+
+impl Listed {
+    /// Whether a repository of the cache says that it is SDXL.
+    fn is_cached_sdxl(&self) -> bool {
+        let path = self.path.as_ref().filter(|_| self.cached.is_some());
+        path.is_some_and(|path| Checkpoint::claims_sdxl(path))
+    }
 }
 
 impl Catalog {
@@ -45,6 +58,7 @@ impl Catalog {
             roots: Roots::new(settings.roots.clone()),
             default: settings.default.clone(),
             mmap: settings.mmap,
+            hub: Cache::new(&settings.hub),
             known: Vec::new(),
         }
     }
@@ -55,8 +69,8 @@ impl Catalog {
         self.default.as_deref().unwrap_or(demo::NAME)
     }
 
-    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, or an absolute path that lies beneath one.
-    /// `None` is the default model. A checkpoint whose files have changed since is understood anew.
+    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, an absolute path that lies beneath one, or
+    /// `owner/name` of a repository in the cache of the hub. `None` is the default model. A checkpoint whose files have changed since is understood anew.
     ///
     /// # Errors
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found` with the nearest name, `unsafe_format`,
@@ -65,6 +79,15 @@ impl Catalog {
         let name = name.unwrap_or(self.default_name()).to_owned();
         let listed = self.locate(&name)?;
         self.checkpoint(&listed)
+    }
+
+    /// As [`Self::resolve`], at the revision of a repository that stands beside its name.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`], and `invalid_parameter` for a revision of what has none.
+    pub fn resolve_at(&mut self, name: Option<&str>, revision: Option<&str>) -> Result<Arc<Checkpoint>> {
+        let name = at_revision(name, revision)?;
+        self.resolve(name.as_deref())
     }
 
     /// Every model that can be named, `demo` first, the others by name.
@@ -80,15 +103,16 @@ impl Catalog {
                     continue;
                 }
                 if folder.join("model_index.json").is_file() {
-                    found.push(Listed { name: self.name_of(&real), path: Some(real) });
+                    found.push(Listed { name: self.name_of(&real), path: Some(real), cached: None });
                 } else if depth < DEPTH {
                     let folders = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
                     waiting.extend(folders.filter(|path| path.is_dir()).map(|path| (path, depth + 1)));
                 }
             }
         }
+        found.extend(self.list_cached());
         found.sort_by(|a, b| a.name.cmp(&b.name));
-        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None });
+        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None, cached: None });
         found
     }
 
@@ -105,8 +129,10 @@ impl Catalog {
         let fresh = match &listed.path {
             None => Checkpoint::demo()?,
             Some(path) => {
-                let mut found = Checkpoint::open_folder(&listed.name, path, &self.roots)?;
+                let own = listed.cached.as_ref().map(Snapshot::roots);
+                let mut found = Checkpoint::open_folder(&listed.name, path, own.as_ref().unwrap_or(&self.roots))?;
                 found.mmap = self.mmap;
+                found.revision = listed.cached.as_ref().map(|snapshot| snapshot.commit.clone());
                 found
             }
         };
@@ -136,30 +162,78 @@ impl Catalog {
                 Err(error) => refused = Some(error),
             }
         }
-        let hint = "give the path of a safetensors file or a folder beneath the configured model roots".to_owned();
-        Err(refused.unwrap_or(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }))
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
+            Some(reference) => self.cached_companion(name, &reference),
+            None => {
+                let hint = "give the path of a safetensors file or a folder beneath the configured model roots";
+                Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
+            }
+        }
     }
 
     fn locate(&self, name: &str) -> Result<Listed> {
         if name == demo::NAME {
-            return Ok(Listed { name: name.to_owned(), path: None });
+            return Ok(Listed { name: name.to_owned(), path: None, cached: None });
         }
         let path = sound(name, "model")?;
         let mut refused = None;
         for candidate in self.candidates(path) {
             match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
-                    return Ok(Listed { name: self.name_of(&real), path: Some(real) });
+                    return Ok(Listed { name: self.name_of(&real), path: Some(real), cached: None });
                 }
                 Ok(Some(_)) => return Err(not_a_folder(name, &candidate)),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
-        match refused {
-            Some(error) => Err(error),
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        match Reference::parse(name, "model")?.filter(|reference| self.may_be_cached(reference)) {
+            Some(reference) => self.locate_cached(&reference),
             None => Err(self.not_found(name)),
         }
+    }
+
+    /// Whether a name that is no path beneath a root may be a repository's: a folder beneath a root means itself.
+    fn may_be_cached(&self, reference: &Reference) -> bool {
+        let owner = reference.repository.split('/').next().unwrap_or_default();
+        matches!(self.hub.find(reference), Ok(Some(_)) | Err(_))
+            || !self.real_roots().iter().any(|root| root.join(owner).is_dir())
+    }
+
+    fn locate_cached(&self, reference: &Reference) -> Result<Listed> {
+        let name = reference.to_string();
+        let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
+        let path = snapshot.path().join(&reference.path);
+        match admit(&snapshot.roots(), &path)? {
+            Some(real) if real.is_dir() => Ok(Listed { name, path: Some(path), cached: Some(snapshot) }),
+            Some(_) => Err(not_a_folder(&name, &path)),
+            None => Err(self.hub.missing(reference)),
+        }
+    }
+
+    fn cached_companion(&self, name: &str, reference: &Reference) -> Result<Companion> {
+        let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
+        let path = snapshot.path().join(&reference.path);
+        let ended = path.with_added_extension("safetensors");
+        for candidate in [path, ended] {
+            if admit(&snapshot.roots(), &candidate)?.is_some() {
+                return Companion::find(name, &candidate, &snapshot.roots(), self.mmap);
+            }
+        }
+        Err(self.hub.missing(reference))
+    }
+
+    /// Models in the cache of the hub that no folder beneath a root hides.
+    fn list_cached(&self) -> Vec<Listed> {
+        let references = self.hub.references().into_iter();
+        let located = references.filter_map(|reference| self.locate(&reference.to_string()).ok());
+        located.filter(|listed| listed.is_cached_sdxl()).collect()
     }
 
     /// The roots that exist, with every link resolved.

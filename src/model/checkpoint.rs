@@ -26,7 +26,7 @@ const INDEX_LIMIT: u64 = 64 * Bytes::MIB;
 /// Rows and columns of latents where `unet/config.json` does not say: SDXL was trained at 1024 pixels.
 const USUAL_LATENTS: usize = 128;
 /// Variants whose files carry the name of their number format.
-const VARIANTS: [&str; 2] = ["fp16", "bf16"];
+pub(super) const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 
 /// What tells one state of one checkpoint from every other: where it lies, and the length and time of every file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,7 +56,7 @@ impl Part {
     }
 
     /// How its weight files begin.
-    fn stem(self) -> &'static str {
+    pub(super) fn stem(self) -> &'static str {
         match self {
             Self::TextEncoder | Self::TextEncoder2 => "model",
             Self::Unet | Self::Vae => "diffusion_pytorch_model",
@@ -82,6 +82,8 @@ pub struct Checkpoint {
     pub unet: UnetConfig,
     pub vae: VaeConfig,
     pub scheduler: SchedulerConfig,
+    /// The commit of the repository of the hub that it is, for one that is.
+    pub revision: Option<String>,
     /// Whether weights on disk may be mapped rather than read.
     pub mmap: bool,
     pub(super) tokenizers: [Option<TokenizerFiles>; 2],
@@ -145,6 +147,20 @@ impl Checkpoint {
     /// broken files, `path_not_allowed` for links out of the roots.
     pub fn open_folder(name: &str, path: &std::path::Path, roots: &Roots) -> Result<Self> {
         Self::read(name, &Folder::Disk { path: path.to_owned(), roots: roots.clone() })
+    }
+
+    /// Whether the folder `path` says that it is SDXL. A file that cannot be read says nothing.
+    #[must_use]
+    pub(super) fn claims_sdxl(path: &std::path::Path) -> bool {
+        let index = Found::Disk(path.join("model_index.json")).json::<ModelIndex>(CONFIG_LIMIT);
+        index.is_ok_and(|index| Family::knows(&index.class_name))
+    }
+
+    /// What a request calls it that names the revision beside it.
+    #[must_use]
+    pub fn base_name(&self) -> &str {
+        let base = self.name.split('@').next().filter(|_| self.revision.is_some());
+        base.unwrap_or(&self.name)
     }
 
     /// The shape of the images it was trained on, in pixels.
@@ -274,6 +290,7 @@ impl Checkpoint {
             unet,
             vae,
             scheduler: scheduler.json(CONFIG_LIMIT)?,
+            revision: None,
             mmap: true,
             tokenizers,
             weights,

@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use super::catalog::Catalog;
 use super::checkpoint::Checkpoint;
+use super::fetching::fetch;
+use super::hub::at_revision;
 use super::interface::{
-    ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
+    ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
 use super::managers::{
@@ -34,6 +36,8 @@ pub struct ModelCrew {
     pub controlnets: ControlNetManager,
     pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
+    /// Where `fetch` downloads from.
+    pub hub: HubSettings,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
     pub placement: Option<Placement>,
     /// What is in memory on the compute thread; `None` on the compute thread itself.
@@ -53,6 +57,7 @@ impl ModelCrew {
             controlnets: ControlNetManager::new(capacity),
             adapters: AdapterManager::new(capacity),
             text_encoders: settings.text_encoders,
+            hub: settings.hub.clone(),
             placement: None,
             published: None,
         }
@@ -124,6 +129,7 @@ impl ModelInstructor {
             let dtype = opened.as_ref().map(dtype);
             models.push(ModelEntry {
                 name: listed.name,
+                revision: opened.as_ref().ok().and_then(|checkpoint| checkpoint.revision.clone()),
                 family: opened.as_ref().ok().map(|checkpoint| checkpoint.family.name),
                 bytes: opened.as_ref().map_or(Bytes(0), |checkpoint| checkpoint.file_bytes()),
                 dtype: dtype.as_ref().ok().and_then(|dtype| dtype.as_ref().ok().copied().flatten()),
@@ -164,6 +170,7 @@ impl ModelInstructor {
         let scheduler = &checkpoint.scheduler;
         Ok(Inspection {
             model: checkpoint.name.clone(),
+            revision: checkpoint.revision.clone(),
             family: checkpoint.family.name,
             pipeline: checkpoint.pipeline.clone(),
             components,
@@ -247,19 +254,20 @@ impl Instructor for ModelInstructor {
         Ok(match request {
             Request::List(_) => Response::List(self.list(crew, ctx)?),
             Request::Inspect(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
             Request::Load(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
                 Response::Load(self.load(&checkpoint, crew, ctx)?)
             }
             Request::Unload(wish) => {
-                let checkpoint = wish.model.as_deref().map(|name| crew.catalog.resolve(Some(name))).transpose()?;
+                let name = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint = name.map(|name| crew.catalog.resolve(Some(&name))).transpose()?;
                 Response::Unload(self.unload(checkpoint.as_deref(), crew))
             }
             Request::Pin(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
                 let pinned = wish.pin.unwrap_or(true);
                 if pinned {
                     self.load(&checkpoint, crew, ctx)?;
@@ -267,6 +275,7 @@ impl Instructor for ModelInstructor {
                 crew.pin(&checkpoint, pinned);
                 Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: crew.bytes_of(&checkpoint) })
             }
+            Request::Fetch(wish) => Response::Fetch(fetch(&wish, &crew.hub, &crew.catalog, ctx)?),
         })
     }
 }

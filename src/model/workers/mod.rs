@@ -1,6 +1,8 @@
 //! Workers of the model domain.
 
 pub(in crate::model) mod adapt;
+pub(super) mod digest;
+pub(super) mod fetch;
 pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;
