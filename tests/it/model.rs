@@ -40,7 +40,7 @@ fn ask(request: Request, crew: &mut ModelCrew) -> Result<Response> {
 }
 
 fn named(model: &str) -> ModelWish {
-    ModelWish { model: Some(model.to_owned()) }
+    ModelWish { model: Some(model.to_owned()), revision: None }
 }
 
 /// A root that holds one copy of the demonstration model, called `copy`.
@@ -205,7 +205,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
     let Response::Load(again) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else { panic!("load") };
     assert!(again.components.iter().all(|c| c.cached), "{again:?}");
 
-    let pin = PinWish { model: None, pin: Some(true) };
+    let pin = PinWish { model: None, revision: None, pin: Some(true) };
     let Response::Pin(pinned) = ask(Request::Pin(pin), &mut crew).unwrap() else { panic!("pin") };
     assert_eq!((pinned.pinned, pinned.bytes), (true, loaded.bytes));
     assert_eq!(crew.unets.evict(Bytes(u64::MAX)), Bytes(0));
@@ -213,7 +213,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
     let demo = &list.models[0];
     assert_eq!((demo.family, demo.dtype, demo.pinned), (Some("sdxl_base"), Some("f16"), true));
     assert_eq!(demo.loaded, ["encoder", "unet", "vae"]);
-    ask(Request::Pin(PinWish { model: None, pin: Some(false) }), &mut crew).unwrap();
+    ask(Request::Pin(PinWish { model: None, revision: None, pin: Some(false) }), &mut crew).unwrap();
 
     let held = crew.unets.acquire(&Checkpoint::demo().unwrap(), crew.placement.as_ref().unwrap(), &Context::detached());
     let weak = Arc::downgrade(&held.unwrap());
