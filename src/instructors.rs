@@ -101,6 +101,8 @@ impl Instructors {
         let lead = &self.inference;
         if compute {
             let placement = lead.device.place(&mut managers.device, None)?;
+            let room = lead.device.room(&managers.device);
+            managers.model().begin(room, placement.device.is_cpu());
             managers.model().placement = Some(placement);
         }
         let reply = match call {
@@ -117,7 +119,7 @@ impl Instructors {
             Call::Estimate(request) => lead.estimate(&request, managers, ctx).map(Reply::Inference),
         };
         if compute {
-            managers.publish();
+            managers.publish(lead.device.room(&managers.device));
         }
         reply
     }

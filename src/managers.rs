@@ -4,11 +4,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::conditioning::instructor::ConditioningCrew;
 use crate::conditioning::manager::{EmbeddingManager, HintManager};
+use crate::device::instructor::Room;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
 use crate::memory;
 use crate::model::instructor::ModelCrew;
 use crate::model::interface::Settings as ModelSettings;
+use crate::model::managers::Reach;
 use crate::pace::Pace;
 use crate::units::Bytes;
 
@@ -17,6 +19,7 @@ use crate::units::Bytes;
 pub struct Published {
     pub pace: Pace,
     residents: Mutex<Vec<Resident>>,
+    room: Mutex<Option<(Room, bool)>>,
 }
 
 impl Published {
@@ -24,6 +27,12 @@ impl Published {
     #[must_use]
     pub fn residents(&self) -> Vec<Resident> {
         self.residents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The room that its device had then, and whether that is the host.
+    #[must_use]
+    pub fn room(&self) -> Option<(Room, bool)> {
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -63,29 +72,26 @@ impl Managers {
     }
 
     /// Lets the desk see what is kept now.
-    pub fn publish(&self) {
+    pub fn publish(&self, room: Option<Room>) {
+        let on_host = self.device.opened().is_none_or(|opened| opened.device.is_cpu());
+        *self.published.room.lock().unwrap_or_else(PoisonError::into_inner) = room.map(|room| (room, on_host));
         *self.published.residents.lock().unwrap_or_else(PoisonError::into_inner) = self.resident();
     }
 
-    /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
-    pub fn make_room(&mut self, want: Bytes) -> Bytes {
+    /// Frees at least `want` if it can, and says how much it freed. What is cheapest to have again goes first: hints,
+    /// embeddings, tokenizers, then networks in the order of [`Budget`](crate::model::managers::Budget).
+    pub fn make_room(&mut self, want: Bytes, reach: Reach) -> Bytes {
         let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 8] = [
-            hints,
-            embeddings,
-            &mut model.tokenizers,
-            &mut model.adapters,
-            &mut model.encoders,
-            &mut model.controlnets,
-            &mut model.vaes,
-            &mut model.unets,
-        ];
+        let caches: [&mut dyn Manager; 3] = [hints, embeddings, &mut model.tokenizers];
         let mut freed = Bytes(0);
-        for manager in order {
+        for manager in caches {
             if freed >= want {
                 break;
             }
             freed = freed + manager.evict(want.saturating_sub(freed));
+        }
+        if freed < want {
+            freed = freed + model.budget.evict(want.saturating_sub(freed), reach);
         }
         memory::release();
         freed

@@ -10,6 +10,7 @@ use super::further::First;
 use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
+use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
@@ -85,7 +86,15 @@ impl InferenceInstructor {
         let own = further.iter().filter(|further| further.checkpoint.key == checkpoint.key);
         let sizes: Vec<ImageSize> = [size].into_iter().chain(own.map(|further| further.size)).collect();
         let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), &sizes, catalog)?;
+        let memory = MemoryWish {
+            decode: request.decode.unwrap_or(self.settings.decode),
+            slice: request.slice.or(self.settings.slice),
+            offload: request.offload.unwrap_or(self.settings.offload),
+        };
         let parameters = GenerateRequest {
+            decode: Some(memory.decode),
+            slice: memory.slice,
+            offload: Some(memory.offload),
             prompt: Some(prompt.clone()),
             steps: Some(sampling.path.len() as i64),
             sampler_name: Some(sampling.sampler.to_owned()),
@@ -158,6 +167,8 @@ impl InferenceInstructor {
             further,
             controls,
             output,
+            memory,
+            means: memory.first(),
             parameters,
         })
     }

@@ -7,12 +7,14 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
+mod away;
 mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
 mod tally;
 
+pub use away::away;
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
 pub use cpu::amx_probe;
@@ -64,16 +66,26 @@ enum Weight {
     Packed(Arc<cpu::Packed>),
     /// `[O, I]` or `[O, K, K, C]`.
     Tensor(Tensor),
+    /// `[O, I]` or `[O, C, K, K]`, as the file has it, on the host; [`Weight::beside`] brings it.
+    Away(Tensor),
 }
 
 impl Weight {
     /// `weight` is `[O, I]` or `[O, C, K, K]`.
     fn new(weight: &Tensor) -> Result<Self> {
-        Ok(match (weight.device().is_cpu(), weight.rank()) {
-            (true, _) => Self::Packed(Arc::new(cpu::Packed::new(weight)?)),
-            (false, 4) => Self::Tensor(weight.permute((0, 2, 3, 1))?.contiguous()?), // [O, K, K, C]
-            (false, _) => Self::Tensor(weight.contiguous()?),
-        })
+        match weight.device().is_cpu() {
+            true if away::is_chosen() => Ok(Self::Away(weight.clone())),
+            true => Ok(Self::Packed(Arc::new(cpu::Packed::new(weight)?))),
+            false => Self::on_device(weight),
+        }
+    }
+
+    /// As [`Self::new`], of one that is on a GPU.
+    fn on_device(weight: &Tensor) -> Result<Self> {
+        Ok(Self::Tensor(match weight.rank() {
+            4 => weight.permute((0, 2, 3, 1))?.contiguous()?, // [O, K, K, C]
+            _ => weight.contiguous()?,
+        }))
     }
 
     /// As [`Self::new`], in signed bytes.
@@ -126,7 +138,7 @@ impl Linear {
     }
 
     fn of((outputs, inputs): (usize, usize), weight: Weight, bias: Option<Tensor>) -> Result<Self> {
-        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, outputs, inputs, bias })
     }
 
@@ -171,9 +183,9 @@ impl Linear {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
-            Weight::Tensor(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
+            Weight::Tensor(weight) | Weight::Away(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
         }
     }
 
@@ -187,9 +199,11 @@ impl Linear {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(_) => plain::geglu(&self.forward(x)?),
+            Weight::Tensor(weight) | Weight::Away(weight) => {
+                plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
+            }
         }
     }
 }
@@ -251,7 +265,7 @@ impl Conv2d {
     }
 
     fn of(weight: Weight, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
 
@@ -282,9 +296,11 @@ impl Conv2d {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
-            Weight::Tensor(weight) => plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
+            Weight::Tensor(weight) | Weight::Away(weight) => {
+                plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue)
+            }
         }
     }
 }
@@ -306,7 +322,8 @@ impl GroupNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, groups, eps })
+        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, groups, eps })
     }
 
     /// Reads `weight` and `bias`.
@@ -401,7 +418,8 @@ impl LayerNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, eps })
+        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, eps })
     }
 
     /// Reads `weight` and `bias`.

@@ -46,7 +46,9 @@ pub(super) fn fetch(wish: &FetchWish, settings: &HubSettings, catalog: &Catalog,
     };
     let downloaded = match here {
         Some(here) => here,
-        None if !catalog.hub.download => return Err(Error::Offline { what: format!("`model.fetch` of `{reference}`") }),
+        None if !catalog.hub.download => {
+            return Err(Error::Offline { what: format!("`model.fetch` of `{reference}`") });
+        }
         None => {
             let hub = hub(settings, catalog)?;
             let task = FetchTask { hub: &hub, reference: &reference, files: &files, pins: asked.pins };

@@ -165,9 +165,8 @@ impl Cache {
     #[must_use]
     pub fn new(settings: &HubSettings) -> Self {
         let folder = settings.cache.clone().or_else(|| named("HF_HUB_CACHE")).or_else(|| Some(home()?.join("hub")));
-        let offline = env::var("HF_HUB_OFFLINE").is_ok_and(|value| {
-            matches!(value.trim().to_lowercase().as_str(), "1" | "true" | "yes" | "on")
-        });
+        let offline = env::var("HF_HUB_OFFLINE")
+            .is_ok_and(|value| matches!(value.trim().to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
         Self { folder, download: settings.download && !offline }
     }
 
@@ -212,8 +211,7 @@ impl Cache {
             if !may_be_named(owner) || !may_be_named(name) {
                 continue;
             }
-            let reference =
-                Reference { repository: format!("{owner}/{name}"), revision: None, path: PathBuf::new() };
+            let reference = Reference { repository: format!("{owner}/{name}"), revision: None, path: PathBuf::new() };
             if matches!(self.find(&reference), Ok(Some(_))) {
                 found.push(reference);
                 continue;

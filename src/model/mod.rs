@@ -13,4 +13,5 @@ pub mod interface;
 pub mod inversion;
 pub mod managers;
 pub mod networks;
+pub mod weighing;
 mod workers;

@@ -319,7 +319,9 @@ fn a_download_goes_on_where_it_was_cut_off() {
         assert_eq!(fs::read(place.snapshot(UNET)).unwrap(), bytes_of(UNET));
     }
     // What another process has begun, and begun wrongly.
-    for (begun, downloaded) in [(bytes_of(UNET)[..half].to_vec(), size), (vec![7; half], size), (vec![7; size + 9], size)] {
+    for (begun, downloaded) in
+        [(bytes_of(UNET)[..half].to_vec(), size), (vec![7; half], size), (vec![7; size + 9], size)]
+    {
         let _ = fs::remove_dir_all(place.cache());
         place.hub.fail(Faults::default());
         let part = place.blob(UNET).with_added_extension("incomplete");
@@ -358,7 +360,9 @@ fn a_hub_that_fails_or_lies_is_an_error_and_writes_nothing_elsewhere() {
         assert!(!place.snapshot(UNET).exists() && !place.repository().join("refs/main").exists(), "{faults:?}");
     }
     place.hub.fail(Faults::default());
-    for (repository, name) in [("owner/up", "../evil.json"), ("owner/abs", "/tmp/evil.json"), ("owner/dot", "a/./b.json")] {
+    for (repository, name) in
+        [("owner/up", "../evil.json"), ("owner/abs", "/tmp/evil.json"), ("owner/dot", "a/./b.json")]
+    {
         place.hub.commit(repository, &["main"], SECOND, vec![(name.to_owned(), Vec::new())]);
         assert_eq!(refused(&mut worker, &json!({ "model": repository, "files": "*" })).0, "download_failed");
     }
@@ -382,7 +386,10 @@ fn a_fetch_holds_nobody_up_and_can_be_ended() {
     image(&mut worker, "demo", None);
     ask(&mut worker, "list", &json!({}));
     let status = worker.ask("status", "status", &json!({}));
-    assert_eq!((&status["running"][0]["request_id"], &status["queue"][0]["request_id"]), (&json!("slow"), &json!("next")));
+    assert_eq!(
+        (&status["running"][0]["request_id"], &status["queue"][0]["request_id"]),
+        (&json!("slow"), &json!("next"))
+    );
     for (id, found) in [("next", "queued"), ("slow", "running")] {
         assert_eq!(worker.ask("cancel", "cancel", &json!({ "request_id": id }))["found"], found);
     }

@@ -44,6 +44,8 @@ pub struct DenoiseTask<'a> {
     pub masking: Option<&'a Masking>,
     /// Whether another run goes on from where this one ends.
     pub goes_on: bool,
+    /// Whether the passes of a step are made one after another.
+    pub slice: bool,
     /// The images' own streams, after what `x` was made of.
     pub noise: &'a mut NoiseSource,
     pub placement: &'a Placement,
@@ -67,6 +69,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
             x,
             masking,
             goes_on,
+            slice,
             noise,
             placement,
             observe,
@@ -84,6 +87,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
                 prompt: &*prompts.at(now.pass.0, prepare)?,
                 compute: placement.compute.tensor(),
                 prediction: sampling.prediction,
+                slice,
                 beside: masking.and_then(|masking| masking.beside.as_ref()),
             };
             network.denoised(x, now, ctx)
@@ -216,6 +220,8 @@ impl Moment {
 /// One evaluation of the network: a pass for each role, `B` samples each.
 struct Passes<'a> {
     roles: &'a [Role],
+    /// Which of the prompt's they are.
+    samples: Range<usize>,
     /// `[passes·B, H, W, C]`, in the compute dtype.
     input: &'a Tensor,
 }
@@ -227,6 +233,7 @@ struct Network<'a> {
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
+    slice: bool,
     /// `[B, H, W, ·]`, f32: what the UNet takes beside the latents.
     beside: Option<&'a Tensor>,
 }
@@ -265,11 +272,22 @@ impl Network<'_> {
             None => scaled.to_dtype(self.compute)?,
         };
         let roles = guidance.roles(now.pass.0, now.pass.1);
+        let samples = self.prompt.samples(&roles)?;
         if roles == [Role::Positive] {
-            return x0(self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?);
+            return x0(self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?);
         }
-        let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
-        let predicted = self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?;
+        let predicted = if self.slice {
+            let firsts = samples.step_by(*batch);
+            let alone = roles.iter().zip(firsts).map(|(role, first)| {
+                let passes = Passes { roles: &[*role], samples: first..first + batch, input: &input };
+                ctx.checkpoint()?;
+                self.predicted(&passes, now, ctx)
+            });
+            Tensor::cat(&alone.collect::<Result<Vec<_>>>()?, 0)?
+        } else {
+            let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
+            self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?
+        };
         let pass = |index: usize| -> Result<Tensor> { Ok(predicted.narrow(0, index * batch, *batch)?) };
         // An extent is one of latents, not of noise. Everything else is linear, and the same for either.
         let of_latents = guidance.thresholding.is_some();
@@ -303,8 +321,8 @@ impl Network<'_> {
     /// One evaluation; the result is as large as its input, and f32.
     fn predicted(&self, passes: &Passes, now: Moment, ctx: &Context) -> Result<Tensor> {
         let Prompt { text, control_texts, adapters, pooled, time_ids, guidance, batch, roles, .. } = self.prompt;
-        let samples = self.prompt.samples(passes.roles)?;
-        let all = passes.roles == roles.as_slice();
+        let samples = passes.samples.clone();
+        let all = samples.len() == roles.len() * batch;
         let some: Vec<ReadText>;
         let (text, control_texts) = if all {
             (text, control_texts.as_slice())
@@ -385,6 +403,7 @@ mod tests {
             compute: Dtype::F32,
             vae: Dtype::F32,
             quantization: Quantization::None,
+            away: false,
         };
         let checkpoint = Checkpoint::demo().unwrap();
         let unet = ModelCrew::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();

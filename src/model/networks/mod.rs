@@ -16,6 +16,7 @@ pub mod controlnet;
 pub mod controlnet_config;
 mod controlnet_union;
 pub mod embeddings;
+pub mod footprint;
 pub mod ip_adapter;
 pub mod resnet;
 pub mod steering;
@@ -152,7 +153,7 @@ fn loading(stage: &'static str) -> impl Fn(CandleError) -> Error {
                 name: stage.to_owned(),
                 message: format!("a tensor must be {expected:?}, got {got:?}: {msg}"),
             },
-            _ => Error::Compute { stage, source },
+            _ => Error::of_tensors(stage, source),
         }
     }
 }

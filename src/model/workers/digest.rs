@@ -22,8 +22,10 @@ impl Worker<&Path> for Digest {
     fn run(&self, path: &Path, ctx: &Context) -> Result<String> {
         let (mut file, _) = Found::open(path)?;
         let mut sum = Sha256::new();
-        add_rest(&mut sum, &mut file, ctx)?
-            .map_err(|error| Error::ModelCorrupt { path: path.to_owned(), message: format!("cannot be read: {error}") })?;
+        add_rest(&mut sum, &mut file, ctx)?.map_err(|error| Error::ModelCorrupt {
+            path: path.to_owned(),
+            message: format!("cannot be read: {error}"),
+        })?;
         Ok(digits(sum))
     }
 }

@@ -138,6 +138,13 @@ impl Weights {
         }
     }
 
+    /// Whether a tensor that is kept as it is stored can stay in its file, as [`Self::map`] has it.
+    pub(in crate::model) fn stays(&self, shard: usize, stored: &Stored) -> bool {
+        let on_disk = matches!(self.shards.get(shard), Some(Shard { source: Source::Disk(_), .. }));
+        let bytes = stored.range.end - stored.range.start;
+        on_disk && self.mmap && cfg!(target_os = "linux") && bytes >= memory::LARGE as u64
+    }
+
     /// Has the system read `mapped`, which lies in a file from `offset` on.
     ///
     /// # Errors

@@ -289,7 +289,7 @@ impl Source<'_> {
             let tensor = numbers.tensor(stored, compute, device);
             tensor.map_err(|source| {
                 tracing::debug!("tensor {name} could not be made");
-                Error::Compute { stage: "load", source }
+                Error::of_tensors("load", source)
             })
         };
         // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.

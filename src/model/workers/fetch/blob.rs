@@ -36,8 +36,11 @@ impl Session<'_> {
         let failed = |error: io::Error| Trouble::End(self.unwritten(&path, &error));
         fs::create_dir_all(path.parent().unwrap_or(&path)).map_err(failed)?;
         let _lock = self.lock(&etag)?;
-        let described = |bytes: u64, cached: bool, sha256: Option<String>| {
-            FetchedFile { name: name.to_owned(), bytes: Bytes(bytes), cached, sha256 }
+        let described = |bytes: u64, cached: bool, sha256: Option<String>| FetchedFile {
+            name: name.to_owned(),
+            bytes: Bytes(bytes),
+            cached,
+            sha256,
         };
         if let Ok(meta) = fs::symlink_metadata(&path)
             && meta.is_file()
@@ -133,8 +136,7 @@ impl Session<'_> {
         let path = encoded(name);
         let mut url = format!("{}/{}/resolve/{}/{path}", self.endpoint, self.repo.url(), self.commit);
         for _ in 0..HOPS {
-            let answer =
-                ask(&self.api, &self.repo, Ask { url: url.clone(), from: None, follow: false }, self.ctx)?;
+            let answer = ask(&self.api, &self.repo, Ask { url: url.clone(), from: None, follow: false }, self.ctx)?;
             self.check(answer.head.status, name)?;
             if let Some(commit) = answer.head.get("x-repo-commit")
                 && commit != self.commit
@@ -147,8 +149,8 @@ impl Session<'_> {
                 return Ok((url, sound_etag(said, name)?, (!redirected).then_some(answer)));
             }
             let near = answer.head.get("location").and_then(|to| self.within(to)).filter(|_| redirected);
-            url = near.ok_or_else(|| {
-                Error::DownloadFailed { message: format!("`{name}`: the hub does not say what names the file") }
+            url = near.ok_or_else(|| Error::DownloadFailed {
+                message: format!("`{name}`: the hub does not say what names the file"),
             })?;
         }
         Err(Error::DownloadFailed { message: format!("`{name}`: the hub redirects without end") }.into())

@@ -165,8 +165,7 @@ impl<'a> Session<'a> {
             .with_user_agent(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"))
             .build()
             .map_err(|error| Error::DownloadFailed { message: error.to_string() })?;
-        let repo =
-            Repo::with_revision(reference.repository.clone(), RepoType::Model, reference.wanted().to_owned());
+        let repo = Repo::with_revision(reference.repository.clone(), RepoType::Model, reference.wanted().to_owned());
         Ok(Self {
             api,
             endpoint: hub.endpoint.clone(),

@@ -100,7 +100,8 @@ fn default(repository: &str, files: &[String]) -> Result<Vec<String>> {
             chosen.extend(weights);
             chosen.extend(own.iter().filter(|name| split(name).1 == "config.json").map(|name| (*name).clone()));
         }
-        let small = |name: &&String| FOLDERS.contains(&split(name).0) && matches!(ending(name).as_str(), "json" | "txt");
+        let small =
+            |name: &&String| FOLDERS.contains(&split(name).0) && matches!(ending(name).as_str(), "json" | "txt");
         chosen.extend(files.iter().filter(small).cloned());
         return Ok(chosen);
     }
