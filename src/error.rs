@@ -38,6 +38,9 @@ pub enum Error {
     Cancelled,
     #[error("no model `{name}`")]
     ModelNotFound { name: String, hint: Option<String> },
+    /// A repository of the hub that is not in the cache, and that may be downloaded.
+    #[error("no model `{name}` in the cache of the hub")]
+    Unfetched { name: String },
     #[error("`{}`: {message}", path.display())]
     ModelCorrupt { path: PathBuf, message: String },
     #[error("`{name}` cannot be used: {message}")]
@@ -128,7 +131,7 @@ impl Error {
             Self::Draining => "draining",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::Cancelled => "cancelled",
-            Self::ModelNotFound { .. } => "model_not_found",
+            Self::ModelNotFound { .. } | Self::Unfetched { .. } => "model_not_found",
             Self::ModelCorrupt { .. } => "model_corrupt",
             Self::ModelUnsupported { .. } => "model_unsupported",
             Self::UnsafeFormat { .. } => "unsafe_format",
@@ -174,6 +177,7 @@ impl Error {
             | Self::DeviceUnavailable { hint, .. }
             | Self::Numerical { hint, .. } => hint.clone(),
             Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
+            Self::Unfetched { name } => Some(format!("`model.fetch` with `\"model\":\"{name}\"` downloads it")),
             Self::Offline { .. } => {
                 Some("set `hub.download` under `workers.instructors.model`, and `model.fetch` downloads it".to_owned())
             }

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use super::interface::{EventWish, Found, Head};
 use super::lines::{Engine, Event, Timings, Warning};
 use super::manager::{Known, Ledger, Open, Terminal, ms};
+use super::parking::Parking;
 use super::queue::Queue;
 use super::workers::bar::Bar;
 use super::workers::codec::{self, Ask, Decoded, Fault};
@@ -62,6 +63,7 @@ pub struct Floor {
     pub broken: Option<Error>,
     pub bar: Bar,
     pub published: Arc<Published>,
+    pub(super) parked: Parking,
     last_step: Option<Instant>,
 }
 
@@ -93,11 +95,12 @@ impl Floor {
             broken: None,
             bar: Bar::on_stderr(),
             published,
+            parked: Parking::default(),
             last_step: None,
         }
     }
 
-    fn station(&mut self, post: Post) -> &mut Station {
+    pub(super) fn station(&mut self, post: Post) -> &mut Station {
         match post {
             Post::Compute => &mut self.compute,
             Post::Desk => &mut self.desk,
@@ -250,11 +253,13 @@ impl Floor {
         if self.compute.running.as_deref() == Some(id) {
             self.last_step = None;
         }
-        self.ledger.event(id, &Event::Started);
+        if !self.parked.holds(id) {
+            self.ledger.event(id, &Event::Started);
+        }
     }
 
     /// Gives an idle lane its next job.
-    fn pump(&mut self, post: Post) {
+    pub(super) fn pump(&mut self, post: Post) {
         let station = self.station(post);
         if station.running.is_some() {
             return;
@@ -288,20 +293,23 @@ impl Floor {
                 self.broken.get_or_insert(error);
             }
             lane::Event::Progress { request_id, progress } => self.progress(&request_id, progress),
-            lane::Event::Done(done) => {
+            lane::Event::Done(mut done) => {
                 self.bar.clear();
                 let station = self.station(post);
                 if station.running.as_deref() == Some(done.request_id.as_str()) {
                     station.running = None;
                 }
-                self.finish(*done);
+                if !self.park(&mut done) && !self.unpark(&done) {
+                    self.parked.forget(&done.request_id);
+                    self.finish(*done);
+                }
                 self.pump(post);
             }
         }
     }
 
     fn finish(&mut self, done: Done) {
-        let Done { request_id, result, timings, warnings, engine } = done;
+        let Done { request_id, result, timings, warnings, engine, .. } = done;
         let result = result.and_then(|reply| {
             serde_json::value::to_raw_value(&reply).map_err(|e| Error::bug(format!("a reply has no JSON form: {e}")))
         });
@@ -413,6 +421,7 @@ impl Floor {
         for post in [Post::Compute, Post::Desk, Post::Hub] {
             drop(self.station(post).queue.remove(id));
         }
+        self.parked.forget(id);
     }
 
     /// Cancels everything, and says how many waited and how many ran.
@@ -475,15 +484,6 @@ impl Floor {
     #[must_use]
     pub fn uptime_ms(&self) -> u64 {
         ms(self.begun.elapsed())
-    }
-}
-
-impl Open {
-    fn enter(&mut self, stage: Stage, now: Instant) {
-        self.stage = Some(stage.name());
-        self.stage_since = now;
-        self.done = 0;
-        self.total = 0;
     }
 }
 

@@ -229,10 +229,7 @@ impl Cache {
     pub fn missing(&self, reference: &Reference) -> Error {
         let name = reference.to_string();
         match self.download {
-            true => Error::ModelNotFound {
-                hint: Some(format!("`model.fetch` with `\"model\":\"{name}\"` downloads it from the hub")),
-                name,
-            },
+            true => Error::Unfetched { name },
             false => Error::Offline { what: format!("`{name}`, which is neither beneath a root nor in the cache,") },
         }
     }

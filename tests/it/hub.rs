@@ -421,6 +421,43 @@ fn a_fetch_holds_nobody_up_and_can_be_ended() {
     assert_eq!((cancelled, exit), (2, Some(0)));
 }
 
+#[test]
+fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
+    let place = Place::new();
+    place.hub.fail(Faults { slow: Some(Duration::from_millis(60)), ..Faults::default() });
+    let mut worker = place.worker(true);
+    let data = json!({ "prompt": "a hill", "steps": 2, "seed": 7, "model": "owner/demo" });
+    let line = |id: &str| json!({ "request_id": id, "worker_type": "inference", "operation": "generate", "data": data, "events": {} });
+    worker.send(&line("first"));
+    worker.until(|line| line["request_id"] == "first" && line["event"] == "fetching");
+    let (other, _) = image(&mut worker, "demo", None);
+    let mut events = Vec::new();
+    let answer = loop {
+        let line = worker.next().unwrap();
+        if line["request_id"] == "first" && line["type"] != "event" {
+            break line;
+        }
+        events.push(line["event"].as_str().unwrap_or_default().to_owned());
+    };
+    assert_eq!(answer["success"], true, "{answer}");
+    assert!(events.iter().all(|event| event != "started"), "it has started once: {events:?}");
+    assert_eq!(answer["data"]["parameters"]["revision"], FIRST);
+    let path = answer["data"]["images"][0]["path"].as_str().unwrap();
+    assert_eq!(fs::read(worker.folder.path().join(path)).unwrap(), other);
+
+    fs::remove_dir_all(place.cache()).unwrap();
+    worker.send(&line("second"));
+    worker.until(|line| line["request_id"] == "second" && line["event"] == "fetching");
+    worker.send(&line("third"));
+    assert_eq!(worker.ask("cancel", "cancel", &json!({ "request_id": "second" }))["found"], "running");
+    assert_eq!(code(&worker.answer("second")), "cancelled");
+    place.hub.fail(Faults { status: Some(("/api/".to_owned(), 404)), ..Faults::default() });
+    worker.answer("third");
+    fs::remove_dir_all(place.cache()).unwrap();
+    worker.send(&line("fourth"));
+    assert_eq!(code(&worker.answer("fourth")), "model_not_found");
+}
+
 /// A cache with the demonstration model as `owner/demo`, as Hugging Face's tools lay it out.
 fn cached(cache: &Path) -> PathBuf {
     let repository = cache.join("models--owner--demo");
