@@ -25,7 +25,7 @@ pub(crate) struct Faults {
     pub(crate) etag: Option<String>,
     /// What is said instead of the right commit of a file.
     pub(crate) commit: Option<String>,
-    /// Stored files have another first byte than they should.
+    /// Files have another last byte than they should.
     pub(crate) altered: bool,
     /// A part of a file is answered with the whole.
     pub(crate) whole: bool,
@@ -105,7 +105,7 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+    let path = line.split(' ').nth(1).unwrap_or_default().replace("%20", " ");
     let mut headers = HashMap::new();
     loop {
         let mut line = String::new();
@@ -166,8 +166,8 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
         .and_then(|range| range.strip_prefix("bytes=")?.split('-').next()?.parse().ok());
     let whole = bytes.len();
     let mut body = bytes.get(from.unwrap_or(0)..).unwrap_or_default().to_vec();
-    if faults.altered && from.is_none() {
-        body[0] ^= 1;
+    if let Some(last) = body.last_mut().filter(|_| faults.altered) {
+        *last ^= 1;
     }
     let cut = match &mut held.faults.cut {
         Some((after, times)) if *times > 0 && large && body.len() > *after => {
@@ -181,6 +181,10 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
         Some(from) => format!("206 Partial Content\r\nContent-Range: bytes {from}-{}/{whole}", whole.max(1) - 1),
         None => "200 OK".to_owned(),
     };
+    if from.is_some_and(|from| from >= whole) {
+        let range = format!("Content-Range: bytes */{whole}");
+        return write!(stream, "HTTP/1.1 416 Beyond\r\n{range}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    }
     write!(
         stream,
         "HTTP/1.1 {status}\r\nContent-Length: {}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n\
@@ -195,7 +199,7 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
     }
     match faults.slow.filter(|_| large) {
         None => stream.write_all(&body),
-        Some(pause) => body.chunks(20_000).try_for_each(|piece| {
+        Some(pause) => body.chunks(500_000).try_for_each(|piece| {
             std::thread::sleep(pause);
             stream.write_all(piece)
         }),

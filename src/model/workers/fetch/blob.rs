@@ -85,6 +85,10 @@ impl Session<'_> {
                 return Err(Trouble::Again("the hub sends another part than was asked for".to_owned()));
             }
         }
+        if size.is_some_and(|size| have > size) {
+            file.set_len(0).map_err(failed)?;
+            return Err(Trouble::Again("more was begun than the file has".to_owned()));
+        }
         if let Some(size) = size {
             tally.expect(size);
         }
