@@ -247,6 +247,21 @@ impl Error {
         Self::Compute { stage, source }
     }
 
+    /// The error again, for another request that it ends. Errors are not `Clone`, because tensor errors are not; what a
+    /// lane's end means for a request keeps its code.
+    #[must_use]
+    pub fn retold(&self) -> Self {
+        match self {
+            Self::DeviceUnavailable { device, message, hint } => {
+                Self::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
+            }
+            Self::DeviceLost { device, message } => {
+                Self::DeviceLost { device: device.clone(), message: message.clone() }
+            }
+            other => Self::bug(other.to_string()),
+        }
+    }
+
     pub fn bug(message: impl Into<String>) -> Self {
         Self::Bug { message: message.into() }
     }

@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::instructors::Call;
 use crate::lane::{self, Done, Job, Lane};
 use crate::managers::Published;
+use crate::units::Bytes;
 
 /// Which of the three threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +168,7 @@ impl Floor {
             () => Post::Desk,
         };
         if let Some(error) = &self.broken {
-            return Err(retold(error));
+            return Err(error.retold());
         }
         if self.draining {
             return Err(Error::Draining);
@@ -286,7 +287,7 @@ impl Floor {
                 for id in ids {
                     self.take_from_queues(&id);
                     if self.ledger.get(&id).is_some() {
-                        self.ledger.fail(&id, &retold(&error));
+                        self.ledger.fail(&id, &error.retold());
                     }
                 }
                 self.draining = true;
@@ -387,7 +388,13 @@ impl Floor {
             Progress::ModelLoading { component, bytes_done, bytes_total } => {
                 Event::ModelLoading { component, bytes_done, bytes_total }
             }
-            Progress::Fetching { file, bytes_done, bytes_total } => Event::Fetching { file, bytes_done, bytes_total },
+            Progress::Fetching { file, bytes_done, bytes_total } => {
+                if open.events.is_none() {
+                    let mib = |bytes: Bytes| usize::try_from(bytes.0 / Bytes::MIB).unwrap_or(usize::MAX);
+                    self.bar.show("fetch, MiB", mib(bytes_done), mib(bytes_total));
+                }
+                Event::Fetching { file, bytes_done, bytes_total }
+            }
             Progress::Preview { step, png } => {
                 Event::Preview { step, base64: base64::engine::general_purpose::STANDARD.encode(&png) }
             }
@@ -484,16 +491,5 @@ impl Floor {
     #[must_use]
     pub fn uptime_ms(&self) -> u64 {
         ms(self.begun.elapsed())
-    }
-}
-
-/// Errors are not `Clone`, because tensor errors are not; what a lane's end means for a request keeps its code.
-fn retold(error: &Error) -> Error {
-    match error {
-        Error::DeviceUnavailable { device, message, hint } => {
-            Error::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
-        }
-        Error::DeviceLost { device, message } => Error::DeviceLost { device: device.clone(), message: message.clone() },
-        other => Error::bug(other.to_string()),
     }
 }

@@ -154,7 +154,7 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
     let etag = faults.etag.clone().unwrap_or(etag);
     let commit = faults.commit.clone().unwrap_or(commit);
     if large && !stored && !faults.direct {
-        let to = format!("http://localhost:{port}/store{path}");
+        let to = format!("http://localhost:{port}/store{}", path.replace(' ', "%20"));
         return write!(
             stream,
             "HTTP/1.1 302 Found\r\nLocation: {to}\r\nX-Linked-Etag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n\
