@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use super::lora::LoraWishes;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
@@ -11,6 +12,7 @@ use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
+use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -82,6 +84,10 @@ pub struct GenerateRequest {
     /// Classifier-free guidance, 0 to 100; 1.0 and less make one pass only. Default: 5.0.
     #[serde(alias = "guidance_scale", skip_serializing_if = "Option::is_none")]
     pub cfg_scale: Option<f64>,
+    /// Guidance towards `init_image`, 1 to 100, of models that edit an image (`sdxl_instruct_pix2pix`); it takes effect, as
+    /// a third pass, where `cfg_scale` is above 1. Default: 1.5 for such models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_guidance_scale: Option<f64>,
     /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
     #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
     pub guidance_rescale: Option<f64>,
@@ -260,13 +266,25 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
-    /// A model by name, by path beneath the configured roots, or `owner/name` of a repository in the hub's cache. Default:
-    /// the configuration's, or `demo`.
+    /// A model by name, by path beneath the configured roots, or `owner/name` of the hub. Default: the configured or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
+    /// names or those of single files, which may hold more than it. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder_2: Option<String>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
@@ -296,6 +314,10 @@ pub struct GenerateRequest {
     /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
+    /// LoRA and its relatives, at most 32: a list, or one alone; a string is a file. They are applied in this order, then
+    /// those that `prompt` names as `<lora:file:weight>`. Default: none.
+    #[serde(alias = "lora", skip_serializing_if = "Option::is_none")]
+    pub loras: Option<LoraWishes>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
@@ -347,7 +369,7 @@ pub enum VaeSample {
 
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "lora", "loras", "ip_adapter_image"];
+pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -367,6 +389,8 @@ pub enum Request {
     Inpaint(Box<GenerateRequest>),
     /// As `generate`, with at least one ControlNet.
     Controlnet(Box<GenerateRequest>),
+    /// As `generate`, with at least one LoRA.
+    Lora(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -404,7 +428,15 @@ pub struct Generated {
     pub memory: MemoryUse,
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub adapters: Vec<AdapterFacts>,
+    pub adapters: Vec<AppliedAdapter>,
+}
+
+/// An adapter of one kind or the other.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub enum AppliedAdapter {
+    Picture(AdapterFacts),
+    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.
@@ -467,7 +499,7 @@ pub struct Inference;
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
     const OPERATIONS: &'static [&'static str] =
-        &["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"];
+        &["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"];
     type Request = Request;
     type Response = Response;
 }

@@ -12,6 +12,7 @@ mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
+pub mod sharing;
 mod tally;
 
 pub use away::away;
@@ -155,7 +156,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?))
+        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?)))
     }
 
     /// Reads `weight` alone.
@@ -163,7 +164,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, None)
+        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, None))
     }
 
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
@@ -274,9 +275,11 @@ impl Conv2d {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
-        shapes::kernel(&weight, shape)?;
-        Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+        sharing::layer(vb, || {
+            let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
+            shapes::kernel(&weight, shape)?;
+            Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+        })
     }
 
     /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
@@ -331,7 +334,7 @@ impl GroupNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
     }
 
     /// `x` is `[B, .., C]`.
@@ -427,7 +430,7 @@ impl LayerNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
     }
 
     /// `x` is `[.., C]`.

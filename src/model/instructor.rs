@@ -201,6 +201,7 @@ impl ModelInstructor {
             model: checkpoint.name.clone(),
             revision: checkpoint.revision.clone(),
             family: checkpoint.family.name,
+            variant: checkpoint.variant,
             pipeline: checkpoint.pipeline.clone(),
             components,
             prediction_type: scheduler.prediction_type,
@@ -283,20 +284,26 @@ impl Instructor for ModelInstructor {
         Ok(match request {
             Request::List(_) => Response::List(self.list(crew, ctx)?),
             Request::Inspect(wish) => {
-                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
+                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
             Request::Load(wish) => {
-                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
+                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
                 Response::Load(self.load(&checkpoint, crew, ctx)?)
             }
             Request::Unload(wish) => {
-                let name = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
-                let checkpoint = name.map(|name| crew.catalog.resolve(Some(&name))).transpose()?;
+                let (model, separate) =
+                    (at_revision(wish.model.as_deref(), wish.revision.as_deref())?, wish.separate());
+                let named = wish.model.is_some() || separate.iter().any(|(_, name)| name.is_some());
+                let find = || crew.catalog.resolve_with(model.as_deref(), &separate);
+                let checkpoint = named.then(find).transpose()?;
                 Response::Unload(self.unload(checkpoint.as_deref(), crew))
             }
             Request::Pin(wish) => {
-                let checkpoint = crew.catalog.resolve_at(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint =
+                    crew.catalog.resolve(at_revision(wish.model.as_deref(), wish.revision.as_deref())?.as_deref())?;
                 let pinned = wish.pin.unwrap_or(true);
                 if pinned {
                     self.load(&checkpoint, crew, ctx)?;

@@ -8,6 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::Part;
 use crate::layers::{Domain, Interface, Nothing, OneOrMany};
 use crate::scheduler::schedule::Prediction;
 use crate::units::{Allowance, Bytes};
@@ -118,6 +119,31 @@ pub struct ModelWish {
     /// Branch, tag or commit of a repository of the hub. Default: `main`.
     #[serde(default)]
     pub revision: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots.
+    #[serde(default)]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise.
+    #[serde(default)]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise.
+    #[serde(default)]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise.
+    #[serde(default)]
+    pub text_encoder_2: Option<String>,
+}
+
+impl ModelWish {
+    /// The parts that come from files of their own.
+    #[must_use]
+    pub fn separate(&self) -> [(Part, Option<&str>); 4] {
+        [
+            (Part::Vae, self.vae.as_deref()),
+            (Part::Unet, self.unet.as_deref()),
+            (Part::TextEncoder, self.text_encoder.as_deref()),
+            (Part::TextEncoder2, self.text_encoder_2.as_deref()),
+        ]
+    }
 }
 
 /// Names a model that shall stay.
@@ -213,7 +239,8 @@ pub struct ModelEntry {
     pub name: String,
     /// The commit, for a repository of the hub's cache.
     pub revision: Option<String>,
-    /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`; `null` if it cannot be used.
+    /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`, `sdxl_instruct_pix2pix`, `ssd_1b`, `segmind_vega`, `koala_700m`,
+    /// `koala_1b`; `null` if it cannot be used.
     pub family: Option<&'static str>,
     /// Bytes of its weight files.
     pub bytes: Bytes,
@@ -233,7 +260,10 @@ pub struct Inspection {
     /// The commit, for a repository of the hub's cache.
     pub revision: Option<String>,
     pub family: &'static str,
-    /// `_class_name` of `model_index.json`.
+    /// How it was trained or distilled, where its files say: `playground_v2_5`, `cosxl`, `v_prediction`, `turbo`,
+    /// `lightning`, `hyper`, `dmd2`.
+    pub variant: Option<&'static str>,
+    /// `_class_name` of `model_index.json`, or for a single file the pipeline that it would come with.
     pub pipeline: String,
     pub components: Vec<ComponentFacts>,
     pub prediction_type: Prediction,

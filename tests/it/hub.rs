@@ -479,7 +479,7 @@ fn cached(cache: &Path) -> PathBuf {
 fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>) {
     let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
     let mut crew = ModelCrew::new(&Settings { roots: roots.to_vec(), hub, ..Settings::default() });
-    let wish = ModelWish { model: Some(name.to_owned()), revision: None };
+    let wish = ModelWish { model: Some(name.to_owned()), ..ModelWish::default() };
     let found = ModelInstructor.instruct(Request::Inspect(wish), &mut crew, &Context::detached());
     let found = found.map(|response| match response {
         Response::Inspect(inspection) => inspection.revision.clone().unwrap_or_default(),

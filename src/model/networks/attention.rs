@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 use super::Check;
 use super::steering::{Change, Perturbed, SelfAttention};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
+use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention, sharing};
 
 const STAGE: &str = "unet";
 /// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
@@ -23,15 +23,17 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 /// # Errors
 /// A missing tensor, or one of another shape.
 pub(super) fn load_projection(vb: &VarBuilder, inputs: usize, outputs: usize) -> CandleResult<Linear> {
-    // Asked for by name alone: a file's reader keeps the first refusal of a shape, and reports it whatever comes after.
-    let weight = vb.get_unchecked("weight")?;
-    let expected = Shape::from((outputs, inputs));
-    if weight.shape() != &expected && weight.dims() != [outputs, inputs, 1, 1] {
-        let msg = format!("`{}.weight`", vb.prefix());
-        return Err(CandleError::UnexpectedShape { msg, expected, got: weight.shape().clone() });
-    }
-    let weight = weight.reshape(expected)?;
-    Linear::named(vb, &weight, Some(vb.get(outputs, "bias")?))
+    sharing::linear(vb, || {
+        // Asked for by name alone: a file's reader keeps the first refusal of a shape, and reports it whatever comes after.
+        let weight = vb.get_unchecked("weight")?;
+        let expected = Shape::from((outputs, inputs));
+        if weight.shape() != &expected && weight.dims() != [outputs, inputs, 1, 1] {
+            let msg = format!("`{}.weight`", vb.prefix());
+            return Err(CandleError::UnexpectedShape { msg, expected, got: weight.shape().clone() });
+        }
+        let weight = weight.reshape(expected)?;
+        Linear::named(vb, &weight, Some(vb.get(outputs, "bias")?))
+    })
 }
 
 /// Sizes of one attention layer or transformer.

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, sharing};
 
 const STAGE: &str = "text encoder";
 
@@ -210,6 +210,16 @@ struct Pooling {
     text_projection: Linear,
 }
 
+/// OpenCLIP keeps it as the matrix that stands to the right of the state, and under the bare name.
+fn load_text_projection(vb: &VarBuilder, size: usize, projected: usize) -> CandleResult<Linear> {
+    let layer = vb.pp("text_projection");
+    if !vb.contains_tensor("text_projection") {
+        return Linear::load_no_bias(&layer, size, projected);
+    }
+    let weight = vb.get((size, projected), "text_projection")?.t()?.contiguous()?;
+    Linear::named(&layer, &weight, None)
+}
+
 /// A text encoder.
 #[derive(Clone, Debug)]
 pub struct ClipTextModel {
@@ -242,12 +252,12 @@ impl ClipTextModel {
         let read = || -> CandleResult<Self> {
             let size = config.hidden_size;
             let embeddings = model.pp("embeddings");
-            let table = |name: &str, rows: usize| embeddings.pp(name).get((rows, size), "weight");
+            let table = |name: &str, rows: usize| sharing::table(&embeddings.pp(name), (rows, size));
             let layers = model.pp("encoder").pp("layers");
             let pooling = projected.map(|projected| -> CandleResult<Pooling> {
                 Ok(Pooling {
                     final_layer_norm: LayerNorm::load(&model.pp("final_layer_norm"), size, config.layer_norm_eps)?,
-                    text_projection: Linear::load_no_bias(&vb.pp("text_projection"), size, projected)?,
+                    text_projection: load_text_projection(vb, size, projected)?,
                 })
             });
             Ok(Self {

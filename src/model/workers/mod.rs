@@ -1,8 +1,11 @@
 //! Workers of the model domain.
 
 pub(in crate::model) mod adapt;
+pub(super) mod adapting;
 pub(super) mod digest;
 pub(super) mod fetch;
+pub(super) mod names;
+pub(super) mod naming;
 pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;
