@@ -129,7 +129,7 @@ impl InferenceInstructor {
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             controlnet: said(request, &controls),
             loras: said_loras,
-            model: Some(checkpoint.base_name().to_owned()),
+            model: Some(checkpoint.base_name()),
             revision: checkpoint.revision.clone(),
             t2i_adapter,
             ip_adapter,

@@ -296,14 +296,15 @@ impl Catalog {
         let name = reference.to_string();
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
         let path = snapshot.path().join(&reference.path);
-        match admit(&snapshot.roots(), &path)? {
-            Some(real) if real.is_dir() => Ok(Listed { name, path: Some(path), cached: Some(snapshot) }),
-            Some(_) => {
+        let ended = path.with_added_extension("safetensors");
+        for path in [path, ended] {
+            let Some(real) = admit(&snapshot.roots(), &path)? else { continue };
+            if !real.is_dir() {
                 readable(&name, &path)?;
-                Ok(Listed { name, path: Some(path), cached: Some(snapshot) })
             }
-            None => Err(self.hub.missing(reference)),
+            return Ok(Listed { name, path: Some(path), cached: Some(snapshot) });
         }
+        Err(self.hub.missing(reference))
     }
 
     fn cached_companion(&self, name: &str, reference: &Reference) -> Result<Companion> {

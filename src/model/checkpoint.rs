@@ -11,6 +11,7 @@ use super::demo;
 use super::families::Family;
 use super::families::variants::Variant;
 use super::folder::{Folder, Found};
+use super::hub::Reference;
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::{Unet, UnetConfig};
@@ -189,9 +190,11 @@ impl Checkpoint {
 
     /// What a request calls it that names the revision beside it.
     #[must_use]
-    pub fn base_name(&self) -> &str {
-        let base = self.name.split('@').next().filter(|_| self.revision.is_some());
-        base.unwrap_or(&self.name)
+    pub fn base_name(&self) -> String {
+        match (&self.revision, Reference::parse(&self.name, "model")) {
+            (Some(_), Ok(Some(reference))) => Reference { revision: None, ..reference }.to_string(),
+            _ => self.name.clone(),
+        }
     }
 
     /// The shape of the images it was trained on, in pixels.

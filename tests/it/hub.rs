@@ -14,10 +14,12 @@ use serde_json::{Value, json};
 
 use crate::conditioning::demo_folder;
 use crate::hub_server::{Faults, Hub, sha256};
+use crate::single_file::single;
 use crate::wire::{Worker, code, long};
 
 const FIRST: &str = "1111111111111111111111111111111111111111";
 const SECOND: &str = "2222222222222222222222222222222222222222";
+const THIRD: &str = "3333333333333333333333333333333333333333";
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
 /// The files of the demonstration model.
@@ -257,7 +259,7 @@ fn files_are_chosen_by_name_or_pattern_and_are_never_pickles() {
     let place = Place::new();
     let file = |name: &str| (name.to_owned(), name.as_bytes().to_vec());
     let many = ["config.json", "a.safetensors", "b.safetensors", "c d.safetensors", "old.ckpt", "note.md"];
-    place.hub.commit("owner/many", &["main"], FIRST, many.map(file).to_vec());
+    place.hub.commit("owner/many", &["main"], THIRD, many.map(file).to_vec());
     place.hub.commit("owner/old", &["main"], SECOND, ["config.json", "old.bin"].map(file).to_vec());
     let mut worker = place.worker(true);
     let names = |worker: &mut Worker, files: Value| -> Vec<String> {
@@ -269,6 +271,9 @@ fn files_are_chosen_by_name_or_pattern_and_are_never_pickles() {
     assert_eq!(names(&mut worker, json!("*")).len(), 4);
     let by_path = fetched(&mut worker, &json!({ "model": "owner/many/a.safetensors" }));
     assert_eq!(by_path["files"].as_array().unwrap().len(), 1);
+    let files = ["unet/config.json", UNET].map(str::to_owned);
+    let folder = fetched(&mut worker, &json!({ "model": "owner/demo/unet" }));
+    assert_eq!(folder["files"].as_array().unwrap().iter().map(|f| f["name"].clone()).collect::<Vec<_>>(), files);
     let (wrong, message) = refused(&mut worker, &json!({ "model": "owner/many" }));
     assert_eq!(wrong, "invalid_parameter");
     assert!(message.contains("`b.safetensors`"), "{message}");
@@ -537,6 +542,42 @@ fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
     broken(name, Err("path_not_allowed"), &|r| link("../../../../models--other/blobs/x", unet(r)));
     broken(name, Err("path_not_allowed"), &|r| link("/nonexistent", unet(r)));
     broken(name, Err("offline"), &|r| fs::remove_dir_all(r).unwrap());
+}
+
+#[test]
+fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
+    let cache = tempfile::tempdir().unwrap();
+    cached(cache.path());
+    let hub = HubSettings { cache: Some(cache.path().to_owned()), ..HubSettings::default() };
+    let crew = ModelCrew::new(&Settings { roots: Vec::new(), hub, ..Settings::default() });
+    let find = |name: &str| crew.catalog.companion(name, "model").map(|found| found.file_bytes().0);
+    let bytes = bytes_of(UNET).len() as u64;
+    assert_eq!(find(&format!("owner/demo/{UNET}")).unwrap(), bytes);
+    assert_eq!(find("owner/demo@main/unet/diffusion_pytorch_model").unwrap(), bytes);
+    assert_eq!(find(&format!("owner/demo@{FIRST}/unet")).unwrap(), bytes);
+    for (name, wanted) in [
+        ("owner/demo/absent.safetensors", "offline"),
+        ("owner/demo/../other/x", "path_not_allowed"),
+        ("owner/demo/model_index.json", "model_unsupported"),
+    ] {
+        assert_eq!(find(name).unwrap_err().code(), wanted, "{name}");
+    }
+}
+
+#[test]
+fn a_single_file_of_a_repository_is_a_model() {
+    let place = Place::new();
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(folder.path());
+    let file = folder.path().join("big.safetensors");
+    single(folder.path(), 1).write(&file);
+    place.hub.commit("owner/big", &["main"], SECOND, vec![("big.safetensors".to_owned(), fs::read(file).unwrap())]);
+    let mut worker = place.worker(true);
+    let own = image(&mut worker, "demo", None).0;
+    let (drawn, parameters) = image(&mut worker, "owner/big/big.safetensors", None);
+    assert_eq!(drawn, own);
+    assert_eq!((&parameters["model"], &parameters["revision"]), (&json!("owner/big/big.safetensors"), &json!(SECOND)));
+    assert_eq!(image(&mut worker, "owner/big/big", Some(SECOND)).0, own);
 }
 
 #[test]

@@ -18,14 +18,16 @@ use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::families::FAMILIES;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::interface::{HubSettings, LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
 use sdxl_worker::model::managers::{Budget, Reach, Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
 use crate::conditioning::demo_folder;
 
 fn crew(roots: Vec<PathBuf>) -> ModelCrew {
-    let mut crew = ModelCrew::new(&Settings { roots, ..Settings::default() });
+    // What this machine's cache of the hub holds is no part of a test.
+    let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
+    let mut crew = ModelCrew::new(&Settings { roots, hub, ..Settings::default() });
     crew.placement = Some(Placement {
         device: Device::Cpu,
         name: "cpu".to_owned(),

@@ -14,7 +14,7 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{Inspection, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::interface::{HubSettings, Inspection, ModelWish, PinWish, Request, Response, Settings};
 use sdxl_worker::scheduler::schedule::Prediction;
 
 use super::conditioning::demo_folder;
@@ -49,7 +49,8 @@ fn drawn(worker: &mut Worker, request: &GenerateRequest) -> (Vec<u32>, Vec<u8>) 
 }
 
 fn ask(root: &Path, request: Request) -> Result<Response> {
-    let mut crew = ModelCrew::new(&Settings { roots: vec![root.to_owned()], ..Settings::default() });
+    let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
+    let mut crew = ModelCrew::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() });
     ModelInstructor.instruct(request, &mut crew, &Context::detached())
 }
 

@@ -63,6 +63,11 @@ fn named(files: &[String], wanted: &[String]) -> Result<Vec<String>> {
             }
             continue;
         }
+        let folder = network(files, pattern.trim_end_matches('/'));
+        if !folder.is_empty() {
+            chosen.extend(folder);
+            continue;
+        }
         if !files.contains(pattern) {
             let near = nearest(pattern, files.iter().map(String::as_str));
             return Err(Error::InvalidParameter {
@@ -105,11 +110,11 @@ fn default(repository: &str, files: &[String]) -> Result<Vec<String>> {
         chosen.extend(files.iter().filter(small).cloned());
         return Ok(chosen);
     }
-    let config = files.iter().filter(|name| *name == "config.json").cloned();
-    let own = STEMS.iter().map(|stem| weights(files, "", stem)).find(|weights| !weights.is_empty());
-    if let Some(own) = own {
-        return Ok(own.into_iter().chain(config).collect());
+    let own = network(files, "");
+    if !own.is_empty() {
+        return Ok(own);
     }
+    let config = files.iter().filter(|name| *name == "config.json").cloned();
     let single: Vec<&String> = files.iter().filter(|name| is_weights(name)).collect();
     match single.as_slice() {
         [only] => Ok(config.chain([(*only).clone()]).collect()),
@@ -129,7 +134,14 @@ fn default(repository: &str, files: &[String]) -> Result<Vec<String>> {
     }
 }
 
-/// The files of one network: one, or an index with its parts.
+/// The weights and the configuration of the network whose folder `dir` is; nothing if it is none's.
+fn network(files: &[String], dir: &str) -> Vec<String> {
+    let own = STEMS.iter().map(|stem| weights(files, dir, stem)).find(|weights| !weights.is_empty());
+    let config = files.iter().filter(|name| split(name) == (dir, "config.json")).cloned();
+    own.map(|own| own.into_iter().chain(config).collect()).unwrap_or_default()
+}
+
+/// The weights of one network: one file, or an index with its parts.
 fn weights(files: &[String], dir: &str, stem: &str) -> Vec<String> {
     let own: Vec<(&str, &String)> =
         files.iter().filter(|name| split(name).0 == dir).map(|name| (split(name).1, name)).collect();
