@@ -80,13 +80,13 @@ struct Pass {
 }
 
 /// Where a run starts.
-struct Start<M> {
-    x: Tensor,
-    masking: Option<M>,
+pub(super) struct Start<M> {
+    pub(super) x: Tensor,
+    pub(super) masking: Option<M>,
 }
 
 /// The compute thread's things.
-type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
+pub(super) type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
 
 impl Shared {
     /// The textual inversions that the prompts used, and what of the prompts was known already.
@@ -207,7 +207,7 @@ impl InferenceInstructor {
             };
             walked = further.sampling.steps();
             before += walked;
-            let takes_mask = further.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+            let takes_mask = further.checkpoint.takes_mask();
             match (further.entry, &masking) {
                 // What is masked stays so, and what the other was told the refiner is told too.
                 (Entry::Carried, Some(held)) if held.outside.is_some() || takes_mask => {}
@@ -238,7 +238,7 @@ impl InferenceInstructor {
         noise: &mut NoiseSource,
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Start<Masking>> {
-        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+        let takes_mask = plan.checkpoint.takes_mask();
         let (Some(editing), Some(canvas)) = (&plan.editing, canvas) else {
             let x = (noise.initial()? * plan.sampling.init_scale)?;
             let masking = match takes_mask {
@@ -247,6 +247,9 @@ impl InferenceInstructor {
             };
             return Ok(Start { x, masking });
         };
+        if editing.beside {
+            return self.beside(plan, canvas, noise, (placement, crew, ctx));
+        }
         let mut encode = |pixels: &Tensor, noise: &mut NoiseSource| {
             let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
             self.encode(plan, &vae, pixels, editing.sampled.then_some(noise), placement, ctx)
@@ -304,7 +307,7 @@ impl InferenceInstructor {
     }
 
     /// The latents of a picture.
-    fn encoded(
+    pub(super) fn encoded(
         &self,
         plan: &GenerationPlan,
         picture: &Rgb8,

@@ -84,6 +84,10 @@ pub struct GenerateRequest {
     /// Classifier-free guidance, 0 to 100; 1.0 and less make one pass only. Default: 5.0.
     #[serde(alias = "guidance_scale", skip_serializing_if = "Option::is_none")]
     pub cfg_scale: Option<f64>,
+    /// Guidance towards `init_image`, 1 to 100, of models that edit an image (`sdxl_instruct_pix2pix`); it takes effect, as
+    /// a third pass, where `cfg_scale` is above 1. Default: 1.5 for such models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_guidance_scale: Option<f64>,
     /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
     #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
     pub guidance_rescale: Option<f64>,
@@ -265,6 +269,19 @@ pub struct GenerateRequest {
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
+    /// names or those of single files, which may hold more than it. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder_2: Option<String>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,

@@ -15,6 +15,7 @@ mod ladder;
 pub mod memory;
 pub mod plan;
 mod planning;
+mod rewriting;
 mod residing;
 pub mod steering;
 pub mod workers;

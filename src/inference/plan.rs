@@ -77,6 +77,8 @@ pub struct Editing {
     pub soft: bool,
     /// Whether the run starts from noise alone.
     pub from_noise: bool,
+    /// Whether the network sees the image beside latents that are noise alone.
+    pub beside: bool,
     /// Whether noise is added to the image; a run that goes on where another stopped adds none.
     pub adds_noise: bool,
 }

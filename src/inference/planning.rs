@@ -13,11 +13,12 @@ use super::interface::GenerateRequest;
 use super::lora::choose;
 use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
+use super::rewriting::rewrites;
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::conditioning::interface::PromptWeighting;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, Part};
 use crate::noise::{Seed, Variation};
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::interface::SamplingWish;
@@ -38,9 +39,16 @@ impl InferenceInstructor {
             .prompt
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
-        let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
+        let separate = [
+            (Part::Vae, request.vae.as_deref()),
+            (Part::Unet, request.unet.as_deref()),
+            (Part::TextEncoder, request.text_encoder.as_deref()),
+            (Part::TextEncoder2, request.text_encoder_2.as_deref()),
+        ];
+        let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
         let mut parameters = request.clone();
-        let editing = self.editing(request, &mut parameters)?;
+        let mut editing = self.editing(request, &mut parameters)?;
+        rewrites(request, &checkpoint, &mut parameters, editing.as_mut())?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let mut guidance = guidance(&mut parameters, &checkpoint)?;
         let wish = SamplingWish {

@@ -49,7 +49,7 @@ impl Companion {
                 }
             }
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            (None, WeightFiles { files: vec![folder.need(&own)?], index: None })
+            (None, WeightFiles::of(vec![folder.need(&own)?]))
         } else {
             let names = folder.names("");
             let holds = |stem: &&str| {
@@ -72,10 +72,14 @@ impl Companion {
         self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }
 
+    pub(super) fn weights(&self) -> &WeightFiles {
+        &self.weights
+    }
+
     /// Bytes of its weight files.
     #[must_use]
     pub fn file_bytes(&self) -> Bytes {
-        self.weights.files.iter().map(|found| Bytes(found.stamp().0)).sum()
+        self.weights.size()
     }
 
     /// Opens the weights and checks their headers.

@@ -194,6 +194,7 @@ impl ModelInstructor {
         Ok(Inspection {
             model: checkpoint.name.clone(),
             family: checkpoint.family.name,
+            variant: checkpoint.variant,
             pipeline: checkpoint.pipeline.clone(),
             components,
             prediction_type: scheduler.prediction_type,
@@ -276,15 +277,18 @@ impl Instructor for ModelInstructor {
         Ok(match request {
             Request::List(_) => Response::List(self.list(crew, ctx)?),
             Request::Inspect(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
             Request::Load(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
                 Response::Load(self.load(&checkpoint, crew, ctx)?)
             }
             Request::Unload(wish) => {
-                let checkpoint = wish.model.as_deref().map(|name| crew.catalog.resolve(Some(name))).transpose()?;
+                let separate = wish.separate();
+                let named = wish.model.is_some() || separate.iter().any(|(_, name)| name.is_some());
+                let find = || crew.catalog.resolve_with(wish.model.as_deref(), &separate);
+                let checkpoint = named.then(find).transpose()?;
                 Response::Unload(self.unload(checkpoint.as_deref(), crew))
             }
             Request::Pin(wish) => {

@@ -241,9 +241,16 @@ impl Lora {
                 }
             }
             let chosen = Chosen::of(&held, own("weight").is_some(), own("bias").is_some());
-            for (name, Source { key, .. }) in &held {
+            // A header may claim what nobody can read: no format makes use of more.
+            let most = own("weight").or_else(|| own("bias")).map_or(0, adapt::part_limit);
+            for (name, Source { key, third }) in &held {
                 seen.insert(key.clone());
                 if chosen.uses(name) {
+                    let shape = stored.get(key.as_str()).map_or(&[][..], |(_, shape)| shape);
+                    let numbers = shape.iter().fold(1_usize, |product, &side| product.saturating_mul(side));
+                    if numbers > most.saturating_mul(if third.is_some() { 3 } else { 1 }) {
+                        return Err(refuse(format!("`{key}` of shape {shape:?} does not fit `{layer}`")));
+                    }
                     if let Some((dtype @ StoredDtype::Other(_), _)) = stored.get(key.as_str()) {
                         return Err(refuse(format!("`{key}` is stored as {}, and must be a float", dtype.name())));
                     }

@@ -1,12 +1,15 @@
 //! Checkpoints, weights and networks.
 
+mod assembly;
 mod beside;
 pub mod catalog;
 pub mod checkpoint;
 pub mod companion;
 pub mod demo;
+mod derive;
 pub mod families;
 mod folder;
+mod foreign;
 pub mod instructor;
 pub mod interface;
 pub mod inversion;

@@ -153,7 +153,7 @@ fn a_control_lora_is_unloaded_with_its_model() {
         resident.filter(|one| one.kind == "controlnet").map(|one| one.name).collect()
     };
     assert_eq!(kept(&worker), ["control_lora", "control_small"]);
-    let wish = ModelWish { model: Some("demo".to_owned()) };
+    let wish = ModelWish { model: Some("demo".to_owned()), ..ModelWish::default() };
     let unload = Call::Model(sdxl_worker::model::interface::Request::Unload(wish));
     worker.instructors.dispatch(unload, &mut worker.managers, &Context::detached()).unwrap();
     assert_eq!(kept(&worker), ["control_small"]);
@@ -329,7 +329,8 @@ fn an_estimate_counts_each_network_once() {
     let twice =
         weights(json!([{ "model": "control_small", "image": EDGES }, { "model": "control_small", "image": EDGES }]));
     let file = random_networks::folder().join("control_small/diffusion_pytorch_model.safetensors");
-    assert_eq!(one - bare, fs::metadata(file).unwrap().len());
+    let header = fs::metadata(file).unwrap().len() - (one - bare);
+    assert!((1..100_000).contains(&header), "{header}");
     assert_eq!(twice, one);
 }
 

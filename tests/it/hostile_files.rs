@@ -6,8 +6,11 @@
 
 mod companions;
 mod folders;
+mod gguf;
 mod headers;
+mod loras;
 mod places;
+mod single;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -295,6 +298,9 @@ fn hostile_files_are_typed_errors_and_leave_nothing_behind() {
     folders::add(&mut corpus);
     companions::add(&mut corpus);
     places::add(&mut corpus);
+    loras::add(&mut corpus);
+    single::add(&mut corpus);
+    gguf::add(&mut corpus);
     assert!(corpus.cases.len() >= 200, "{} cases", corpus.cases.len());
     let mut worker = Measured::start(corpus.root());
     let picture = worker.picture();

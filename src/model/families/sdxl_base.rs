@@ -1,10 +1,13 @@
 //! The text-to-image model.
 
-use super::Family;
+use super::{Family, PIPELINES};
 
 pub(super) const FAMILY: Family = Family {
     name: "sdxl_base",
-    pipelines: &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"],
+    pipelines: PIPELINES,
     first_encoder: true,
     channels: 4,
+    masks: false,
+    edits: false,
+    depths: None,
 };

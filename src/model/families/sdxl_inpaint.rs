@@ -2,5 +2,12 @@
 
 use super::Family;
 
-pub(super) const FAMILY: Family =
-    Family { name: "sdxl_inpaint", pipelines: &["StableDiffusionXLInpaintPipeline"], first_encoder: true, channels: 9 };
+pub(super) const FAMILY: Family = Family {
+    name: "sdxl_inpaint",
+    pipelines: &["StableDiffusionXLInpaintPipeline"],
+    first_encoder: true,
+    channels: 9,
+    masks: true,
+    edits: false,
+    depths: None,
+};

@@ -1,10 +1,13 @@
 //! The model that refines the last steps; it has OpenCLIP's encoder only.
 
-use super::Family;
+use super::{Family, PIPELINES};
 
 pub(super) const FAMILY: Family = Family {
     name: "sdxl_refiner",
-    pipelines: &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"],
+    pipelines: PIPELINES,
     first_encoder: false,
     channels: 4,
+    masks: false,
+    edits: false,
+    depths: None,
 };

@@ -3,6 +3,7 @@
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
 pub(super) mod names;
+pub(super) mod naming;
 pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;

@@ -72,7 +72,10 @@ fn all() -> Vec<(&'static str, Vec<u8>)> {
         ("a key of 2^60 bytes", told([&(1_u64 << 60).to_le_bytes()[..], b"a"].concat())),
         ("a key of 2^64 - 1 bytes", told([&u64::MAX.to_le_bytes()[..], b"a"].concat())),
         ("a text of 2^60 bytes", told(entry("a", TEXT, &(1_u64 << 60).to_le_bytes()))),
-        ("a key that is not UTF-8", told([&2_u64.to_le_bytes()[..], b"\xff\xfe", &U32.to_le_bytes(), &[0; 4]].concat())),
+        (
+            "a key that is not UTF-8",
+            told([&2_u64.to_le_bytes()[..], b"\xff\xfe", &U32.to_le_bytes(), &[0; 4]].concat()),
+        ),
         ("a value of kind 99", told(entry("a", 99, &[0; 8]))),
         ("an array of 2^60 numbers", told(entry("a", ARRAY, &array(U32, 1 << 60, &[])))),
         ("an array of 2^61 wide numbers", told(entry("a", ARRAY, &array(U64, 1 << 61, &[])))),
@@ -86,9 +89,7 @@ fn all() -> Vec<(&'static str, Vec<u8>)> {
         ("of a language model", with(entry("general.architecture", TEXT, &text("llama")))),
         ("of Flux", with(entry("general.architecture", TEXT, &text("flux")))),
         ("a tensor without sides", one(tensor("conv_in.weight", &[], F16, 0), 64)),
-        ("a tensor of 2^32 - 1 sides", {
-            one([&text("a")[..], &u32::MAX.to_le_bytes(), &[1; 64]].concat(), 64)
-        }),
+        ("a tensor of 2^32 - 1 sides", { one([&text("a")[..], &u32::MAX.to_le_bytes(), &[1; 64]].concat(), 64) }),
         ("a tensor of nine sides", one(tensor("a", &[1; 9], F16, 0), 64)),
         ("a side of 0", one(tensor("conv_in.weight", &[0, 32], F16, 0), 64)),
         ("sides that overflow", one(tensor("conv_in.weight", &[1 << 40, 1 << 40], F16, 0), 64)),

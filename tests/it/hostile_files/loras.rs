@@ -62,7 +62,10 @@ pub(super) fn add(corpus: &mut Corpus) {
         ("with alpha not a number", &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("alpha", &[], f32::NAN)]),
         ("with many alphas", &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("alpha", &[4], 1.0)]),
         ("with no alpha in it", &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("alpha", &[0], 1.0)]),
-        ("with a core of nothing", &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("lora_mid.weight", &[0, 4, 3, 3], 0.1)]),
+        (
+            "with a core of nothing",
+            &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("lora_mid.weight", &[0, 4, 3, 3], 0.1)],
+        ),
         ("with magnitudes of another", &[(up, &[96, 4], 0.1), (down, &[4, 96], 0.1), ("dora_scale", &[7, 1], 0.1)]),
         ("LoHa of nothing", &[("hada_w1_a", &[0, 0], 0.1), ("hada_w1_b", &[0, 0], 0.1)]),
         ("LoHa, one half", &[("hada_w1_a", &[96, 4], 0.1), ("hada_w1_b", &[4, 96], 0.1)]),

@@ -44,8 +44,14 @@ pub(super) fn add(corpus: &mut Corpus) {
     broken("a first layer of a vector", &shaped(input, &[32]));
     broken("a first layer of a number", &shaped(input, &[]));
     broken("a first layer of 5 inputs", &shaped(input, &[32, 5, 3, 3]));
-    broken("a text encoder without words", &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[0, 32]));
-    broken("a text encoder without width", &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[49408, 0]));
+    broken(
+        "a text encoder without words",
+        &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[0, 32]),
+    );
+    broken(
+        "a text encoder without width",
+        &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[49408, 0]),
+    );
     broken("a VAE without outputs", &shaped("first_stage_model.decoder.conv_in.weight", &[0, 0, 0, 0]));
     let twice = |file: &mut File| {
         let (old, new) = (input, "model.diffusion_model.conv_in.weight");
@@ -93,13 +99,34 @@ fn foreign(corpus: &mut Corpus) {
         ("Stable Diffusion 3", vec![format!("{first}joint_blocks.0.x_block.attn.qkv.weight")]),
         ("Flux", vec![format!("{first}double_blocks.0.img_attn.qkv.weight")]),
         ("a VAE", vec!["decoder.conv_in.weight".to_owned()]),
-        ("a huge block number", vec![format!("{first}input_blocks.{}.0.weight", u64::MAX), format!("{first}label_emb.0.0.weight")]),
-        ("a block number that no number holds", vec![format!("{first}input_blocks.{}.0.weight", "9".repeat(5000)), format!("{first}label_emb.0.0.weight")]),
+        (
+            "a huge block number",
+            vec![format!("{first}input_blocks.{}.0.weight", u64::MAX), format!("{first}label_emb.0.0.weight")],
+        ),
+        (
+            "a block number that no number holds",
+            vec![format!("{first}input_blocks.{}.0.weight", "9".repeat(5000)), format!("{first}label_emb.0.0.weight")],
+        ),
         ("a negative block", vec![format!("{first}input_blocks.-1.0.weight"), format!("{first}label_emb.0.0.weight")]),
         ("a long name", vec![format!("{first}{}", "input_blocks.0.".repeat(70_000))]),
-        ("a size embedding alone", vec![format!("{first}label_emb.0.0.weight"), "add_embedding.linear_1.weight".to_owned()]),
-        ("100 000 blocks", (0..100_000).map(|n| format!("{first}input_blocks.{n}.0.in_layers.0.weight")).chain([format!("{first}label_emb.0.0.weight")]).collect()),
-        ("100 000 transformers", (0..100_000).map(|n| format!("{first}middle_block.1.transformer_blocks.{n}.norm1.weight")).chain([format!("{first}label_emb.0.0.weight")]).collect()),
+        (
+            "a size embedding alone",
+            vec![format!("{first}label_emb.0.0.weight"), "add_embedding.linear_1.weight".to_owned()],
+        ),
+        (
+            "100 000 blocks",
+            (0..100_000)
+                .map(|n| format!("{first}input_blocks.{n}.0.in_layers.0.weight"))
+                .chain([format!("{first}label_emb.0.0.weight")])
+                .collect(),
+        ),
+        (
+            "100 000 transformers",
+            (0..100_000)
+                .map(|n| format!("{first}middle_block.1.transformer_blocks.{n}.norm1.weight"))
+                .chain([format!("{first}label_emb.0.0.weight")])
+                .collect(),
+        ),
     ] {
         for shape in [vec![1], vec![0, 1 << 40]] {
             let file = tensors(keys.iter().map(|key| (key.as_str(), shape.clone(), 1.0)));
@@ -112,7 +139,10 @@ fn foreign(corpus: &mut Corpus) {
             ("nothing", tensors([])),
             ("one tensor", tensors([("a", vec![1], 1.0)])),
             ("a LoRA", tensors([("lora_unet_conv_in.lora_up.weight", vec![1], 1.0)])),
-            ("an empty first layer", tensors([("decoder.conv_in.weight", vec![0, 4, 3, 3], 1.0), ("conv_in.weight", vec![0; 4], 1.0)])),
+            (
+                "an empty first layer",
+                tensors([("decoder.conv_in.weight", vec![0, 4, 3, 3], 1.0), ("conv_in.weight", vec![0; 4], 1.0)]),
+            ),
         ] {
             corpus.file("in place of a part", &format!("{field} of {what}"), "safetensors", file, instead, REFUSED);
         }

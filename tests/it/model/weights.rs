@@ -16,8 +16,9 @@ fn hostile_weight_files_are_typed_errors() {
     let copy = Copy::new();
     for (what, bytes) in headers::all() {
         fs::write(copy.path(TEXT_ENCODER), bytes).unwrap();
-        copy.check(what, Request::Inspect(named("copy")), "model_corrupt", TEXT_ENCODER);
-        copy.check(what, Request::Load(named("copy")), "model_corrupt", TEXT_ENCODER);
+        let code = if matches!(what, "pickle" | "zip") { "unsafe_format" } else { "model_corrupt" };
+        copy.check(what, Request::Inspect(named("copy")), code, TEXT_ENCODER);
+        copy.check(what, Request::Load(named("copy")), code, TEXT_ENCODER);
     }
     // The root lists it with its problem, and the others as ever.
     let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.crew()).unwrap() else { panic!("list") };
