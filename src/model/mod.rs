@@ -18,5 +18,6 @@ pub mod inversion;
 pub mod lora;
 pub mod managers;
 pub mod networks;
+mod peft;
 pub mod weighing;
 mod workers;
