@@ -450,6 +450,17 @@ fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
     let path = answer["data"]["images"][0]["path"].as_str().unwrap();
     assert_eq!(fs::read(worker.folder.path().join(path)).unwrap(), other);
 
+    // What is here in part is completed, and what cannot be is told as it is.
+    fs::remove_dir_all(place.cache()).unwrap();
+    place.hub.fail(Faults::default());
+    fetched(&mut worker, &json!({ "model": "owner/demo/unet" }));
+    assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "model": "owner/demo" }))), "model_unsupported");
+    assert_eq!(image(&mut worker, "owner/demo", None).0, other);
+    place.hub.commit("owner/half", &["main"], SECOND, demo().into_iter().filter(|(name, _)| name != UNET).collect());
+    assert_eq!(code(&ask(&mut worker, "load", &json!({ "model": "owner/half" }))), "model_corrupt");
+    assert_eq!(code(&ask(&mut worker, "load", &json!({ "model": "owner/half/unet" }))), "model_unsupported");
+    place.hub.fail(Faults { slow: Some(Duration::from_millis(60)), ..Faults::default() });
+
     fs::remove_dir_all(place.cache()).unwrap();
     worker.send(&line("second"));
     worker.until(|line| line["request_id"] == "second" && line["event"] == "fetching");
