@@ -266,9 +266,12 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
-    /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
+    /// A model by name, by path beneath the configured roots, or `owner/name` of the hub. Default: the configured or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
     /// names or those of single files, which may hold more than it. Default: the model's own.
     #[serde(skip_serializing_if = "Option::is_none")]
