@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
 use super::lora::LoraWishes;
+pub use super::memory::DecodeExtent;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
@@ -47,19 +48,6 @@ impl Default for Settings {
             offload: Offload::Auto,
         }
     }
-}
-
-/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DecodeExtent {
-    /// `whole` where that much memory is free, otherwise `strips`.
-    #[default]
-    Auto,
-    /// All of it: the fastest.
-    Whole,
-    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
-    Strips,
 }
 
 /// One generation. Everything but `prompt` may be left out; the defaults used stand in the result's `parameters`.
