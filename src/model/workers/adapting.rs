@@ -98,18 +98,12 @@ impl Touch {
 
 impl Touches<'_> {
     fn tensors(&self) -> BTreeMap<String, Changed<'_>> {
-        let of_layer = |(layer, by): (&'_ String, &'_ Vec<Touch>)| {
-            ["weight", "bias"]
-                .into_iter()
-                .filter(|tensor| by.iter().any(|touch| touch.format(tensor).is_some()))
-                .map(move |tensor| tensor)
-                .map(|tensor| (format!("{layer}.{tensor}"), tensor))
-                .collect::<Vec<_>>()
-        };
         let mut all = BTreeMap::new();
         for (layer, by) in &self.layers {
-            for (name, tensor) in of_layer((layer, by)) {
-                all.insert(name, Changed { layer, tensor, by });
+            for tensor in ["weight", "bias"] {
+                if by.iter().any(|touch| touch.format(tensor).is_some()) {
+                    all.insert(format!("{layer}.{tensor}"), Changed { layer, tensor, by });
+                }
             }
         }
         all
@@ -117,16 +111,17 @@ impl Touches<'_> {
 }
 
 impl Adapted<'_> {
-    fn take(&self, name: &str, shape: Option<Shape>) -> CandleResult<Tensor> {
-        let from = |shape: Option<Shape>| match shape {
-            Some(shape) => self.lower.get(shape, name),
+    /// What is not changed is asked for as the network asked.
+    fn take(&self, name: &str, asked: Option<(Shape, Init)>) -> CandleResult<Tensor> {
+        let from = |asked: Option<(Shape, Init)>| match asked {
+            Some((shape, hint)) => self.lower.get_with_hints(shape, name, hint),
             None => self.lower.get_unchecked(name),
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.made.contains_key(name) {
             if !state.waiting.contains_key(name) {
                 drop(state);
-                return from(shape);
+                return from(asked);
             }
             if let Err(error) = self.change(name, &mut state) {
                 let told = candle_core::Error::Msg(error.to_string());
@@ -134,13 +129,13 @@ impl Adapted<'_> {
                 return Err(told);
             }
         }
-        match (state.made.remove(name), shape) {
-            (Some(tensor), Some(expected)) if *tensor.shape() != expected => {
+        match (state.made.remove(name), asked) {
+            (Some(tensor), Some((expected, _))) if *tensor.shape() != expected => {
                 let msg = format!("tensor `{name}`");
                 Err(candle_core::Error::UnexpectedShape { msg, expected, got: tensor.shape().clone() })
             }
             (Some(tensor), _) => Ok(tensor),
-            (None, shape) => from(shape),
+            (None, asked) => from(asked),
         }
     }
 
@@ -218,8 +213,8 @@ fn told(error: Error, file: &str, parts: &Parts) -> Error {
 }
 
 impl SimpleBackend for &Adapted<'_> {
-    fn get(&self, shape: Shape, name: &str, _: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, Some(shape))
+    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
+        self.take(name, Some((shape, hint)))
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> CandleResult<Tensor> {

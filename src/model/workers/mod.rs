@@ -2,6 +2,8 @@
 
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
+pub(super) mod digest;
+pub(super) mod fetch;
 pub(super) mod names;
 pub(super) mod naming;
 pub(super) mod open;
