@@ -2,6 +2,7 @@
 
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
+mod by_rows;
 pub(super) mod names;
 pub(super) mod naming;
 pub(super) mod open;
