@@ -28,9 +28,9 @@ use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::lora::Stack;
-use crate::model::managers::{Reach, Vae};
+use crate::model::managers::{ENCODERS, Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
@@ -101,6 +101,11 @@ impl Shared {
         let pictures = self.adaptations.iter().flatten().next().map_or(&[][..], |adaptation| &adaptation.facts);
         let pictures = pictures.iter().cloned().map(AppliedAdapter::Picture);
         pictures.chain(self.stack.facts().into_iter().map(AppliedAdapter::Lora)).collect()
+    }
+
+    /// What lies over the networks of the request's model.
+    pub(super) fn claims(&self) -> Vec<CheckpointKey> {
+        [self.stack.key(&[Part::Unet]), self.stack.key(&ENCODERS)].into_iter().flatten().collect()
     }
 
     /// How a result goes back into the request's image.

@@ -48,7 +48,7 @@ impl Default for Settings {
     }
 }
 
-/// How much of a picture is decoded at a time. The pixels are the same.
+/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DecodeExtent {
@@ -265,9 +265,12 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
-    /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
+    /// A model by name, by path beneath the configured roots, or `owner/name` of the hub. Default: the configured or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
     /// names or those of single files, which may hold more than it. Default: the model's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -288,7 +291,7 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
-    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same. Default: the configuration's, `auto` as
+    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same but for rounding. Default: the configuration's, `auto` as
     /// shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode: Option<DecodeExtent>,

@@ -78,7 +78,7 @@ pub struct MemoryUse {
 /// Bytes of one network's weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct PartBytes {
-    /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`
+    /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`, `lora`; on the CPU `tokenizers`
     pub part: &'static str,
     /// What requests call its model.
     pub name: String,

@@ -283,6 +283,7 @@ impl Draft {
             unet: unet.config,
             vae: vae.config,
             scheduler: self.scheduler,
+            revision: None,
             mmap: true,
             tokenizers: self.tokenizers,
             weights,

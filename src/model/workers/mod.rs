@@ -3,6 +3,8 @@
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
 mod by_rows;
+pub(super) mod digest;
+pub(super) mod fetch;
 pub(super) mod names;
 pub(super) mod naming;
 pub(super) mod open;
