@@ -141,6 +141,10 @@ impl Adapted<'_> {
             }
         }
         match (state.made.remove(name), asked) {
+            // A matrix may be kept as a convolution of one tap, and the other way round.
+            (Some(tensor), Some((expected, _))) if is_same_matrix(tensor.dims(), expected.dims()) => {
+                tensor.reshape(expected)
+            }
             (Some(tensor), Some((expected, _))) if *tensor.shape() != expected => {
                 let msg = format!("tensor `{name}`");
                 Err(candle_core::Error::UnexpectedShape { msg, expected, got: tensor.shape().clone() })
@@ -225,6 +229,12 @@ impl Adapted<'_> {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         spent.get(touch.adapter).map(|total| total.fetch_add(nanos, Ordering::Relaxed));
     }
+}
+
+/// Whether shapes differ by axes of length 1 at their end alone.
+fn is_same_matrix(a: &[usize], b: &[usize]) -> bool {
+    let trimmed = |dims: &[usize]| dims.iter().rposition(|&side| side != 1).map_or(0, |last| last + 1);
+    a != b && a.get(..trimmed(a)) == b.get(..trimmed(b))
 }
 
 /// An error of a format, which knows the layer alone, with the adapter's file and what it has.
