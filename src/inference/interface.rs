@@ -3,17 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
-use super::lora::LoraWishes;
+use super::lora::{AppliedAdapter, LoraWishes};
 pub use super::memory::DecodeExtent;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
-use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
+use crate::conditioning::adapters::{IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
-use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -417,14 +416,6 @@ pub struct Generated {
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AppliedAdapter>,
-}
-
-/// An adapter of one kind or the other.
-#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
-#[serde(untagged)]
-pub enum AppliedAdapter {
-    Picture(AdapterFacts),
-    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.
