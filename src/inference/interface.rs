@@ -259,8 +259,7 @@ pub struct GenerateRequest {
     /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
-    /// names or those of single files, which may hold more than it. Default: the model's own.
+    /// The autoencoder in place of the model's: a safetensors file, which may hold more, or a folder. Default: the own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<String>,
     /// The UNet in place of the model's, likewise. Default: the model's own.
@@ -353,10 +352,6 @@ pub enum VaeSample {
     Sample,
     Mode,
 }
-
-/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
-/// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
