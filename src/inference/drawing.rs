@@ -8,7 +8,8 @@ use candle_core::Tensor;
 use super::controlling::ControlledRun;
 use super::guidance::Guidance;
 use super::instructor::{InferenceInstructor, pace_key};
-use super::interface::{AppliedAdapter, DecodeExtent};
+use super::interface::DecodeExtent;
+use super::lora::AppliedAdapter;
 use super::memory::Offload;
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::control::Controls;
@@ -362,7 +363,7 @@ impl InferenceInstructor {
         }
         let Shared { canvas, prompts, controls, adaptations, hints, stack } = shared;
         // They are named for the request's model; a refiner is another one.
-        let own = (checkpoint.key == plan.checkpoint.key).then(|| Arc::clone(stack)).unwrap_or_default();
+        let own = if checkpoint.key == plan.checkpoint.key { Arc::clone(stack) } else { Arc::default() };
         if matches!(controls.get(run.index), Some(None)) {
             let cut = canvas.as_ref().and_then(|canvas| canvas.cut);
             let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines, cut };

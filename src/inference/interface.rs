@@ -3,17 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
-use super::lora::LoraWishes;
+use super::lora::{AppliedAdapter, LoraWishes};
 pub use super::memory::DecodeExtent;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
-use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
+use crate::conditioning::adapters::{IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
-use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -260,8 +259,7 @@ pub struct GenerateRequest {
     /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
-    /// names or those of single files, which may hold more than it. Default: the model's own.
+    /// The autoencoder in place of the model's: a safetensors file, which may hold more, or a folder. Default: the own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<String>,
     /// The UNet in place of the model's, likewise. Default: the model's own.
@@ -355,10 +353,6 @@ pub enum VaeSample {
     Mode,
 }
 
-/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
-/// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
-
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
 #[serde(default)]
@@ -417,14 +411,6 @@ pub struct Generated {
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AppliedAdapter>,
-}
-
-/// An adapter of one kind or the other.
-#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
-#[serde(untagged)]
-pub enum AppliedAdapter {
-    Picture(AdapterFacts),
-    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.

@@ -196,11 +196,10 @@ impl Checkpoint {
         };
         let lacks = |(part, component): (Part, &Option<Component>)| {
             let folder = path.join(part.name());
-            let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+            let mut files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
             let is_weights =
                 |file: std::path::PathBuf| file.extension().is_some_and(|end| end == "safetensors") && file.is_file();
-            matches!(component, Some((_, Some(_))))
-                && !(folder.join("config.json").is_file() && files.map(is_weights).any(|is| is))
+            matches!(component, Some((_, Some(_)))) && !(folder.join("config.json").is_file() && files.any(is_weights))
         };
         let parts = [
             (Part::TextEncoder, &index.text_encoder),

@@ -2,6 +2,7 @@
 
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
+mod by_rows;
 pub(super) mod digest;
 pub(super) mod fetch;
 pub(super) mod names;
