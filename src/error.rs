@@ -40,7 +40,11 @@ pub enum Error {
     ModelNotFound { name: String, hint: Option<String> },
     /// A repository of the hub that is not in the cache, and that may be downloaded.
     #[error("no model `{name}` in the cache of the hub")]
-    Unfetched { name: String },
+    Unfetched {
+        name: String,
+        /// What is wrong with what the cache has of it, if it has something.
+        otherwise: Option<Box<Error>>,
+    },
     #[error("`{}`: {message}", path.display())]
     ModelCorrupt { path: PathBuf, message: String },
     #[error("`{name}` cannot be used: {message}")]
@@ -177,7 +181,7 @@ impl Error {
             | Self::DeviceUnavailable { hint, .. }
             | Self::Numerical { hint, .. } => hint.clone(),
             Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
-            Self::Unfetched { name } => Some(format!("`model.fetch` with `\"model\":\"{name}\"` downloads it")),
+            Self::Unfetched { name, .. } => Some(format!("`model.fetch` with `\"model\":\"{name}\"` downloads it")),
             Self::Offline { .. } => {
                 Some("set `hub.download` under `workers.instructors.model`, and `model.fetch` downloads it".to_owned())
             }
@@ -245,6 +249,15 @@ impl Error {
             return Self::OutOfMemory { stage, needed: Bytes(0), free: Bytes(0), fits: None };
         }
         Self::Compute { stage, source }
+    }
+
+    /// The error where nothing is downloaded, or not once more.
+    #[must_use]
+    pub fn without_download(self) -> Self {
+        match self {
+            Self::Unfetched { otherwise: Some(error), .. } => *error,
+            other => other,
+        }
     }
 
     /// The error again, for another request that it ends. Errors are not `Clone`, because tensor errors are not; what a

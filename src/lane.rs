@@ -147,7 +147,7 @@ impl Bench {
             Err(panic) => (Err(bug(panic.as_ref())), false),
         };
         let unfetched = match (&result, kept) {
-            (Err(Error::Unfetched { name }), Some(job)) => Some((job, name.clone())),
+            (Err(Error::Unfetched { name, .. }), Some(job)) => Some((job, name.clone())),
             _ => None,
         };
         let (timings, warnings, engine) = (ctx.timings(), ctx.warnings(), ctx.engine());

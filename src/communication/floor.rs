@@ -317,6 +317,7 @@ impl Floor {
         let data = match result {
             Ok(data) => data,
             Err(error) => {
+                let error = error.without_download();
                 self.ledger.fail(&request_id, &error);
                 if matches!(error, Error::DeviceLost { .. }) {
                     self.draining = true;

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
 use super::lora::{AppliedAdapter, LoraWishes};
+pub use super::memory::DecodeExtent;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{IpAdapterWish, T2iAdapterWish};
@@ -46,19 +47,6 @@ impl Default for Settings {
             offload: Offload::Auto,
         }
     }
-}
-
-/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DecodeExtent {
-    /// `whole` where that much memory is free, otherwise `strips`.
-    #[default]
-    Auto,
-    /// All of it: the fastest.
-    Whole,
-    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
-    Strips,
 }
 
 /// One generation. Everything but `prompt` may be left out; the defaults used stand in the result's `parameters`.
@@ -271,8 +259,7 @@ pub struct GenerateRequest {
     /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
-    /// names or those of single files, which may hold more than it. Default: the model's own.
+    /// The autoencoder in place of the model's: a safetensors file, which may hold more, or a folder. Default: the own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<String>,
     /// The UNet in place of the model's, likewise. Default: the model's own.
@@ -365,10 +352,6 @@ pub enum VaeSample {
     Sample,
     Mode,
 }
-
-/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
-/// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]

@@ -3,8 +3,20 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::interface::DecodeExtent;
 use crate::units::Bytes;
+
+/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DecodeExtent {
+    /// `whole` where that much memory is free, otherwise `strips`.
+    #[default]
+    Auto,
+    /// All of it: the fastest.
+    Whole,
+    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
+    Strips,
+}
 
 /// Which weights leave the device while they are not used. The image is the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]

@@ -114,10 +114,11 @@ impl InferenceInstructor {
         let room = self.device.room(&crew.device);
         crew.model().begin(room, on_host);
         let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
-        let beside = plan.controls.iter().map(|control| control.net.key);
-        let beside = beside.chain(plan.adapters.networks().map(|(_, found)| found.key));
-        for key in own.chain(beside).chain(adapted.iter().copied()) {
-            crew.model().claim(key);
+        let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
+        let over = [adapted, &controls].concat();
+        let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
+        for key in own.chain(beside) {
+            crew.model().claim(key, &over);
         }
         let holding = (placement.compute, placement.quantization, on_host);
         let needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;

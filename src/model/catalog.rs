@@ -51,6 +51,12 @@ pub struct Listed {
 }
 
 impl Listed {
+    /// Whether a repository of the cache lacks files that a model has.
+    fn is_incomplete(&self) -> bool {
+        let whole = self.cached.as_ref().map(Snapshot::path).filter(|whole| self.path.as_ref() == Some(whole));
+        whole.is_some_and(|path| Checkpoint::lacks_files(&path))
+    }
+
     /// Whether a repository of the cache says that it is SDXL.
     fn is_cached_sdxl(&self) -> bool {
         let path = self.path.as_ref().filter(|_| self.cached.is_some());
@@ -97,7 +103,10 @@ impl Catalog {
         let listed = self.locate(&name)?;
         let given = separate.iter().filter_map(|(part, name)| Some((*part, (*name)?)));
         let others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
-        self.assembled(&listed, &others)
+        self.assembled(&listed, &others).map_err(|error| match listed.is_incomplete() {
+            true if self.hub.download => Error::Unfetched { name: listed.name, otherwise: Some(Box::new(error)) },
+            _ => error,
+        })
     }
 
     /// Every state of a model that was asked for: with parts of other files, and before its own files changed.

@@ -188,6 +188,28 @@ impl Checkpoint {
         index.is_ok_and(|index| Family::knows(&index.class_name))
     }
 
+    /// Whether the folder `path` lacks files that a model has, as one that was downloaded in part does.
+    #[must_use]
+    pub(super) fn lacks_files(path: &std::path::Path) -> bool {
+        let Ok(index) = Found::Disk(path.join("model_index.json")).json::<ModelIndex>(CONFIG_LIMIT) else {
+            return true;
+        };
+        let lacks = |(part, component): (Part, &Option<Component>)| {
+            let folder = path.join(part.name());
+            let mut files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+            let is_weights =
+                |file: std::path::PathBuf| file.extension().is_some_and(|end| end == "safetensors") && file.is_file();
+            matches!(component, Some((_, Some(_)))) && !(folder.join("config.json").is_file() && files.any(is_weights))
+        };
+        let parts = [
+            (Part::TextEncoder, &index.text_encoder),
+            (Part::TextEncoder2, &index.text_encoder_2),
+            (Part::Unet, &index.unet),
+            (Part::Vae, &index.vae),
+        ];
+        parts.into_iter().any(lacks) || !path.join("scheduler/scheduler_config.json").is_file()
+    }
+
     /// What a request calls it that names the revision beside it.
     #[must_use]
     pub fn base_name(&self) -> String {

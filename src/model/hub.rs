@@ -229,7 +229,7 @@ impl Cache {
     pub fn missing(&self, reference: &Reference) -> Error {
         let name = reference.to_string();
         match self.download {
-            true => Error::Unfetched { name },
+            true => Error::Unfetched { name, otherwise: None },
             false => Error::Offline { what: format!("`{name}`, which is neither beneath a root nor in the cache,") },
         }
     }

@@ -113,12 +113,12 @@ impl ModelCrew {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint, or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey) {
-        self.encoders.shelf.claim(key);
-        self.unets.shelf.claim(key);
-        self.vaes.shelf.claim(key);
-        self.controlnets.shelf.claim(key);
+    /// The running request will use what is kept of this checkpoint, alone and beneath `over`, or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey]) {
+        self.encoders.shelf.claim(key, over);
+        self.unets.shelf.claim(key, over);
+        self.vaes.shelf.claim(key, over);
+        self.controlnets.shelf.claim(key, over);
         self.adapters.claim(key);
     }
 

@@ -36,18 +36,20 @@ pub(crate) struct Faults {
 /// A request as it came.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
-    pub(crate) path: String,
     pub(crate) host: String,
     pub(crate) range: Option<String>,
     pub(crate) authorization: Option<String>,
 }
+
+/// Name and bytes.
+type File = (String, Arc<Vec<u8>>);
 
 #[derive(Default)]
 struct State {
     /// Repository and revision to commit.
     revisions: HashMap<(String, String), String>,
     /// Commit to files.
-    commits: HashMap<String, Vec<(String, Arc<Vec<u8>>)>>,
+    commits: HashMap<String, Vec<File>>,
     faults: Faults,
     seen: Vec<Seen>,
 }
@@ -114,12 +116,7 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
         headers.insert(name.to_lowercase(), value.to_owned());
     }
     let get = |name: &str| headers.get(name).cloned();
-    let seen = Seen {
-        path: path.clone(),
-        host: get("host").unwrap_or_default(),
-        range: get("range"),
-        authorization: get("authorization"),
-    };
+    let seen = Seen { host: get("host").unwrap_or_default(), range: get("range"), authorization: get("authorization") };
     let mut held = state.lock().unwrap();
     held.seen.push(seen);
     let faults = held.faults.clone();

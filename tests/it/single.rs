@@ -226,7 +226,7 @@ fn variants_are_told_by_names_and_shapes_alone() {
         [("text_encoder", 123_060_480), ("text_encoder_2", 694_659_840), ("unet", 2_567_463_684), ("vae", 83_653_863)];
     assert_eq!(counts, published);
     assert_eq!((facts.vae.scaling_factor, facts.default_width, facts.unet.context), (0.13025, 1024, 2048));
-    assert_eq!(facts.force_zeros_for_empty_prompt, true);
+    assert!(facts.force_zeros_for_empty_prompt);
     let refiner = check(&plain(REFINER), ("sdxl_refiner", None, epsilon, false));
     assert_eq!((refiner.text_encoders.len(), refiner.force_zeros_for_empty_prompt), (1, false));
     check(&plain(inputs(9)), ("sdxl_inpaint", None, epsilon, false));
