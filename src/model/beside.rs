@@ -25,7 +25,12 @@ impl Catalog {
         for folder in FOLDERS {
             match &found {
                 Err(error) if missing(error) && !Path::new(name).is_absolute() => {
-                    found = self.companion(&format!("{folder}/{name}"), field);
+                    // A path of two parts may be a repository's name as well, and is none here.
+                    let beside = self.companion(&format!("{folder}/{name}"), field);
+                    found = beside.or_else(|other| match other {
+                        Error::Offline { .. } | Error::ModelNotFound { .. } => found,
+                        other => Err(other),
+                    });
                 }
                 _ => break,
             }
