@@ -3,21 +3,26 @@
 //! implementation is tested against it.
 //!
 //! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Weights may be kept in a narrower dtype than the
-//! activations (f32 activations with f16 or bf16 weights): each weight is widened exactly where it is used.
+//! activations (f32 activations with f16 or bf16 weights), in eight-bit floats or in blocks of still fewer bits: on the CPU
+//! each weight is widened exactly where it is used, and rounded there to the dtype in which the network computes.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
+mod coding;
 mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
+mod stored;
 mod tally;
 
+pub use coding::Coding;
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
 pub use cpu::amx_probe;
 pub use cpu::simd;
 pub use quantising::{Chosen, quantising};
+pub use stored::{StoredWeight, WELCOME, welcomes};
 
 use std::sync::Arc;
 
@@ -67,13 +72,17 @@ enum Weight {
 }
 
 impl Weight {
-    /// `weight` is `[O, I]` or `[O, C, K, K]`.
-    fn new(weight: &Tensor) -> Result<Self> {
-        Ok(match (weight.device().is_cpu(), weight.rank()) {
-            (true, _) => Self::Packed(Arc::new(cpu::Packed::new(weight)?)),
-            (false, 4) => Self::Tensor(weight.permute((0, 2, 3, 1))?.contiguous()?), // [O, K, K, C]
-            (false, _) => Self::Tensor(weight.contiguous()?),
-        })
+    /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` the shape of its convolution.
+    fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
+        if weight.device().is_cpu() {
+            let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
+            return Ok(Self::Packed(Arc::new(cpu::Packed::new(weight, compute, by_filters)?)));
+        }
+        let weight = weight.tensor();
+        Ok(Self::Tensor(match weight.rank() {
+            4 => weight.permute((0, 2, 3, 1))?.contiguous()?, // [O, K, K, C]
+            _ => weight.contiguous()?,
+        }))
     }
 
     /// As [`Self::new`], in signed bytes.
@@ -85,13 +94,12 @@ impl Weight {
     }
 
     /// Of the layer `vb`: in bytes where [`quantising`] has it so.
-    fn load(weight: &Tensor, vb: &VarBuilder) -> Result<Self> {
+    fn load(weight: &StoredWeight, vb: &VarBuilder, conv: Option<ConvShape>) -> Result<Self> {
         if !weight.device().is_cpu() || !quantising::is_chosen(&vb.prefix(), weight.dims()) {
-            return Self::new(weight);
+            return Self::new(weight, vb.dtype(), conv);
         }
-        let packed = cpu::Packed::int8(weight)?;
-        let wide = weight.elem_count() * weight.dtype().size_in_bytes();
-        quantising::count(wide.saturating_sub(packed.bytes()));
+        let packed = cpu::Packed::int8(&weight.used(vb.dtype())?)?;
+        quantising::count(weight.bytes().saturating_sub(packed.bytes()));
         Ok(Self::Packed(Arc::new(packed)))
     }
 }
@@ -112,7 +120,8 @@ impl Linear {
     /// # Errors
     /// Those of the cast of the bias to f32.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(weight.dims2()?, Weight::new(&weight)?, bias)
+        let (size, dtype) = (weight.dims2()?, weight.dtype());
+        Self::of(size, Weight::new(&StoredWeight::of(weight)?, dtype, None)?, bias)
     }
 
     /// Keeps each output's weights as signed bytes and a scale, and makes bytes of each row of its inputs, so that
@@ -130,20 +139,13 @@ impl Linear {
         Ok(Self { weight, outputs, inputs, bias })
     }
 
-    /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
-    ///
-    /// # Errors
-    /// Those of the cast of the bias to f32.
-    pub fn named(vb: &VarBuilder, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(weight.dims2()?, Weight::load(weight, vb)?, bias)
-    }
-
-    /// Reads `weight` and `bias`.
+    /// Reads `weight`, which may be that of a convolution of one tap, and `bias`.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?))
+        let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+        Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
     }
 
     /// Reads `weight` alone.
@@ -151,7 +153,8 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        Self::named(vb, &vb.get((outputs, inputs), "weight")?, None)
+        let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+        Self::of((outputs, inputs), weight, None)
     }
 
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
@@ -236,8 +239,8 @@ impl Conv2d {
     /// # Errors
     /// Those of the re-layout.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        shapes::kernel(weight, shape)?;
-        Self::of(Weight::new(weight)?, bias, shape)
+        shapes::kernel(weight.dims(), shape)?;
+        Self::of(Weight::new(&StoredWeight::of(weight.clone())?, weight.dtype(), Some(shape))?, bias, shape)
     }
 
     /// As [`Linear::int8`]; bytes are made of each sample's whole feature map, or, where the kernel is one pixel, of each
@@ -246,7 +249,7 @@ impl Conv2d {
     /// # Errors
     /// A weight of another shape, or on a GPU.
     pub fn int8(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        shapes::kernel(weight, shape)?;
+        shapes::kernel(weight.dims(), shape)?;
         Self::of(Weight::int8(weight)?, bias, shape)
     }
 
@@ -260,9 +263,9 @@ impl Conv2d {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
-        shapes::kernel(&weight, shape)?;
-        Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+        let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
+        shapes::kernel(weight.dims(), shape)?;
+        Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
     }
 
     /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.

@@ -15,6 +15,7 @@ use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::kernels::Coding;
 use crate::layers::Worker;
 use crate::memory::{self, FromBits};
 use crate::model::folder::Found;
@@ -46,8 +47,8 @@ pub enum StoredDtype {
     F32,
     F16,
     Bf16,
-    /// Eight-bit floats, named as in the file.
-    F8(&'static str),
+    /// What tensors cannot be: eight-bit floats, and numbers in blocks.
+    Coded(Coding),
     /// Integers and booleans, named as in the file; no weight is one.
     Other(&'static str),
 }
@@ -68,8 +69,8 @@ impl StoredDtype {
         ("F32", Self::F32, 4),
         ("F16", Self::F16, 2),
         ("BF16", Self::Bf16, 2),
-        ("F8_E4M3", Self::F8("f8_e4m3"), 1),
-        ("F8_E5M2", Self::F8("f8_e5m2"), 1),
+        ("F8_E4M3", Self::Coded(Coding::E4m3), 1),
+        ("F8_E5M2", Self::Coded(Coding::E5m2), 1),
         ("I64", Self::Other("i64"), 8),
         ("U64", Self::Other("u64"), 8),
         ("I32", Self::Other("i32"), 4),
@@ -89,7 +90,19 @@ impl StoredDtype {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
-            Self::F8(name) | Self::Other(name) => name,
+            Self::Coded(coding) => coding.name(),
+            Self::Other(name) => name,
+        }
+    }
+
+    /// How weights are read that are stored so; `None` for what must be cast before, or is no weight.
+    pub(in crate::model) fn coding(self) -> Option<Coding> {
+        match self {
+            Self::F32 => Some(Coding::F32),
+            Self::F16 => Some(Coding::F16),
+            Self::Bf16 => Some(Coding::Bf16),
+            Self::Coded(coding) => Some(coding),
+            Self::F64 | Self::Other(_) => None,
         }
     }
 }
@@ -98,6 +111,11 @@ impl Weights {
     /// Tensors by name, in the order of their names.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Stored)> {
         self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
+    }
+
+    /// One tensor and its file.
+    pub(in crate::model) fn tensor(&self, name: &str) -> Option<(usize, &Stored)> {
+        self.tensors.get(name).map(|(shard, stored)| (*shard, stored))
     }
 
     /// The same tensors by other names; those that `name` gives none are left out.
