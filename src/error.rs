@@ -229,6 +229,17 @@ impl Error {
         }
     }
 
+    /// What a failed tensor operation means in a part of the work: a device that has no memory left says so in its text
+    /// alone. How much was needed and free is then for those to say who planned the work.
+    #[must_use]
+    pub fn of_tensors(stage: &'static str, source: candle_core::Error) -> Self {
+        let text = source.to_string().to_lowercase();
+        if ["out of memory", "out_of_memory", "outofmemory", "alloc_failed"].iter().any(|sign| text.contains(sign)) {
+            return Self::OutOfMemory { stage, needed: Bytes(0), free: Bytes(0), fits: None };
+        }
+        Self::Compute { stage, source }
+    }
+
     pub fn bug(message: impl Into<String>) -> Self {
         Self::Bug { message: message.into() }
     }
@@ -236,7 +247,7 @@ impl Error {
 
 impl From<candle_core::Error> for Error {
     fn from(source: candle_core::Error) -> Self {
-        Self::Compute { stage: "compute", source }
+        Self::of_tensors("compute", source)
     }
 }
 
@@ -247,7 +258,7 @@ pub trait Stage<T> {
 
 impl<T> Stage<T> for candle_core::Result<T> {
     fn stage(self, stage: &'static str) -> Result<T> {
-        self.map_err(|source| Error::Compute { stage, source })
+        self.map_err(|source| Error::of_tensors(stage, source))
     }
 }
 
@@ -268,4 +279,26 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .filter(|(likeness, _)| *likeness >= 0.8)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Error, Stage as _};
+
+    fn check(text: &str, is_memory: bool) {
+        let failed: candle_core::Result<()> = Err(candle_core::Error::Msg(text.to_owned()).bt());
+        let error = failed.stage("unet").unwrap_err();
+        assert_eq!(error.code(), if is_memory { "out_of_memory" } else { "internal" }, "{text}");
+        assert!(error.to_string().contains("unet"), "{error}");
+        assert_eq!(Error::from(candle_core::Error::Msg(text.to_owned())).code(), error.code(), "{text}");
+    }
+
+    #[test]
+    fn a_device_without_memory_is_told_from_one_that_fails() {
+        check("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")", true);
+        check("CublasError(CUBLAS_STATUS_ALLOC_FAILED)", true);
+        check("kIOGPUCommandBufferCallbackErrorOutOfMemory", true);
+        check("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")", false);
+        check("shape mismatch in matmul", false);
+    }
 }

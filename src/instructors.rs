@@ -95,6 +95,8 @@ impl Instructors {
         let lead = &self.inference;
         if compute {
             let placement = lead.device.place(&mut managers.device, None)?;
+            let room = lead.device.room(&managers.device);
+            managers.model().begin(room, placement.device.is_cpu());
             managers.model().placement = Some(placement);
         }
         let reply = match call {

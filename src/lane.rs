@@ -12,6 +12,7 @@ use crate::context::{CancelToken, Context, Engine, PreviewWish, Progress, Stage}
 use crate::error::{Error, Result};
 use crate::instructors::{Call, Instructors, Reply};
 use crate::managers::Managers;
+use crate::model::managers::Reach;
 use crate::units::Bytes;
 
 /// Stack of a compute thread in bytes.
@@ -132,7 +133,7 @@ impl Bench {
             match instructors.dispatch(call, managers, &ctx) {
                 // What is kept for later may be what is missing now; images that are written are not made twice.
                 Err(Error::OutOfMemory { stage, needed, .. }) if !delivered.load(Ordering::Relaxed) => {
-                    let freed = managers.make_room(Bytes(u64::MAX));
+                    let freed = managers.make_room(Bytes(u64::MAX), Reach::Idle);
                     tracing::warn!(request_id, stage, %needed, %freed, "out of memory; tried again with empty shelves");
                     ctx.warn(format!(
                         "memory ran out in {stage}; everything kept was let go, and the work begun again"

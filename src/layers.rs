@@ -147,6 +147,8 @@ pub struct Resident {
     pub name: String,
     pub bytes: Bytes,
     pub pinned: bool,
+    /// When a request last used it, in milliseconds of Unix time; `null` for what is kept without being counted so.
+    pub used_ms: Option<u64>,
 }
 
 /// Keeps one kind of long-lived resource, and counts its bytes.

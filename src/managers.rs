@@ -9,6 +9,7 @@ use crate::layers::{Manager, Resident};
 use crate::memory;
 use crate::model::instructor::ModelCrew;
 use crate::model::interface::Settings as ModelSettings;
+use crate::model::managers::Reach;
 use crate::pace::Pace;
 use crate::units::Bytes;
 
@@ -67,25 +68,20 @@ impl Managers {
         *self.published.residents.lock().unwrap_or_else(PoisonError::into_inner) = self.resident();
     }
 
-    /// Frees at least `want` if it can, and says how much it freed: what is cheapest to have again goes first.
-    pub fn make_room(&mut self, want: Bytes) -> Bytes {
+    /// Frees at least `want` if it can, and says how much it freed. What is cheapest to have again goes first: hints,
+    /// embeddings, tokenizers, then networks in the order of [`Budget`](crate::model::managers::Budget).
+    pub fn make_room(&mut self, want: Bytes, reach: Reach) -> Bytes {
         let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
-        let order: [&mut dyn Manager; 8] = [
-            hints,
-            embeddings,
-            &mut model.tokenizers,
-            &mut model.adapters,
-            &mut model.encoders,
-            &mut model.controlnets,
-            &mut model.vaes,
-            &mut model.unets,
-        ];
+        let caches: [&mut dyn Manager; 3] = [hints, embeddings, &mut model.tokenizers];
         let mut freed = Bytes(0);
-        for manager in order {
+        for manager in caches {
             if freed >= want {
                 break;
             }
             freed = freed + manager.evict(want.saturating_sub(freed));
+        }
+        if freed < want {
+            freed = freed + model.budget.evict(want.saturating_sub(freed), reach);
         }
         memory::release();
         freed

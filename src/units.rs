@@ -1,4 +1,4 @@
-//! Quantities with their units in the type: bytes, image sides, step counts.
+//! Quantities with their units in the type: bytes, shares of a memory, image sides, step counts.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -88,6 +88,94 @@ impl JsonSchema for Bytes {
         } else {
             schemars::json_schema!({ "type": "integer", "minimum": 0 })
         }
+    }
+}
+
+/// How much of a memory: `auto`, a number of bytes, text with a unit (`4GB`), or a share (`60%`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Allowance {
+    /// As much as is found to be there.
+    #[default]
+    Auto,
+    Bytes(Bytes),
+    /// Percent.
+    Share(u8),
+}
+
+impl Allowance {
+    /// In bytes, of a memory of `total`; `None` for `auto`, and for a share of what is not known.
+    #[must_use]
+    pub fn of(self, total: Option<Bytes>) -> Option<Bytes> {
+        match self {
+            Self::Auto => None,
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Share(percent) => total.map(|total| Bytes(total.0 / 100 * u64::from(percent))),
+        }
+    }
+}
+
+impl std::str::FromStr for Allowance {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        match text.strip_suffix('%') {
+            Some(percent) => match percent.trim().parse() {
+                Ok(percent @ 1..=100) => Ok(Self::Share(percent)),
+                _ => Err(format!("a share is 1% to 100%, got `{text}`")),
+            },
+            None => text.parse().map(Self::Bytes),
+        }
+    }
+}
+
+impl Serialize for Allowance {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Bytes(bytes) => bytes.serialize(serializer),
+            Self::Share(percent) => serializer.collect_str(&format_args!("{percent}%")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Allowance {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AllowanceVisitor;
+
+        impl Visitor<'_> for AllowanceVisitor {
+            type Value = Allowance;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`auto`, a number of bytes, or text such as `1024MB` or `60%`")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<Allowance, E> {
+                Ok(Allowance::Bytes(Bytes(bytes)))
+            }
+
+            fn visit_unit<E: serde::de::Error>(self) -> Result<Allowance, E> {
+                Ok(Allowance::Auto)
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Allowance, E> {
+                text.parse().map_err(|_| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+            }
+        }
+
+        deserializer.deserialize_any(AllowanceVisitor)
+    }
+}
+
+impl JsonSchema for Allowance {
+    fn schema_name() -> Cow<'static, str> {
+        "Allowance".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        schemars::json_schema!({ "type": ["integer", "string", "null"], "minimum": 0 })
     }
 }
 

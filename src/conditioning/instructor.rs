@@ -250,7 +250,7 @@ impl ConditioningInstructor {
                 Ok(())
             })?;
             drop(encoders);
-            crew.model.encoded(checkpoint, placement);
+            crew.model.encoded(checkpoint);
             if self.settings.cache_embeddings {
                 for (key, made) in keys.into_iter().zip(embeddings.iter().flatten()) {
                     if crew.embeddings.get(&key).is_none() {

@@ -65,7 +65,7 @@ impl Manager for EmbeddingManager {
     /// All embeddings together: one line is enough for what is small and many.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} prompts", self.entries.len());
-        let all = Resident { kind: "embeddings", name, bytes: self.bytes(), pinned: false };
+        let all = Resident { kind: "embeddings", name, bytes: self.bytes(), pinned: false, used_ms: None };
         if self.entries.is_empty() { Vec::new() } else { vec![all] }
     }
 
@@ -145,7 +145,7 @@ impl Manager for HintManager {
     /// All hints together.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} images", self.entries.len());
-        let all = Resident { kind: "hints", name, bytes: self.bytes(), pinned: false };
+        let all = Resident { kind: "hints", name, bytes: self.bytes(), pinned: false, used_ms: None };
         if self.entries.is_empty() { Vec::new() } else { vec![all] }
     }
 

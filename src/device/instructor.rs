@@ -1,8 +1,8 @@
 //! Decides which device computes, and in which dtype.
 
 use super::interface::{
-    CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceWish, Dtype, MemoryReport, Quantization,
-    Request, Response, Settings,
+    CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceMemory, DeviceWish, Dtype, MemoryReport,
+    Quantization, Request, Response, Settings,
 };
 use super::manager::{DeviceManager, Opened};
 use super::workers::{cuda, host, metal};
@@ -25,6 +25,8 @@ pub struct Placement {
     pub vae: Dtype,
     /// Of the UNet.
     pub quantization: Quantization,
+    /// Whether the UNet's weights stay on the host, or in their files, and come to the device a layer at a time.
+    pub away: bool,
 }
 
 impl Placement {
@@ -70,6 +72,7 @@ impl DeviceInstructor {
             compute: dtypes.compute,
             vae: dtypes.vae,
             quantization: self.settings.quantization,
+            away: false,
         }
         .quantised(None)
     }
@@ -97,7 +100,32 @@ impl DeviceInstructor {
     /// Bytes free on the device, where that can be read.
     #[must_use]
     pub fn free(&self, crew: &DeviceManager) -> Option<Bytes> {
-        crew.memory().map(|memory| memory.free).or_else(host_available)
+        self.room(crew).map(|room| room.free)
+    }
+
+    /// What the device has for this process, where that can be read: the GPU's memory, or the host's, within the limits
+    /// of the configuration.
+    #[must_use]
+    pub fn room(&self, crew: &DeviceManager) -> Option<Room> {
+        if let Some(DeviceMemory { total, free, .. }) = crew.memory() {
+            let limit = self.settings.device_memory.of(Some(total)).unwrap_or(total).min(total);
+            return Some(Room { total: limit, free: free.saturating_sub(total.saturating_sub(limit)) });
+        }
+        let measured = host::memory();
+        let kept = memory::usage().kept;
+        let free = measured.available.map(|available| available + kept);
+        match self.settings.host_memory.of(measured.total) {
+            None => Some(Room { total: measured.total?, free: free? }),
+            Some(limit) => {
+                // Where the process cannot see itself, the limit is as if nothing were taken.
+                let taken = host::process().anonymous.unwrap_or_default().saturating_sub(kept);
+                let left = limit.saturating_sub(taken);
+                Some(Room {
+                    total: measured.total.map_or(limit, |total| total.min(limit)),
+                    free: free.map_or(left, |free| free.min(left)),
+                })
+            }
+        }
     }
 
     fn wish(&self) -> Result<DeviceWish> {
@@ -210,11 +238,13 @@ pub fn choose_cpu_features(wish: CpuFeatures) -> Result<()> {
     })
 }
 
-/// Bytes of the host's memory that this process can still use, where that can be read: what is free, and what the
-/// allocator keeps for reuse.
-#[must_use]
-pub fn host_available() -> Option<Bytes> {
-    host::memory().available.map(|available| available + memory::usage().kept)
+/// Memory that weights and feature maps are in, of a GPU or the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// What may be in use.
+    pub total: Bytes,
+    /// What of it is free, and what the allocator keeps for reuse.
+    pub free: Bytes,
 }
 
 /// What a device computes in.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, nearest};
 use crate::kernels::simd::Level;
 use crate::layers::{Domain, Interface, Nothing};
-use crate::units::Bytes;
+use crate::units::{Allowance, Bytes};
 
 /// Number format of activations and arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -162,6 +162,13 @@ pub struct Settings {
     pub quantization: Quantization,
     /// Instruction sets of the CPU's kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
     pub cpu_features: CpuFeatures,
+    /// The GPU's memory that may be in use, by this process and others: bytes as a number or as `20GB`, a share of the GPU's
+    /// memory (`90%`), or `auto`: all of it.
+    pub device_memory: Allowance,
+    /// The host's memory that this process may take, files that it maps not counted: bytes as a number or as `16GB`, a share
+    /// of the host's memory (`60%`), or `auto`: all that is available. What would not fit is done in ways that take less,
+    /// or refused.
+    pub host_memory: Allowance,
 }
 
 impl Default for Settings {
@@ -172,6 +179,8 @@ impl Default for Settings {
             dtype: None,
             quantization: Quantization::None,
             cpu_features: CpuFeatures::Auto,
+            device_memory: Allowance::Auto,
+            host_memory: Allowance::Auto,
         }
     }
 }
@@ -266,6 +275,12 @@ pub struct ProcessMemory {
     pub rss: Option<Bytes>,
     /// The most bytes that were ever resident.
     pub peak_rss: Option<Bytes>,
+    /// Bytes resident now that are the process's own, no file's.
+    pub anonymous: Option<Bytes>,
+    /// Bytes of weight files that are mapped: part of `rss` as far as they were read, and the system's to take back.
+    pub mapped: Bytes,
+    /// Bytes of `anonymous` that are free and wait for reuse.
+    pub kept: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]

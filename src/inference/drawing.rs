@@ -25,7 +25,7 @@ use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::managers::Vae;
+use crate::model::managers::{Reach, Vae};
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
 use crate::pixels::{Gray8, Rgb8};
@@ -419,7 +419,7 @@ impl InferenceInstructor {
         let free = self.device.free(&crew.device).filter(|_| !here);
         let short = free.map_or(Bytes(0), |free| checkpoint.file_bytes().saturating_sub(free));
         if short > Bytes(0) {
-            crew.make_room(short);
+            crew.make_room(short, Reach::Idle);
         }
     }
 

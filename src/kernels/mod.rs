@@ -8,6 +8,7 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
+mod away;
 mod coding;
 mod cpu;
 pub mod plain;
@@ -16,6 +17,7 @@ mod shapes;
 mod stored;
 mod tally;
 
+pub use away::away;
 pub use coding::Coding;
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
@@ -69,16 +71,27 @@ enum Weight {
     Packed(Arc<cpu::Packed>),
     /// `[O, I]` or `[O, K, K, C]`.
     Tensor(Tensor),
+    /// As the file has it, on the host; [`Weight::beside`] brings it.
+    Away(away::Away),
 }
 
 impl Weight {
     /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` the shape of its convolution.
     fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
-        if weight.device().is_cpu() {
-            let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
-            return Ok(Self::Packed(Arc::new(cpu::Packed::new(weight, compute, by_filters)?)));
+        match weight.device().is_cpu() {
+            true if away::is_chosen() => Ok(Self::Away(away::Away { weight: weight.clone(), compute, conv })),
+            true => Self::on_host(weight, compute, conv),
+            false => Self::on_device(weight.tensor()),
         }
-        let weight = weight.tensor();
+    }
+
+    fn on_host(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
+        let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
+        Ok(Self::Packed(Arc::new(cpu::Packed::new(weight, compute, by_filters)?)))
+    }
+
+    /// As [`Self::new`], of one that is on a GPU.
+    fn on_device(weight: &Tensor) -> Result<Self> {
         Ok(Self::Tensor(match weight.rank() {
             4 => weight.permute((0, 2, 3, 1))?.contiguous()?, // [O, K, K, C]
             _ => weight.contiguous()?,
@@ -135,7 +148,7 @@ impl Linear {
     }
 
     fn of((outputs, inputs): (usize, usize), weight: Weight, bias: Option<Tensor>) -> Result<Self> {
-        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, outputs, inputs, bias })
     }
 
@@ -174,9 +187,10 @@ impl Linear {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
             Weight::Tensor(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
+            Weight::Away(_) => away::still(),
         }
     }
 
@@ -190,9 +204,12 @@ impl Linear {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(_) => plain::geglu(&self.forward(x)?),
+            Weight::Tensor(weight) => {
+                plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
+            }
+            Weight::Away(_) => away::still(),
         }
     }
 }
@@ -254,7 +271,7 @@ impl Conv2d {
     }
 
     fn of(weight: Weight, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
 
@@ -285,9 +302,10 @@ impl Conv2d {
         if empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &self.weight {
+        match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
             Weight::Tensor(weight) => plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
+            Weight::Away(_) => away::still(),
         }
     }
 }
@@ -309,7 +327,8 @@ impl GroupNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, groups, eps })
+        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, groups, eps })
     }
 
     /// Reads `weight` and `bias`.
@@ -404,7 +423,8 @@ impl LayerNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weight.to_dtype(DType::F32)?, bias: bias.to_dtype(DType::F32)?, eps })
+        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, eps })
     }
 
     /// Reads `weight` and `bias`.

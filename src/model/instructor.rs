@@ -10,18 +10,19 @@ use super::interface::{
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
 use super::managers::{
-    AdapterManager, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+    AdapterManager, Budget, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
 };
 use crate::context::Context;
-use crate::device;
-use crate::device::instructor::Placement;
+use crate::device::instructor::{Placement, Room};
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::memory;
-use crate::units::Bytes;
+use crate::units::{Allowance, Bytes};
 
 /// Share of the memory, in percent, above which a model's weights leave too little for activations.
 const CROWDED: u64 = 60;
+/// Part of the memory that `cache_size` leaves free where it is `auto`: a quarter.
+const LEFT_FREE: u64 = 4;
 
 /// What the model domain draws on. `list` and `inspect` need only the catalog; they read what is in memory from
 /// `published` where the managers are another thread's.
@@ -34,6 +35,9 @@ pub struct ModelCrew {
     pub controlnets: ControlNetManager,
     pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
+    cache_size: Allowance,
+    /// What all networks may take together.
+    pub budget: Budget,
     /// Where `load` and `pin` load to. `None` beside the compute thread.
     pub placement: Option<Placement>,
     /// What is in memory on the compute thread; `None` on the compute thread itself.
@@ -43,16 +47,18 @@ pub struct ModelCrew {
 impl ModelCrew {
     #[must_use]
     pub fn new(settings: &Settings) -> Self {
-        let capacity = settings.cache_size;
+        let budget = Budget::new(settings.cache_size.of(None).unwrap_or(Bytes(u64::MAX)));
         Self {
             catalog: Catalog::new(settings),
             tokenizers: TokenizerManager::default(),
-            encoders: EncoderManager::new(capacity),
-            unets: UnetManager::new(capacity),
-            vaes: VaeManager::new(capacity),
-            controlnets: ControlNetManager::new(capacity),
-            adapters: AdapterManager::new(capacity),
+            encoders: EncoderManager::new(&budget),
+            unets: UnetManager::new(&budget),
+            vaes: VaeManager::new(&budget),
+            controlnets: ControlNetManager::new(&budget),
+            adapters: AdapterManager::new(&budget),
             text_encoders: settings.text_encoders,
+            cache_size: settings.cache_size,
+            budget,
             placement: None,
             published: None,
         }
@@ -69,15 +75,24 @@ impl ModelCrew {
         self.published.clone().unwrap_or_else(own)
     }
 
-    /// Frees the text encoders of a checkpoint, whose prompts have been encoded, if that is the policy.
-    pub fn encoded(&mut self, checkpoint: &Checkpoint, placement: &Placement) {
-        let crowded = || {
-            let available = placement.device.is_cpu().then(device::instructor::host_available).flatten();
-            // Mapped weights are the system's cache of the files, which it counts as available.
-            let taken = Bytes(self.bytes_of(checkpoint).0.saturating_sub(memory::usage().mapped.0));
-            let whole = available.map(|available| available + taken);
-            whole.is_some_and(|whole| checkpoint.file_bytes().0 > whole.0 / 100 * CROWDED)
+    /// A request begins on `device`, which has this room. Weights that no request uses are kept or not by what there is
+    /// now.
+    pub fn begin(&self, room: Option<Room>, on_host: bool) {
+        // Mapped weights are the system's cache of the files, which it counts as available.
+        let mapped = if on_host { memory::usage().mapped } else { Bytes(0) };
+        let taken = self.budget.bytes().saturating_sub(mapped);
+        let whole = room.map(|room| room.free + taken);
+        let capacity = match (self.cache_size, room, whole) {
+            (Allowance::Auto, Some(room), Some(whole)) => whole.saturating_sub(Bytes(room.total.0 / LEFT_FREE)),
+            (Allowance::Auto | Allowance::Share(_), ..) if room.is_none() => Bytes(0),
+            (wish, room, _) => wish.of(room.map(|room| room.total)).unwrap_or_default(),
         };
+        self.budget.begin(capacity, whole);
+    }
+
+    /// Frees the text encoders of a checkpoint, whose prompts have been encoded, if that is the policy.
+    pub fn encoded(&mut self, checkpoint: &Checkpoint) {
+        let crowded = || self.budget.room().is_some_and(|whole| checkpoint.file_bytes().0 > whole.0 / 100 * CROWDED);
         let release = match self.text_encoders {
             EncoderPolicy::Auto => crowded(),
             EncoderPolicy::Keep => false,

@@ -6,14 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::layers::{Domain, Interface, Nothing};
 use crate::scheduler::schedule::Prediction;
-use crate::units::Bytes;
+use crate::units::{Allowance, Bytes};
 
 /// The section `workers.instructors.model` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Bytes of weights that are kept in memory of each kind of network, as a number or as `4GB`.
-    pub cache_size: Bytes,
+    /// Weights that are kept in memory, of all networks together: bytes as a number or as `4GB`, or a share of the memory
+    /// (`60%`). `auto`: as many as leave a quarter of the memory free. What a request uses is kept while it runs, however
+    /// large it is.
+    pub cache_size: Allowance,
     /// What becomes of a model's text encoders when a prompt has been encoded.
     pub text_encoders: EncoderPolicy,
     /// Whether, on the CPU, large weights stay in their file, which is mapped into memory, rather than being read. A file
@@ -28,7 +30,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            cache_size: Bytes(1024 * 1_000_000),
+            cache_size: Allowance::Auto,
             text_encoders: EncoderPolicy::Auto,
             mmap: true,
             roots: vec![PathBuf::from("models")],

@@ -4,7 +4,7 @@ use sdxl_worker::config::{Config, LogLevel, OnEof};
 use sdxl_worker::device::interface::{CpuFeatures, Dtype};
 use sdxl_worker::inference::interface::DecodeExtent;
 use sdxl_worker::model::interface::EncoderPolicy;
-use sdxl_worker::units::Bytes;
+use sdxl_worker::units::{Allowance, Bytes};
 
 fn parse(text: &str) -> Config {
     Config::parse(text, "test.json").unwrap_or_else(|error| panic!("{text}: {error}"))
@@ -35,7 +35,7 @@ fn every_documented_key_is_read() {
         r#"{"workers":{
             "main_interface":{"log_level":"DEBUG","max_line_bytes":4096,"queue_limit":3,"on_eof":"cancel","announce":true,"heartbeat_ms":500},
             "instructors":{
-                "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16"},
+                "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16","device_memory":"90%","host_memory":"16GB"},
                 "model":{"cache_size":"2GiB","text_encoders":"release","mmap":false,"roots":["a","b"],"default":"m"},
                 "conditioning":{"cache_embeddings":false},
                 "inference":{"batch_size":4,"decode":"strips"},
@@ -48,9 +48,11 @@ fn every_documented_key_is_read() {
     assert_eq!((main.announce, main.heartbeat_ms), (true, 500));
     let all = &config.workers.instructors;
     assert!(!all.device.auto_detect);
+    assert_eq!(all.device.device_memory, Allowance::Share(90));
+    assert_eq!(all.device.host_memory, Allowance::Bytes(Bytes(16_000_000_000)));
     assert_eq!(all.device.cpu_features, CpuFeatures::Avx512Bf16);
     assert_eq!((all.device.device.as_deref(), all.device.dtype), (Some("cuda:1"), Some(Dtype::Bf16)));
-    assert_eq!((all.model.cache_size, all.model.default.as_deref()), (Bytes(2 << 30), Some("m")));
+    assert_eq!((all.model.cache_size, all.model.default.as_deref()), (Allowance::Bytes(Bytes(2 << 30)), Some("m")));
     assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
     assert!(!all.model.mmap);
     assert_eq!(all.model.roots, ["a", "b"].map(std::path::PathBuf::from));
@@ -71,9 +73,11 @@ fn sizes_are_numbers_or_text_with_a_unit() {
             .model
             .cache_size
     };
-    assert_eq!(size("\"1024MB\""), Bytes(1_024_000_000));
-    assert_eq!(size("\"7 GiB\""), Bytes(7 << 30));
-    assert_eq!(size("12345"), Bytes(12345));
+    assert_eq!(size("\"1024MB\""), Allowance::Bytes(Bytes(1_024_000_000)));
+    assert_eq!(size("\"60%\""), Allowance::Share(60));
+    assert_eq!((size("null"), size("\"auto\"")), (Allowance::Auto, Allowance::Auto));
+    assert_eq!(size("\"7 GiB\""), Allowance::Bytes(Bytes(7 << 30)));
+    assert_eq!(size("12345"), Allowance::Bytes(Bytes(12345)));
 }
 
 /// The error's whole text must contain every one of `parts`.

@@ -17,6 +17,7 @@ use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::layers::Interface;
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::interface::ModelWish;
+use sdxl_worker::model::managers::Reach;
 use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile};
 use sdxl_worker::model::networks::unet::UnetConfig;
 
@@ -270,8 +271,8 @@ fn what_was_decided_is_said_and_what_was_made_is_kept() {
     let second = generate(&mut worker, again, &ctx).unwrap();
     assert_eq!((second.cache.hints.hits, second.cache.hints.misses), (1, 0));
     assert_eq!(second.images[0].base64, first.images[0].base64);
-    worker.managers.make_room(kept[0].bytes);
-    worker.managers.make_room(sdxl_worker::units::Bytes(u64::MAX));
+    worker.managers.make_room(kept[0].bytes, Reach::Idle);
+    worker.managers.make_room(sdxl_worker::units::Bytes(u64::MAX), Reach::Idle);
     assert!(worker.managers.resident().is_empty(), "{:?}", worker.managers.resident());
 }
 

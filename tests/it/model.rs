@@ -18,7 +18,7 @@ use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::families::FAMILIES;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface::{LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
-use sdxl_worker::model::managers::{Shelf, ShelfKey};
+use sdxl_worker::model::managers::{Budget, Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
 use crate::conditioning::demo_folder;
@@ -31,6 +31,7 @@ fn crew(roots: Vec<PathBuf>) -> ModelCrew {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
+        away: false,
     });
     crew
 }
@@ -242,8 +243,13 @@ fn inspection_tells_what_the_files_say() {
         ]
     );
     assert_eq!(facts.scheduler.class_name.as_deref(), Some("EulerDiscreteScheduler"));
-    let published =
-        vec![sdxl_worker::layers::Resident { kind: "unet", name: "demo".into(), bytes: Bytes(1), pinned: true }];
+    let published = vec![sdxl_worker::layers::Resident {
+        kind: "unet",
+        name: "demo".into(),
+        bytes: Bytes(1),
+        pinned: true,
+        used_ms: None,
+    }];
     let mut desk = ModelCrew::new(&Settings::default());
     desk.published = Some(published);
     let Response::List(list) = ask(Request::List(Nothing {}), &mut desk).unwrap() else { panic!("list") };
@@ -260,6 +266,7 @@ fn wider_weights_become_the_compute_dtype() {
             compute,
             vae: Dtype::F32,
             quantization: Quantization::None,
+            away: false,
         });
         let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
             panic!("load")
@@ -273,7 +280,8 @@ fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
     let mut crew = crew(Vec::new());
     let mut load = |quantization| {
         let (device, name) = (Device::Cpu, "cpu".to_owned());
-        crew.placement = Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization });
+        crew.placement =
+            Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization, away: false });
         let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
             panic!("load")
         };
@@ -336,7 +344,7 @@ fn names<T>(shelf: &Shelf<T>) -> Vec<String> {
 
 #[test]
 fn a_shelf_drops_what_was_used_least_recently() {
-    let (mut shelf, keys) = (Shelf::new("test", Bytes(100)), keys(5));
+    let (mut shelf, keys) = (Shelf::new("test", &Budget::new(Bytes(100))), keys(5));
     for (key, name) in keys.iter().zip(["a", "b", "c"]) {
         shelf.insert(key.clone(), name, Bytes(40), ());
     }
@@ -357,7 +365,7 @@ fn a_shelf_drops_what_was_used_least_recently() {
 
 #[test]
 fn a_shelf_never_drops_what_is_pinned() {
-    let (mut shelf, keys) = (Shelf::new("test", Bytes(100)), keys(2));
+    let (mut shelf, keys) = (Shelf::new("test", &Budget::new(Bytes(100))), keys(2));
     shelf.insert(keys[0].clone(), "a", Bytes(90), ());
     shelf.pin(keys[0].checkpoint, true);
     shelf.insert(keys[1].clone(), "b", Bytes(90), ());

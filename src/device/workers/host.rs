@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::device::interface::{CpuInfo, HostMemory, ProcessMemory};
 use crate::kernels::simd;
+use crate::memory::{self, Usage};
 use crate::units::Bytes;
 
 /// The instruction sets that the kernels have, or could have, a use for; `flags` of x86, then `Features` of ARM.
@@ -66,7 +67,9 @@ pub(in crate::device) fn memory() -> HostMemory {
 
 pub(in crate::device) fn process() -> ProcessMemory {
     let status = read_to_string("/proc/self/status").unwrap_or_default();
-    ProcessMemory { rss: kib_line(&status, "VmRSS"), peak_rss: kib_line(&status, "VmHWM") }
+    let Usage { mapped, kept, .. } = memory::usage();
+    let line = |key| kib_line(&status, key);
+    ProcessMemory { rss: line("VmRSS"), peak_rss: line("VmHWM"), anonymous: line("RssAnon"), mapped, kept }
 }
 
 /// `Key:   123 kB`

@@ -385,6 +385,7 @@ mod tests {
             compute: Dtype::F32,
             vae: Dtype::F32,
             quantization: Quantization::None,
+            away: false,
         };
         let checkpoint = Checkpoint::demo().unwrap();
         let unet = ModelCrew::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
@@ -36,11 +36,11 @@ pub struct AdapterManager {
 
 impl AdapterManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
+    pub fn new(budget: &Budget) -> Self {
         Self {
-            features: Shelf::new("t2i_adapter", capacity),
-            pictures: Shelf::new("ip_adapter", capacity),
-            encoders: Shelf::new("image_encoder", capacity),
+            features: Shelf::new("t2i_adapter", budget),
+            pictures: Shelf::new("ip_adapter", budget),
+            encoders: Shelf::new("image_encoder", budget),
         }
     }
 
@@ -112,7 +112,7 @@ pub fn shapes(found: &Companion, ctx: &Context) -> Result<BTreeMap<String, Vec<u
 }
 
 /// What lies on the shelf, or is loaded to it.
-fn acquire<T>(
+fn acquire<T: 'static>(
     shelf: &mut Shelf<T>,
     (component, found): (&'static str, &Companion),
     placement: &Placement,

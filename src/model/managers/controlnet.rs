@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
@@ -30,8 +30,8 @@ pub struct ControlNetManager {
 
 impl ControlNetManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("controlnet", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("controlnet", budget) }
     }
 
     /// The ControlNet of these files in the placement's compute dtype and quantization, for the UNet of `checkpoint`,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -25,8 +25,8 @@ pub struct EncoderManager {
 
 impl EncoderManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("encoder", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("encoder", budget) }
     }
 
     /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not here.

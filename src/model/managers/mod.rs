@@ -1,23 +1,28 @@
 //! Long-lived weights, one manager a network, and the shelf on which each keeps them.
 
 mod adapters;
+mod budget;
 mod controlnet;
 mod encoder;
 mod tokenizer;
 mod unet;
 mod vae;
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
 pub use adapters::{Adapter, AdapterManager, shapes};
+pub use budget::{Budget, Reach};
 pub use controlnet::ControlNetManager;
 pub use encoder::{EncoderManager, TextEncoders};
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
 
+use self::budget::{Line, Rack, Used, give_back};
 use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::workers::open::Weights;
 use super::workers::read::{Read, ReadTask, kept_bytes};
@@ -26,7 +31,6 @@ use crate::device::instructor::Placement;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
-use crate::memory;
 use crate::units::Bytes;
 
 /// What tells one network on a shelf from another.
@@ -49,11 +53,15 @@ impl ShelfKey {
 }
 
 /// Networks of one kind, least recently used first. The one that is wanted now is always kept, however large; others
-/// stay as long as all of them fit the capacity.
+/// stay as long as the budget, which they share with all other shelves, has place for them.
 pub struct Shelf<T> {
+    entries: Rc<Entries<T>>,
+    budget: Budget,
+}
+
+struct Entries<T> {
     kind: &'static str,
-    capacity: Bytes,
-    entries: Vec<Entry<T>>,
+    list: RefCell<Vec<Entry<T>>>,
 }
 
 struct Entry<T> {
@@ -61,60 +69,60 @@ struct Entry<T> {
     name: String,
     bytes: Bytes,
     pinned: bool,
+    used: Used,
     item: Arc<T>,
 }
 
-impl<T> Shelf<T> {
+impl<T: 'static> Shelf<T> {
     #[must_use]
-    pub fn new(kind: &'static str, capacity: Bytes) -> Self {
-        Self { kind, capacity, entries: Vec::new() }
+    pub fn new(kind: &'static str, budget: &Budget) -> Self {
+        let entries = Rc::new(Entries { kind, list: RefCell::default() });
+        budget.join(Rc::<Entries<T>>::clone(&entries));
+        Self { entries, budget: budget.clone() }
     }
 
     /// The item, now the most recently used.
     pub fn get(&mut self, key: &ShelfKey) -> Option<Arc<T>> {
-        let place = self.entries.iter().position(|entry| entry.key == *key)?;
-        let entry = self.entries.remove(place);
+        let mut list = self.entries.list.borrow_mut();
+        let place = list.iter().position(|entry| entry.key == *key)?;
+        let mut entry = list.remove(place);
+        entry.used = self.budget.used();
         let item = Arc::clone(&entry.item);
-        self.entries.push(entry);
+        list.push(entry);
         Some(item)
     }
 
     /// Makes place for an item before it is loaded, so that the old and the new need not fit together.
     pub fn reserve(&mut self, bytes: Bytes) {
-        let excess = (self.bytes() + bytes).saturating_sub(self.capacity);
-        if excess > Bytes(0) {
-            self.evict(excess);
-        }
+        self.budget.reserve(bytes);
     }
 
-    /// Keeps the item as the most recently used, and drops others while all do not fit the capacity.
+    /// Keeps the item as the most recently used, and drops others while all do not fit the budget.
     pub fn insert(&mut self, key: ShelfKey, name: &str, bytes: Bytes, item: T) -> Arc<T> {
         self.entries.retain(|entry| entry.key != key);
         self.reserve(bytes);
-        let item = Arc::new(item);
-        self.entries.push(Entry { key, name: name.to_owned(), bytes, pinned: false, item: Arc::clone(&item) });
+        let (item, used) = (Arc::new(item), self.budget.used());
+        let entry = Entry { key, name: name.to_owned(), bytes, pinned: false, used, item: Arc::clone(&item) };
+        self.entries.list.borrow_mut().push(entry);
         item
     }
 
     /// Drops every item of a checkpoint, pinned or not; `None` drops all. Gives the bytes that were held.
     pub fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
-        let before = self.bytes();
-        self.entries.retain(|entry| checkpoint.is_some_and(|key| key != entry.key.checkpoint));
-        let freed = before.saturating_sub(self.bytes());
+        let freed = self.entries.retain(|entry| checkpoint.is_some_and(|key| key != entry.key.checkpoint));
         give_back(freed);
         freed
     }
 
     /// Drops the items of a checkpoint that are not pinned.
     pub(in crate::model) fn let_go(&mut self, checkpoint: CheckpointKey) {
-        let before = self.bytes();
-        self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint);
-        give_back(before.saturating_sub(self.bytes()));
+        give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
     /// Whether items of a checkpoint may be evicted.
     pub fn pin(&mut self, checkpoint: CheckpointKey, pinned: bool) {
-        for entry in self.entries.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
+        let mut list = self.entries.list.borrow_mut();
+        for entry in list.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
             entry.pinned = pinned;
         }
     }
@@ -122,36 +130,71 @@ impl<T> Shelf<T> {
     /// Bytes that are held for one item; `None` if it is not here.
     #[must_use]
     pub fn bytes_at(&self, key: &ShelfKey) -> Option<Bytes> {
-        self.entries.iter().find(|entry| entry.key == *key).map(|entry| entry.bytes)
+        self.entries.list.borrow().iter().find(|entry| entry.key == *key).map(|entry| entry.bytes)
     }
 
     /// Bytes that are held for one checkpoint.
     #[must_use]
     pub fn bytes_of(&self, checkpoint: CheckpointKey) -> Bytes {
-        self.entries.iter().filter(|entry| entry.key.checkpoint == checkpoint).map(|entry| entry.bytes).sum()
+        self.entries.bytes(|entry| entry.key.checkpoint == checkpoint)
     }
 
     /// Bytes that are held for all.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        self.entries.iter().map(|entry| entry.bytes).sum()
+        self.entries.bytes(|_| true)
+    }
+}
+
+impl<T> Entries<T> {
+    fn bytes(&self, wanted: impl Fn(&Entry<T>) -> bool) -> Bytes {
+        self.list.borrow().iter().filter(|entry| wanted(entry)).map(|entry| entry.bytes).sum()
+    }
+
+    /// Drops what does not stay, once the list is whole again. Gives its bytes.
+    fn retain(&self, mut stays: impl FnMut(&Entry<T>) -> bool) -> Bytes {
+        let all = self.list.take();
+        let (kept, gone): (Vec<_>, Vec<_>) = all.into_iter().partition(|entry| stays(entry));
+        *self.list.borrow_mut() = kept;
+        gone.iter().map(|entry| entry.bytes).sum()
+    }
+}
+
+impl<T> Rack for Entries<T> {
+    fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    fn lines(&self) -> Vec<Line> {
+        let line = |entry: &Entry<T>| Line {
+            used: entry.used,
+            bytes: entry.bytes,
+            pinned: entry.pinned,
+            busy: Arc::strong_count(&entry.item) > 1,
+        };
+        self.list.borrow().iter().map(line).collect()
+    }
+
+    fn discard(&self, used: Used) {
+        self.retain(|entry| entry.used != used);
     }
 }
 
 impl<T> Manager for Shelf<T> {
     fn resident(&self) -> Vec<Resident> {
         let resident = |entry: &Entry<T>| Resident {
-            kind: self.kind,
+            kind: self.entries.kind,
             name: entry.name.clone(),
             bytes: entry.bytes,
             pinned: entry.pinned,
+            used_ms: Some(entry.used.at),
         };
-        self.entries.iter().map(resident).collect()
+        self.entries.list.borrow().iter().map(resident).collect()
     }
 
     fn evict(&mut self, want: Bytes) -> Bytes {
         let mut freed = Bytes(0);
-        self.entries.retain(|entry| {
+        let freed = self.entries.retain(|entry| {
             let stays = entry.pinned || freed >= want;
             if !stays {
                 freed = freed + entry.bytes;
@@ -164,14 +207,7 @@ impl<T> Manager for Shelf<T> {
 }
 
 /// Freed bytes from which on it is worth asking the allocator to let go of them.
-const WORTH: Bytes = Bytes(64 * Bytes::MIB);
-
-/// Returns what was freed to the system: the allocator keeps blocks for reuse, and the next weights have other sizes.
-fn give_back(freed: Bytes) {
-    if freed >= WORTH {
-        memory::release();
-    }
-}
+const WORTH: Bytes = Bytes(8 * Bytes::MIB);
 
 /// A network whose header was read and whose weights were not.
 struct Opened<'a> {

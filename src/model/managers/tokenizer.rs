@@ -112,6 +112,7 @@ impl Manager for TokenizerManager {
             name: name.clone(),
             bytes: tokenizers.bytes,
             pinned: false,
+            used_ms: None,
         };
         self.entries.iter().map(resident).collect()
     }

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use super::{Opened, Shelf, ShelfKey};
+use candle_core::Device;
+
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::quantising;
+use crate::kernels::{away, quantising};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::networks::unet::Unet;
@@ -19,14 +21,15 @@ pub struct UnetManager {
 
 impl UnetManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("unet", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("unet", budget) }
     }
 
     /// Under which key a UNet is kept.
     pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
         let quantization = placement.quantization;
-        ShelfKey { quantization, ..ShelfKey::new(checkpoint, placement, placement.compute) }
+        let device = if placement.away { format!("{} from afar", placement.name) } else { placement.name.clone() };
+        ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
     }
 
     /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not here.
@@ -40,10 +43,13 @@ impl UnetManager {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let opened = Opened::new(checkpoint, Part::Unet, placement, dtype, ctx)?;
+            let host = Placement { device: Device::Cpu, ..placement.clone() };
+            let lies = if placement.away { &host } else { placement };
+            let opened = Opened::new(checkpoint, Part::Unet, lies, dtype, ctx)?;
             self.shelf.reserve(opened.bytes());
             let load = || opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet));
             let (loaded, saved) = match placement.quantization {
+                Quantization::None if placement.away => (away(&placement.device, load), 0),
                 Quantization::None => (load(), 0),
                 Quantization::Int8 => quantising(Unet::bears_int8, load),
             };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Opened, Shelf, ShelfKey};
+use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::Result;
@@ -31,8 +31,8 @@ pub struct VaeManager {
 
 impl VaeManager {
     #[must_use]
-    pub fn new(capacity: Bytes) -> Self {
-        Self { shelf: Shelf::new("vae", capacity) }
+    pub fn new(budget: &Budget) -> Self {
+        Self { shelf: Shelf::new("vae", budget) }
     }
 
     /// The VAE of a checkpoint in the placement's vae dtype, loaded if it is not here.

@@ -152,7 +152,7 @@ fn loading(stage: &'static str) -> impl Fn(CandleError) -> Error {
                 name: stage.to_owned(),
                 message: format!("a tensor must be {expected:?}, got {got:?}: {msg}"),
             },
-            _ => Error::Compute { stage, source },
+            _ => Error::of_tensors(stage, source),
         }
     }
 }

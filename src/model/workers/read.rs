@@ -305,10 +305,9 @@ impl Source<'_> {
             let scale = scale(&task, name, stored)?;
             let compute = |source| {
                 tracing::debug!("tensor {name} could not be made");
-                Error::Compute { stage: "load", source }
+                Error::of_tensors("load", source)
             };
-            let weight = numbers.weight(stored, &task, scale).map_err(compute)?;
-            Ok(weight)
+            numbers.weight(stored, &task, scale).map_err(compute)
         };
         // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.
         let loaded: Vec<_> = match device.is_cpu() {
@@ -347,7 +346,7 @@ impl Source<'_> {
             Some(weight) => return Err(misfit(weight.dims())),
             None => return Err(corrupt(format!("tensor `{name}` of shape {:?} is missing", wanted()))),
         };
-        let compute = |source| Error::Compute { stage: "load", source };
+        let compute = |source| Error::of_tensors("load", source);
         let shape = shape.map_or_else(|| weight.dims().to_vec(), |shape| shape.dims().to_vec());
         let weight = weight.reshape(&shape).map_err(compute)?;
         if welcome {

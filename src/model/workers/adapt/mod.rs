@@ -1,7 +1,23 @@
 //! Formats in which adapter files change the layers of a network. A format sees one tensor of the network at a time, and
 //! what the file holds for that layer; names, files and networks are not its matter.
+//!
+//! Legend: `O` `I` outputs and inputs of the layer, `K` kernel side, 1 for linear layers, `R` rank, `s` strength.
 
+mod added;
+mod boft;
+mod dora;
+mod glora;
+mod ia3;
+mod loha;
+mod lokr;
 mod lora;
+mod oft;
+mod task;
+
+#[cfg(test)]
+mod formulas;
+#[cfg(test)]
+mod hostile;
 
 use std::collections::BTreeMap;
 
@@ -11,38 +27,64 @@ use crate::error::Error;
 use crate::layers::Worker;
 use crate::registry::Registry;
 
+pub(in crate::model) use task::MergeTask;
+
 /// How one format changes a tensor.
 pub(in crate::model) type Merge = dyn for<'a> Worker<MergeTask<'a>, Output = Tensor>;
 
-/// One format. A layer of a file is of the first format in [`ADAPTERS`] one of whose `marks` is among its parts.
+/// One format. What a file changes of a layer is found by [`of`].
 pub(in crate::model) struct Format {
-    /// Parts that no format before it has.
+    /// Parts of which any tells that the layer's `weight` is changed in this format. No other format has them.
     pub(in crate::model) marks: &'static [&'static str],
+    /// The same of its `bias`; empty where the format changes none.
+    pub(in crate::model) bias_marks: &'static [&'static str],
     /// Every part that it reads; others of the layer are skipped, and so told.
     pub(in crate::model) parts: &'static [&'static str],
     pub(in crate::model) merge: &'static Merge,
 }
 
 /// Formats, the more special before the more general.
-pub(in crate::model) static ADAPTERS: Registry<Format> = Registry::new("adapter format", &[("lora", &lora::FORMAT)]);
-
-/// A tensor of the network, and what a file holds for the layer that it belongs to.
-pub(in crate::model) struct MergeTask<'a> {
-    /// diffusers' name of the layer, for messages.
-    pub(in crate::model) layer: &'a str,
-    /// `weight` or `bias`.
-    pub(in crate::model) tensor: &'static str,
-    /// The tensor as it is so far, in f32 and as files lay it: `[O, I]`, `[O, C, K, K]` or `[C]`. Formats that were merged
-    /// before have changed it.
-    pub(in crate::model) base: &'a Tensor,
-    pub(in crate::model) parts: &'a Parts,
-    /// Times which the change counts.
-    pub(in crate::model) strength: f64,
-}
+pub(in crate::model) static ADAPTERS: Registry<Format> = Registry::new(
+    "adapter format",
+    &[
+        ("lora", &lora::FORMAT),
+        ("loha", &loha::FORMAT),
+        ("lokr", &lokr::FORMAT),
+        ("oft", &oft::FORMAT),
+        ("glora", &glora::FORMAT),
+        ("ia3", &ia3::FORMAT),
+        ("full", &added::FULL),
+        ("norm", &added::NORM),
+    ],
+);
 
 /// What a file holds for one layer, in f32 on the network's device, by names that all writers share: what other
-/// programs call `lora_A.weight`, `lora.down.weight` or `lora_linear_layer.down.weight` is `lora_down.weight` here.
+/// programs call `lora_A.weight`, `lora.down.weight` or `lora_linear_layer.down.weight` is `lora_down.weight` here,
+/// `lora_B.bias` is `lora_up.bias`, and PEFT's `lora_magnitude_vector`, with or without `.weight` behind it, is
+/// `lora_magnitude_vector`.
 pub(in crate::model) type Parts = BTreeMap<String, Tensor>;
+
+/// The format in which a file changes `tensor` (`weight` or `bias`) of a layer of which it has the parts that `has`
+/// knows; `None` where it does not change it. A layer's weight and bias may be changed in different formats.
+pub(in crate::model) fn of(tensor: &str, has: impl Fn(&str) -> bool) -> Option<(&'static str, &'static Format)> {
+    ADAPTERS.iter().find(|(_, format)| {
+        let marks = if tensor == "bias" { format.bias_marks } else { format.marks };
+        marks.iter().any(|mark| has(mark))
+    })
+}
+
+/// Numbers that one part of an adapter has at most for a tensor of these sides. Who reads adapters asks this before
+/// reading: a header may claim anything.
+pub(in crate::model) fn part_limit(base: &[usize]) -> usize {
+    // Ranks up to the layer's width, and at least those that people train however small the layer is.
+    match base {
+        [] | [_] => base.iter().product(),
+        [outputs, inputs, kernel @ ..] => {
+            let width = (*outputs).max(*inputs).max(512);
+            kernel.iter().fold(width.saturating_mul(width), |product, &side| product.saturating_mul(side))
+        }
+    }
+}
 
 /// Says of an adapter's tensors that they do not fit the layer. Whoever knows the file puts its name before it.
 fn misfit(layer: &str, message: impl Into<String>) -> Error {
