@@ -206,9 +206,7 @@ impl Linear {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(weight) => {
-                plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
-            }
+            Weight::Tensor(weight) => plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?),
             Weight::Away(_) => away::still(),
         }
     }

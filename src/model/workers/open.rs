@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+use super::gguf;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::kernels::Coding;
@@ -23,7 +24,7 @@ use crate::model::folder::Found;
 /// Longest header that is read, as the format's own library has it.
 const HEADER_LIMIT: u64 = 100_000_000;
 /// More axes than any weight has.
-const RANK_LIMIT: usize = 8;
+pub(super) const RANK_LIMIT: usize = 8;
 
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
@@ -93,6 +94,11 @@ impl StoredDtype {
             Self::Coded(coding) => coding.name(),
             Self::Other(name) => name,
         }
+    }
+
+    /// Whether weights may be stored so.
+    pub(super) fn is_weight(self) -> bool {
+        !matches!(self, Self::Other(_))
     }
 
     /// How weights are read that are stored so; `None` for what must be cast before, or is no weight.
@@ -261,6 +267,17 @@ fn open(found: &Found) -> Result<(Shard, Vec<(String, Stored)>)> {
         }
         Found::Disk(path) => {
             let (mut file, length) = Found::open(path)?;
+            let mut start = [0; 4];
+            if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
+                let read = gguf::header(&mut std::io::BufReader::new(&file), length);
+                let gguf::Gguf { tensors, .. } = read.map_err(|refusal| match refusal {
+                    gguf::Refusal::Corrupt(message) => Error::ModelCorrupt { path: path.clone(), message },
+                    gguf::Refusal::Unsupported(message) => {
+                        Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
+                    }
+                })?;
+                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors));
+            }
             let tensors =
                 header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
             Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors))
