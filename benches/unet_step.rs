@@ -68,7 +68,7 @@ fn main() {
                 let ctx = Context::detached();
                 ModelInstructor.instruct(request, managers.model(), &ctx).expect("a model that loads")
             };
-            let wish = ModelWish { model: request.model.clone() };
+            let wish = ModelWish { model: request.model.clone(), ..ModelWish::default() };
             if let Response::Load(loaded) = ask(Request::Load(wish.clone()), &mut managers) {
                 let speed = loaded.bytes.0 as f64 / loaded.ms.max(1) as f64 / 1e6;
                 eprintln!("load {run}: {} in {} ms, {speed:.2} GB/s: {:?}", loaded.bytes, loaded.ms, loaded.components);

@@ -113,7 +113,7 @@ impl Instructors {
             Call::Estimate(request) => lead.estimate(&request, managers, ctx).map(Reply::Inference),
         };
         if compute {
-            managers.publish();
+            managers.publish(lead.device.room(&managers.device));
         }
         reply
     }

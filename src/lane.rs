@@ -4,7 +4,6 @@
 //! blocks. A panic costs the job and the managers, which are built anew, not the process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -120,19 +119,15 @@ impl Bench {
         let Job { request_id, call, cancel, deadline, preview } = job;
         let tell = Arc::clone(&self.tell);
         let id = request_id.clone();
-        let delivered = Arc::new(AtomicBool::new(false));
-        let noted = Arc::clone(&delivered);
-        let sink = Box::new(move |progress| {
-            noted.fetch_or(matches!(progress, Progress::Image { .. }), Ordering::Relaxed);
-            tell(Event::Progress { request_id: id.clone(), progress });
-        });
+        let sink = Box::new(move |progress| tell(Event::Progress { request_id: id.clone(), progress }));
         let ctx = Context::new(request_id.clone(), cancel, deadline, preview, sink);
         let work = AssertUnwindSafe(|| {
             ctx.checkpoint()?;
-            let again = call.clone();
-            match instructors.dispatch(call, managers, &ctx) {
-                // What is kept for later may be what is missing now; images that are written are not made twice.
-                Err(Error::OutOfMemory { stage, needed, .. }) if !delivered.load(Ordering::Relaxed) => {
+            // Making images climbs a ladder of its own.
+            let again = (!matches!(call, Call::Inference(_))).then(|| call.clone());
+            match (instructors.dispatch(call, managers, &ctx), again) {
+                // What is kept for later may be what is missing now.
+                (Err(Error::OutOfMemory { stage, needed, .. }), Some(again)) => {
                     let freed = managers.make_room(Bytes(u64::MAX), Reach::Idle);
                     tracing::warn!(request_id, stage, %needed, %freed, "out of memory; tried again with empty shelves");
                     ctx.warn(format!(
@@ -140,7 +135,7 @@ impl Bench {
                     ));
                     instructors.dispatch(again, managers, &ctx)
                 }
-                result => result,
+                (result, _) => result,
             }
         });
         let (result, sound) = match catch_unwind(work) {

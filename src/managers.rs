@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::conditioning::instructor::ConditioningCrew;
 use crate::conditioning::manager::{EmbeddingManager, HintManager};
+use crate::device::instructor::Room;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
 use crate::memory;
@@ -18,6 +19,7 @@ use crate::units::Bytes;
 pub struct Published {
     pub pace: Pace,
     residents: Mutex<Vec<Resident>>,
+    room: Mutex<Option<(Room, bool)>>,
 }
 
 impl Published {
@@ -25,6 +27,12 @@ impl Published {
     #[must_use]
     pub fn residents(&self) -> Vec<Resident> {
         self.residents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The room that its device had then, and whether that is the host.
+    #[must_use]
+    pub fn room(&self) -> Option<(Room, bool)> {
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -64,7 +72,9 @@ impl Managers {
     }
 
     /// Lets the desk see what is kept now.
-    pub fn publish(&self) {
+    pub fn publish(&self, room: Option<Room>) {
+        let on_host = self.device.opened().is_none_or(|opened| opened.device.is_cpu());
+        *self.published.room.lock().unwrap_or_else(PoisonError::into_inner) = room.map(|room| (room, on_host));
         *self.published.residents.lock().unwrap_or_else(PoisonError::into_inner) = self.resident();
     }
 

@@ -135,11 +135,11 @@ impl AdapterPlan {
         features.chain(self.pictures.iter().flat_map(|one| [one.found.name.as_str(), one.encoder.name.as_str()]))
     }
 
-    /// Bytes of the weights' files.
-    #[must_use]
-    pub fn file_bytes(&self) -> Bytes {
-        let features = self.features.iter().map(|one| one.found.file_bytes());
-        features.chain(self.pictures.iter().flat_map(|one| [one.found.file_bytes(), one.encoder.file_bytes()])).sum()
+    /// The networks, each with the kind under which it is kept.
+    pub fn networks(&self) -> impl Iterator<Item = (&'static str, &Companion)> {
+        let features = self.features.iter().map(|one| ("t2i_adapter", &one.found));
+        let pictures = self.pictures.iter();
+        features.chain(pictures.flat_map(|one| [("ip_adapter", &one.found), ("image_encoder", &one.encoder)]))
     }
 }
 

@@ -7,6 +7,8 @@ use candle_core::Tensor;
 use super::controlling::ControlledRun;
 use super::guidance::Guidance;
 use super::instructor::{InferenceInstructor, pace_key};
+use super::interface::DecodeExtent;
+use super::memory::Offload;
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::control::Controls;
 use super::workers::decode::{Decode, DecodeTask};
@@ -26,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::managers::{Reach, Vae};
+use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
 use crate::pixels::{Gray8, Rgb8};
@@ -315,7 +318,9 @@ impl InferenceInstructor {
         ctx: &Context,
     ) -> Result<Tensor> {
         let config = &plan.checkpoint.vae;
-        ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, placement }))
+        let strips = plan.means.decode == DecodeExtent::Strips;
+        let extent = if strips { Extent::Strips } else { Extent::Whole };
+        ctx.stage(Stage::Encode, || ctx.perform(&Encode, EncodeTask { vae, config, pixels, noise, extent, placement }))
     }
 
     /// What adapters made of their pictures. A run of another model, as the refiner's, has none.
@@ -337,7 +342,9 @@ impl InferenceInstructor {
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
-        self.make_place(checkpoint, crew);
+        if plan.further.iter().any(|further| further.checkpoint.key != plan.checkpoint.key) {
+            self.make_place(checkpoint, crew);
+        }
         let Shared { canvas, prompts, controls, adaptations, hints } = shared;
         if matches!(controls.get(run.index), Some(None)) {
             let cut = canvas.as_ref().and_then(|canvas| canvas.cut);
@@ -362,6 +369,9 @@ impl InferenceInstructor {
             *prompts = Some(Prompts::new(script));
         }
         let prompts = prompts.as_ref().ok_or_else(|| Error::bug("denoising without a prompt"))?;
+        if plan.means.offload != Offload::None {
+            crew.model().dismiss(checkpoint);
+        }
         let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?)),
@@ -401,6 +411,7 @@ impl InferenceInstructor {
                 x,
                 masking,
                 goes_on: run.goes_on,
+                slice: plan.means.slice,
                 noise,
                 placement,
                 observe: &mut observe,
@@ -439,7 +450,10 @@ impl InferenceInstructor {
         let start = Instant::now();
         let images = ctx.stage(Stage::Decode, || {
             let (decoder, config) = (&vae.decoder, &plan.checkpoint.vae);
-            let (wish, free) = (self.settings.decode, self.device.free(&crew.device));
+            let free = self.device.free(&crew.device);
+            // What is left open is measured anew where it was not decided for less.
+            let open = plan.memory.decode == DecodeExtent::Auto && plan.means.decode != DecodeExtent::Strips;
+            let wish = if open { DecodeExtent::Auto } else { plan.means.decode };
             let task = DecodeTask { decoder, config, latents, placement, wish, free };
             ctx.perform(&Decode, task)
         })?;

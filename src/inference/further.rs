@@ -85,6 +85,11 @@ impl InferenceInstructor {
                 format!("names `{}`, whose latents are others than those of `{}`", model.name, checkpoint.name);
             return Err(Error::invalid("refiner.model", message));
         }
+        if model.scheduler.is_edm() != checkpoint.scheduler.is_edm() {
+            let message =
+                format!("names `{}`, whose noise is of another kind than that of `{}`", model.name, checkpoint.name);
+            return Err(Error::invalid("refiner.model", message));
+        }
         parameters.refiner = Some(RefinerWish { model: model.name.clone(), switch_at: Some(switch_at) });
         let (before, size) = match runs.last_mut() {
             Some(Further { sampling, size, .. }) => (sampling, *size),

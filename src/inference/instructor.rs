@@ -1,16 +1,15 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
-use super::controlling::{is_of, told};
+use super::controlling::told;
 use super::interface::{
-    BatchRequest, CacheUse, Estimate, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish,
-    Request, Response, Settings,
+    BatchRequest, CacheUse, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish, Request,
+    Response, Settings,
 };
 use super::plan::GenerationPlan;
-use super::workers::estimate::{Appraise, AppraiseTask};
 use super::workers::paste::{PasteBack, PasteTask};
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::context::{Context, Engine, Progress, Stage};
-use crate::device::instructor::{DeviceInstructor, Placement};
+use crate::device::instructor::DeviceInstructor;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
@@ -91,58 +90,8 @@ impl InferenceInstructor {
         Ok(GeneratedBatch { results })
     }
 
-    /// What the generation would need; nothing is made.
-    ///
-    /// # Errors
-    /// Those of [`Self::plan`].
-    pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
-        let plan = self.plan(request, crew)?;
-        let compute = self.device.dtype(&crew.device, plan.dtype)?;
-        let quantization = self.device.quantization(plan.quantization);
-        let residents = crew.published.residents();
-        let loaded = residents.iter().filter(|one| is_of(&plan, one)).map(|one| one.bytes).sum();
-        let task = AppraiseTask {
-            plan: &plan,
-            compute,
-            quantization,
-            key: &pace_key(&plan.checkpoint, compute, quantization),
-            pace: &crew.published.pace,
-            free: self.device.free(&crew.device),
-            loaded,
-            decode: self.settings.decode,
-        };
-        ctx.perform(&Appraise, task).map(Response::Estimate)
-    }
-
-    /// Refuses what cannot fit before anything is loaded for it.
-    fn check_room(&self, plan: &GenerationPlan, placement: &Placement, crew: &Managers, ctx: &Context) -> Result<()> {
-        let loaded = crew.resident().iter().filter(|one| is_of(plan, one)).map(|one| one.bytes).sum();
-        let task = AppraiseTask {
-            plan,
-            compute: placement.compute,
-            quantization: placement.quantization,
-            key: &pace_key(&plan.checkpoint, placement.compute, placement.quantization),
-            pace: &crew.published.pace,
-            free: self.device.free(&crew.device),
-            loaded,
-            decode: self.settings.decode,
-        };
-        let Estimate { needed, activations, free: Some(free), .. } = ctx.perform(&Appraise, task)? else {
-            return Ok(());
-        };
-        if needed <= free {
-            return Ok(());
-        }
-        let room = free.0.saturating_sub(needed.0.saturating_sub(activations.0)) as f64;
-        let shrink = (room / activations.0.max(1) as f64).sqrt();
-        let fits = |side: usize| (side as f64 * shrink / 64.0) as usize * 64;
-        let (width, height) = (fits(plan.size.width), fits(plan.size.height));
-        let fits = (width.min(height) >= 64).then(|| format!("an image of about {width}×{height} would fit"));
-        Err(Error::OutOfMemory { stage: "planning", needed, free, fits })
-    }
-
     fn generate(&self, mut plan: GenerationPlan, crew: &mut Managers, ctx: &Context) -> Result<Generated> {
-        let placement = self.device.place(&mut crew.device, plan.dtype)?.quantised(plan.quantization)?;
+        let mut placement = self.device.place(&mut crew.device, plan.dtype)?.quantised(plan.quantization)?;
         ctx.computed_by(Engine {
             device: placement.name.clone(),
             dtype: placement.compute.name(),
@@ -150,13 +99,18 @@ impl InferenceInstructor {
         });
         plan.parameters.dtype = Some(placement.compute);
         plan.parameters.quantization = Some(placement.quantization);
-        self.check_room(&plan, &placement, crew, ctx)?;
+        let mut settled = self.settle(&mut plan, &mut placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
         let mut shared = self.shared(&plan, ctx)?;
         // Each image alone: it then depends on its own request only, to the last bit.
-        for (index, &seed) in plan.seeds.iter().enumerate() {
-            let latents = self.draw(&plan, seed, &mut shared, (&placement, crew, ctx))?;
-            let mut pixels = self.pixels(&plan, &latents, &placement, crew, ctx)?;
+        for (index, seed) in plan.seeds.clone().into_iter().enumerate() {
+            let mut pixels = loop {
+                let latents = self.draw(&plan, seed, &mut shared, (&placement, &mut *crew, ctx));
+                match latents.and_then(|latents| self.pixels(&plan, &latents, &placement, crew, ctx)) {
+                    Ok(pixels) => break pixels,
+                    Err(error) => self.climb(error, &mut settled, &mut plan, &mut placement, (crew, ctx))?,
+                }
+            };
             if let Some(paste) = shared.paste() {
                 pixels = ctx.perform(&PasteBack, PasteTask { painted: &pixels, paste })?;
             }
@@ -180,7 +134,8 @@ impl InferenceInstructor {
         let (embeddings, cache) = shared.told();
         let cache = CacheUse { embeddings: cache, hints: shared.hints };
         let adapters = shared.adapted();
-        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache, adapters })
+        let memory = settled.told;
+        Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache, memory, adapters })
     }
 
     /// What the file says of itself; the request in it makes this one image.
@@ -191,6 +146,10 @@ impl InferenceInstructor {
             batch_size: Some(1),
             n_iter: Some(1),
             output: None,
+            // They change no pixel, and belong to the machine that made it.
+            decode: None,
+            slice: None,
+            offload: None,
             ..plan.parameters.clone()
         }
         .without_carried_images();

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
@@ -27,11 +28,22 @@ pub struct Settings {
     pub max_batch_size: u32,
     /// How latents become pixels: `auto`, `whole` or `strips`.
     pub decode: DecodeExtent,
+    /// Whether guidance's passes are made one after another; where it is `null`, when room is short.
+    pub slice: Option<bool>,
+    /// Which weights leave the device while they are not used: `auto`, `none`, `text_encoders` or `sequential`.
+    pub offload: Offload,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { batch_size: 1, max_side: 4096, max_batch_size: 64, decode: DecodeExtent::Auto }
+        Self {
+            batch_size: 1,
+            max_side: 4096,
+            max_batch_size: 64,
+            decode: DecodeExtent::Auto,
+            slice: None,
+            offload: Offload::Auto,
+        }
     }
 }
 
@@ -251,6 +263,19 @@ pub struct GenerateRequest {
     /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
+    /// names or those of single files, which may hold more than it. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise. Default: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder_2: Option<String>,
     /// Compute dtype. Default: the device's policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
@@ -258,6 +283,18 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same. Default: the configuration's, `auto` as
+    /// shipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode: Option<DecodeExtent>,
+    /// Whether guidance's passes are made one after another rather than in one batch: in less memory, and the same but for
+    /// rounding. Default: the configuration's, as shipped where room is short.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice: Option<bool>,
+    /// Which weights leave the device while they are not used: `auto`, `none`, `text_encoders` or `sequential`. The image is
+    /// the same. Default: the configuration's, `auto` as shipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offload: Option<Offload>,
     /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controlnet: Option<ControlWishes>,
@@ -372,6 +409,8 @@ pub struct Generated {
     pub embeddings: Vec<AppliedEmbedding>,
     /// What was known from earlier requests.
     pub cache: CacheUse,
+    /// How the images were made, as far as memory goes, and what was done for want of it.
+    pub memory: MemoryUse,
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterFacts>,
@@ -395,16 +434,29 @@ pub struct GeneratedBatch {
 /// What a generation will need.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Estimate {
-    /// Bytes of the model's weight files, less what quantising saves.
+    /// Bytes of all weights as they will be held.
     pub weights: Bytes,
-    /// Bytes beyond the weights at the largest moment, roughly.
+    /// The same by network.
+    pub parts: Vec<PartBytes>,
+    /// Bytes beyond the weights at the largest moment.
     pub activations: Bytes,
-    /// Bytes still to be had: weights that are not in memory yet, and activations.
+    /// Bytes of the UNet's feature maps, the text as it reads it included.
+    pub activations_unet: Bytes,
+    /// Bytes of the decoder's feature maps.
+    pub activations_decode: Bytes,
+    /// Bytes still to be had, in the way of `memory`: weights that are not in memory yet, and activations.
     pub needed: Bytes,
-    /// Bytes free now on the device, where that can be read.
+    /// Bytes free now on the device, where that can be read, within the limits of the configuration.
     pub free: Option<Bytes>,
-    /// Whether `needed` is free.
+    /// Whether `needed` is free, or would be once what others use is dropped.
     pub fits: Option<bool>,
+    /// How the image would be made now.
+    pub memory: MemoryUse,
+    /// Every way to make it, from the fastest to that in the least memory, as far as the request leaves them open.
+    pub ways: Vec<Way>,
+    /// The largest image of these proportions that fits, in whichever way; null where even 64 pixels do not, or what is free
+    /// cannot be read.
+    pub largest: Option<Largest>,
     /// Evaluations of the UNet, each of all the passes that guidance needs at its step.
     pub evaluations: usize,
     /// Seconds from the model being loaded to the image; null until this process has made an image with it.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::guidance::Guidance;
 use super::interface::GenerateRequest;
+use super::memory::{Means, MemoryWish};
 use super::workers::latents::Between;
 use crate::conditioning::adapters::AdapterPlan;
 use crate::conditioning::canvas::CanvasWish;
@@ -41,6 +42,9 @@ pub struct GenerationPlan {
     /// Pictures beside the prompt.
     pub adapters: AdapterPlan,
     pub output: OutputPlan,
+    /// What is left open for want of memory, and what was decided.
+    pub memory: MemoryWish,
+    pub means: Means,
     /// Every value used, as a request that makes the same images.
     pub parameters: GenerateRequest,
 }

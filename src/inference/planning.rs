@@ -10,11 +10,12 @@ use super::further::First;
 use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
+use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, Part};
 use crate::noise::{Seed, Variation};
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::interface::SamplingWish;
@@ -35,7 +36,13 @@ impl InferenceInstructor {
             .prompt
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
-        let checkpoint = crew.model().catalog.resolve(request.model.as_deref())?;
+        let separate = [
+            (Part::Vae, request.vae.as_deref()),
+            (Part::Unet, request.unet.as_deref()),
+            (Part::TextEncoder, request.text_encoder.as_deref()),
+            (Part::TextEncoder2, request.text_encoder_2.as_deref()),
+        ];
+        let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
         let mut parameters = request.clone();
         let editing = self.editing(request, &mut parameters)?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
@@ -85,7 +92,15 @@ impl InferenceInstructor {
         let own = further.iter().filter(|further| further.checkpoint.key == checkpoint.key);
         let sizes: Vec<ImageSize> = [size].into_iter().chain(own.map(|further| further.size)).collect();
         let adapters = self.conditioning.plan_adapters(t2i_adapter.as_mut(), ip_adapter.as_mut(), &sizes, catalog)?;
+        let memory = MemoryWish {
+            decode: request.decode.unwrap_or(self.settings.decode),
+            slice: request.slice.or(self.settings.slice),
+            offload: request.offload.unwrap_or(self.settings.offload),
+        };
         let parameters = GenerateRequest {
+            decode: Some(memory.decode),
+            slice: memory.slice,
+            offload: Some(memory.offload),
             prompt: Some(prompt.clone()),
             steps: Some(sampling.path.len() as i64),
             sampler_name: Some(sampling.sampler.to_owned()),
@@ -157,6 +172,8 @@ impl InferenceInstructor {
             further,
             controls,
             output,
+            memory,
+            means: memory.first(),
             parameters,
         })
     }

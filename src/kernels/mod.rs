@@ -170,6 +170,14 @@ impl Linear {
         Self::of((outputs, inputs), weight, None)
     }
 
+    /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
+    ///
+    /// # Errors
+    /// Those of the cast of the bias to f32.
+    pub fn named(vb: &VarBuilder, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
+        Self::of(weight.dims2()?, Weight::load(&StoredWeight::of(weight.clone())?, vb, None)?, bias)
+    }
+
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
     ///
     /// # Errors
@@ -447,6 +455,15 @@ impl LayerNorm {
             plain::layer_norm(x, &self.weight, &self.bias, self.eps)
         }
     }
+}
+
+/// Whether convolutions on the CPU read weights of this shape, `[O, C, K, K]`, in the order of the file, and lay none
+/// beside them, in a network that computes in `compute`; most convolutions have a stride of 1.
+#[must_use]
+pub fn stays_as_stored(weight: &[usize], compute: DType) -> bool {
+    let &[outputs, inputs, kernel, _] = weight else { return false };
+    let padding = Padding::same(kernel / 2);
+    cpu::by_filters(ConvShape { inputs, outputs, kernel, stride: 1, padding }, compute)
 }
 
 /// Whether a shape has no elements.

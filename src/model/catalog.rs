@@ -1,15 +1,18 @@
 //! Which models can be named, and what a name stands for. Holds no weights, so that it works beside the compute thread.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::checkpoint::Checkpoint;
+use super::assembly::Draft;
+use super::checkpoint::{Checkpoint, CheckpointKey, Part, WeightFiles, key};
 use super::companion::Companion;
 use super::demo;
-use super::folder::admit;
+use super::folder::{Folder, Found, admit};
+use super::foreign::is_sdxl;
 use super::interface::Settings;
+use super::workers::open::{is_pickle, look};
 use crate::error::{Error, Result, nearest};
 use crate::roots::Roots;
 
@@ -27,7 +30,12 @@ pub struct Catalog {
     mmap: bool,
     /// Those that were asked for, least recently first.
     known: Vec<Arc<Checkpoint>>,
+    /// Whether each safetensors file that was come across is a model, by its state.
+    looked: HashMap<CheckpointKey, bool>,
 }
+
+/// Parts that come from files of their own, each with the name that the request gives.
+pub type Separate<'a> = [(Part, Option<&'a str>)];
 
 /// A model that can be named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +54,7 @@ impl Catalog {
             default: settings.default.clone(),
             mmap: settings.mmap,
             known: Vec::new(),
+            looked: HashMap::new(),
         }
     }
 
@@ -62,14 +71,24 @@ impl Catalog {
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found` with the nearest name, `unsafe_format`,
     /// `model_unsupported` and `model_corrupt` for what is found but cannot be used.
     pub fn resolve(&mut self, name: Option<&str>) -> Result<Arc<Checkpoint>> {
+        self.resolve_with(name, &[])
+    }
+
+    /// The same with parts of other files.
+    ///
+    /// # Errors
+    /// Those of [`Self::resolve`], for the model and for each part, and `model_unsupported` where they do not fit together.
+    pub fn resolve_with(&mut self, name: Option<&str>, separate: &Separate<'_>) -> Result<Arc<Checkpoint>> {
         let name = name.unwrap_or(self.default_name()).to_owned();
         let listed = self.locate(&name)?;
-        self.checkpoint(&listed)
+        let given = separate.iter().filter_map(|(part, name)| Some((*part, (*name)?)));
+        let others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
+        self.assembled(&listed, &others)
     }
 
     /// Every model that can be named, `demo` first, the others by name.
     #[must_use]
-    pub fn list(&self) -> Vec<Listed> {
+    pub fn list(&mut self) -> Vec<Listed> {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
         for root in self.real_roots() {
@@ -82,8 +101,18 @@ impl Catalog {
                 if folder.join("model_index.json").is_file() {
                     found.push(Listed { name: self.name_of(&real), path: Some(real) });
                 } else if depth < DEPTH {
-                    let folders = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
-                    waiting.extend(folders.filter(|path| path.is_dir()).map(|path| (path, depth + 1)));
+                    for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                        let path = entry.path();
+                        if path.is_dir() {
+                            waiting.push((path, depth + 1));
+                        } else if seen.len() < FOLDERS && self.is_model(&path) {
+                            // A link may lead to a file that was found already.
+                            let Ok(Some(real)) = admit(&self.roots, &path) else { continue };
+                            if seen.insert(real) {
+                                found.push(Listed { name: self.name_of(&path), path: Some(path) });
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -97,25 +126,80 @@ impl Catalog {
     /// # Errors
     /// Those of [`Self::resolve`].
     pub fn checkpoint(&mut self, listed: &Listed) -> Result<Arc<Checkpoint>> {
+        self.assembled(listed, &[])
+    }
+
+    fn assembled(&mut self, listed: &Listed, others: &[(Part, Companion)]) -> Result<Arc<Checkpoint>> {
         // The embedded files do not change, so they are understood once.
-        let known = self.known.iter().find(|known| known.name == demo::NAME).filter(|_| listed.path.is_none());
+        let plain = listed.path.is_none() && others.is_empty();
+        let known = self.known.iter().find(|known| plain && known.is_demo());
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
-        let fresh = match &listed.path {
-            None => Checkpoint::demo()?,
+        let mut draft = match &listed.path {
+            None => Checkpoint::read(demo::NAME, &Folder::Embedded)?,
+            Some(path) if path.is_dir() => Checkpoint::read(&listed.name, &self.folder(path))?,
             Some(path) => {
-                let mut found = Checkpoint::open_folder(&listed.name, path, &self.roots)?;
-                found.mmap = self.mmap;
-                found
+                let (key, files) = self.single(path)?;
+                // A header of thousands of tensors is parsed once.
+                if others.is_empty()
+                    && let Some(place) =
+                        self.known.iter().position(|known| known.key == key && known.name == listed.name)
+                {
+                    let known = self.known.remove(place);
+                    self.known.push(Arc::clone(&known));
+                    return Ok(known);
+                }
+                Draft::single(&listed.name, key, files)?
             }
         };
+        others.iter().try_for_each(|(part, other)| draft.replace(*part, other))?;
+        let mut fresh = draft.finish()?;
+        fresh.mmap = self.mmap;
         let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
         let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));
         self.known.push(Arc::clone(&checkpoint));
         let excess = self.known.len().saturating_sub(KEPT);
         self.known.drain(..excess);
         Ok(checkpoint)
+    }
+
+    fn folder(&self, path: &Path) -> Folder {
+        Folder::Disk { path: path.to_owned(), roots: self.roots.clone() }
+    }
+
+    /// A single file, and what tells its state from others.
+    fn single(&self, path: &Path) -> Result<(CheckpointKey, WeightFiles)> {
+        let folder = self.folder(path.parent().unwrap_or(path));
+        let found = folder.need(&path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default())?;
+        Ok((key(&folder, std::slice::from_ref(&found)), WeightFiles::of(vec![found])))
+    }
+
+    /// Whether a file is a model, by its header.
+    fn is_model(&mut self, path: &Path) -> bool {
+        if path.extension().is_none_or(|end| end != "safetensors") {
+            return false;
+        }
+        let Ok((key, files)) = self.single(path) else { return false };
+        if let Some(known) = self.looked.get(&key) {
+            return *known;
+        }
+        let found: Option<&Found> = files.files.first();
+        let is = found.is_some_and(|found| look(found).is_ok_and(|weights| is_sdxl(&weights)));
+        if self.looked.len() > FOLDERS {
+            self.looked.clear();
+        }
+        self.looked.insert(key, is);
+        is
+    }
+
+    /// The file or folder that a request names for a part. Of a whole model in diffusers' layout it is that part's folder.
+    fn part(&self, part: Part, name: &str) -> Result<Companion> {
+        let path = sound(name, part.name())?;
+        let own = path.join(part.name());
+        let whole = |candidate: PathBuf| candidate.join("model_index.json").is_file();
+        let name = if self.candidates(path).into_iter().any(whole) { &own } else { path };
+        self.companion(&name.to_string_lossy(), part.name())
     }
 
     /// What `name` stands for beside a checkpoint: a safetensors file, with its ending or without, or a folder, beneath
@@ -140,25 +224,35 @@ impl Catalog {
         Err(refused.unwrap_or(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }))
     }
 
-    fn locate(&self, name: &str) -> Result<Listed> {
+    fn locate(&mut self, name: &str) -> Result<Listed> {
         if name == demo::NAME {
             return Ok(Listed { name: name.to_owned(), path: None });
         }
         let path = sound(name, "model")?;
-        let mut refused = None;
-        for candidate in self.candidates(path) {
+        let (mut refused, mut folder) = (None, None);
+        let ended = path.with_added_extension("safetensors");
+        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
             match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
-                    return Ok(Listed { name: self.name_of(&real), path: Some(real) });
+                    let listed = Listed { name: self.name_of(&real), path: Some(real) };
+                    if candidate.join("model_index.json").is_file() {
+                        return Ok(listed);
+                    }
+                    // A file of the same name may be meant.
+                    folder.get_or_insert(listed);
                 }
-                Ok(Some(_)) => return Err(not_a_folder(name, &candidate)),
+                Ok(Some(_)) => {
+                    readable(name, &candidate)?;
+                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate) });
+                }
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
-        match refused {
-            Some(error) => Err(error),
-            None => Err(self.not_found(name)),
+        match (folder, refused) {
+            (Some(folder), _) => Ok(folder),
+            (None, Some(error)) => Err(error),
+            (None, None) => Err(self.not_found(name)),
         }
     }
 
@@ -183,6 +277,11 @@ impl Catalog {
     /// The path beneath the first root, if that name leads here; otherwise the whole path.
     fn name_of(&self, folder: &Path) -> String {
         let real = |path: &Path| fs::canonicalize(path).ok();
+        // A link keeps its own name, whatever it leads to.
+        let folder = &match (folder.parent().and_then(real), folder.file_name()) {
+            (Some(parent), Some(name)) => parent.join(name),
+            _ => folder.to_owned(),
+        };
         for root in self.real_roots() {
             let Ok(below) = folder.strip_prefix(&root) else { continue };
             let name = if below.as_os_str().is_empty() { root.file_name().map(Path::new) } else { Some(below) };
@@ -195,7 +294,7 @@ impl Catalog {
         folder.to_string_lossy().into_owned()
     }
 
-    fn not_found(&self, name: &str) -> Error {
+    fn not_found(&mut self, name: &str) -> Error {
         let listed = self.list();
         let close = nearest(name, listed.iter().map(|listed| listed.name.as_str()));
         let hint = match close {
@@ -218,17 +317,21 @@ fn sound<'a>(name: &'a str, field: &str) -> Result<&'a Path> {
     Ok(path)
 }
 
-fn not_a_folder(name: &str, path: &Path) -> Error {
+/// Refuses what is no safetensors file, by its name and by how it begins.
+fn readable(name: &str, path: &Path) -> Result<()> {
     let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
     match end.as_str() {
-        "ckpt" | "pt" | "pth" | "bin" => Error::UnsafeFormat { path: path.to_owned() },
-        "safetensors" => Error::ModelUnsupported {
+        "safetensors" => Ok(()),
+        "gguf" => Err(Error::ModelUnsupported {
             name: name.to_owned(),
-            message: "it is a single file, and this worker reads models in the diffusers folder layout".to_owned(),
-        },
-        _ => Error::ModelUnsupported {
+            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
+        }),
+        "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
+        _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),
+        _ => Err(Error::ModelUnsupported {
             name: name.to_owned(),
-            message: "it is a file, and a model is a folder in the diffusers layout".to_owned(),
-        },
+            message: "it is neither a safetensors file nor a folder in the diffusers layout".to_owned(),
+        }),
     }
 }

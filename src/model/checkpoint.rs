@@ -1,17 +1,21 @@
-//! A checkpoint in the diffusers folder layout, understood from its small files; its weights are not read here.
+//! A checkpoint, and how one in the diffusers folder layout is understood from its small files; its weights are not read
+//! here.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::Deserialize;
 
+use super::assembly::{Draft, Piece};
 use super::demo;
 use super::families::Family;
+use super::families::variants::Variant;
 use super::folder::{Folder, Found};
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::{Unet, UnetConfig};
 use super::networks::vae::VaeConfig;
+use super::workers::naming::NamePart;
 use super::workers::open::{Open, OpenTask, Weights};
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -30,7 +34,7 @@ const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 
 /// What tells one state of one checkpoint from every other: where it lies, and the length and time of every file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct CheckpointKey(u64);
+pub struct CheckpointKey(pub(super) u64);
 
 /// The networks of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +75,8 @@ pub struct Checkpoint {
     pub name: String,
     pub key: CheckpointKey,
     pub family: &'static Family,
+    /// How it was trained or distilled, where its files say: a name of [`super::families::variants::VARIANTS`].
+    pub variant: Option<&'static str>,
     /// `_class_name` of `model_index.json`.
     pub pipeline: String,
     /// Whether a missing negative prompt means zeros rather than the encoded empty text.
@@ -85,7 +91,7 @@ pub struct Checkpoint {
     /// Whether weights on disk may be mapped rather than read.
     pub mmap: bool,
     pub(super) tokenizers: [Option<TokenizerFiles>; 2],
-    weights: Vec<(Part, WeightFiles)>,
+    pub(super) weights: Vec<(Part, WeightFiles)>,
 }
 
 /// The vocabulary of one tokenizer.
@@ -97,11 +103,23 @@ pub(super) struct TokenizerFiles {
     pub(super) config: Option<Found>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct WeightFiles {
     pub(super) files: Vec<Found>,
     /// Tensor name → file name, for a sharded network.
     pub(super) index: Option<HashMap<String, String>>,
+    /// Of the network's own tensors, where a file holds several networks.
+    pub(super) bytes: Option<Bytes>,
+}
+
+impl WeightFiles {
+    pub(super) fn of(files: Vec<Found>) -> Self {
+        Self { files, index: None, bytes: None }
+    }
+
+    pub(super) fn size(&self) -> Bytes {
+        self.bytes.unwrap_or_else(|| self.files.iter().map(|found| Bytes(found.stamp().0)).sum())
+    }
 }
 
 #[derive(Deserialize)]
@@ -135,7 +153,7 @@ impl Checkpoint {
     /// # Errors
     /// None, unless the binary was built from damaged assets.
     pub fn demo() -> Result<Self> {
-        Self::read(demo::NAME, &Folder::Embedded)
+        Self::read(demo::NAME, &Folder::Embedded)?.finish()
     }
 
     /// Understands the folder `path`, which lies beneath `roots`; requests call it `name`.
@@ -144,7 +162,7 @@ impl Checkpoint {
     /// `model_unsupported` for what is not SDXL, `unsafe_format` for pickle weights, `model_corrupt` for missing or
     /// broken files, `path_not_allowed` for links out of the roots.
     pub fn open_folder(name: &str, path: &std::path::Path, roots: &Roots) -> Result<Self> {
-        Self::read(name, &Folder::Disk { path: path.to_owned(), roots: roots.clone() })
+        Self::read(name, &Folder::Disk { path: path.to_owned(), roots: roots.clone() })?.finish()
     }
 
     /// The shape of the images it was trained on, in pixels.
@@ -162,13 +180,19 @@ impl Checkpoint {
     /// Whether it brings tokenizers of its own.
     #[must_use]
     pub fn own_tokenizers(&self) -> bool {
-        self.name != demo::NAME && self.tokenizers.iter().any(Option::is_some)
+        self.tokenizers.iter().flatten().any(|files| matches!(files.vocab, Found::Disk(_)))
+    }
+
+    /// Whether it is the embedded model, every part of it.
+    pub(super) fn is_demo(&self) -> bool {
+        let embedded = |found: &Found| matches!(found, Found::Embedded { .. });
+        self.weights.iter().flat_map(|(_, files)| &files.files).all(embedded)
     }
 
     /// Bytes of its weight files.
     #[must_use]
     pub fn file_bytes(&self) -> Bytes {
-        self.weights.iter().flat_map(|(_, files)| &files.files).map(|found| Bytes(found.stamp().0)).sum()
+        self.weights.iter().map(|(_, files)| files.size()).sum()
     }
 
     /// Bytes by which the UNet is smaller with INT8 weights than its files.
@@ -205,10 +229,11 @@ impl Checkpoint {
         let (_, files) = self.weights.iter().find(|(known, _)| *known == part).ok_or_else(|| {
             Error::ModelUnsupported { name: self.name.clone(), message: format!("it has no `{}`", part.name()) }
         })?;
-        ctx.perform(&Open, OpenTask { files: &files.files, index: files.index.as_ref(), mmap: self.mmap })
+        let task = OpenTask { files: &files.files, index: files.index.as_ref(), mmap: self.mmap };
+        ctx.perform(&NamePart(part), ctx.perform(&Open, task)?)
     }
 
-    fn read(name: &str, folder: &Folder) -> Result<Self> {
+    pub(super) fn read(name: &str, folder: &Folder) -> Result<Draft> {
         let unsupported = |message: String| Error::ModelUnsupported { name: name.to_owned(), message };
         let mut files = Vec::new();
         let Some(found) = folder.find("model_index.json")? else {
@@ -229,63 +254,42 @@ impl Checkpoint {
                 return Err(unsupported(format!("it has no `{}`, and every SDXL model has one", part.name())));
             }
         }
-        let unet: UnetConfig = typed(folder, Part::Unet, &mut files)?;
-        let first = has(&index.text_encoder);
-        let family = Family::detect(first, unet.in_channels).ok_or_else(|| {
-            unsupported(format!(
-                "its UNet takes {} channels, and this worker knows {}",
-                unet.in_channels,
-                super::families::FAMILIES
-                    .iter()
-                    .map(|(n, f)| format!("{n} ({})", f.channels))
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ))
-        })?;
-        let text_encoder = if first { Some(typed(folder, Part::TextEncoder, &mut files)?) } else { None };
-        let text_encoder_2 = typed(folder, Part::TextEncoder2, &mut files)?;
-        let vae: VaeConfig = typed(folder, Part::Vae, &mut files)?;
-        for (part, encoder) in [(Part::TextEncoder, text_encoder.as_ref()), (Part::TextEncoder2, Some(&text_encoder_2))]
-        {
-            encoder.map_or(Ok(()), |config: &ClipConfig| config.check(&format!("{name}/{}", part.name())))?;
-        }
-        unet.check(&format!("{name}/{}", Part::Unet.name()))?;
-        vae.check(&format!("{name}/{}", Part::Vae.name()))?;
+        let mut piece = |part: Part| -> Result<(Found, WeightFiles)> {
+            let config = folder.need(&format!("{}/config.json", part.name()))?;
+            let weights = weight_files(folder, part.name(), part.stem())?;
+            files.push(config.clone());
+            files.extend(weights.files.iter().cloned());
+            Ok((config, weights))
+        };
+        let first = has(&index.text_encoder).then(|| piece(Part::TextEncoder)).transpose()?;
+        let (second, unet, vae) = (piece(Part::TextEncoder2)?, piece(Part::Unet)?, piece(Part::Vae)?);
         let scheduler = folder.need("scheduler/scheduler_config.json")?;
         files.push(scheduler.clone());
-        let mut weights = Vec::new();
-        for part in Part::ALL.into_iter().filter(|part| *part != Part::TextEncoder || first) {
-            let found = weight_files(folder, part.name(), part.stem())?;
-            files.extend(found.files.iter().cloned());
-            weights.push((part, found));
-        }
         let tokenizers = [tokenizer_files(folder, "tokenizer")?, tokenizer_files(folder, "tokenizer_2")?];
         for tokenizer in tokenizers.iter().flatten() {
             files.extend([&tokenizer.vocab, &tokenizer.merges].into_iter().chain(&tokenizer.config).cloned());
         }
-        Ok(Self {
+        let (vae, scheduler): (Piece<VaeConfig>, SchedulerConfig) = (typed(vae)?, scheduler.json(CONFIG_LIMIT)?);
+        Ok(Draft {
             name: name.to_owned(),
             key: key(folder, &files),
-            family,
-            pipeline: index.class_name,
-            force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
-            text_encoder,
-            text_encoder_2,
-            unet,
-            vae,
-            scheduler: scheduler.json(CONFIG_LIMIT)?,
-            mmap: true,
+            pipeline: Some(index.class_name),
+            force_zeros_for_empty_prompt: Some(index.force_zeros_for_empty_prompt),
+            variant: Variant::scheduled(&scheduler),
+            scheduler,
             tokenizers,
-            weights,
+            text_encoder: first.map(typed).transpose()?,
+            text_encoder_2: Some(typed(second)?),
+            unet: Some(typed(unet)?),
+            latents: vae.config.clone(),
+            vae: Some(vae),
         })
     }
 }
 
-fn typed<T: serde::de::DeserializeOwned>(folder: &Folder, part: Part, files: &mut Vec<Found>) -> Result<T> {
-    let found = folder.need(&format!("{}/config.json", part.name()))?;
-    let config = found.json(CONFIG_LIMIT)?;
-    files.push(found);
-    Ok(config)
+/// A network whose configuration is understood.
+fn typed<T: serde::de::DeserializeOwned>((config, weights): (Found, WeightFiles)) -> Result<Piece<T>> {
+    Ok(Piece { config: config.json(CONFIG_LIMIT)?, weights })
 }
 
 pub(super) fn key(folder: &Folder, files: &[Found]) -> CheckpointKey {
@@ -311,7 +315,7 @@ pub(super) fn weight_files(folder: &Folder, dir: &str, stem: &str) -> Result<Wei
     }
     for (single, index) in &candidates {
         if let Some(found) = folder.find(&place(dir, single))? {
-            return Ok(WeightFiles { files: vec![found], index: None });
+            return Ok(WeightFiles::of(vec![found]));
         }
         if let Some(found) = folder.find(&place(dir, index))? {
             return sharded(folder, dir, &found);
@@ -344,7 +348,7 @@ fn sharded(folder: &Folder, dir: &str, found: &Found) -> Result<WeightFiles> {
         }
         files.push(folder.need(&place(dir, name))?);
     }
-    Ok(WeightFiles { files, index: Some(weight_map) })
+    Ok(WeightFiles { index: Some(weight_map), ..WeightFiles::of(files) })
 }
 
 fn tokenizer_files(folder: &Folder, dir: &str) -> Result<Option<TokenizerFiles>> {

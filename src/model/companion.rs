@@ -32,7 +32,7 @@ impl Companion {
     /// What lies at `path`, which is beneath `roots`; requests call it `name`.
     ///
     /// # Errors
-    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors, `model_corrupt`
+    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors or GGUF, `model_corrupt`
     /// for a folder without weights, `path_not_allowed` for links out of the roots.
     pub(super) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
         let file = path.is_file();
@@ -41,15 +41,15 @@ impl Companion {
         let (config, weights) = if file {
             let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
             match end.as_str() {
-                "safetensors" => {}
+                "safetensors" | "gguf" => {}
                 "ckpt" | "pt" | "pth" | "bin" => return Err(Error::UnsafeFormat { path: path.to_owned() }),
                 _ => {
-                    let message = "it is neither a safetensors file nor a folder".to_owned();
+                    let message = "it is neither a safetensors or GGUF file nor a folder".to_owned();
                     return Err(Error::ModelUnsupported { name: name.to_owned(), message });
                 }
             }
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            (None, WeightFiles { files: vec![folder.need(&own)?], index: None })
+            (None, WeightFiles::of(vec![folder.need(&own)?]))
         } else {
             let names = folder.names("");
             let holds = |stem: &&str| {
@@ -72,10 +72,14 @@ impl Companion {
         self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }
 
+    pub(super) fn weights(&self) -> &WeightFiles {
+        &self.weights
+    }
+
     /// Bytes of its weight files.
     #[must_use]
     pub fn file_bytes(&self) -> Bytes {
-        self.weights.files.iter().map(|found| Bytes(found.stamp().0)).sum()
+        self.weights.size()
     }
 
     /// Opens the weights and checks their headers.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::catalog::Catalog;
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, CheckpointKey};
 use super::interface::{
     ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
     Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
@@ -99,8 +99,22 @@ impl ModelCrew {
             EncoderPolicy::Release => true,
         };
         if release {
-            self.encoders.shelf.let_go(checkpoint.key);
+            self.dismiss(checkpoint);
         }
+    }
+
+    /// Frees the text encoders of a checkpoint, unless they are pinned.
+    pub fn dismiss(&mut self, checkpoint: &Checkpoint) {
+        self.encoders.shelf.let_go(checkpoint.key);
+    }
+
+    /// The running request will use what is kept of this checkpoint, or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey) {
+        self.encoders.shelf.claim(key);
+        self.unets.shelf.claim(key);
+        self.vaes.shelf.claim(key);
+        self.controlnets.shelf.claim(key);
+        self.adapters.claim(key);
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {
@@ -180,6 +194,7 @@ impl ModelInstructor {
         Ok(Inspection {
             model: checkpoint.name.clone(),
             family: checkpoint.family.name,
+            variant: checkpoint.variant,
             pipeline: checkpoint.pipeline.clone(),
             components,
             prediction_type: scheduler.prediction_type,
@@ -262,15 +277,18 @@ impl Instructor for ModelInstructor {
         Ok(match request {
             Request::List(_) => Response::List(self.list(crew, ctx)?),
             Request::Inspect(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
             Request::Load(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
                 Response::Load(self.load(&checkpoint, crew, ctx)?)
             }
             Request::Unload(wish) => {
-                let checkpoint = wish.model.as_deref().map(|name| crew.catalog.resolve(Some(name))).transpose()?;
+                let separate = wish.separate();
+                let named = wish.model.is_some() || separate.iter().any(|(_, name)| name.is_some());
+                let find = || crew.catalog.resolve_with(wish.model.as_deref(), &separate);
+                let checkpoint = named.then(find).transpose()?;
                 Response::Unload(self.unload(checkpoint.as_deref(), crew))
             }
             Request::Pin(wish) => {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::Part;
 use crate::layers::{Domain, Interface, Nothing};
 use crate::scheduler::schedule::Prediction;
 use crate::units::{Allowance, Bytes};
@@ -86,6 +87,31 @@ pub struct ModelWish {
     /// every model.
     #[serde(default)]
     pub model: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots.
+    #[serde(default)]
+    pub vae: Option<String>,
+    /// The UNet in place of the model's, likewise.
+    #[serde(default)]
+    pub unet: Option<String>,
+    /// CLIP ViT-L in place of the model's, likewise.
+    #[serde(default)]
+    pub text_encoder: Option<String>,
+    /// OpenCLIP ViT-bigG in place of the model's, likewise.
+    #[serde(default)]
+    pub text_encoder_2: Option<String>,
+}
+
+impl ModelWish {
+    /// The parts that come from files of their own.
+    #[must_use]
+    pub fn separate(&self) -> [(Part, Option<&str>); 4] {
+        [
+            (Part::Vae, self.vae.as_deref()),
+            (Part::Unet, self.unet.as_deref()),
+            (Part::TextEncoder, self.text_encoder.as_deref()),
+            (Part::TextEncoder2, self.text_encoder_2.as_deref()),
+        ]
+    }
 }
 
 /// Names a model that shall stay.
@@ -122,7 +148,8 @@ pub struct ModelList {
 pub struct ModelEntry {
     /// What requests call it: its path beneath its root, or `demo`.
     pub name: String,
-    /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`; `null` if it cannot be used.
+    /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`, `sdxl_instruct_pix2pix`, `ssd_1b`, `segmind_vega`, `koala_700m`,
+    /// `koala_1b`; `null` if it cannot be used.
     pub family: Option<&'static str>,
     /// Bytes of its weight files.
     pub bytes: Bytes,
@@ -140,7 +167,10 @@ pub struct ModelEntry {
 pub struct Inspection {
     pub model: String,
     pub family: &'static str,
-    /// `_class_name` of `model_index.json`.
+    /// How it was trained or distilled, where its files say: `playground_v2_5`, `cosxl`, `v_prediction`, `turbo`,
+    /// `lightning`, `hyper`, `dmd2`.
+    pub variant: Option<&'static str>,
+    /// `_class_name` of `model_index.json`, or for a single file the pipeline that it would come with.
     pub pipeline: String,
     pub components: Vec<ComponentFacts>,
     pub prediction_type: Prediction,

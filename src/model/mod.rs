@@ -1,14 +1,18 @@
 //! Checkpoints, weights and networks.
 
+mod assembly;
 pub mod catalog;
 pub mod checkpoint;
 pub mod companion;
 pub mod demo;
+mod derive;
 pub mod families;
 mod folder;
+mod foreign;
 pub mod instructor;
 pub mod interface;
 pub mod inversion;
 pub mod managers;
 pub mod networks;
+pub mod weighing;
 mod workers;

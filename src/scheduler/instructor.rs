@@ -1,5 +1,6 @@
 //! Turns names and numbers of a request into a sampling plan.
 
+use super::edm::Edm;
 use super::interface::{Description, Listed, Listing, Request, Response, SamplingWish, Scheduler, Settings};
 use super::names;
 use super::route::Terrain;
@@ -50,6 +51,9 @@ impl SchedulerInstructor {
         let zero_terminal_snr = wish.zero_terminal_snr.or(config.rescale_betas_zero_snr).unwrap_or(false);
         let training = Training::new(config, zero_terminal_snr)?;
         let eta = eta(wish, sampler_name, profile)?;
+        if training.edm.is_some() {
+            suits_edm(wish, &source, (sampler_name, profile), zero_terminal_snr)?;
+        }
 
         let strides = match &source {
             Source::Spacing(_, spacing) => spacing.strides,
@@ -95,6 +99,7 @@ impl SchedulerInstructor {
         let sigma_end = path.last().map_or(0.0, |step| f64::from(step.to.ratio() as f32));
         let sigma_top = table.sigmas.iter().copied().fold(0.0, f64::max);
         let init_scale = match (profile.grid, base) {
+            (Grid::Real | Grid::RealRounded, _) if training.edm.is_some() => (sigma_top * sigma_top + 1.0).sqrt(),
             (Grid::Whole | Grid::Distilled | Grid::Padded, _) => 1.0,
             (Grid::Real | Grid::RealRounded, TimestepSpacing::Leading) => (sigma_top * sigma_top + 1.0).sqrt(),
             (Grid::Real | Grid::RealRounded, TimestepSpacing::Trailing | TimestepSpacing::Linspace) => sigma_top,
@@ -114,6 +119,7 @@ impl SchedulerInstructor {
             eta,
             prediction,
             zero_terminal_snr,
+            edm: training.edm,
             num_train_timesteps: config.num_train_timesteps,
             calls: profile.calls,
         })
@@ -125,7 +131,7 @@ impl SchedulerInstructor {
             return names::sampler(name);
         }
         let own = config.class_name.as_deref().unwrap_or("EulerDiscreteScheduler");
-        if own == "DPMSolverMultistepScheduler" && config.algorithm_type.as_deref() == Some("sde-dpmsolver++") {
+        if own.ends_with("DPMSolverMultistepScheduler") && config.algorithm_type.as_deref() == Some("sde-dpmsolver++") {
             return names::sampler("dpmpp_2m_sde");
         }
         names::sampler(own).map_err(|_| {
@@ -159,7 +165,9 @@ fn source<'a>(
         (None, Some(timesteps)) => return Ok(Source::Timesteps(timesteps)),
         (None, None) => {}
     }
+    let edm = if config.is_edm() { Some(Edm::schedule(config)?) } else { None };
     let own = || match config {
+        _ if edm.is_some() => edm.unwrap_or_default(),
         SchedulerConfig { use_karras_sigmas: Some(true), .. } => "karras",
         SchedulerConfig { use_exponential_sigmas: Some(true), .. } => "exponential",
         SchedulerConfig { use_beta_sigmas: Some(true), .. } => "beta",
@@ -171,6 +179,29 @@ fn source<'a>(
         }
         (Some((name, spacing)), _) | (None, Some((name, spacing))) => Ok(Source::Spacing(name, spacing)),
         (None, None) => Ok(Source::Spacing(own(), SPACINGS.get(own())?)),
+    }
+}
+
+/// Refuses what goes by numbered timesteps, which such a network has none of.
+fn suits_edm(wish: &SamplingWish, source: &Source<'_>, (name, profile): (&str, &Profile), zero: bool) -> Result<()> {
+    let refuse = |field: &str, message: String| Err(Error::invalid(field, message));
+    if profile.grid == Grid::Distilled {
+        return refuse("sampler_name", format!("must be another than `{name}` for a model without numbered timesteps"));
+    }
+    if zero && wish.zero_terminal_snr.is_some() {
+        return refuse("zero_terminal_snr", "must be false for a model without numbered timesteps".to_owned());
+    }
+    match (source, wish.prediction_type) {
+        (_, Some(Prediction::Sample)) => {
+            refuse("prediction_type", "must be `epsilon` or `v_prediction` for this model".to_owned())
+        }
+        (Source::Timesteps(_), _) => {
+            refuse("timesteps", "must be left out for a model without numbered timesteps: give `sigmas`".to_owned())
+        }
+        (Source::Spacing(name, Spacing { curve: false, .. }), _) => {
+            refuse("scheduler", format!("must be `karras`, `exponential` or `beta` for this model, got `{name}`"))
+        }
+        (Source::Spacing(..) | Source::Sigmas(_), _) => Ok(()),
     }
 }
 
@@ -222,6 +253,7 @@ fn table(ask: &Ask<'_>, source: &Source<'_>) -> Table {
     let derived = !karras && matches!(source, Source::Spacing(_, Spacing { curve: true, .. }));
     for timestep in &mut table.timesteps {
         *timestep = match ask.grid {
+            _ if ask.training.edm.is_some() => f64::from(*timestep as f32),
             Grid::Padded | Grid::RealRounded if karras => timestep.round_ties_even(),
             Grid::Padded if derived => timestep.trunc(),
             _ => f64::from(*timestep as f32),
@@ -242,7 +274,7 @@ fn check(table: &Table, training: &Training, source: &Source<'_>, steps: usize) 
         Source::Timesteps(_) => "timesteps",
     };
     let falls = table.sigmas.is_sorted_by(|a, b| a > b) && table.sigmas.iter().all(|s| s.is_finite() && *s > 0.0);
-    let within = table.timesteps.iter().all(|t| (0.0..=last).contains(t));
+    let within = training.edm.is_some() || table.timesteps.iter().all(|t| (0.0..=last).contains(t));
     match (source, falls && within) {
         (_, true) => Ok(()),
         (Source::Spacing(name, _), false) => {

@@ -1,5 +1,6 @@
 //! Noise schedules and samplers.
 
+pub mod edm;
 pub mod interface;
 pub mod schedule;
 pub mod workers;

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::edm::Edm;
 use crate::error::{Error, Result};
 
 /// Where a sample stands on the path from noise to image: `x = alpha · x₀ + sigma · ε`.
@@ -122,6 +123,12 @@ pub struct SchedulerConfig {
     /// `dpmsolver++` or `sde-dpmsolver++`, for the classes that are both.
     pub algorithm_type: Option<String>,
     pub original_inference_steps: usize,
+    /// Of Karras et al.'s noise: the lowest and highest σ, the deviation of the data, and how the σ fall.
+    pub sigma_min: Option<f64>,
+    pub sigma_max: Option<f64>,
+    pub sigma_data: Option<f64>,
+    pub sigma_schedule: Option<String>,
+    pub rho: Option<f64>,
 }
 
 impl Default for SchedulerConfig {
@@ -144,11 +151,23 @@ impl Default for SchedulerConfig {
             final_sigmas_type: FinalSigmas::Zero,
             algorithm_type: None,
             original_inference_steps: 50,
+            sigma_min: None,
+            sigma_max: None,
+            sigma_data: None,
+            sigma_schedule: None,
+            rho: None,
         }
     }
 }
 
 impl SchedulerConfig {
+    /// Whether the network was trained with the noise and the preconditioning of Karras et al. 2022,
+    /// <https://arxiv.org/abs/2206.00364>.
+    #[must_use]
+    pub fn is_edm(&self) -> bool {
+        self.class_name.as_deref().is_some_and(|class| class.starts_with("EDM"))
+    }
+
     /// SDXL base 1.0's, for checkpoints that bring none.
     #[must_use]
     pub fn sdxl() -> Self {
@@ -172,12 +191,20 @@ pub struct Training {
     /// σ, finite everywhere: with zero terminal SNR the last is that of ᾱ = 2⁻²⁴.
     pub sigmas: Vec<f64>,
     log_sigmas: Vec<f64>,
+    /// Of a network without numbered timesteps; the table is then of its ends alone.
+    pub edm: Option<Edm>,
 }
 
 impl Training {
     /// # Errors
     /// `invalid_parameter` when the checkpoint's numbers give no noise schedule.
     pub fn new(config: &SchedulerConfig, zero_terminal_snr: bool) -> Result<Self> {
+        if let Some(edm) = Edm::of(config)? {
+            let sigmas = vec![edm.sigma_min, edm.sigma_max];
+            let alphas_cumprod = sigmas.iter().map(|sigma| 1.0 / (1.0 + sigma * sigma)).collect();
+            let log_sigmas = sigmas.iter().map(|sigma: &f64| sigma.ln()).collect();
+            return Ok(Self { alphas_cumprod, sigmas, log_sigmas, edm: Some(edm) });
+        }
         let count = config.num_train_timesteps;
         if !(2..=100_000).contains(&count) {
             return Err(unusable(format!("`num_train_timesteps` must be 2 to 100000, got {count}")));
@@ -201,6 +228,7 @@ impl Training {
             alphas_cumprod: alphas_cumprod.into_iter().map(f64::from).collect(),
             log_sigmas: sigmas.iter().map(|s| f64::from(f64::from(*s).ln() as f32)).collect(),
             sigmas: sigmas.into_iter().map(f64::from).collect(),
+            edm: None,
         })
     }
 
@@ -235,6 +263,9 @@ impl Training {
     /// The real timestep of a σ, linear in ln σ; 0 and the last timestep outside the table.
     #[must_use]
     pub fn timestep_of(&self, sigma: f64) -> f64 {
+        if self.edm.is_some() {
+            return Edm::timestep_of(sigma);
+        }
         let log_sigma = sigma.max(1e-10).ln();
         let below = self.log_sigmas.partition_point(|known| *known <= log_sigma).saturating_sub(1);
         let below = below.min(self.log_sigmas.len() - 2);
@@ -246,7 +277,7 @@ impl Training {
     /// The variance-preserving level of a whole timestep; `None` outside the table.
     #[must_use]
     pub fn level(&self, timestep: f64) -> Option<Level> {
-        if timestep < 0.0 || timestep.fract() != 0.0 {
+        if timestep < 0.0 || timestep.fract() != 0.0 || self.edm.is_some() {
             return None;
         }
         let ac = *self.alphas_cumprod.get(timestep as usize)?;
@@ -304,6 +335,8 @@ pub struct SamplingPlan {
     pub eta: f64,
     pub prediction: Prediction,
     pub zero_terminal_snr: bool,
+    /// For a network of Karras et al.'s preconditioning.
+    pub edm: Option<Edm>,
     /// How many timesteps the checkpoint was trained with.
     pub num_train_timesteps: usize,
     pub calls: Calls,
@@ -346,9 +379,12 @@ impl SamplingPlan {
     }
 
     /// Steps before `share`, 0 to 1, of the training timesteps is denoised, from the noisiest: where an ensemble's first
-    /// expert ends (diffusers' `denoising_end`).
+    /// expert ends (diffusers' `denoising_end`). Without numbered timesteps it is a share of the steps.
     #[must_use]
     pub fn until_share(&self, share: f64) -> usize {
+        if self.edm.is_some() {
+            return (share * self.path.len() as f64).round() as usize;
+        }
         let cut = self.cut_at(share);
         self.timesteps.iter().filter(|timestep| **timestep >= cut).count()
     }
@@ -356,6 +392,9 @@ impl SamplingPlan {
     /// The first step from `share` on: where the second expert starts (`denoising_start`).
     #[must_use]
     pub fn from_share(&self, share: f64) -> usize {
+        if self.edm.is_some() {
+            return self.until_share(share).min(self.path.len());
+        }
         let cut = self.cut_at(share);
         self.path.len() - self.timesteps.iter().filter(|timestep| **timestep < cut).count()
     }

@@ -153,7 +153,7 @@ fn a_control_lora_is_unloaded_with_its_model() {
         resident.filter(|one| one.kind == "controlnet").map(|one| one.name).collect()
     };
     assert_eq!(kept(&worker), ["control_lora", "control_small"]);
-    let wish = ModelWish { model: Some("demo".to_owned()) };
+    let wish = ModelWish { model: Some("demo".to_owned()), ..ModelWish::default() };
     let unload = Call::Model(sdxl_worker::model::interface::Request::Unload(wish));
     worker.instructors.dispatch(unload, &mut worker.managers, &Context::detached()).unwrap();
     assert_eq!(kept(&worker), ["control_small"]);

@@ -41,7 +41,7 @@ fn ask(request: Request, crew: &mut ModelCrew) -> Result<Response> {
 }
 
 fn named(model: &str) -> ModelWish {
-    ModelWish { model: Some(model.to_owned()) }
+    ModelWish { model: Some(model.to_owned()), ..ModelWish::default() }
 }
 
 /// A root that holds one copy of the demonstration model, called `copy`.
@@ -379,7 +379,8 @@ fn every_family_is_found_by_what_it_looks_like() {
     use sdxl_worker::model::families::Family;
     for (name, family) in FAMILIES.iter() {
         assert_eq!(name, family.name);
-        assert_eq!(Family::detect(family.first_encoder, family.channels), Some(family));
+        let depths = family.depths.unwrap_or_default();
+        assert_eq!(Family::detect(family.first_encoder, family.channels, depths), Some(family));
         assert!(family.pipelines.iter().all(|class| Family::knows(class)));
     }
 }

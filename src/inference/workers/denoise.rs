@@ -22,6 +22,7 @@ use crate::layers::Worker;
 use crate::model::networks::steering::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
+use crate::scheduler::edm::{Edm, Preconditioning};
 use crate::scheduler::schedule::{Prediction, SamplingPlan};
 use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
 
@@ -44,6 +45,8 @@ pub struct DenoiseTask<'a> {
     pub masking: Option<&'a Masking>,
     /// Whether another run goes on from where this one ends.
     pub goes_on: bool,
+    /// Whether the passes of a step are made one after another.
+    pub slice: bool,
     /// The images' own streams, after what `x` was made of.
     pub noise: &'a mut NoiseSource,
     pub placement: &'a Placement,
@@ -67,6 +70,7 @@ impl Worker<DenoiseTask<'_>> for Denoise {
             x,
             masking,
             goes_on,
+            slice,
             noise,
             placement,
             observe,
@@ -84,6 +88,8 @@ impl Worker<DenoiseTask<'_>> for Denoise {
                 prompt: &*prompts.at(now.pass.0, prepare)?,
                 compute: placement.compute.tensor(),
                 prediction: sampling.prediction,
+                edm: sampling.edm,
+                slice,
                 beside: masking.and_then(|masking| masking.beside.as_ref()),
             };
             network.denoised(x, now, ctx)
@@ -216,6 +222,8 @@ impl Moment {
 /// One evaluation of the network: a pass for each role, `B` samples each.
 struct Passes<'a> {
     roles: &'a [Role],
+    /// Which of the prompt's they are.
+    samples: Range<usize>,
     /// `[passes·B, H, W, C]`, in the compute dtype.
     input: &'a Tensor,
 }
@@ -227,6 +235,9 @@ struct Network<'a> {
     prompt: &'a Prompt,
     compute: DType,
     prediction: Prediction,
+    /// For a network with a preconditioning of its own.
+    edm: Option<Edm>,
+    slice: bool,
     /// `[B, H, W, ·]`, f32: what the UNet takes beside the latents.
     beside: Option<&'a Tensor>,
 }
@@ -236,6 +247,13 @@ impl Network<'_> {
     fn denoised(&self, x: &Tensor, now: Moment, ctx: &Context) -> Result<Tensor> {
         ctx.checkpoint()?;
         let Level { alpha, sigma, .. } = now.level;
+        if let Some(edm) = self.edm {
+            let Preconditioning { c_in, c_skip, c_out } = edm.preconditioning(sigma / alpha);
+            let sign = if self.prediction == Prediction::VPrediction { -1.0 } else { 1.0 };
+            let scaled = (x * (c_in / alpha))?;
+            let x0 = |predicted: Tensor| Ok(((x * (c_skip / alpha))? + (predicted * (sign * c_out))?)?);
+            return self.guided(&scaled, now, &x0, ctx);
+        }
         // The network was trained on variance-preserving inputs: x / √(α² + σ²).
         let scale = 1.0 / alpha.hypot(sigma);
         let scaled = if scale == 1.0 { x.clone() } else { (x * scale)? };
@@ -265,11 +283,22 @@ impl Network<'_> {
             None => scaled.to_dtype(self.compute)?,
         };
         let roles = guidance.roles(now.pass.0, now.pass.1);
+        let samples = self.prompt.samples(&roles)?;
         if roles == [Role::Positive] {
-            return x0(self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?);
+            return x0(self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?);
         }
-        let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
-        let predicted = self.predicted(&Passes { roles: &roles, input: &input }, now, ctx)?;
+        let predicted = if self.slice {
+            let firsts = samples.step_by(*batch);
+            let alone = roles.iter().zip(firsts).map(|(role, first)| {
+                let passes = Passes { roles: &[*role], samples: first..first + batch, input: &input };
+                ctx.checkpoint()?;
+                self.predicted(&passes, now, ctx)
+            });
+            Tensor::cat(&alone.collect::<Result<Vec<_>>>()?, 0)?
+        } else {
+            let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
+            self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?
+        };
         let pass = |index: usize| -> Result<Tensor> { Ok(predicted.narrow(0, index * batch, *batch)?) };
         // An extent is one of latents, not of noise. Everything else is linear, and the same for either.
         let of_latents = guidance.thresholding.is_some();
@@ -303,8 +332,8 @@ impl Network<'_> {
     /// One evaluation; the result is as large as its input, and f32.
     fn predicted(&self, passes: &Passes, now: Moment, ctx: &Context) -> Result<Tensor> {
         let Prompt { text, control_texts, adapters, pooled, time_ids, guidance, batch, roles, .. } = self.prompt;
-        let samples = self.prompt.samples(passes.roles)?;
-        let all = passes.roles == roles.as_slice();
+        let samples = passes.samples.clone();
+        let all = samples.len() == roles.len() * batch;
         let some: Vec<ReadText>;
         let (text, control_texts) = if all {
             (text, control_texts.as_slice())

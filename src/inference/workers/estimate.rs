@@ -1,13 +1,18 @@
-//! What a generation will need, before it begins: bytes from the configuration, seconds from what was measured.
+//! What a generation will need, before it begins: bytes of weights from the headers of their files, bytes of feature maps
+//! from the networks' shapes, seconds from what was measured.
 
 use crate::context::Context;
-use crate::device::interface::{Dtype, Quantization};
+use crate::device::interface::Dtype;
 use crate::error::Result;
-use crate::inference::interface::{DecodeExtent, Estimate};
-use crate::inference::plan::GenerationPlan;
-use crate::layers::Worker;
-use crate::model::checkpoint::Checkpoint;
+use crate::inference::controlling::is_of;
+use crate::inference::interface::DecodeExtent;
+use crate::inference::memory::{Means, Offload, PartBytes};
+use crate::inference::plan::{Entry, GenerationPlan};
+use crate::layers::{Resident, Worker};
+use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
+use crate::model::weighing::{Holding, Weighed};
 use crate::pace::{Pace, Work};
 use crate::units::{Bytes, ImageSize};
 
@@ -15,80 +20,202 @@ pub struct Appraise;
 
 pub struct AppraiseTask<'a> {
     pub plan: &'a GenerationPlan,
-    pub compute: Dtype,
-    pub quantization: Quantization,
+    pub holding: Holding,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
     pub pace: &'a Pace,
-    /// Memory that is free now, weights that are loaded already not counted.
-    pub free: Option<Bytes>,
-    /// What of the model is in memory already.
-    pub loaded: Bytes,
-    pub decode: DecodeExtent,
+    /// What is in memory.
+    pub residents: &'a [Resident],
+}
+
+/// What a generation needs, by part.
+#[derive(Clone, Debug)]
+pub struct Needs {
+    parts: Vec<Need>,
+    /// Feature maps of one pass of the UNet.
+    pass: f64,
+    /// How many passes a step makes at most.
+    passes: usize,
+    /// The text as the UNet reads it, in all passes.
+    text: f64,
+    /// Feature maps of the decoder by extent.
+    whole: f64,
+    strips: f64,
+    /// Of the encoder by extent; none where no picture is encoded.
+    encode: [f64; 2],
+    /// Of the text encoders and of what is always there.
+    least: f64,
+    pub evaluations: usize,
+    pub seconds: Option<f64>,
+}
+
+#[derive(Clone, Debug)]
+struct Need {
+    told: PartBytes,
+    weighed: Weighed,
+    pinned: bool,
+    /// Which of the models that follow each other it belongs to; `None` for what all use.
+    turn: Option<usize>,
+}
+
+impl Needs {
+    /// Bytes of all weights.
+    #[must_use]
+    pub fn weights(&self) -> Bytes {
+        self.parts.iter().map(|need| need.told.bytes).sum()
+    }
+
+    /// By part.
+    #[must_use]
+    pub fn parts(&self) -> Vec<PartBytes> {
+        self.parts.iter().map(|need| need.told.clone()).collect()
+    }
+
+    /// Feature maps of the UNet and the text.
+    #[must_use]
+    pub fn denoise(&self, means: Means) -> Bytes {
+        Bytes((self.text + self.pass * if means.slice { 1.0 } else { self.passes as f64 }) as u64)
+    }
+
+    /// Feature maps of the decoder, beside the text.
+    #[must_use]
+    pub fn decode(&self, means: Means) -> Bytes {
+        let maps = if means.decode == DecodeExtent::Strips { self.strips } else { self.whole };
+        Bytes((self.text + maps) as u64)
+    }
+
+    /// The largest moment of the feature maps.
+    #[must_use]
+    pub fn activations(&self, means: Means) -> Bytes {
+        let [whole, strips] = self.encode;
+        let encode = if means.decode == DecodeExtent::Strips { strips } else { whole };
+        self.denoise(means).max(self.decode(means)).max(Bytes(encode.max(self.least) as u64))
+    }
+
+    /// Bytes still to be had.
+    #[must_use]
+    pub fn needed(&self, means: Means) -> Bytes {
+        self.weights_needed(means) + self.activations(means)
+    }
+
+    /// Weights still to be had, less what those that leave give back. A refiner takes its base's place where there is no
+    /// room for both.
+    fn weights_needed(&self, means: Means) -> Bytes {
+        let turns = self.parts.iter().filter_map(|need| need.turn).max().unwrap_or(0);
+        let one = |need: &&Need, encoding: bool| -> i64 {
+            let Weighed { bytes, mapped, away } = need.weighed;
+            // A mapped file that was read is memory that counts as free.
+            let (all, had) = (bytes.0 as i64, if need.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 });
+            match need.told.part {
+                "text_encoders" if means.offload != Offload::None && !need.pinned && !encoding => -had,
+                "unet" if means.offload == Offload::Sequential && encoding => 0,
+                "unet" if means.offload == Offload::Sequential => away.0 as i64 - if need.pinned { 0 } else { had },
+                "text_encoders" => all - had,
+                _ if encoding && means.offload != Offload::None => 0,
+                _ => all - had,
+            }
+        };
+        let of = |turn: usize, encoding: bool| -> i64 {
+            let here = self.parts.iter().filter(|need| need.turn.is_none_or(|own| own == turn));
+            here.map(|need| one(&need, encoding)).sum()
+        };
+        let worst = (0..=turns).flat_map(|turn| [of(turn, false), of(turn, true)]).max().unwrap_or(0);
+        Bytes(u64::try_from(worst).unwrap_or(0))
+    }
+
+    /// The same for an image of `scale` times as many pixels.
+    #[must_use]
+    pub fn scaled(&self, scale: f64) -> Self {
+        let Self { pass, whole, strips, encode, .. } = *self;
+        let encode = encode.map(|bytes| bytes * scale);
+        Self { pass: pass * scale, whole: whole * scale, strips: strips * scale, encode, ..self.clone() }
+    }
 }
 
 impl Worker<AppraiseTask<'_>> for Appraise {
-    type Output = Estimate;
+    type Output = Needs;
 
-    fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Estimate> {
-        let AppraiseTask { plan, compute, quantization, key, pace, free, loaded, decode } = task;
-        let passes = plan.guidance.all_roles().len();
+    fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Needs> {
+        let AppraiseTask { plan, holding, key, pace, residents } = task;
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
-        let bytes = |checkpoint: &Checkpoint| -> Result<Bytes> {
-            Ok(match quantization {
-                Quantization::None => checkpoint.file_bytes(),
-                Quantization::Int8 => checkpoint.file_bytes().saturating_sub(checkpoint.int8_saves(ctx)?),
-            })
-        };
-        let base = bytes(&plan.checkpoint)?;
-        let other = plan.further.iter().find(|further| further.checkpoint.key != plan.checkpoint.key);
-        let other = other.map_or(Ok(Bytes(0)), |further| bytes(&further.checkpoint))?;
-        let first = |at: usize| plan.controls.iter().position(|other| other.net.key == plan.controls[at].net.key);
-        let nets = (0..plan.controls.len()).filter(|&at| first(at) == Some(at));
-        let beside = nets.map(|at| plan.controls[at].net.file_bytes()).sum::<Bytes>() + plan.adapters.file_bytes();
-        let weights = base + other + beside;
-        let element = compute.tensor().size_in_bytes();
-        // The feed-forward of a transformer at half resolution is the UNet's largest moment: 4 + 2 times its channels
-        // beside the skip connections. What ControlNets add stays while it runs, and a sum beside what is added to it.
-        let added = 4 * plan.controls.len().min(2);
-        let unet: usize =
-            plan.checkpoint.unet.block_out_channels.iter().enumerate().fold(0, |sum, (level, channels)| {
-                let here = (positions >> (2 * level)).max(1);
-                sum + here * channels * (6 + 4 + added)
-            });
-        // A refiner takes its base's place where there is no room for both.
-        let left = (base.max(other) + beside).saturating_sub(loaded);
-        let activations = |extent| {
-            let decoder = plan.checkpoint.vae.decode_bytes(64 * last, element, extent);
-            Bytes((passes * unet * element).max(decoder) as u64)
-        };
-        let whole = activations(Extent::Whole);
-        let activations = match (decode, free) {
-            (DecodeExtent::Whole, _) | (DecodeExtent::Auto, None) => whole,
-            (DecodeExtent::Auto, Some(free)) if left + whole <= free => whole,
-            (DecodeExtent::Auto | DecodeExtent::Strips, _) => activations(Extent::Strips),
-        };
-        let images = plan.seeds.len();
+        let element = holding.compute.tensor().size_in_bytes();
+        // The VAE never computes in f16.
+        let wide = if holding.compute == Dtype::F16 { Dtype::F32.tensor().size_in_bytes() } else { element };
+        let decode = |extent| plan.checkpoint.vae.decode_bytes(64 * last, wide, extent) as f64;
+        let encode = |extent| plan.checkpoint.vae.encode_bytes(64 * positions, wide, extent) as f64;
+        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+        let enlarged = plan.further.iter().any(|further| matches!(further.entry, Entry::Pixels(_)));
+        let encodes = plan.editing.is_some() || takes_mask || enlarged;
+        let passes = plan.guidance.all_roles().len();
+        let Footprint { maps, skips, text } = plan.checkpoint.unet.footprint(positions, holding.on_host)?;
+        // What ControlNets add stays while it runs, and a sum beside what is added to it.
+        let added = skips * plan.controls.len().min(2) as f64;
         let runs = || {
             let further = plan.further.iter().map(|further| (&further.sampling, of(further.size)));
             std::iter::once((&plan.sampling, of(plan.size))).chain(further)
         };
         let units = runs().map(|(sampling, positions)| plan.guidance.evaluations(sampling) * positions).sum();
+        let images = plan.seeds.len();
         let seconds = pace
             .expect(key, Work::Evaluation, units)
             .zip(pace.expect(key, Work::Decode, last))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
-        let needed = left + activations;
-        Ok(Estimate {
-            weights,
-            activations,
-            needed,
-            free,
-            fits: free.map(|free| needed <= free),
+        Ok(Needs {
+            parts: parts(plan, holding, residents, ctx)?,
+            pass: (maps + added) * element as f64,
+            passes,
+            text: text * (passes * element) as f64,
+            whole: decode(Extent::Whole),
+            strips: decode(Extent::Strips),
+            encode: if encodes { [Extent::Whole, Extent::Strips].map(encode) } else { [0.0; 2] },
+            least: Bytes::MIB as f64,
             evaluations: runs().map(|(sampling, _)| sampling.evaluations()).sum::<usize>() * images,
             seconds,
         })
     }
+}
+
+/// Every network that the plan uses, once each.
+fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &Context) -> Result<Vec<Need>> {
+    let mut needs = Vec::new();
+    let mut add = |part: &'static str, kind: &str, name: &str, weighed: Weighed, turn: Option<usize>| {
+        let resident = residents.iter().find(|one| one.kind == kind && one.name == name && is_of(plan, one));
+        let Weighed { bytes, mapped, .. } = weighed;
+        let told = PartBytes { part, name: name.to_owned(), bytes, mapped, loaded: resident.is_some() };
+        needs.push(Need { told, weighed, pinned: resident.is_some_and(|one| one.pinned), turn });
+    };
+    let mut models: Vec<&Checkpoint> = vec![&plan.checkpoint];
+    for further in &plan.further {
+        if models.iter().all(|model| model.key != further.checkpoint.key) {
+            models.push(&further.checkpoint);
+        }
+    }
+    for (turn, model) in models.into_iter().enumerate() {
+        let weigh = |part| Weighed::part(model, part, holding, ctx);
+        let mut encoders = weigh(Part::TextEncoder2)?;
+        if model.text_encoder.is_some() {
+            let first = weigh(Part::TextEncoder)?;
+            encoders = Weighed {
+                bytes: encoders.bytes + first.bytes,
+                mapped: encoders.mapped + first.mapped,
+                away: encoders.away + first.away,
+            };
+        }
+        add("text_encoders", "encoder", &model.name, encoders, Some(turn));
+        add("unet", "unet", &model.name, weigh(Part::Unet)?, Some(turn));
+        if turn == 0 {
+            add("vae", "vae", &model.name, weigh(Part::Vae)?, None);
+        }
+    }
+    for (at, control) in plan.controls.iter().enumerate() {
+        if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
+            add("controlnet", "controlnet", &control.net.name, Weighed::companion(&control.net, holding, ctx)?, None);
+        }
+    }
+    for (kind, found) in plan.adapters.networks() {
+        add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
+    }
+    Ok(needs)
 }

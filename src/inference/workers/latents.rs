@@ -7,7 +7,7 @@ use crate::device::instructor::Placement;
 use crate::error::Result;
 use crate::layers::Worker;
 use crate::model::managers::Vae;
-use crate::model::networks::vae::VaeConfig;
+use crate::model::networks::vae::{Extent, VaeConfig};
 use crate::noise::NoiseSource;
 use crate::pixels::{Gray8, Rgb8};
 use crate::scheduler::schedule::{Level, SamplingPlan};
@@ -22,6 +22,7 @@ pub struct EncodeTask<'a> {
     pub pixels: &'a Tensor,
     /// Draws from the encoder's distribution; `None` takes its mode.
     pub noise: Option<&'a mut NoiseSource>,
+    pub extent: Extent,
     pub placement: &'a Placement,
 }
 
@@ -30,9 +31,9 @@ impl Worker<EncodeTask<'_>> for Encode {
     type Output = Tensor;
 
     fn run(&self, task: EncodeTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let EncodeTask { vae, config, pixels, noise, placement } = task;
+        let EncodeTask { vae, config, pixels, noise, extent, placement } = task;
         let pixels = pixels.to_dtype(placement.vae.tensor())?;
-        let moments = vae.encoder.encode(&pixels, &|| ctx.checkpoint())?;
+        let moments = vae.encoder.encode(&pixels, extent, &|| ctx.checkpoint())?;
         let z = match noise {
             Some(noise) => (&moments.mean + ((moments.logvar * 0.5)?.exp()? * noise.draw()?)?)?,
             None => moments.mean,

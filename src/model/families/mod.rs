@@ -1,8 +1,15 @@
-//! Kinds of SDXL by what tells them apart in their files. Data: a network is configured by its own `config.json`.
+//! Kinds of SDXL by what tells them apart in their files. Data: a network is configured by its own `config.json`, or by
+//! the shapes of its tensors.
 
+mod koala_1b;
+mod koala_700m;
 mod sdxl_base;
 mod sdxl_inpaint;
+mod sdxl_instruct_pix2pix;
 mod sdxl_refiner;
+mod segmind_vega;
+mod ssd_1b;
+pub mod variants;
 
 use crate::registry::Registry;
 
@@ -16,22 +23,38 @@ pub struct Family {
     pub first_encoder: bool,
     /// `in_channels` of its UNet.
     pub channels: usize,
+    /// How many transformers each layer of the way down has, from the highest resolution; `None` if they do not matter.
+    pub depths: Option<&'static [usize]>,
 }
+
+/// The pipelines of diffusers that every text-to-image model works with.
+const PIPELINES: &[&str] =
+    &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"];
 
 pub static FAMILIES: Registry<Family> = Registry::new(
     "model family",
     &[
+        ("ssd_1b", &ssd_1b::FAMILY),
+        ("segmind_vega", &segmind_vega::FAMILY),
+        ("koala_700m", &koala_700m::FAMILY),
+        ("koala_1b", &koala_1b::FAMILY),
         ("sdxl_base", &sdxl_base::FAMILY),
         ("sdxl_refiner", &sdxl_refiner::FAMILY),
         ("sdxl_inpaint", &sdxl_inpaint::FAMILY),
+        ("sdxl_instruct_pix2pix", &sdxl_instruct_pix2pix::FAMILY),
     ],
 );
 
 impl Family {
-    /// The family of a checkpoint with such parts.
+    /// The family of a checkpoint with such parts: the first that fits, so that the particular comes before the general.
     #[must_use]
-    pub fn detect(first_encoder: bool, channels: usize) -> Option<&'static Self> {
-        FAMILIES.iter().map(|(_, f)| f).find(|f| f.first_encoder == first_encoder && f.channels == channels)
+    pub fn detect(first_encoder: bool, channels: usize, depths: &[usize]) -> Option<&'static Self> {
+        let fits = |family: &&Self| {
+            family.first_encoder == first_encoder
+                && family.channels == channels
+                && family.depths.is_none_or(|own| own == depths)
+        };
+        FAMILIES.iter().map(|(_, family)| family).find(fits)
     }
 
     /// Whether any family comes as the pipeline `class`.

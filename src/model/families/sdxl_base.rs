@@ -1,10 +1,6 @@
 //! The text-to-image model.
 
-use super::Family;
+use super::{Family, PIPELINES};
 
-pub(super) const FAMILY: Family = Family {
-    name: "sdxl_base",
-    pipelines: &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"],
-    first_encoder: true,
-    channels: 4,
-};
+pub(super) const FAMILY: Family =
+    Family { name: "sdxl_base", pipelines: PIPELINES, first_encoder: true, channels: 4, depths: None };

@@ -2,5 +2,10 @@
 
 use super::Family;
 
-pub(super) const FAMILY: Family =
-    Family { name: "sdxl_inpaint", pipelines: &["StableDiffusionXLInpaintPipeline"], first_encoder: true, channels: 9 };
+pub(super) const FAMILY: Family = Family {
+    name: "sdxl_inpaint",
+    pipelines: &["StableDiffusionXLInpaintPipeline"],
+    first_encoder: true,
+    channels: 9,
+    depths: None,
+};

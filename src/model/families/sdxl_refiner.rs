@@ -1,10 +1,6 @@
 //! The model that refines the last steps; it has OpenCLIP's encoder only.
 
-use super::Family;
+use super::{Family, PIPELINES};
 
-pub(super) const FAMILY: Family = Family {
-    name: "sdxl_refiner",
-    pipelines: &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"],
-    first_encoder: false,
-    channels: 4,
-};
+pub(super) const FAMILY: Family =
+    Family { name: "sdxl_refiner", pipelines: PIPELINES, first_encoder: false, channels: 4, depths: None };

@@ -95,6 +95,13 @@ impl AdapterManager {
         acquire(&mut self.encoders, ("image_encoder", found), placement, load, ctx)
     }
 
+    /// The running request will use what is kept of this file.
+    pub(in crate::model) fn claim(&mut self, key: CheckpointKey) {
+        self.features.claim(key);
+        self.pictures.claim(key);
+        self.encoders.claim(key);
+    }
+
     /// Drops everything. Gives the bytes that were held.
     pub(in crate::model) fn clear(&mut self) -> Bytes {
         let all: Option<CheckpointKey> = None;

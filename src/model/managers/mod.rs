@@ -119,6 +119,14 @@ impl<T: 'static> Shelf<T> {
         give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
+    /// The running request will use the items of a checkpoint.
+    pub(in crate::model) fn claim(&mut self, checkpoint: CheckpointKey) {
+        let mut list = self.entries.list.borrow_mut();
+        for entry in list.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
+            entry.used = self.budget.used();
+        }
+    }
+
     /// Whether items of a checkpoint may be evicted.
     pub fn pin(&mut self, checkpoint: CheckpointKey, pinned: bool) {
         let mut list = self.entries.list.borrow_mut();

@@ -241,8 +241,10 @@ impl TransformerBlock {
                 SelfAttention::Skipped => (normal + x)?,
             }
         };
-        let attended = self.attn2.attend_all(&self.norm2.forward(&x)?, text)?;
-        let x = self.attn2.join(&attended, &x)?;
+        let x = {
+            let before = x;
+            self.attn2.join(&self.attn2.attend_all(&self.norm2.forward(&before)?, text)?, &before)?
+        };
         if skips_feed_forward {
             return self.norm3.forward(&x)? + x;
         }

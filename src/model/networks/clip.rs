@@ -210,6 +210,16 @@ struct Pooling {
     text_projection: Linear,
 }
 
+/// OpenCLIP keeps it as the matrix that stands to the right of the state, and under the bare name.
+fn load_text_projection(vb: &VarBuilder, size: usize, projected: usize) -> CandleResult<Linear> {
+    let layer = vb.pp("text_projection");
+    if !vb.contains_tensor("text_projection") {
+        return Linear::load_no_bias(&layer, size, projected);
+    }
+    let weight = vb.get((size, projected), "text_projection")?.t()?.contiguous()?;
+    Linear::named(&layer, &weight, None)
+}
+
 /// A text encoder.
 #[derive(Clone, Debug)]
 pub struct ClipTextModel {
@@ -247,7 +257,7 @@ impl ClipTextModel {
             let pooling = projected.map(|projected| -> CandleResult<Pooling> {
                 Ok(Pooling {
                     final_layer_norm: LayerNorm::load(&model.pp("final_layer_norm"), size, config.layer_norm_eps)?,
-                    text_projection: Linear::load_no_bias(&vb.pp("text_projection"), size, projected)?,
+                    text_projection: load_text_projection(vb, size, projected)?,
                 })
             });
             Ok(Self {

@@ -16,6 +16,7 @@ pub mod controlnet;
 pub mod controlnet_config;
 mod controlnet_union;
 pub mod embeddings;
+pub mod footprint;
 pub mod ip_adapter;
 pub mod resnet;
 pub mod steering;

@@ -128,6 +128,15 @@ impl UnetConfig {
         self.cross_attention_dim.values().first().copied().unwrap_or(0)
     }
 
+    /// How many transformers each layer of the way down has, from the highest resolution.
+    ///
+    /// # Errors
+    /// That of [`Self::check`].
+    pub fn depths(&self) -> Result<Vec<usize>> {
+        let down = self.plan("unet")?.down;
+        Ok(down.iter().flat_map(|block| &block.layers).map(|layer| layer.depth.unwrap_or(0)).collect())
+    }
+
     /// Names of the transformer blocks, in the order of evaluation.
     ///
     /// # Errors

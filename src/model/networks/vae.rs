@@ -2,6 +2,8 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `Z` latent channels.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
@@ -21,7 +23,7 @@ const LOGVAR: (f64, f64) = (-30.0, 20.0);
 /// Rows that are decoded at a time, at each resolution.
 const STRIP: usize = 64;
 
-/// How much of a feature map the decoder holds at a time.
+/// How much of a feature map encoder or decoder holds at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     Whole,
@@ -140,9 +142,21 @@ impl VaeConfig {
         let below = self.block_out_channels.get(1).copied().unwrap_or(first);
         let channels = match extent {
             Extent::Whole => 2 * below + first,
-            Extent::Strips => 2 * first + below / 2,
+            // Two maps, and some rows of those before and between them. The picture is taken to be square.
+            Extent::Strips => 2 * first + below * STRIP.min(pixels.isqrt()) / pixels.isqrt().max(1),
         };
         pixels * channels * element
+    }
+
+    /// Bytes of feature maps of the encoder at its largest moment, roughly, for `pixels` in numbers of `element` bytes.
+    #[must_use]
+    pub fn encode_bytes(&self, pixels: usize, element: usize, extent: Extent) -> usize {
+        let (first, _) = self.ends();
+        let channels = match extent {
+            Extent::Whole => 3 * first,
+            Extent::Strips => 2 * first + 3 * first * STRIP.min(pixels.isqrt()) / pixels.isqrt().max(1),
+        };
+        pixels * channels.min(3 * first) * element
     }
 
     /// From the encoder's scale to the UNet's: `(z - mean) · scaling_factor / std`. `z` is `[B, H, W, Z]`.
@@ -334,27 +348,24 @@ impl VaeEncoder {
         read().map_err(loading("vae"))
     }
 
-    /// `x` is `[B, H, W, 3]` within -1..=1, in the dtype of the activations. `check` is called between blocks.
+    /// `x` is `[B, H, W, 3]` within -1..=1, in the dtype of the activations. `check` is called between blocks, and between
+    /// strips. In strips the result differs by rounding alone.
+    ///
+    /// [`VaeConfig::encode_bytes`] says how much memory either extent takes.
     ///
     /// # Errors
     /// That of `check`; those of the device.
-    pub fn encode(&self, x: &Tensor, check: Check) -> Result<Moments> {
+    pub fn encode(&self, x: &Tensor, extent: Extent, check: Check) -> Result<Moments> {
         match *x.dims() {
             [batch, height, width, channels]
                 if batch > 0 && height >= self.reduction && width >= self.reduction && channels == self.in_channels => {
             }
             ref other => return Err(Error::bug(format!("a picture of shape {other:?} to encode"))),
         }
-        let mut x = self.conv_in.forward(x).stage(STAGE_ENCODE)?;
-        for (resnets, downsampler) in &self.blocks {
-            for resnet in resnets {
-                check()?;
-                x = resnet.forward(x, None).stage(STAGE_ENCODE)?;
-            }
-            if let Some(downsampler) = downsampler {
-                x = downsampler.forward(&x).stage(STAGE_ENCODE)?;
-            }
-        }
+        let x = match extent {
+            Extent::Whole => self.reduce(x, check),
+            Extent::Strips => self.reduce_in_strips(x, check),
+        }?;
         let x = self.mid_block.forward(x, STAGE_ENCODE, check)?;
         let finish = || -> CandleResult<Moments> {
             let mut y = self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?;
@@ -367,6 +378,47 @@ impl VaeEncoder {
             Ok(Moments { mean, logvar: logvar.clamp(LOGVAR.0, LOGVAR.1)? })
         };
         finish().stage(STAGE_ENCODE)
+    }
+
+    /// From pixels to what the middle block takes.
+    fn reduce(&self, x: &Tensor, check: Check) -> Result<Tensor> {
+        let mut x = self.conv_in.forward(x).stage(STAGE_ENCODE)?;
+        for (resnets, downsampler) in &self.blocks {
+            for resnet in resnets {
+                check()?;
+                x = resnet.forward(x, None).stage(STAGE_ENCODE)?;
+            }
+            if let Some(downsampler) = downsampler {
+                x = downsampler.forward(&x).stage(STAGE_ENCODE)?;
+            }
+        }
+        Ok(x)
+    }
+
+    /// As [`Self::reduce`].
+    fn reduce_in_strips(&self, pixels: &Tensor, check: Check) -> Result<Tensor> {
+        let strips = |height: usize| Strips { height, rows: STRIP, stage: STAGE_ENCODE, check };
+        // The first map is made by strips where it is used.
+        let mut made: Option<Tensor> = None;
+        let enter = |rows: &Range<usize>, strips: Strips| {
+            let around = strips.around(rows, 1);
+            let x = self.conv_in.forward(&cut(pixels, &(0..strips.height), &around)?)?;
+            cut(&x, &around, rows)
+        };
+        for (resnets, downsampler) in &self.blocks {
+            for resnet in resnets {
+                let height = made.as_ref().unwrap_or(pixels).dim(1).stage(STAGE_ENCODE)?;
+                let strips = strips(height);
+                made = Some(match &made {
+                    Some(x) => resnet.forward_in_strips(&|rows| cut(x, &(0..height), rows), strips)?,
+                    None => resnet.forward_in_strips(&|rows| enter(rows, strips), strips)?,
+                });
+            }
+            if let (Some(downsampler), Some(x)) = (downsampler, &made) {
+                made = Some(downsampler.forward(x).stage(STAGE_ENCODE)?);
+            }
+        }
+        made.ok_or_else(|| Error::bug("an encoder without blocks"))
     }
 }
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -29,8 +30,10 @@ pub(super) const RANK_LIMIT: usize = 8;
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
     mmap: bool,
-    shards: Vec<Shard>,
+    shards: Vec<Arc<Shard>>,
     tensors: BTreeMap<String, (usize, Stored)>,
+    /// What the files say of themselves, long texts aside.
+    metadata: BTreeMap<String, String>,
 }
 
 /// What a header says of a tensor; `range` is within the file.
@@ -124,22 +127,69 @@ impl Weights {
         self.tensors.get(name).map(|(shard, stored)| (*shard, stored))
     }
 
+    /// A text of the files' `__metadata__`.
+    pub(in crate::model) fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
     /// The same tensors by other names; those that `name` gives none are left out.
     ///
     /// # Errors
     /// `model_corrupt` where two tensors would have one name.
-    pub(in crate::model) fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
+    pub(in crate::model) fn renamed(&self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        self.relaid(|old, stored| name(old).map(|new| (new, stored.clone())).into_iter().collect())
+    }
+
+    /// The tensors that `lay` makes of each, which lie within it: itself by another name, or its parts.
+    ///
+    /// # Errors
+    /// `model_corrupt` where two tensors would have one name.
+    pub(in crate::model) fn relaid(&self, lay: impl Fn(&str, &Stored) -> Vec<(String, Stored)>) -> Result<Self> {
         let mut tensors = BTreeMap::new();
-        for (old, (number, stored)) in self.tensors {
-            let Some(new) = name(&old) else { continue };
-            if tensors.contains_key(&new) {
-                let path = self.shards.get(number).map(|shard| shard.path.clone()).unwrap_or_default();
-                let message = format!("has a second tensor `{new}`, which it calls `{old}`");
-                return Err(Error::ModelCorrupt { path, message });
+        for (old, (number, stored)) in &self.tensors {
+            for (new, stored) in lay(old, stored) {
+                if tensors.contains_key(&new) {
+                    let path = self.path(*number).to_owned();
+                    let message = format!("has a second tensor `{new}`, which it calls `{old}`");
+                    return Err(Error::ModelCorrupt { path, message });
+                }
+                tensors.insert(new, (*number, stored));
             }
-            tensors.insert(new, (number, stored));
         }
-        Ok(Self { tensors, ..self })
+        Ok(Self { mmap: self.mmap, shards: self.shards.clone(), tensors, metadata: self.metadata.clone() })
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(in crate::model) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The numbers of a small tensor of floats; `None` if there is no such tensor of at most `most` numbers.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(in crate::model) fn numbers(&self, name: &str, most: usize) -> Result<Option<Vec<f64>>> {
+        let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
+        let width = match stored.dtype {
+            StoredDtype::F64 => 8,
+            StoredDtype::F32 => 4,
+            StoredDtype::F16 | StoredDtype::Bf16 => 2,
+            StoredDtype::Coded(_) | StoredDtype::Other(_) => return Ok(None),
+        };
+        let bytes = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        if bytes > most * width {
+            return Ok(None);
+        }
+        let mut all = vec![0; bytes];
+        self.read(*shard, stored.range.start, &mut all)?;
+        let number = |bytes: &[u8]| match (stored.dtype, bytes) {
+            (StoredDtype::F64, &[a, b, c, d, e, f, g, h]) => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            (StoredDtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]).into(),
+            (StoredDtype::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).into(),
+            (_, &[a, b]) => half::bf16::from_le_bytes([a, b]).into(),
+            _ => f64::NAN,
+        };
+        Ok(Some(all.chunks_exact(width).map(number).collect()))
     }
 
     /// The tensors in the order in which they lie in their files, each with its shard.
@@ -160,6 +210,13 @@ impl Weights {
             Source::Disk(file) if self.mmap => memory::map_file(file, offset, count),
             Source::Disk(_) | Source::Embedded(_) => None,
         }
+    }
+
+    /// Whether a tensor that is kept as it is stored can stay in its file, as [`Self::map`] has it.
+    pub(in crate::model) fn stays(&self, shard: usize, stored: &Stored) -> bool {
+        let on_disk = self.shards.get(shard).is_some_and(|shard| matches!(shard.source, Source::Disk(_)));
+        let bytes = stored.range.end - stored.range.start;
+        on_disk && self.mmap && cfg!(target_os = "linux") && bytes >= memory::LARGE as u64
     }
 
     /// Has the system read `mapped`, which lies in a file from `offset` on.
@@ -232,10 +289,12 @@ impl Worker<OpenTask<'_>> for Open {
     /// # Errors
     /// `model_corrupt` with the file at fault.
     fn run(&self, task: OpenTask, ctx: &Context) -> Result<Weights> {
-        let mut weights = Weights { mmap: task.mmap, shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut weights =
+            Weights { mmap: task.mmap, shards: Vec::new(), tensors: BTreeMap::new(), metadata: BTreeMap::new() };
         for (number, found) in task.files.iter().enumerate() {
             ctx.checkpoint()?;
-            let (shard, tensors) = open(found)?;
+            let (shard, Header { entries: tensors, metadata }) = open(found)?;
+            weights.metadata.extend(metadata);
             for (name, stored) in tensors {
                 if weights.tensors.contains_key(&name) {
                     return Err(
@@ -244,7 +303,7 @@ impl Worker<OpenTask<'_>> for Open {
                 }
                 weights.tensors.insert(name, (number, stored));
             }
-            weights.shards.push(shard);
+            weights.shards.push(Arc::new(shard));
         }
         for (name, file) in task.index.into_iter().flatten() {
             let held = weights.tensors.get(name).and_then(|(shard, _)| weights.shards.get(*shard));
@@ -258,35 +317,62 @@ impl Worker<OpenTask<'_>> for Open {
     }
 }
 
-fn open(found: &Found) -> Result<(Shard, Vec<(String, Stored)>)> {
+/// What the header of one file says, to learn what it is.
+///
+/// # Errors
+/// `model_corrupt`, `unsafe_format`.
+pub(in crate::model) fn look(found: &Found) -> Result<Weights> {
+    let (shard, Header { entries, metadata }) = open(found)?;
+    let tensors = entries.into_iter().map(|(name, stored)| (name, (0, stored))).collect();
+    Ok(Weights { mmap: false, shards: vec![Arc::new(shard)], tensors, metadata })
+}
+
+fn open(found: &Found) -> Result<(Shard, Header<Stored>)> {
     match found {
         Found::Embedded { path, bytes } => {
             let shard = Shard { path: path.clone(), source: Source::Embedded(bytes) };
-            let tensors = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
-            Ok((shard, tensors))
+            let header = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
+            Ok((shard, header))
         }
         Found::Disk(path) => {
             let (mut file, length) = Found::open(path)?;
             let mut start = [0; 4];
             if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
                 let read = gguf::header(&mut std::io::BufReader::new(&file), length);
-                let gguf::Gguf { tensors, .. } = read.map_err(|refusal| match refusal {
+                let gguf::Gguf { tensors: entries, texts: metadata } = read.map_err(|refusal| match refusal {
                     gguf::Refusal::Corrupt(message) => Error::ModelCorrupt { path: path.clone(), message },
                     gguf::Refusal::Unsupported(message) => {
                         Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
                     }
                 })?;
-                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors));
+                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, Header { entries, metadata }));
             }
-            let tensors =
+            if is_pickle(&file) {
+                return Err(Error::UnsafeFormat { path: path.clone() });
+            }
+            let header =
                 header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
-            Ok((Shard { path: path.clone(), source: Source::Disk(file) }, tensors))
+            Ok((Shard { path: path.clone(), source: Source::Disk(file) }, header))
         }
     }
 }
 
+/// Whether a file begins as a pickle of protocol 2 to 5, or as the zip archive in which torch keeps one, whatever its
+/// name is. A header's length never does: its upper half is zero.
+pub(in crate::model) fn is_pickle(file: &File) -> bool {
+    let mut start = [0; 8];
+    if read_at(file, 0, &mut start).is_err() {
+        return false;
+    }
+    match start {
+        [b'P', b'K', 3, 4, ..] => true,
+        [0x80, 2..=5, _, _, rest @ ..] => rest != [0; 4],
+        _ => false,
+    }
+}
+
 /// Reads and checks the header of a file of `length` bytes. The message of a failure follows the file's name.
-fn header(file: &mut impl Read, length: u64) -> Result<Vec<(String, Stored)>, String> {
+fn header(file: &mut impl Read, length: u64) -> Result<Header<Stored>, String> {
     if length == 0 {
         return Err("is empty".to_owned());
     }
@@ -307,9 +393,9 @@ fn header(file: &mut impl Read, length: u64) -> Result<Vec<(String, Stored)>, St
     if text.len() as u64 != header_length || text.first() != Some(&b'{') {
         return Err("is not a safetensors file: its header must be a JSON object".to_owned());
     }
-    let Header(entries) =
+    let Header { entries, metadata } =
         serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
-    place(entries, 8 + header_length, length)
+    Ok(Header { entries: place(entries, 8 + header_length, length)?, metadata })
 }
 
 /// Checks that the tensors cover the data from `start` to `end` of the file without gap or overlap.
@@ -370,7 +456,20 @@ fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(Str
 }
 
 /// The header's JSON: entries in the order of the file. A name that comes twice is refused.
-struct Header(Vec<(String, Entry)>);
+struct Header<T> {
+    entries: Vec<(String, T)>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// Longest text of the metadata that is kept: trainers write down every word they met.
+const TEXT_LIMIT: usize = 64 << 10;
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Metadata {
+    Text(String),
+    Other(IgnoredAny),
+}
 
 #[derive(Deserialize)]
 struct Entry {
@@ -379,30 +478,35 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
-impl<'de> Deserialize<'de> for Header {
+impl<'de> Deserialize<'de> for Header<Entry> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Entries;
         impl<'de> Visitor<'de> for Entries {
-            type Value = Header;
+            type Value = Header<Entry>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("an object of tensors")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut entries = Vec::new();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut entries, mut metadata) = (Vec::new(), BTreeMap::new());
                 let mut known = std::collections::HashSet::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if !known.insert(name.clone()) {
                         return Err(A::Error::custom(format!("`{name}` comes twice")));
                     }
                     if name == "__metadata__" {
-                        map.next_value::<HashMap<String, IgnoredAny>>()?;
+                        for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
+                            match value {
+                                Metadata::Text(text) if text.len() <= TEXT_LIMIT => drop(metadata.insert(key, text)),
+                                Metadata::Text(_) | Metadata::Other(_) => {}
+                            }
+                        }
                     } else {
                         entries.push((name, map.next_value()?));
                     }
                 }
-                Ok(Header(entries))
+                Ok(Header { entries, metadata })
             }
         }
         deserializer.deserialize_map(Entries)

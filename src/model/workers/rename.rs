@@ -25,13 +25,9 @@ impl Worker<Weights> for RenameControl {
         let Some(prefix) = names().find_map(|name| name.strip_suffix(MARK)).map(str::to_owned) else {
             return Ok(weights);
         };
-        let place = |name: &str, part: &str| Some(number(name.strip_prefix(&prefix)?.strip_prefix(part)?)?.0);
-        // A step between resolutions ends a block of layers.
-        let ends = names().filter(|name| name.contains(".0.op.")).filter_map(|name| place(name, "input_blocks."));
-        let layers = ends.map(|end| end.saturating_sub(1)).min();
-        let last_hint = names().filter_map(|name| place(name, "input_hint_block.")).max().unwrap_or(0);
-        let unet = UnetNames { layers: layers.unwrap_or(usize::MAX - 1) };
-        let layout = ControlNames { unet, last_hint };
+        let own = || names().filter_map(|name| name.strip_prefix(&prefix));
+        let hint = |name: &str| Some(number(name.strip_prefix("input_hint_block.")?)?.0);
+        let layout = ControlNames { unet: UnetNames::of(own()), last_hint: own().filter_map(hint).max().unwrap_or(0) };
         weights.renamed(|name| {
             let name = name.strip_prefix(&prefix)?;
             layout.rename(name)
@@ -76,6 +72,14 @@ pub(in crate::model) struct UnetNames {
 }
 
 impl UnetNames {
+    /// Of a UNet that has tensors of these names.
+    pub(in crate::model) fn of<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        // A step between resolutions ends a block of layers.
+        let ends = names.filter(|name| name.contains(".0.op.")).filter_map(|name| name.strip_prefix("input_blocks."));
+        let layers = ends.filter_map(number).map(|(end, _)| end.saturating_sub(1)).min();
+        Self { layers: layers.unwrap_or(usize::MAX - 1) }
+    }
+
     /// diffusers' name of a tensor or layer that single files call `name`, without the prefix of its network. `None` for
     /// a name of no part of the network.
     pub(in crate::model) fn rename(self, name: &str) -> Option<String> {
@@ -133,7 +137,7 @@ fn resnet(name: &str) -> Option<String> {
 }
 
 /// The number before the first dot, and what follows the dot.
-fn number(name: &str) -> Option<(usize, &str)> {
+pub(in crate::model) fn number(name: &str) -> Option<(usize, &str)> {
     let (number, rest) = name.split_once('.')?;
     Some((number.parse().ok()?, rest))
 }

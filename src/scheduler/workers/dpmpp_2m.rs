@@ -17,7 +17,12 @@ impl Algorithm for Dpmpp2m {
         &Profile {
             label: "DPM++ 2M",
             about: "Second order from the step before, one model call a step",
-            aliases: &["k_dpmpp_2m", "sample_dpmpp_2m", "DPMSolverMultistepScheduler"],
+            aliases: &[
+                "k_dpmpp_2m",
+                "sample_dpmpp_2m",
+                "DPMSolverMultistepScheduler",
+                "EDMDPMSolverMultistepScheduler",
+            ],
             grid: Grid::Padded,
             middle: Middle::Landing,
             end: End::Checkpoint,

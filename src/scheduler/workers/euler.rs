@@ -14,7 +14,7 @@ impl Algorithm for Euler {
         &Profile {
             label: "Euler",
             about: "First order, deterministic",
-            aliases: &["k_euler", "sample_euler", "EulerDiscreteScheduler"],
+            aliases: &["k_euler", "sample_euler", "EulerDiscreteScheduler", "EDMEulerScheduler"],
             grid: Grid::Real,
             middle: Middle::Landing,
             end: End::Checkpoint,

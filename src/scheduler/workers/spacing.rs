@@ -186,6 +186,7 @@ fn strided(ask: &Ask<'_>, spacing: TimestepSpacing) -> Vec<f64> {
 fn between(ask: &Ask<'_>, curve: impl Fn(f64, f64, f64) -> f64 + Copy + 'static) -> Table {
     let training = ask.training;
     let (max, min) = match ask.grid {
+        _ if training.edm.is_some() => (training.sigma_max(), training.sigma_min()),
         Grid::Real | Grid::RealRounded => {
             let ends = at_timesteps(ask, strided(ask, ask.base)).sigmas;
             let end = |sigma: Option<&f64>| sigma.copied().unwrap_or_default();

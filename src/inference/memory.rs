@@ -1,0 +1,110 @@
+//! What a request may say of memory, and what is said of it: how an image is made in less of it, and what that is
+//! estimated to take.
+
+use serde::{Deserialize, Serialize};
+
+use super::interface::DecodeExtent;
+use crate::units::Bytes;
+
+/// Which weights leave the device while they are not used. The image is the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Offload {
+    /// As few as there is room for.
+    #[default]
+    Auto,
+    /// None, beyond what the setting `text_encoders` says.
+    None,
+    /// The text encoders, when the prompts have been encoded.
+    TextEncoders,
+    /// Those too, and the UNet's weights stay on the host, from where each layer's come when its turn is there. On the CPU
+    /// they stay in their files, and are laid out for the kernels at every use: slower, in less memory.
+    Sequential,
+}
+
+/// A way to need less memory, in the order in which they are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Rung {
+    /// Caches, and networks that this request does not use, are dropped.
+    Drop,
+    /// Pictures are decoded some rows at a time.
+    Strips,
+    /// The passes of guidance are made one after another, not in one batch.
+    Slice,
+    /// The text encoders leave when the prompts have been encoded.
+    TextEncoders,
+    /// The UNet's weights come a layer at a time.
+    Sequential,
+}
+
+impl Rung {
+    pub const ALL: [Self; 5] = [Self::Drop, Self::Strips, Self::Slice, Self::TextEncoders, Self::Sequential];
+}
+
+/// What a request and the configuration leave open, or do not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryWish {
+    pub decode: DecodeExtent,
+    /// `None`: where room is short.
+    pub slice: Option<bool>,
+    pub offload: Offload,
+}
+
+/// How an image is made, as far as memory goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct Means {
+    /// Whether pictures are decoded `whole` or in `strips`.
+    pub decode: DecodeExtent,
+    /// Whether the passes of guidance are made one after another.
+    pub slice: bool,
+    /// Which weights leave: `none`, `text_encoders` or `sequential`.
+    pub offload: Offload,
+}
+
+/// What was done for want of memory, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct MemoryUse {
+    #[serde(flatten)]
+    pub means: Means,
+    /// What was chosen because room was short, in that order. What the request or the configuration asked for is not among
+    /// them.
+    pub rungs: Vec<Rung>,
+    /// Why: the bytes that were needed and free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// Bytes of one network's weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct PartBytes {
+    /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`
+    pub part: &'static str,
+    /// What requests call its model.
+    pub name: String,
+    pub bytes: Bytes,
+    /// What of them stays in its files, which are mapped.
+    pub mapped: Bytes,
+    /// Whether they are in memory already.
+    pub loaded: bool,
+}
+
+/// One way to make the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct Way {
+    /// The last rung that is taken; `null` for none.
+    pub rung: Option<Rung>,
+    /// Bytes still to be had.
+    pub needed: Bytes,
+    /// Whether they are free; for `drop` and what follows, once everything else is dropped.
+    pub fits: Option<bool>,
+}
+
+/// The largest image of the request's proportions that fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct Largest {
+    /// Pixels, a multiple of 64.
+    pub width: usize,
+    /// Pixels, a multiple of 64.
+    pub height: usize,
+}

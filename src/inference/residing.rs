@@ -1,0 +1,224 @@
+//! Where an image's weights and feature maps go: what they need is estimated, the ladder is climbed before the work, and
+//! again when a device has no memory left.
+
+use super::controlling::is_of;
+use super::instructor::{InferenceInstructor, pace_key};
+use super::interface::{Estimate, GenerateRequest, Response};
+use super::ladder::{Available, Choice, choose, next};
+use super::memory::{Largest, Means, MemoryUse, Offload, Rung, Way};
+use super::plan::GenerationPlan;
+use super::workers::estimate::{Appraise, AppraiseTask, Needs};
+use crate::context::Context;
+use crate::device::instructor::{Placement, Room};
+use crate::device::interface::{Dtype, Quantization};
+use crate::error::{Error, Result};
+use crate::layers::{Manager as _, Resident};
+use crate::managers::Managers;
+use crate::model::managers::Reach;
+use crate::model::weighing::Holding;
+use crate::units::Bytes;
+
+/// Sides of the sizes that are tried for the largest that fits, in pixels.
+const STEP: usize = 64;
+/// How often what others use is dropped until the system shows it as free.
+const TRIES: usize = 4;
+
+/// How the images of a request are made.
+pub(super) struct Settled {
+    pub(super) told: MemoryUse,
+    needs: Needs,
+}
+
+impl InferenceInstructor {
+    /// What the generation would need; nothing is made.
+    ///
+    /// # Errors
+    /// Those of [`Self::plan`].
+    pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
+        let plan = self.plan(request, crew)?;
+        let compute = self.device.dtype(&crew.device, plan.dtype)?;
+        let quantization = self.device.quantization(plan.quantization);
+        let residents = crew.published.residents();
+        // Where a GPU computes, only its own thread can ask it.
+        let gpu = crew.published.room().filter(|(_, on_host)| !on_host);
+        let on_host = gpu.is_none();
+        let room = gpu.map(|(room, _)| room).or_else(|| self.device.room(&crew.device));
+        let needs = self.appraise(&plan, (compute, quantization, on_host), &residents, crew, ctx)?;
+        let others = residents.iter().filter(|one| !one.pinned && !is_of(&plan, one));
+        let droppable = others.map(|one| one.bytes).sum();
+        let available = room.map(|Room { free, .. }| Available { free, droppable });
+        Ok(Response::Estimate(self.told(&plan, &needs, available)))
+    }
+
+    fn told(&self, plan: &GenerationPlan, needs: &Needs, available: Option<Available>) -> Estimate {
+        let first = plan.memory.first();
+        let choice = available.map(|available| choose(needs, plan.memory, available));
+        let (memory, needed) = match &choice {
+            Some(choice) => (choice.told.clone(), choice.needed),
+            None => (MemoryUse { means: first, ..MemoryUse::default() }, needs.needed(first)),
+        };
+        let fits = |needed: Bytes, dropped: bool| {
+            available.map(|Available { free, droppable }| needed <= free + if dropped { droppable } else { Bytes(0) })
+        };
+        let mut ways = vec![Way { rung: None, needed: needs.needed(first), fits: fits(needs.needed(first), false) }];
+        let mut means = first;
+        for rung in Rung::ALL {
+            let Some(higher) = plan.memory.climb(means, rung) else { continue };
+            means = higher;
+            ways.push(Way { rung: Some(rung), needed: needs.needed(means), fits: fits(needs.needed(means), true) });
+        }
+        Estimate {
+            weights: needs.weights(),
+            parts: needs.parts(),
+            activations: needs.activations(memory.means),
+            activations_unet: needs.denoise(memory.means),
+            activations_decode: needs.decode(memory.means),
+            needed,
+            free: available.map(|available| available.free),
+            fits: choice.as_ref().map(|choice| choice.fits),
+            largest: available.and_then(|available| self.largest(plan, needs, available)),
+            memory,
+            ways,
+            evaluations: needs.evaluations,
+            seconds: needs.seconds,
+        }
+    }
+
+    fn appraise(
+        &self,
+        plan: &GenerationPlan,
+        (compute, quantization, on_host): (Dtype, Quantization, bool),
+        residents: &[Resident],
+        crew: &Managers,
+        ctx: &Context,
+    ) -> Result<Needs> {
+        let holding = Holding { compute, quantization, on_host };
+        let key = pace_key(&plan.checkpoint, compute, quantization);
+        ctx.perform(&Appraise, AppraiseTask { plan, holding, key: &key, pace: &crew.published.pace, residents })
+    }
+
+    /// Decides how the images are made in the room that there is, and makes place for them.
+    ///
+    /// # Errors
+    /// `out_of_memory` where they cannot, before anything is loaded for it.
+    pub(super) fn settle(
+        &self,
+        plan: &mut GenerationPlan,
+        placement: &mut Placement,
+        crew: &mut Managers,
+        ctx: &Context,
+    ) -> Result<Settled> {
+        let on_host = placement.device.is_cpu();
+        let room = self.device.room(&crew.device);
+        crew.model().begin(room, on_host);
+        let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
+        let beside = plan.controls.iter().map(|control| control.net.key);
+        let beside = beside.chain(plan.adapters.networks().map(|(_, found)| found.key));
+        for key in own.chain(beside) {
+            crew.model().claim(key);
+        }
+        let holding = (placement.compute, placement.quantization, on_host);
+        let needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;
+        let first = plan.memory.first();
+        let mut free = room.map(|room| room.free);
+        let mut dropped = None;
+        for _ in 0..TRIES {
+            let Some(short) = free.map(|free| needs.needed(first).saturating_sub(free)) else { break };
+            if short == Bytes(0) || droppable(crew) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
+                break;
+            }
+            dropped = dropped.or(free);
+            free = self.device.free(&crew.device);
+        }
+        let Some(free) = free else {
+            return Ok(Settled { told: MemoryUse { means: first, ..MemoryUse::default() }, needs });
+        };
+        let Choice { mut told, needed, fits } = choose(&needs, plan.memory, Available { free, droppable: Bytes(0) });
+        if !fits {
+            return Err(self.refused(plan, &needs, ("planning", needed, free), crew));
+        }
+        if let Some(before) = dropped {
+            told.rungs.insert(0, Rung::Drop);
+            told.why.get_or_insert(format!("{} needed, {before} free", needs.needed(first)));
+        }
+        if !told.rungs.is_empty() {
+            tracing::info!(request_id = ctx.request_id(), rungs = ?told.rungs, why = told.why, "memory is short");
+        }
+        apply(told.means, plan, placement);
+        Ok(Settled { told, needs })
+    }
+
+    /// After a device had no memory left: the next rung, for which the work is to begin again.
+    ///
+    /// # Errors
+    /// `out_of_memory`, with what was needed and free, after the last rung; any other error as it is.
+    pub(super) fn climb(
+        &self,
+        error: Error,
+        settled: &mut Settled,
+        plan: &mut GenerationPlan,
+        placement: &mut Placement,
+        (crew, ctx): (&mut Managers, &Context),
+    ) -> Result<()> {
+        let Error::OutOfMemory { stage, .. } = error else { return Err(error) };
+        let freed = crew.make_room(Bytes(u64::MAX), Reach::Idle);
+        let Some((rung, means)) = next(plan.memory, &settled.told) else {
+            let free = self.device.free(&crew.device).unwrap_or_default();
+            return Err(self.refused(plan, &settled.needs, (stage, settled.needs.needed(plan.means), free), crew));
+        };
+        tracing::warn!(request_id = ctx.request_id(), stage, %freed, ?rung, "out of memory; begun again in less");
+        ctx.warn(format!("memory ran out in {stage}; the image was begun again in a way that takes less"));
+        settled.told.rungs.push(rung);
+        settled.told.means = means;
+        settled.told.why.get_or_insert(format!("memory ran out in {stage}"));
+        apply(means, plan, placement);
+        Ok(())
+    }
+
+    fn refused(
+        &self,
+        plan: &GenerationPlan,
+        needs: &Needs,
+        (stage, needed, free): (&'static str, Bytes, Bytes),
+        crew: &Managers,
+    ) -> Error {
+        let residents = crew.resident();
+        let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
+        let mut hints = Vec::new();
+        if let Some(Largest { width, height }) = self.largest(plan, needs, Available { free, droppable: Bytes(0) }) {
+            hints.push(format!("an image of about {width}×{height} would fit"));
+        }
+        if !pinned.is_empty() {
+            let bytes: Bytes = pinned.iter().map(|one| one.bytes).sum();
+            let mut names: Vec<String> = pinned.iter().map(|one| format!("`{}`", one.name)).collect();
+            names.dedup();
+            hints.push(format!("{bytes} are pinned: {}", names.join(", ")));
+        }
+        let fits = (!hints.is_empty()).then(|| hints.join("; "));
+        Error::OutOfMemory { stage, needed, free, fits }
+    }
+
+    /// The largest size of the plan's proportions that fits, in whichever way the request leaves open.
+    fn largest(&self, plan: &GenerationPlan, needs: &Needs, available: Available) -> Option<Largest> {
+        let (width, height) = (plan.size.width, plan.size.height);
+        let most = self.settings.max_side as usize / STEP;
+        (1..=most).rev().find_map(|count| {
+            let longer = (count * STEP) as f64 / width.max(height) as f64;
+            let side = |side: usize| ((side as f64 * longer / STEP as f64).round() as usize).max(1) * STEP;
+            let found = Largest { width: side(width), height: side(height) };
+            let scale = (found.width * found.height) as f64 / (width * height) as f64;
+            choose(&needs.scaled(scale), plan.memory, available).fits.then_some(found)
+        })
+    }
+}
+
+/// Bytes that the running request does not use, and that can go.
+fn droppable(crew: &Managers) -> Bytes {
+    let caches = crew.conditioning.embeddings.resident().into_iter().chain(crew.conditioning.hints.resident());
+    caches.map(|one| one.bytes).sum::<Bytes>() + crew.conditioning.model.budget.evictable(Reach::Others)
+}
+
+fn apply(means: Means, plan: &mut GenerationPlan, placement: &mut Placement) {
+    plan.means = means;
+    placement.away = means.offload == Offload::Sequential;
+}

@@ -1,0 +1,136 @@
+//! How a network was trained or distilled, by what its file says: marks among its tensors, or words in its metadata.
+
+use crate::registry::Registry;
+use crate::scheduler::schedule::{Prediction, SchedulerConfig, TimestepSpacing};
+
+/// One way of training.
+#[derive(Debug)]
+pub struct Variant {
+    pub name: &'static str,
+    /// Tensors that mark it, all of them.
+    marks: &'static [&'static str],
+    /// Words of which one stands in the metadata's title or architecture.
+    words: &'static [&'static str],
+    prediction: Prediction,
+    spacing: Option<TimestepSpacing>,
+    edm: Option<Edm>,
+    /// By how much its latents are scaled, where this is not SDXL's factor.
+    pub scaling_factor: Option<f64>,
+}
+
+/// The noise of Karras et al. 2022, <https://arxiv.org/abs/2206.00364>, table 1.
+#[derive(Clone, Copy, Debug)]
+struct Edm {
+    class_name: &'static str,
+    sigma_data: f64,
+    sigma_min: f64,
+    sigma_max: f64,
+    schedule: &'static str,
+}
+
+const PLAIN: Variant = Variant {
+    name: "",
+    marks: &[],
+    words: &[],
+    prediction: Prediction::Epsilon,
+    spacing: None,
+    edm: None,
+    scaling_factor: None,
+};
+/// Distilled networks start at the noisiest timestep.
+const DISTILLED: Variant = Variant { spacing: Some(TimestepSpacing::Trailing), ..PLAIN };
+
+const PLAYGROUND: Variant = Variant {
+    name: "playground_v2_5",
+    marks: &["edm_mean", "edm_std"],
+    edm: Some(Edm {
+        class_name: "EDMDPMSolverMultistepScheduler",
+        sigma_data: 0.5,
+        sigma_min: 0.002,
+        sigma_max: 80.0,
+        schedule: "karras",
+    }),
+    scaling_factor: Some(0.5),
+    ..PLAIN
+};
+const COSXL: Variant = Variant {
+    name: "cosxl",
+    marks: &["edm_vpred.sigma_max"],
+    prediction: Prediction::VPrediction,
+    edm: Some(Edm {
+        class_name: "EDMEulerScheduler",
+        sigma_data: 1.0,
+        sigma_min: 0.002,
+        sigma_max: 120.0,
+        schedule: "exponential",
+    }),
+    ..PLAIN
+};
+const V_PREDICTION: Variant =
+    Variant { name: "v_prediction", marks: &["v_pred"], prediction: Prediction::VPrediction, ..PLAIN };
+const TURBO: Variant = Variant { name: "turbo", words: &["turbo"], ..DISTILLED };
+const LIGHTNING: Variant = Variant { name: "lightning", words: &["lightning"], ..DISTILLED };
+const HYPER: Variant = Variant { name: "hyper", words: &["hyper-sd", "hypersd", "hyper sd"], ..DISTILLED };
+const DMD2: Variant = Variant { name: "dmd2", words: &["dmd2"], ..DISTILLED };
+
+pub static VARIANTS: Registry<Variant> = Registry::new(
+    "model variant",
+    &[
+        ("playground_v2_5", &PLAYGROUND),
+        ("cosxl", &COSXL),
+        ("v_prediction", &V_PREDICTION),
+        ("turbo", &TURBO),
+        ("lightning", &LIGHTNING),
+        ("hyper", &HYPER),
+        ("dmd2", &DMD2),
+    ],
+);
+
+impl Variant {
+    /// The variant that tensors mark.
+    #[must_use]
+    pub fn marked(has: impl Fn(&str) -> bool) -> Option<&'static Self> {
+        let marked = |variant: &&Self| !variant.marks.is_empty() && variant.marks.iter().all(|mark| has(mark));
+        VARIANTS.iter().map(|(_, variant)| variant).find(marked)
+    }
+
+    /// The variant that a title or an architecture names.
+    #[must_use]
+    pub fn declared(text: &str) -> Option<&'static Self> {
+        let text = text.to_lowercase();
+        VARIANTS.iter().map(|(_, variant)| variant).find(|variant| variant.words.iter().any(|word| text.contains(word)))
+    }
+
+    /// The variant that a scheduler's configuration is of.
+    #[must_use]
+    pub fn scheduled(scheduler: &SchedulerConfig) -> Option<&'static Self> {
+        match (scheduler.is_edm(), scheduler.prediction_type) {
+            (true, Prediction::Epsilon) => Some(&PLAYGROUND),
+            (true, Prediction::VPrediction) => Some(&COSXL),
+            (false, Prediction::VPrediction) => Some(&V_PREDICTION),
+            (_, Prediction::Epsilon | Prediction::Sample) => None,
+        }
+    }
+
+    /// The scheduler of a checkpoint that brings none.
+    #[must_use]
+    pub fn scheduler(variant: Option<&Self>) -> SchedulerConfig {
+        let sdxl = SchedulerConfig::sdxl();
+        let Some(variant) = variant else { return sdxl };
+        let plain = SchedulerConfig {
+            prediction_type: variant.prediction,
+            timestep_spacing: variant.spacing.or(sdxl.timestep_spacing),
+            ..sdxl
+        };
+        let Some(Edm { class_name, sigma_data, sigma_min, sigma_max, schedule }) = variant.edm else { return plain };
+        SchedulerConfig {
+            class_name: Some(class_name.to_owned()),
+            sigma_data: Some(sigma_data),
+            sigma_min: Some(sigma_min),
+            sigma_max: Some(sigma_max),
+            sigma_schedule: Some(schedule.to_owned()),
+            timestep_spacing: None,
+            ..plain
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What the weights of a network will take, said by the headers of its files alone.
+
+use super::checkpoint::{Checkpoint, Part};
+use super::companion::Companion;
+use super::networks::unet::Unet;
+use super::workers::open::{Stored, Weights};
+use super::workers::read::kept;
+use crate::kernels::stays_as_stored;
+use crate::context::Context;
+use crate::device::interface::{Dtype, Quantization};
+use crate::error::Result;
+use crate::units::Bytes;
+
+/// How weights will be held.
+#[derive(Clone, Copy, Debug)]
+pub struct Holding {
+    pub compute: Dtype,
+    pub quantization: Quantization,
+    /// Whether the CPU computes, which keeps narrow weights narrow, and large ones in their files.
+    pub on_host: bool,
+}
+
+/// Bytes of the memory of the device that computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weighed {
+    /// All weights.
+    pub bytes: Bytes,
+    /// What of them stays in its files, which are mapped: memory that the system can take back.
+    pub mapped: Bytes,
+    /// What is taken where the network's weights stay away, its largest layer's included.
+    pub away: Bytes,
+}
+
+impl Weighed {
+    /// Of a part of a checkpoint; of the UNet as it is quantised.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn part(checkpoint: &Checkpoint, part: Part, holding: Holding, ctx: &Context) -> Result<Self> {
+        let quantization = if part == Part::Unet { holding.quantization } else { Quantization::None };
+        Ok(Self::of(&checkpoint.open(part, ctx)?, Holding { quantization, ..holding }))
+    }
+
+    /// Of a network beside a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Companion::open`].
+    pub fn companion(companion: &Companion, holding: Holding, ctx: &Context) -> Result<Self> {
+        Ok(Self::of(&companion.open(ctx)?, holding))
+    }
+
+    fn of(weights: &Weights, holding: Holding) -> Self {
+        let (mut all, mut largest) = (Self::default(), Bytes(0));
+        for (name, shard, stored) in weights.in_file_order() {
+            let one = Self::tensor((name, stored), weights.stays(shard, stored), holding);
+            let layer = if stored.shape.len() > 1 { one.bytes } else { Bytes(0) };
+            largest = largest.max(layer);
+            all = Self { bytes: all.bytes + one.bytes, mapped: all.mapped + one.mapped, away: all.away + one.away };
+        }
+        Self { away: (all.away + largest).min(all.bytes), ..all }
+    }
+
+    fn tensor((name, stored): (&str, &Stored), in_file: bool, holding: Holding) -> Self {
+        let Holding { compute, quantization, on_host } = holding;
+        let elements: u64 = stored.shape.iter().map(|&side| side as u64).product();
+        let whole = |bytes| Self { bytes, mapped: Bytes(0), away: bytes };
+        let in_bytes = || {
+            let layer = name.strip_suffix(".weight")?;
+            (stored.shape.len() > 1 && Unet::bears_int8(layer, &stored.shape)).then_some(whole(Bytes(elements)))
+        };
+        if let Some(quantised) = in_bytes().filter(|_| quantization == Quantization::Int8) {
+            return quantised;
+        }
+        let taps: usize = stored.shape.iter().skip(2).product();
+        let (bytes, in_file, laid) = match on_host {
+            true => {
+                let kept = kept(stored.dtype, compute, &candle_core::Device::Cpu);
+                let bytes = kept.and_then(|coding| coding.bytes(usize::try_from(elements).ok()?));
+                let bytes = Bytes(bytes.unwrap_or(0) as u64);
+                let laid = taps > 1 && !stays_as_stored(&stored.shape, compute.tensor());
+                (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), laid)
+            }
+            false => (Bytes(elements * compute.tensor().size_in_bytes() as u64), true, true),
+        };
+        match stored.shape.len() {
+            // What is not a matrix is kept in f32 beside its file.
+            0 | 1 => whole(bytes),
+            _ => Self {
+                bytes,
+                mapped: if in_file && !laid { bytes } else { Bytes(0) },
+                away: if in_file { Bytes(0) } else { bytes },
+            },
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Memory: the ladder that is climbed where it is short, and that what is said of it is so.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and tells what it measured")]
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::conditioning::demo_folder;
+use crate::drawing;
+use crate::wire::{Worker, code};
+
+const MIB: u64 = 1 << 20;
+/// How far what a process takes differs from one start to the next.
+const SLACK: u64 = 3 * MIB / 2;
+/// Enough passes that the UNet's feature maps, not the decoder's, are the largest moment.
+const PARTS: usize = 20;
+
+/// A worker that may take so many bytes, if it is told, with copies of the demonstration model in a folder.
+struct Limited {
+    worker: Worker,
+    _config: tempfile::TempDir,
+    asked: usize,
+}
+
+impl Limited {
+    fn new(limit: Option<u64>, models: Option<&Path>) -> Self {
+        let config = tempfile::tempdir().unwrap();
+        let file = config.path().join("config.json");
+        let model =
+            models.map_or(json!({ "cache_size": "1GB" }), |models| json!({ "cache_size": "1GB", "roots": [models] }));
+        let instructors = json!({ "device": { "device": "cpu", "host_memory": limit }, "model": model });
+        fs::write(&file, json!({ "workers": { "instructors": instructors } }).to_string()).unwrap();
+        Self { worker: Worker::start(&["--config", file.to_str().unwrap()]), _config: config, asked: 0 }
+    }
+
+    fn send(&mut self, worker_type: &str, operation: &str, data: &Value) -> Value {
+        self.asked += 1;
+        let id = format!("m-{}", self.asked);
+        let line = json!({ "request_id": id, "worker_type": worker_type, "operation": operation, "data": data });
+        self.worker.send(&line);
+        self.worker.answer(&id)
+    }
+
+    fn ask(&mut self, worker_type: &str, operation: &str, data: &Value) -> Value {
+        let answer = self.send(worker_type, operation, data);
+        assert_eq!(answer["success"], true, "{answer}");
+        answer["data"].clone()
+    }
+
+    fn draw(&mut self, data: &Value) -> Value {
+        self.ask("inference", "generate", data)
+    }
+
+    fn estimate(&mut self, data: &Value) -> Value {
+        self.ask("communication", "estimate", data)
+    }
+
+    fn process(&mut self, key: &str) -> u64 {
+        self.ask("device", "memory", &json!({}))["process"][key].as_u64().unwrap()
+    }
+
+    /// Bytes that count against its limit.
+    fn taken(&mut self) -> u64 {
+        self.process("anonymous") - self.process("kept")
+    }
+}
+
+fn request(side: usize, parts: usize) -> Value {
+    let prompt = vec!["a hill"; parts].join(" AND ");
+    json!({ "prompt": prompt, "steps": 1, "width": side, "height": side, "seed": 7, "output": { "return": "base64" } })
+}
+
+fn with(mut request: Value, more: &Value) -> Value {
+    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    request
+}
+
+fn image(answer: &Value) -> &str {
+    answer["images"][0]["base64"].as_str().unwrap()
+}
+
+fn rungs(memory: &Value) -> Vec<&str> {
+    memory["rungs"].as_array().unwrap().iter().map(|rung| rung.as_str().unwrap()).collect()
+}
+
+#[test]
+fn every_way_that_is_asked_for_makes_the_same_image() {
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(&folder.path().join("copy"));
+    let mut free = Limited::new(None, Some(folder.path()));
+    let plain = free.draw(&request(192, 1));
+    let memory = &plain["memory"];
+    assert_eq!(*memory, json!({ "decode": "whole", "slice": false, "offload": "none", "rungs": [] }));
+    for (more, way) in [
+        (json!({ "decode": "strips" }), json!({ "decode": "strips", "slice": false, "offload": "none", "rungs": [] })),
+        (
+            json!({ "offload": "text_encoders" }),
+            json!({ "decode": "whole", "slice": false, "offload": "text_encoders", "rungs": [] }),
+        ),
+        (
+            json!({ "offload": "sequential" }),
+            json!({ "decode": "whole", "slice": false, "offload": "sequential", "rungs": [] }),
+        ),
+    ] {
+        let made = free.draw(&with(request(192, 1), &more));
+        assert_eq!(made["memory"], way);
+        assert!(image(&made) == image(&plain), "{more} makes another image");
+        let (key, value) = more.as_object().unwrap().iter().next().unwrap();
+        assert_eq!(made["parameters"][key], *value);
+        // The files of a model that is not embedded are mapped.
+        let of_disk = free.draw(&with(
+            with(request(192, 1), &more),
+            &json!({ "model": "copy", "output": { "return": "base64", "metadata": false } }),
+        ));
+        let bare = free.draw(&with(request(192, 1), &json!({ "output": { "return": "base64", "metadata": false } })));
+        assert!(image(&of_disk) == image(&bare), "{more} makes another image of a model on disk");
+    }
+    let encoders = |status: &Value| status["residents"].as_array().unwrap().iter().any(|one| one["kind"] == "encoder");
+    let kept = free.ask("communication", "status", &json!({}));
+    assert!(!encoders(&kept), "text encoders that leave are there: {kept}");
+}
+
+#[test]
+fn passes_made_one_after_another_differ_by_rounding_alone() {
+    for parts in [1, 3] {
+        let request = |slice| sdxl_worker::inference::interface::GenerateRequest {
+            slice: Some(slice),
+            steps: Some(3),
+            ..serde_json::from_value(request(128, parts)).unwrap()
+        };
+        let mut worker = drawing::Worker::new();
+        let (together, apart) = (worker.draw(&request(false)), worker.draw(&request(true)));
+        let distance = drawing::distance(&apart[0].0, &together[0].0);
+        println!("{parts} parts: {distance:.1e} of the standard deviation");
+        assert!(distance < 1e-5, "{distance}");
+    }
+}
+
+#[test]
+fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
+    let wanted = request(512, PARTS);
+    let mut free = Limited::new(None, None);
+    let plain = free.draw(&wanted);
+    let mut fresh = Limited::new(Some(1 << 30), None);
+    let taken = fresh.taken();
+    let estimate = fresh.estimate(&wanted);
+    println!("{estimate}");
+    let way = |rung: &Value| {
+        let ways = estimate["ways"].as_array().unwrap();
+        ways.iter().find(|way| way["rung"] == *rung).unwrap()["needed"].as_u64().unwrap()
+    };
+    let mut check = |limit: u64, expected: &[&str]| {
+        let mut worker = Limited::new(Some(limit), None);
+        let estimate = worker.estimate(&wanted);
+        assert_eq!((rungs(&estimate["memory"]), &estimate["fits"]), (expected.to_vec(), &json!(true)), "{estimate}");
+        let made = worker.draw(&wanted);
+        assert_eq!(rungs(&made["memory"]), expected, "{}", made["memory"]);
+        assert_eq!(made["memory"]["why"].is_string(), !expected.is_empty());
+        let sliced = made["memory"]["slice"] == true;
+        assert!(sliced || image(&made) == image(&plain), "{expected:?} makes another image");
+        let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
+        let files = rss - worker.process("anonymous");
+        println!("{expected:?}: limit {limit}, peak {} beside files", peak - files);
+        assert!(peak - files < limit + limit / 8, "{expected:?}: {} of {limit}", peak - files);
+    };
+    check(taken + way(&Value::Null) + SLACK, &[]);
+    check(taken + way(&json!("strips")) + SLACK, &["strips"]);
+    check(taken + way(&json!("slice")) + SLACK, &["strips", "slice"]);
+    check(taken + way(&json!("text_encoders")) + SLACK, &["strips", "slice", "text_encoders"]);
+}
+
+#[test]
+fn what_fits_no_way_is_refused_with_what_would_and_the_next_request_works() {
+    let mut fresh = Limited::new(Some(1 << 30), None);
+    let (taken, wanted) = (fresh.taken(), request(1024, 1));
+    let small = fresh.estimate(&request(256, 1));
+    let needed = small["ways"].as_array().unwrap().last().unwrap()["needed"].as_u64().unwrap();
+    let mut tight = Limited::new(Some(taken + needed + 4 * MIB), None);
+    let estimate = tight.estimate(&wanted);
+    assert_eq!(estimate["fits"], false);
+    let largest = (estimate["largest"]["width"].as_u64().unwrap(), estimate["largest"]["height"].as_u64().unwrap());
+    let refused = tight.send("inference", "generate", &wanted);
+    assert_eq!(code(&refused), "out_of_memory");
+    let error = &refused["error"];
+    assert_eq!(error["stage"], "planning");
+    assert!(error["needed"].as_u64() > error["free"].as_u64(), "{error}");
+    let fits = error["fits"].as_str().unwrap();
+    assert!(fits.contains(&format!("{}×{}", largest.0, largest.1)), "{fits} and {largest:?}");
+    let made = tight.draw(&request(usize::try_from(largest.0).unwrap(), 1));
+    assert_eq!(made["images"][0]["width"], largest.0);
+}
+
+#[test]
+fn other_models_make_room_unless_they_are_pinned() {
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(&folder.path().join("copy"));
+    let mut fresh = Limited::new(Some(1 << 30), Some(folder.path()));
+    let (taken, own) = (fresh.taken(), request(256, 1));
+    let other = with(own.clone(), &json!({ "model": "copy" }));
+    let needed = fresh.estimate(&own)["needed"].as_u64().unwrap();
+    let least = fresh.estimate(&with(own.clone(), &json!({ "offload": "none", "slice": false })));
+    println!("{needed} {}", least["ways"]);
+    let mut tight = Limited::new(Some(taken + needed + 8 * MIB), Some(folder.path()));
+    assert_eq!(rungs(&tight.draw(&own)["memory"]), [""; 0]);
+    let made = tight.draw(&other);
+    assert_eq!(rungs(&made["memory"]).first(), Some(&"drop"), "{}", made["memory"]);
+    let names = |worker: &mut Limited| -> Vec<String> {
+        let status = worker.ask("communication", "status", &json!({}));
+        let all = status["residents"].as_array().unwrap();
+        let networks = all.iter().filter(|one| one["used_ms"].is_u64());
+        networks.map(|one| format!("{} {}", one["kind"].as_str().unwrap(), one["name"].as_str().unwrap())).collect()
+    };
+    println!("{:?}", names(&mut tight));
+    assert!(names(&mut tight).contains(&"unet copy".to_owned()));
+    tight.ask("model", "pin", &json!({ "model": "copy" }));
+    let refused =
+        tight.send("inference", "generate", &with(own.clone(), &json!({ "decode": "whole", "offload": "none" })));
+    assert_eq!(code(&refused), "out_of_memory", "{refused}");
+    let hint = refused["error"]["hint"].as_str().unwrap();
+    assert!(hint.contains("are pinned: `copy`"), "{hint}");
+    // What is pinned itself is drawn as before.
+    tight.draw(&other);
+    tight.ask("model", "pin", &json!({ "model": "copy", "pin": false }));
+    tight.draw(&own);
+}
+
+#[test]
+fn an_estimate_is_near_what_is_measured() {
+    for (side, more) in [
+        (512, json!({ "decode": "whole" })),
+        (512, json!({ "decode": "strips" })),
+        (1024, json!({ "decode": "whole" })),
+        (1024, json!({ "decode": "strips" })),
+    ] {
+        let mut worker = Limited::new(None, None);
+        worker.draw(&request(64, 1));
+        let wanted = with(request(side, 1), &more);
+        let before = worker.process("rss") - worker.process("kept");
+        let estimate = worker.estimate(&wanted);
+        worker.draw(&wanted);
+        let measured = worker.process("peak_rss") - before;
+        let told = estimate["activations"].as_u64().unwrap();
+        let off = 100.0 * (told as f64 / measured as f64 - 1.0);
+        println!("{side}² {more}: {told} told, {measured} measured, {off:+.0} %");
+        assert!(off.abs() < 15.0, "{side}² {more}: {told} told, {measured} measured");
+    }
+}
