@@ -31,5 +31,6 @@ mod single;
 mod single_file;
 mod single_layouts;
 mod steer;
+mod stored;
 mod switching;
 mod wire;
