@@ -8,7 +8,7 @@ use crate::config;
 use crate::context::Context;
 use crate::device::instructor::DeviceInstructor;
 use crate::device::interface as device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface as inference;
 use crate::layers::Instructor;
@@ -19,6 +19,7 @@ use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::postprocessing::interface as postprocessing;
 use crate::scheduler::instructor::SchedulerInstructor;
 use crate::scheduler::interface as scheduler;
+use crate::units::Bytes;
 
 /// A typed request of any domain below the lane.
 #[derive(Clone, Debug)]
@@ -112,9 +113,17 @@ impl Instructors {
             Call::Inference(request) => lead.instruct(request, managers, ctx).map(Reply::Inference),
             Call::Estimate(request) => lead.estimate(&request, managers, ctx).map(Reply::Inference),
         };
-        if compute {
-            managers.publish(lead.device.room(&managers.device));
+        if !compute {
+            return reply;
         }
-        reply
+        let room = lead.device.room(&managers.device);
+        managers.publish(room);
+        reply.map_err(|error| match (error, room) {
+            // The device's own error does not tell.
+            (Error::OutOfMemory { stage, needed, free: Bytes(0), fits }, Some(room)) => {
+                Error::OutOfMemory { stage, needed, free: room.free, fits }
+            }
+            (other, _) => other,
+        })
     }
 }

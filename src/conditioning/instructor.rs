@@ -33,7 +33,8 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
 use crate::model::instructor::ModelCrew;
 use crate::model::inversion::Inversion;
-use crate::model::managers::{ClipTokenizer, Tokenizers};
+use crate::model::lora::Stack;
+use crate::model::managers::{ClipTokenizer, ENCODERS, Tokenizers};
 use crate::model::networks::clip::FIRST_VECTOR;
 use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::roots::Roots;
@@ -70,6 +71,8 @@ pub struct PromptWish {
     /// How many tokens back a comma may stand for a chunk to end there; 0: it ends where it is full.
     pub backtrack: usize,
     pub embeddings: Vec<EmbeddingChoice>,
+    /// What changes the text encoders; decided and opened.
+    pub adapters: Option<Arc<Stack>>,
     /// Samples of the UNet for one image in the largest evaluation, which [`ConditioningInstructor::check`] counts.
     pub passes: usize,
 }
@@ -197,6 +200,9 @@ impl ConditioningInstructor {
             second.fill(count, &tokenizers.second, positions);
         }
 
+        let unchanged = Stack::default();
+        let stack = wish.adapters.as_deref().unwrap_or(&unchanged);
+        let adapters = stack.key(&ENCODERS);
         let key = |(text, encoded): (&Text, &EncodeText)| {
             let weighted = encoded.sides.iter().any(Side::is_weighted);
             let mut ids = encoded.sides.iter().flat_map(|side| &side.rows).flat_map(|row| &row.ids);
@@ -205,6 +211,7 @@ impl ConditioningInstructor {
                 checkpoint: checkpoint.key,
                 dtype: placement.compute,
                 device: placement.name.clone(),
+                adapters,
                 text: encoded.clone(),
                 skip: text.skip,
                 weighting: if weighted { wish.weighting } else { PromptWeighting::None },
@@ -222,7 +229,7 @@ impl ConditioningInstructor {
         let cache = CacheCount { hits, misses: texts.len() - hits };
 
         if cache.misses > 0 {
-            let encoders = crew.model.encoders.acquire(checkpoint, placement, ctx)?;
+            let encoders = crew.model.encoders.adapted(checkpoint, stack, placement, ctx)?;
             let first = tokenizers.first.as_ref().map(|tokenizer| empty(tokenizer, positions));
             let empties = [first.unwrap_or_default(), empty(&tokenizers.second, positions)];
             ctx.stage(Part::Encode, || {
@@ -409,6 +416,7 @@ impl Instructor for ConditioningInstructor {
                     backtrack: 0,
                     embeddings,
                     passes: 0,
+                    adapters: None,
                 };
                 wish.passes = self.check(&wish, &checkpoint)?;
                 let made = self.condition(&wish, &checkpoint, crew, &placement, ctx)?;

@@ -22,6 +22,8 @@ pub(super) struct EmbeddingKey {
     pub(super) checkpoint: CheckpointKey,
     pub(super) dtype: Dtype,
     pub(super) device: String,
+    /// What is changed of the encoders.
+    pub(super) adapters: Option<CheckpointKey>,
     /// What each encoder is given: ids and weights.
     pub(super) text: EncodeText,
     pub(super) skip: usize,

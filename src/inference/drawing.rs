@@ -1,5 +1,6 @@
 //! One image, run by run: where it starts, its latents, its pixels.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -7,7 +8,7 @@ use candle_core::Tensor;
 use super::controlling::ControlledRun;
 use super::guidance::Guidance;
 use super::instructor::{InferenceInstructor, pace_key};
-use super::interface::DecodeExtent;
+use super::interface::{AppliedAdapter, DecodeExtent};
 use super::memory::Offload;
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::control::Controls;
@@ -18,7 +19,7 @@ use super::workers::latents::{
 };
 use super::workers::preview::{Preview, PreviewTask};
 use super::workers::prompts::Prompts;
-use crate::conditioning::adapters::{Adaptation, AdapterFacts};
+use crate::conditioning::adapters::Adaptation;
 use crate::conditioning::canvas::{Canvas, InpaintingFill, Paste};
 use crate::conditioning::instructor::{Conditioning, PromptWish};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
@@ -27,6 +28,7 @@ use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::lora::Stack;
 use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
@@ -44,6 +46,8 @@ pub(super) struct Shared {
     controls: Vec<Option<Controls>>,
     /// Likewise.
     adaptations: Vec<Option<Adaptation>>,
+    /// What changes the networks of the request's model.
+    stack: Arc<Stack>,
     /// Hints of ControlNets that earlier requests had made, and that this one made.
     pub(super) hints: CacheCount,
 }
@@ -76,13 +80,13 @@ struct Pass {
 }
 
 /// Where a run starts.
-struct Start<M> {
-    x: Tensor,
-    masking: Option<M>,
+pub(super) struct Start<M> {
+    pub(super) x: Tensor,
+    pub(super) masking: Option<M>,
 }
 
 /// The compute thread's things.
-type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
+pub(super) type Hands<'a> = (&'a Placement, &'a mut Managers, &'a Context);
 
 impl Shared {
     /// The textual inversions that the prompts used, and what of the prompts was known already.
@@ -92,8 +96,10 @@ impl Shared {
     }
 
     /// What each adapter did with its file.
-    pub(super) fn adapted(&self) -> Vec<AdapterFacts> {
-        self.adaptations.iter().flatten().next().map(|adaptation| adaptation.facts.clone()).unwrap_or_default()
+    pub(super) fn adapted(&self) -> Vec<AppliedAdapter> {
+        let pictures = self.adaptations.iter().flatten().next().map_or(&[][..], |adaptation| &adaptation.facts);
+        let pictures = pictures.iter().cloned().map(AppliedAdapter::Picture);
+        pictures.chain(self.stack.facts().into_iter().map(AppliedAdapter::Lora)).collect()
     }
 
     /// How a result goes back into the request's image.
@@ -114,6 +120,7 @@ impl InferenceInstructor {
             prompts: (0..runs).map(|_| None).collect(),
             controls: (0..runs).map(|_| None).collect(),
             adaptations: (0..runs).map(|_| None).collect(),
+            stack: Arc::new(Stack::open(&plan.loras, &plan.checkpoint, ctx)?),
             hints: CacheCount::default(),
         })
     }
@@ -200,7 +207,7 @@ impl InferenceInstructor {
             };
             walked = further.sampling.steps();
             before += walked;
-            let takes_mask = further.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+            let takes_mask = further.checkpoint.takes_mask();
             match (further.entry, &masking) {
                 // What is masked stays so, and what the other was told the refiner is told too.
                 (Entry::Carried, Some(held)) if held.outside.is_some() || takes_mask => {}
@@ -231,7 +238,7 @@ impl InferenceInstructor {
         noise: &mut NoiseSource,
         (placement, crew, ctx): Hands<'_>,
     ) -> Result<Start<Masking>> {
-        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
+        let takes_mask = plan.checkpoint.takes_mask();
         let (Some(editing), Some(canvas)) = (&plan.editing, canvas) else {
             let x = (noise.initial()? * plan.sampling.init_scale)?;
             let masking = match takes_mask {
@@ -240,6 +247,9 @@ impl InferenceInstructor {
             };
             return Ok(Start { x, masking });
         };
+        if editing.beside {
+            return self.beside(plan, canvas, noise, (placement, crew, ctx));
+        }
         let mut encode = |pixels: &Tensor, noise: &mut NoiseSource| {
             let vae = crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
             self.encode(plan, &vae, pixels, editing.sampled.then_some(noise), placement, ctx)
@@ -297,7 +307,7 @@ impl InferenceInstructor {
     }
 
     /// The latents of a picture.
-    fn encoded(
+    pub(super) fn encoded(
         &self,
         plan: &GenerationPlan,
         picture: &Rgb8,
@@ -345,7 +355,9 @@ impl InferenceInstructor {
         if plan.further.iter().any(|further| further.checkpoint.key != plan.checkpoint.key) {
             self.make_place(checkpoint, crew);
         }
-        let Shared { canvas, prompts, controls, adaptations, hints } = shared;
+        let Shared { canvas, prompts, controls, adaptations, hints, stack } = shared;
+        // They are named for the request's model; a refiner is another one.
+        let own = (checkpoint.key == plan.checkpoint.key).then(|| Arc::clone(stack)).unwrap_or_default();
         if matches!(controls.get(run.index), Some(None)) {
             let cut = canvas.as_ref().and_then(|canvas| canvas.cut);
             let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines, cut };
@@ -364,7 +376,7 @@ impl InferenceInstructor {
         let adaptation = adaptation.as_ref().ok_or_else(|| Error::bug("denoising without its adapters"))?;
         let prompts = prompts.get_mut(run.index).ok_or_else(|| Error::bug("a run without a prompt"))?;
         if prompts.is_none() {
-            let wish = PromptWish { steps: pass.steps, ..plan.prompt.clone() };
+            let wish = PromptWish { steps: pass.steps, adapters: Some(Arc::clone(&own)), ..plan.prompt.clone() };
             let script = self.conditioning.condition(&wish, checkpoint, &mut crew.conditioning, placement, ctx)?;
             *prompts = Some(Prompts::new(script));
         }
@@ -372,7 +384,7 @@ impl InferenceInstructor {
         if plan.means.offload != Offload::None {
             crew.model().dismiss(checkpoint);
         }
-        let unet = crew.model().unets.acquire(checkpoint, placement, ctx)?;
+        let unet = crew.model().unets.adapted(checkpoint, &own, placement, ctx)?;
         let preview = match ctx.preview() {
             Some(wish) => Some((wish, crew.model().vaes.acquire(&plan.checkpoint, placement, ctx)?)),
             None => None,

@@ -52,6 +52,7 @@ impl InferenceInstructor {
         parameters.denoising_strength = request.denoising_start.is_none().then_some(strength);
         Ok(Some(Editing {
             from_noise: masked && strength == 1.0 && request.denoising_start.is_none(),
+            beside: false,
             adds_noise: request.denoising_start.is_none(),
             canvas: CanvasWish { image, margins, resize, mask },
             sampled: sampled == VaeSample::Sample,
@@ -113,8 +114,10 @@ pub(super) fn cut(
     let steps = sampling.path.len();
     let start = match (editing, request.denoising_start) {
         (_, Some(share)) => sampling.from_share(within("denoising_start", share, 0.0, 1.0)?),
-        (Some(_), None) => by_strength(steps, request.denoising_strength.unwrap_or(DENOISING_STRENGTH)),
-        (None, None) => 0,
+        (Some(editing), None) if !editing.beside => {
+            by_strength(steps, request.denoising_strength.unwrap_or(DENOISING_STRENGTH))
+        }
+        (_, None) => 0,
     };
     let end = match request.denoising_end {
         Some(share) => sampling.until_share(within("denoising_end", share, 0.0, 1.0)?),

@@ -90,6 +90,10 @@ impl InferenceInstructor {
                 format!("names `{}`, whose noise is of another kind than that of `{}`", model.name, checkpoint.name);
             return Err(Error::invalid("refiner.model", message));
         }
+        if model.family.edits {
+            let message = format!("names `{}`, which edits an image and refines none", model.name);
+            return Err(Error::invalid("refiner.model", message));
+        }
         parameters.refiner = Some(RefinerWish { model: model.name.clone(), switch_at: Some(switch_at) });
         let (before, size) = match runs.last_mut() {
             Some(Further { sampling, size, .. }) => (sampling, *size),
@@ -117,7 +121,8 @@ impl InferenceInstructor {
         after = after.between(from..steps);
         let time_ids = time_ids(request, size, &model)?;
         // Layers are named by model.
-        let guidance = guidance(&mut request.clone(), &model)?;
+        let mut own = GenerateRequest { image_guidance_scale: None, ..request.clone() };
+        let guidance = guidance(&mut own, &model)?;
         runs.push(Further { entry: Entry::Carried, checkpoint: model, size, sampling: after, time_ids, guidance });
         Ok(runs)
     }

@@ -9,6 +9,8 @@ use crate::scheduler::schedule::SamplingPlan;
 pub struct Guidance {
     /// 1 and less: no pass for the negative prompt.
     pub scale: f64,
+    /// Guidance towards the image of a model that edits it; `None` for others.
+    pub image_scale: Option<f64>,
     /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
     pub rescale: f64,
     /// Shares of the steps between which the negative prompt is heeded: Kynkäänniemi et al. 2024,
@@ -111,6 +113,8 @@ pub struct SkippedLayers {
 /// What a pass of the network is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
+    /// The negative prompt, without the image that the others see.
+    Unseen,
     Negative,
     Positive,
     /// The prompt, with perturbed attention.
@@ -125,6 +129,7 @@ impl Guidance {
     pub fn of(scale: f64) -> Self {
         Self {
             scale,
+            image_scale: None,
             rescale: 0.0,
             interval: [0.0, 1.0],
             thresholding: None,
@@ -182,6 +187,7 @@ impl Guidance {
 
     fn chosen(&self, negative: bool, skips: bool) -> Vec<Role> {
         let all = [
+            (Role::Unseen, usize::from(negative && self.image_scale.is_some())),
             (Role::Negative, usize::from(negative)),
             (Role::Positive, self.parts),
             (Role::Perturbed, usize::from(self.perturbed_attention.is_some())),
@@ -194,6 +200,9 @@ impl Guidance {
     #[must_use]
     pub fn text(&self) -> Vec<(&'static str, String)> {
         let mut text = Vec::new();
+        if let Some(scale) = self.image_scale {
+            text.push(("Image CFG scale", scale.to_string()));
+        }
         if self.interval != [0.0, 1.0] {
             let [start, end] = self.interval;
             text.push(("CFG interval", format!("{start} - {end}")));
@@ -220,7 +229,7 @@ impl Guidance {
     #[must_use]
     pub fn changes(&self, role: Role) -> Option<&[Option<Change>]> {
         match role {
-            Role::Negative | Role::Positive => None,
+            Role::Unseen | Role::Negative | Role::Positive => None,
             Role::Perturbed => self.perturbed_attention.as_ref().map(|one| one.blocks.as_slice()),
             Role::Skipping => self.skipped_layers.as_ref().map(|one| one.blocks.as_slice()),
         }

@@ -16,6 +16,7 @@ const LAYERS: &str = "mid";
 /// Decides everything that `request` leaves open about guidance, also in the request itself.
 pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -> Result<Guidance> {
     let scale = within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?;
+    let image_scale = image_scale(request, checkpoint)?;
     let rescale = within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?;
     let interval = interval("cfg_interval", request.cfg_interval.unwrap_or([0.0, 1.0]))?;
     let perturbed_attention = perturbed_attention(request, checkpoint)?;
@@ -30,10 +31,12 @@ pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
     }
     let skipped_layers = request.skip_layer.as_mut().map(|wish| skipped_layers(wish, checkpoint)).transpose()?;
     request.cfg_scale = Some(scale);
+    request.image_guidance_scale = image_scale;
     request.guidance_rescale = Some(rescale);
     request.cfg_interval = Some(interval);
     Ok(Guidance {
         scale,
+        image_scale,
         rescale,
         interval,
         thresholding,
@@ -42,6 +45,20 @@ pub(super) fn guidance(request: &mut GenerateRequest, checkpoint: &Checkpoint) -
         freeu: request.freeu.as_mut().map(freeu).transpose()?,
         parts: 1,
     })
+}
+
+/// As diffusers' pipeline has it.
+const IMAGE_SCALE: f64 = 1.5;
+
+fn image_scale(request: &GenerateRequest, checkpoint: &Checkpoint) -> Result<Option<f64>> {
+    const FIELD: &str = "image_guidance_scale";
+    match request.image_guidance_scale {
+        Some(_) if !checkpoint.family.edits => {
+            Err(Error::invalid(FIELD, format!("needs a model that edits an image, and `{}` is none", checkpoint.name)))
+        }
+        None if !checkpoint.family.edits => Ok(None),
+        said => within(FIELD, said.unwrap_or(IMAGE_SCALE), 1.0, 100.0).map(Some),
+    }
 }
 
 fn perturbed_attention(request: &mut GenerateRequest, checkpoint: &Checkpoint) -> Result<Option<PerturbedAttention>> {

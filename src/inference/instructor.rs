@@ -5,6 +5,7 @@ use super::interface::{
     BatchRequest, CacheUse, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish, Request,
     Response, Settings,
 };
+use super::lora::written;
 use super::plan::GenerationPlan;
 use super::workers::paste::{PasteBack, PasteTask};
 use crate::conditioning::instructor::ConditioningInstructor;
@@ -66,6 +67,11 @@ impl Instructor for InferenceInstructor {
                 let given = request.controlnet.as_ref().is_some_and(|wishes| !wishes.0.is_empty());
                 present("controlnet", "controlnet", given)?;
                 let plan = self.plan(&request, crew)?;
+                self.generate(plan, crew, ctx).map(Response::Generated)
+            }
+            Request::Lora(request) => {
+                let plan = self.plan(&request, crew)?;
+                present("lora", "loras", !plan.loras.is_empty())?;
                 self.generate(plan, crew, ctx).map(Response::Generated)
             }
             Request::Batch(batch) => self.batch(&batch, crew, ctx).map(Response::Batch),
@@ -187,7 +193,7 @@ impl InferenceInstructor {
         more.push(("RNG", if plan.rng == RngKind::Nv { "NV" } else { "CPU" }.to_owned()));
         more.push(("Version", concat!("sdxl-worker ", env!("CARGO_PKG_VERSION")).to_owned()));
         let parameters = Parameters {
-            prompt: &plan.prompt.prompt,
+            prompt: &written(&plan.prompt.prompt, &plan.loras),
             negative_prompt: plan.prompt.negative_prompt.as_deref().unwrap_or_default(),
             steps: plan.sampling.path.len(),
             sampler: plan.sampling.sampler,

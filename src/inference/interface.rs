@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
+use super::lora::LoraWishes;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
 use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
@@ -11,6 +12,7 @@ use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
+use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -82,6 +84,10 @@ pub struct GenerateRequest {
     /// Classifier-free guidance, 0 to 100; 1.0 and less make one pass only. Default: 5.0.
     #[serde(alias = "guidance_scale", skip_serializing_if = "Option::is_none")]
     pub cfg_scale: Option<f64>,
+    /// Guidance towards `init_image`, 1 to 100, of models that edit an image (`sdxl_instruct_pix2pix`); it takes effect, as
+    /// a third pass, where `cfg_scale` is above 1. Default: 1.5 for such models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_guidance_scale: Option<f64>,
     /// Share, 0 to 1, by which the guided prediction takes back the conditional one's standard deviation. Default: 0.
     #[serde(alias = "cfg_rescale", skip_serializing_if = "Option::is_none")]
     pub guidance_rescale: Option<f64>,
@@ -305,6 +311,10 @@ pub struct GenerateRequest {
     /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
+    /// LoRA and its relatives, at most 32: a list, or one alone; a string is a file. They are applied in this order, then
+    /// those that `prompt` names as `<lora:file:weight>`. Default: none.
+    #[serde(alias = "lora", skip_serializing_if = "Option::is_none")]
+    pub loras: Option<LoraWishes>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputWish>,
@@ -356,7 +366,7 @@ pub enum VaeSample {
 
 /// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
 /// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "lora", "loras", "ip_adapter_image"];
+pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
@@ -376,6 +386,8 @@ pub enum Request {
     Inpaint(Box<GenerateRequest>),
     /// As `generate`, with at least one ControlNet.
     Controlnet(Box<GenerateRequest>),
+    /// As `generate`, with at least one LoRA.
+    Lora(Box<GenerateRequest>),
     Batch(BatchRequest),
 }
 
@@ -413,7 +425,15 @@ pub struct Generated {
     pub memory: MemoryUse,
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub adapters: Vec<AdapterFacts>,
+    pub adapters: Vec<AppliedAdapter>,
+}
+
+/// An adapter of one kind or the other.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub enum AppliedAdapter {
+    Picture(AdapterFacts),
+    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.
@@ -476,7 +496,7 @@ pub struct Inference;
 impl Interface for Inference {
     const DOMAIN: Domain = Domain::Inference;
     const OPERATIONS: &'static [&'static str] =
-        &["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"];
+        &["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"];
     type Request = Request;
     type Response = Response;
 }

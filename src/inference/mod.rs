@@ -1,5 +1,6 @@
 //! Generation of images.
 
+pub mod blocks;
 mod controlling;
 pub mod controlnet;
 mod drawing;
@@ -9,10 +10,12 @@ pub mod guidance;
 mod guiding;
 pub mod instructor;
 pub mod interface;
+pub mod lora;
 mod ladder;
 pub mod memory;
 pub mod plan;
 mod planning;
+mod rewriting;
 mod residing;
 pub mod steering;
 pub mod workers;

@@ -13,6 +13,7 @@ use crate::conditioning::instructor::PromptWish;
 use crate::device::interface::{Dtype, Quantization};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::companion::Companion;
+use crate::model::lora::LoraChoice;
 use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
 use crate::resample::Filter;
@@ -41,6 +42,8 @@ pub struct GenerationPlan {
     pub controls: Vec<ControlPlan>,
     /// Pictures beside the prompt.
     pub adapters: AdapterPlan,
+    /// In the order in which they are applied.
+    pub loras: Vec<LoraChoice>,
     pub output: OutputPlan,
     /// What is left open for want of memory, and what was decided.
     pub memory: MemoryWish,
@@ -74,6 +77,8 @@ pub struct Editing {
     pub soft: bool,
     /// Whether the run starts from noise alone.
     pub from_noise: bool,
+    /// Whether the network sees the image beside latents that are noise alone.
+    pub beside: bool,
     /// Whether noise is added to the image; a run that goes on where another stopped adds none.
     pub adds_noise: bool,
 }

@@ -10,9 +10,12 @@ use super::further::First;
 use super::guiding::guidance;
 use super::instructor::InferenceInstructor;
 use super::interface::GenerateRequest;
+use super::lora::choose;
 use super::memory::MemoryWish;
 use super::plan::{GenerationPlan, TimeIds};
+use super::rewriting::rewrites;
 use crate::conditioning::instructor::{EmbeddingChoice, PromptWish};
+use crate::conditioning::interface::PromptWeighting;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::{Checkpoint, Part};
@@ -32,7 +35,7 @@ impl InferenceInstructor {
     /// # Errors
     /// A value that cannot be used, or a model that cannot be found.
     pub fn plan(&self, request: &GenerateRequest, crew: &mut Managers) -> Result<GenerationPlan> {
-        let prompt = request
+        let mut prompt = request
             .prompt
             .clone()
             .ok_or_else(|| Error::invalid("prompt", "is missing: say what the image shall show"))?;
@@ -44,7 +47,8 @@ impl InferenceInstructor {
         ];
         let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
         let mut parameters = request.clone();
-        let editing = self.editing(request, &mut parameters)?;
+        let mut editing = self.editing(request, &mut parameters)?;
+        rewrites(request, &checkpoint, &mut parameters, editing.as_mut())?;
         let size = self.size(request, self.size_of(editing.as_ref(), checkpoint.default_size()))?;
         let mut guidance = guidance(&mut parameters, &checkpoint)?;
         let wish = SamplingWish {
@@ -70,6 +74,9 @@ impl InferenceInstructor {
             tokens @ 0..=74 => tokens,
             other => return Err(Error::invalid("comma_padding_backtrack", format!("must be 0 to 74, got {other}"))),
         };
+        let plain = weighting == PromptWeighting::None;
+        let (loras, said_loras) =
+            choose(request.loras.as_ref(), &mut prompt, plain, (&crew.model().catalog, &checkpoint.unet))?;
         let wishes = request.embeddings.as_deref().unwrap_or_default();
         let embeddings = self.conditioning.embeddings(wishes, &crew.model().catalog)?;
         let seeds = self.seeds(request)?;
@@ -119,6 +126,7 @@ impl InferenceInstructor {
             comma_padding_backtrack: Some(backtrack),
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             controlnet: said(request, &controls),
+            loras: said_loras,
             model: Some(checkpoint.name.clone()),
             t2i_adapter,
             ip_adapter,
@@ -138,6 +146,7 @@ impl InferenceInstructor {
             backtrack: usize::try_from(backtrack).unwrap_or(0),
             embeddings,
             passes: 0,
+            adapters: None,
         };
         prompt.passes = self.conditioning.check(&prompt, &checkpoint)?;
         guidance.parts = match guidance.is_on() {
@@ -162,6 +171,7 @@ impl InferenceInstructor {
             quantization: request.quantization,
             prompt,
             adapters,
+            loras,
             size,
             seeds,
             rng,

@@ -14,6 +14,7 @@ mod cpu;
 pub mod plain;
 mod quantising;
 mod shapes;
+pub mod sharing;
 mod stored;
 mod tally;
 
@@ -157,8 +158,10 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
-        Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
+        sharing::layer(vb, || {
+            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+            Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
+        })
     }
 
     /// Reads `weight` alone.
@@ -166,8 +169,10 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
-        Self::of((outputs, inputs), weight, None)
+        sharing::layer(vb, || {
+            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+            Self::of((outputs, inputs), weight, None)
+        })
     }
 
     /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
@@ -286,9 +291,11 @@ impl Conv2d {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
-        shapes::kernel(weight.dims(), shape)?;
-        Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
+        sharing::layer(vb, || {
+            let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
+            shapes::kernel(weight.dims(), shape)?;
+            Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
+        })
     }
 
     /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
@@ -342,7 +349,7 @@ impl GroupNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
     }
 
     /// `x` is `[B, .., C]`.
@@ -438,7 +445,7 @@ impl LayerNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps)
+        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
     }
 
     /// `x` is `[.., C]`.

@@ -25,6 +25,7 @@ pub(super) struct Draft {
     pub(super) pipeline: Option<String>,
     /// `None` where the files do not say.
     pub(super) force_zeros_for_empty_prompt: Option<bool>,
+    pub(super) scales_image: bool,
     pub(super) scheduler: SchedulerConfig,
     pub(super) variant: Option<&'static Variant>,
     pub(super) tokenizers: [Option<TokenizerFiles>; 2],
@@ -163,6 +164,7 @@ impl Draft {
             key,
             pipeline,
             force_zeros_for_empty_prompt: force_zeros,
+            scales_image: scheduler.is_edm(),
             scheduler,
             variant,
             tokenizers: [None, None],
@@ -205,6 +207,7 @@ impl Draft {
                 self.unet = Some(taken(&weights, part, other, derive::unet)?);
                 let marks = Marks::of(&weights)?;
                 if marks.told {
+                    self.scales_image = marks.scheduler.is_edm();
                     (self.variant, self.scheduler) = (marks.variant, marks.scheduler);
                 }
             }
@@ -249,13 +252,13 @@ impl Draft {
             let known = known.collect::<Vec<_>>().join(", ");
             unsupported(format!("its UNet takes {channels} channels, and this worker knows {known}"))
         })?;
+        for (part, encoder) in [(Part::TextEncoder, first.as_ref()), (Part::TextEncoder2, Some(&second))] {
+            encoder.map_or(Ok(()), |piece| piece.config.check(&format!("{name}/{}", part.name())))?;
+        }
         let width = second.config.hidden_size + first.as_ref().map_or(0, |first| first.config.hidden_size);
         if width != context {
             let message = format!("its UNet reads {context} channels of text, and its text encoders give {width}");
             return Err(unsupported(message));
-        }
-        for (part, encoder) in [(Part::TextEncoder, first.as_ref()), (Part::TextEncoder2, Some(&second))] {
-            encoder.map_or(Ok(()), |piece| piece.config.check(&format!("{name}/{}", part.name())))?;
         }
         vae.config.check(&format!("{name}/{}", Part::Vae.name()))?;
         let mut weights = Vec::new();
@@ -274,6 +277,7 @@ impl Draft {
             pipeline: self.pipeline.unwrap_or_else(|| family.pipelines.first().copied().unwrap_or_default().to_owned()),
             // As the published refiner has it, and the base.
             force_zeros_for_empty_prompt: self.force_zeros_for_empty_prompt.unwrap_or(family.first_encoder),
+            scales_image: self.scales_image,
             text_encoder,
             text_encoder_2: second.config,
             unet: unet.config,

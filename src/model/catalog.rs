@@ -257,7 +257,7 @@ impl Catalog {
     }
 
     /// The roots that exist, with every link resolved.
-    fn real_roots(&self) -> Vec<PathBuf> {
+    pub(super) fn real_roots(&self) -> Vec<PathBuf> {
         self.folders.iter().filter_map(|root| fs::canonicalize(root).ok()).collect()
     }
 

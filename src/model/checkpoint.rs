@@ -36,8 +36,17 @@ const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CheckpointKey(pub(super) u64);
 
+impl CheckpointKey {
+    /// Of what tells one thing that is kept from every other.
+    pub(super) fn of(what: &impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        what.hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
+
 /// The networks of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     TextEncoder,
     TextEncoder2,
@@ -81,6 +90,8 @@ pub struct Checkpoint {
     pub pipeline: String,
     /// Whether a missing negative prompt means zeros rather than the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
+    /// Whether the image that the model edits is scaled as its latents are; only CosXL's is.
+    pub scales_image: bool,
     /// CLIP ViT-L; the refiner has none.
     pub text_encoder: Option<ClipConfig>,
     /// OpenCLIP ViT-bigG.
@@ -128,6 +139,8 @@ struct ModelIndex {
     class_name: String,
     #[serde(default = "yes")]
     force_zeros_for_empty_prompt: bool,
+    #[serde(default)]
+    is_cosxl_edit: bool,
     text_encoder: Option<Component>,
     text_encoder_2: Option<Component>,
     unet: Option<Component>,
@@ -175,6 +188,12 @@ impl Checkpoint {
             latents.saturating_mul(scale)
         };
         ImageSize { width: side(1), height: side(0) }
+    }
+
+    /// Whether its UNet takes mask and masked image beside the latents.
+    #[must_use]
+    pub fn takes_mask(&self) -> bool {
+        self.family.masks
     }
 
     /// Whether it brings tokenizers of its own.
@@ -275,6 +294,7 @@ impl Checkpoint {
             key: key(folder, &files),
             pipeline: Some(index.class_name),
             force_zeros_for_empty_prompt: Some(index.force_zeros_for_empty_prompt),
+            scales_image: index.is_cosxl_edit,
             variant: Variant::scheduled(&scheduler),
             scheduler,
             tokenizers,

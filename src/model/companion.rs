@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::roots::Roots;
 use crate::units::Bytes;
 
-/// How weight files begin: diffusers' networks, and transformers'.
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+/// How weight files begin: diffusers' networks, transformers', and adapters that diffusers and PEFT saved.
+const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model"];
 
 /// A network that was found, and whose files may be read.
 #[derive(Debug)]

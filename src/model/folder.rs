@@ -77,12 +77,15 @@ impl Found {
         }
     }
 
-    /// Parses the file as JSON of a known form.
+    /// Parses the file as JSON of a known form. Every such file is an object; serde would take a list for one.
     pub(super) fn json<T: serde::de::DeserializeOwned>(&self, limit: u64) -> Result<T> {
-        serde_json::from_slice(&self.read(limit)?).map_err(|e| Error::ModelCorrupt {
-            path: self.path().to_owned(),
-            message: format!("cannot be understood: {e}"),
-        })
+        let corrupt = |message: String| Error::ModelCorrupt { path: self.path().to_owned(), message };
+        let bytes = self.read(limit)?;
+        let text = std::str::from_utf8(&bytes).map_err(|e| corrupt(format!("cannot be understood: {e}")))?;
+        if text.trim_start().starts_with('[') {
+            return Err(corrupt("must be a JSON object, and is a list".to_owned()));
+        }
+        serde_json::from_str(text).map_err(|e| corrupt(format!("cannot be understood: {e}")))
     }
 
     /// Length and time of the last change, the file's part in the identity of its model.

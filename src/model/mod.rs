@@ -1,6 +1,7 @@
 //! Checkpoints, weights and networks.
 
 mod assembly;
+mod beside;
 pub mod catalog;
 pub mod checkpoint;
 pub mod companion;
@@ -12,6 +13,7 @@ mod foreign;
 pub mod instructor;
 pub mod interface;
 pub mod inversion;
+pub mod lora;
 pub mod managers;
 pub mod networks;
 pub mod weighing;

@@ -5,10 +5,10 @@ use super::companion::Companion;
 use super::networks::unet::Unet;
 use super::workers::open::{Stored, Weights};
 use super::workers::read::kept;
-use crate::kernels::stays_as_stored;
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
+use crate::kernels::stays_as_stored;
 use crate::units::Bytes;
 
 /// How weights will be held.

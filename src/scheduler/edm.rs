@@ -39,7 +39,9 @@ impl Edm {
         let data = config.sigma_data.unwrap_or(0.5);
         let unusable = |message: String| Error::ModelUnsupported { name: "scheduler_config.json".to_owned(), message };
         if !(min > 0.0 && max > min && max <= 1e6) {
-            return Err(unusable(format!("`sigma_min` and `sigma_max` must be positive and grow, got {min} and {max}")));
+            return Err(unusable(format!(
+                "`sigma_min` and `sigma_max` must be positive and grow, got {min} and {max}"
+            )));
         }
         if !(data > 0.0 && data <= 1e3) {
             return Err(unusable(format!("`sigma_data` must be above 0 and at most 1000, got {data}")));

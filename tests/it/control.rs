@@ -329,7 +329,8 @@ fn an_estimate_counts_each_network_once() {
     let twice =
         weights(json!([{ "model": "control_small", "image": EDGES }, { "model": "control_small", "image": EDGES }]));
     let file = random_networks::folder().join("control_small/diffusion_pytorch_model.safetensors");
-    assert_eq!(one - bare, fs::metadata(file).unwrap().len());
+    let header = fs::metadata(file).unwrap().len() - (one - bare);
+    assert!((1..100_000).contains(&header), "{header}");
     assert_eq!(twice, one);
 }
 

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
+pub(crate) mod headers;
 mod weights;
 
 use std::fs;
@@ -18,7 +19,7 @@ use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::families::FAMILIES;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface::{LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
-use sdxl_worker::model::managers::{Budget, Shelf, ShelfKey};
+use sdxl_worker::model::managers::{Budget, Reach, Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
 use crate::conditioning::demo_folder;
@@ -111,8 +112,8 @@ fn what_is_not_sdxl_says_what_it_is() {
     check("index too long", m, &" ".repeat(5 << 20), "model_corrupt", "at most");
     check("deep", m, &"[".repeat(1 << 20), "model_corrupt", "model_index.json");
     let unet = fs::read_to_string(copy.path("unet/config.json")).unwrap();
-    let eight = unet.replace("\"in_channels\": 4", "\"in_channels\": 8");
-    check("pix2pix", "unet/config.json", &eight, "model_unsupported", "8 channels");
+    let seven = unet.replace("\"in_channels\": 4", "\"in_channels\": 7");
+    check("depth", "unet/config.json", &seven, "model_unsupported", "7 channels");
     let zero = unet.replace("\"norm_num_groups\": 16", "\"norm_num_groups\": 0");
     check("no groups", "unet/config.json", &zero, "model_unsupported", "norm_num_groups");
     check("unet broken", "unet/config.json", "{", "model_corrupt", "unet/config.json");
@@ -361,6 +362,49 @@ fn a_shelf_drops_what_was_used_least_recently() {
     assert_eq!((names(&shelf), shelf.bytes()), (vec!["a again".to_owned()], Bytes(50)));
     assert_eq!(shelf.evict(Bytes(1)), Bytes(50));
     assert_eq!(shelf.evict(Bytes(1)), Bytes(0));
+}
+
+#[test]
+fn what_networks_share_is_counted_for_as_long_as_one_of_them_is_there() {
+    let budget = Budget::new(Bytes(1000));
+    let mut shelf = Shelf::new("unet", &budget);
+    let plain = keys(1).remove(0);
+    let other = ShelfKey { over: Some(Checkpoint::demo().unwrap().key), ..plain.clone() };
+    shelf.insert(plain, "plain", Bytes(90), ());
+    shelf.insert(other, "changed", Bytes(7), ());
+    assert_eq!(budget.evict(Bytes(1), Reach::Others), Bytes(7));
+    assert_eq!((names(&shelf), shelf.bytes()), (vec!["changed".to_owned()], Bytes(90)));
+    assert_eq!((budget.evict(Bytes(1), Reach::Others), shelf.bytes()), (Bytes(90), Bytes(0)));
+}
+
+#[test]
+fn shelves_share_a_budget_and_give_way_in_a_written_order() {
+    let budget = Budget::new(Bytes(100));
+    let (mut unets, mut vaes) = (Shelf::new("unet", &budget), Shelf::new("vae", &budget));
+    let mut encoders = Shelf::new("encoder", &budget);
+    let keys = keys(4);
+    budget.begin(Bytes(100), None);
+    encoders.insert(keys[0].clone(), "e", Bytes(30), ());
+    unets.insert(keys[0].clone(), "u", Bytes(60), ());
+    // More than the capacity, and all of one request.
+    vaes.insert(keys[0].clone(), "v", Bytes(20), ());
+    assert_eq!(budget.bytes(), Bytes(110));
+    budget.begin(Bytes(100), None);
+    assert_eq!(budget.evictable(Reach::Others), Bytes(110));
+    // What the earlier request used goes, text encoders before the VAE before the UNet.
+    vaes.insert(keys[1].clone(), "w", Bytes(10), ());
+    assert_eq!(
+        (names(&encoders), names(&vaes), names(&unets)),
+        (vec![], vec!["v".into(), "w".into()], vec!["u".into()])
+    );
+    vaes.insert(keys[2].clone(), "x", Bytes(25), ());
+    assert_eq!((names(&vaes), names(&unets)), (vec!["w".into(), "x".into()], vec!["u".into()]));
+    // What is held by somebody frees nothing, and what the running request used stays.
+    let held = unets.get(&keys[0]);
+    assert_eq!(budget.evict(Bytes(1000), Reach::Idle), Bytes(35));
+    drop(held);
+    budget.begin(Bytes(100), None);
+    assert_eq!(budget.evict(Bytes(1000), Reach::Others), Bytes(60));
 }
 
 #[test]

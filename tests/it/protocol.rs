@@ -84,8 +84,13 @@ fn refusals_point_at_the_fault_and_name_what_was_meant() {
         "did you mean `format`?",
     );
     check_refusal(r#"{"prompt":"a","steps":"20"}"#, "invalid_parameter", "/steps", "must be an integer, got string");
-    check_refusal(r#"{"prompt":"a","loras":[]}"#, "unsupported_feature", "/loras", "loras");
-    check_refusal(r#"{"prompt":"a","strict":false,"lora":1}"#, "unsupported_feature", "/lora", "lora");
+    check_refusal(r#"{"prompt":"a","control_image":[]}"#, "unsupported_feature", "/control_image", "control_image");
+    check_refusal(
+        r#"{"prompt":"a","strict":false,"ip_adapter_image":1}"#,
+        "unsupported_feature",
+        "/ip_adapter_image",
+        "ip_adapter_image",
+    );
     check_refusal(
         r#"{"worker_type":"inference","operation":"generat"}"#,
         "unknown_operation",
@@ -358,7 +363,7 @@ fn control_operations_answer_in_the_schema() {
     let told = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(
         told["operations"]["inference"],
-        json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "batch"]),
+        json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"]),
         "{told}"
     );
     assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");

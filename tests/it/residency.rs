@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::Path;
 
+use base64::Engine as _;
 use serde_json::{Value, json};
 
 use crate::conditioning::demo_folder;
@@ -15,7 +16,7 @@ const MIB: u64 = 1 << 20;
 /// How far what a process takes differs from one start to the next.
 const SLACK: u64 = 3 * MIB / 2;
 /// Enough passes that the UNet's feature maps, not the decoder's, are the largest moment.
-const PARTS: usize = 20;
+const PARTS: usize = 16;
 
 /// A worker that may take so many bytes, if it is told, with copies of the demonstration model in a folder.
 struct Limited {
@@ -81,6 +82,19 @@ fn image(answer: &Value) -> &str {
     answer["images"][0]["base64"].as_str().unwrap()
 }
 
+/// Whether two images are the same, but for values that lie so near the middle between two bytes that rounding decides.
+fn alike(ours: &Value, reference: &Value) -> bool {
+    let pixels = |answer: &Value| {
+        let file = base64::engine::general_purpose::STANDARD.decode(image(answer)).unwrap();
+        image::load_from_memory(&file).unwrap().into_rgb8().into_raw()
+    };
+    let (ours, reference) = (pixels(ours), pixels(reference));
+    let apart = ours.iter().zip(&reference).filter(|(a, b)| a != b).count();
+    let most = ours.iter().zip(&reference).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
+    println!("{apart} of {} bytes differ, by {most} at most", ours.len());
+    ours.len() == reference.len() && most <= 1 && apart * 1000 < ours.len()
+}
+
 fn rungs(memory: &Value) -> Vec<&str> {
     memory["rungs"].as_array().unwrap().iter().map(|rung| rung.as_str().unwrap()).collect()
 }
@@ -106,7 +120,8 @@ fn every_way_that_is_asked_for_makes_the_same_image() {
     ] {
         let made = free.draw(&with(request(192, 1), &more));
         assert_eq!(made["memory"], way);
-        assert!(image(&made) == image(&plain), "{more} makes another image");
+        assert!(alike(&made, &plain), "{more} makes another image");
+        assert!(more["offload"].is_null() || image(&made) == image(&plain), "{more} makes another image");
         let (key, value) = more.as_object().unwrap().iter().next().unwrap();
         assert_eq!(made["parameters"][key], *value);
         // The files of a model that is not embedded are mapped.
@@ -115,7 +130,7 @@ fn every_way_that_is_asked_for_makes_the_same_image() {
             &json!({ "model": "copy", "output": { "return": "base64", "metadata": false } }),
         ));
         let bare = free.draw(&with(request(192, 1), &json!({ "output": { "return": "base64", "metadata": false } })));
-        assert!(image(&of_disk) == image(&bare), "{more} makes another image of a model on disk");
+        assert!(alike(&of_disk, &bare), "{more} makes another image of a model on disk");
     }
     let encoders = |status: &Value| status["residents"].as_array().unwrap().iter().any(|one| one["kind"] == "encoder");
     let kept = free.ask("communication", "status", &json!({}));
@@ -158,8 +173,7 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
         let made = worker.draw(&wanted);
         assert_eq!(rungs(&made["memory"]), expected, "{}", made["memory"]);
         assert_eq!(made["memory"]["why"].is_string(), !expected.is_empty());
-        let sliced = made["memory"]["slice"] == true;
-        assert!(sliced || image(&made) == image(&plain), "{expected:?} makes another image");
+        assert!(alike(&made, &plain), "{expected:?} makes another image");
         let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
         let files = rss - worker.process("anonymous");
         println!("{expected:?}: limit {limit}, peak {} beside files", peak - files);

@@ -131,6 +131,7 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
+        away: false,
     });
     let mut told = |request: Request| ModelInstructor.instruct(request, &mut crew, &Context::detached()).unwrap();
     let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };
@@ -397,6 +398,13 @@ fn parts_of_other_files_stand_in() {
     refused(&request("unet"), &mut worker, "no `text_encoder` and no `text_encoder_2` and no `vae`");
     refused(&with("folder", &|r| r.unet = own("other-vae")), &mut worker, "no `unet`");
     refused(&with("folder", &|r| r.text_encoder_2 = own("folder/text_encoder")), &mut worker, "its text encoders give");
+    fs::copy(path("folder/text_encoder/model.safetensors"), path("clip_l.safetensors")).unwrap();
+    let narrow = with("folder", &|r| r.text_encoder = own("clip_l"));
+    refused(&narrow, &mut worker, "how many heads share 32 channels");
+    let mut said = File::read(&path("clip_l.safetensors"));
+    said.metadata.insert("config.text_encoder".to_owned(), whole.metadata["config.text_encoder"].clone());
+    said.write(&path("clip_l.safetensors"));
+    assert_eq!(plain, drawn(&mut worker, &narrow));
     let echoed = with("folder", &|r| r.vae = own("other-vae"));
     let plan = worker.instructors.inference.plan(&echoed, &mut worker.managers).unwrap();
     assert_eq!(plan.parameters.vae.as_deref(), Some("other-vae"));

@@ -116,11 +116,9 @@ fn f16_and_bf16_draw_what_they_draw_when_cast_beforehand() {
     model(root.path(), "brain", |_, all| in_bf16(&mut all.iter().copied()));
     model(root.path(), "brain cast", |_, all| in_f16(&mut all.iter().copied().map(brain)));
     let mut worker = worker(root.path());
-    for (stored, cast, dtype) in [
-        ("half", "half cast", Dtype::Bf16),
-        ("half", "half wide", Dtype::F32),
-        ("brain", "brain cast", Dtype::F16),
-    ] {
+    for (stored, cast, dtype) in
+        [("half", "half cast", Dtype::Bf16), ("half", "half wide", Dtype::F32), ("brain", "brain cast", Dtype::F16)]
+    {
         let (stored_image, cast_image) = (draw(&mut worker, stored, dtype), draw(&mut worker, cast, dtype));
         assert!(stored_image == cast_image, "`{stored}` in {dtype:?} is not `{cast}`");
         println!("`{stored}` under {dtype:?}: the bits of `{cast}`");

@@ -156,7 +156,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let mut told = conditioning.positive.iter();
         for role in &roles {
             let (text, sizes) = match role {
-                Role::Negative => (conditioning.negative.as_ref(), &time_ids.negative),
+                Role::Unseen | Role::Negative => (conditioning.negative.as_ref(), &time_ids.negative),
                 Role::Positive => (told.next().map(|part| &part.embeddings), &time_ids.positive),
                 Role::Perturbed | Role::Skipping => {
                     (conditioning.positive.first().map(|part| &part.embeddings), &time_ids.positive)
@@ -172,7 +172,7 @@ impl Worker<PrepareTask<'_>> for Prepare {
         let compute = placement.compute.tensor();
         let context = Tensor::cat(&contexts, 0)?; // [passes·B, L, D]
         let text = unet.read(&context, compute, &|| ctx.checkpoint())?;
-        let negatives = if roles.contains(&Role::Negative) { batch } else { 0 };
+        let negatives = batch * negatives(&roles);
         let task = ReadAdaptersTask { unet, adaptation, text: &text, negatives };
         Ok(Prompt {
             roles,
@@ -278,8 +278,9 @@ impl Network<'_> {
         ctx: &Context,
     ) -> Result<Tensor> {
         let Prompt { guidance, batch, parts, .. } = self.prompt;
+        let with = |beside: &Tensor| Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute);
         let input = match self.beside {
-            Some(beside) => Tensor::cat(&[scaled, beside], 3)?.to_dtype(self.compute)?,
+            Some(beside) => with(beside)?,
             None => scaled.to_dtype(self.compute)?,
         };
         let roles = guidance.roles(now.pass.0, now.pass.1);
@@ -296,7 +297,12 @@ impl Network<'_> {
             });
             Tensor::cat(&alone.collect::<Result<Vec<_>>>()?, 0)?
         } else {
-            let input = Tensor::cat(&vec![&input; roles.len()], 0)?;
+            let unseen = match self.beside.filter(|_| roles.contains(&Role::Unseen)) {
+                Some(beside) => with(&beside.zeros_like()?)?,
+                None => input.clone(),
+            };
+            let seen = |role: &Role| if *role == Role::Unseen { &unseen } else { &input };
+            let input = Tensor::cat(&roles.iter().map(seen).collect::<Vec<_>>(), 0)?;
             self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?
         };
         let pass = |index: usize| -> Result<Tensor> { Ok(predicted.narrow(0, index * batch, *batch)?) };
@@ -318,6 +324,7 @@ impl Network<'_> {
         let task = GuideTask {
             // Parts that are not guided are joined as they are.
             negative: negative.filter(|_| heeded).map(kind).transpose()?,
+            unseen: of(Role::Unseen)?.map(kind).transpose()?,
             positive: kind(positive)?,
             perturbed: of(Role::Perturbed)?.map(kind).transpose()?,
             skipping: of(Role::Skipping)?.map(kind).transpose()?,
@@ -350,7 +357,7 @@ impl Network<'_> {
         let adapted = adapters.at(now.step, now.steps, &samples)?;
         let pooled = &pooled.narrow(0, samples.start, samples.len())?;
         let time_ids = time_ids.get(samples).unwrap_or_default();
-        let negative = if passes.roles.contains(&Role::Negative) { *batch } else { 0 };
+        let negative = batch * negatives(passes.roles);
         let task = Evaluation { sample: passes.input, texts: control_texts, pooled, time_ids, negative, now };
         let residuals = self.controls.residuals(task, ctx)?;
         let predicted = self.unet.forward(UnetInput {
@@ -368,6 +375,11 @@ impl Network<'_> {
         })?;
         Ok(predicted.to_dtype(DType::F32)?)
     }
+}
+
+/// How many passes are made for the negative prompt.
+fn negatives(roles: &[Role]) -> usize {
+    roles.iter().filter(|role| matches!(role, Role::Unseen | Role::Negative)).count()
 }
 
 /// The parts of a prompt as one (Liu et al. 2022, <https://arxiv.org/abs/2206.01714>, equation 11, in the web UI's form):

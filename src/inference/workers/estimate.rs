@@ -16,6 +16,10 @@ use crate::model::weighing::{Holding, Weighed};
 use crate::pace::{Pace, Work};
 use crate::units::{Bytes, ImageSize};
 
+/// Parts that may leave.
+const ENCODERS: &str = "text_encoders";
+const UNET: &str = "unet";
+
 pub struct Appraise;
 
 pub struct AppraiseTask<'a> {
@@ -92,35 +96,21 @@ impl Needs {
         self.denoise(means).max(self.decode(means)).max(Bytes(encode.max(self.least) as u64))
     }
 
-    /// Bytes still to be had.
+    /// Bytes still to be had, less what those weights give back that leave. A refiner takes its base's place where there is
+    /// no room for both.
     #[must_use]
     pub fn needed(&self, means: Means) -> Bytes {
-        self.weights_needed(means) + self.activations(means)
-    }
-
-    /// Weights still to be had, less what those that leave give back. A refiner takes its base's place where there is no
-    /// room for both.
-    fn weights_needed(&self, means: Means) -> Bytes {
         let turns = self.parts.iter().filter_map(|need| need.turn).max().unwrap_or(0);
-        let one = |need: &&Need, encoding: bool| -> i64 {
-            let Weighed { bytes, mapped, away } = need.weighed;
-            // A mapped file that was read is memory that counts as free.
-            let (all, had) = (bytes.0 as i64, if need.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 });
-            match need.told.part {
-                "text_encoders" if means.offload != Offload::None && !need.pinned && !encoding => -had,
-                "unet" if means.offload == Offload::Sequential && encoding => 0,
-                "unet" if means.offload == Offload::Sequential => away.0 as i64 - if need.pinned { 0 } else { had },
-                "text_encoders" => all - had,
-                _ if encoding && means.offload != Offload::None => 0,
-                _ => all - had,
-            }
-        };
-        let of = |turn: usize, encoding: bool| -> i64 {
-            let here = self.parts.iter().filter(|need| need.turn.is_none_or(|own| own == turn));
-            here.map(|need| one(&need, encoding)).sum()
-        };
-        let worst = (0..=turns).flat_map(|turn| [of(turn, false), of(turn, true)]).max().unwrap_or(0);
-        Bytes(u64::try_from(worst).unwrap_or(0))
+        let most = (0..=turns).map(|turn| {
+            let of = |bytes: &dyn Fn(&Need) -> i64| -> i64 {
+                self.parts.iter().filter(|need| need.turn.is_none_or(|own| own == turn)).map(bytes).sum()
+            };
+            let drawing = of(&|need| need.drawing(means)) + self.activations(means).0 as i64;
+            // Where text encoders leave, what comes after them is not there yet.
+            let encoding = of(&|need| need.encoding()) + self.least as i64;
+            if means.offload == Offload::None { drawing } else { drawing.max(encoding) }
+        });
+        Bytes(most.max().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
     }
 
     /// The same for an image of `scale` times as many pixels.
@@ -129,6 +119,30 @@ impl Needs {
         let Self { pass, whole, strips, encode, .. } = *self;
         let encode = encode.map(|bytes| bytes * scale);
         Self { pass: pass * scale, whole: whole * scale, strips: strips * scale, encode, ..self.clone() }
+    }
+}
+
+impl Need {
+    /// Bytes that were had before. A mapped file that was read is memory that counts as free.
+    fn had(&self) -> i64 {
+        let Weighed { bytes, mapped, .. } = self.weighed;
+        if self.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 }
+    }
+
+    /// Bytes still to be had while the text is encoded.
+    fn encoding(&self) -> i64 {
+        if self.told.part == ENCODERS { self.weighed.bytes.0 as i64 - self.had() } else { 0 }
+    }
+
+    /// Bytes still to be had while the image is made; below 0 where some are given back.
+    fn drawing(&self, means: Means) -> i64 {
+        let Weighed { bytes, away, .. } = self.weighed;
+        let back = if self.pinned { 0 } else { self.had() };
+        match (self.told.part, means.offload) {
+            (ENCODERS, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -back,
+            (UNET, Offload::Sequential) => away.0 as i64 - back,
+            _ => bytes.0 as i64 - self.had(),
+        }
     }
 }
 
@@ -203,8 +217,8 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
                 away: encoders.away + first.away,
             };
         }
-        add("text_encoders", "encoder", &model.name, encoders, Some(turn));
-        add("unet", "unet", &model.name, weigh(Part::Unet)?, Some(turn));
+        add(ENCODERS, "encoder", &model.name, encoders, Some(turn));
+        add(UNET, "unet", &model.name, weigh(Part::Unet)?, Some(turn));
         if turn == 0 {
             add("vae", "vae", &model.name, weigh(Part::Vae)?, None);
         }
@@ -218,4 +232,91 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
         add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
     }
     Ok(needs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Need, Needs, PartBytes, Weighed};
+    use crate::inference::interface::DecodeExtent;
+    use crate::inference::ladder::{Available, choose, next};
+    use crate::inference::memory::{MemoryUse, MemoryWish, Offload, Rung};
+    use crate::units::Bytes;
+
+    /// 100 of text encoders, a UNet of 500 that takes 50 away from its device, and feature maps of 200 in two passes, 400 for
+    /// whole pictures and 150 for strips.
+    fn needs(loaded: bool) -> Needs {
+        let need = |part: &'static str, bytes, away| {
+            let weighed = Weighed { bytes: Bytes(bytes), mapped: Bytes(0), away: Bytes(away) };
+            let told = PartBytes { part, name: "m".into(), bytes: Bytes(bytes), mapped: Bytes(0), loaded };
+            Need { told, weighed, pinned: false, turn: Some(0) }
+        };
+        Needs {
+            parts: vec![need("text_encoders", 100, 100), need("unet", 500, 50)],
+            pass: 100.0,
+            passes: 2,
+            text: 0.0,
+            whole: 400.0,
+            strips: 150.0,
+            encode: [0.0; 2],
+            least: 1.0,
+            evaluations: 1,
+            seconds: None,
+        }
+    }
+
+    fn check(wish: MemoryWish, (free, droppable): (u64, u64), rungs: &[Rung], needed: u64, fits: bool) {
+        let available = Available { free: Bytes(free), droppable: Bytes(droppable) };
+        let choice = choose(&needs(false), wish, available);
+        assert_eq!(
+            (choice.told.rungs.as_slice(), choice.needed, choice.fits),
+            (rungs, Bytes(needed), fits),
+            "{free} free"
+        );
+    }
+
+    #[test]
+    fn rungs_are_taken_in_their_order_as_far_as_they_help() {
+        let open = MemoryWish::default();
+        check(open, (1000, 0), &[], 1000, true);
+        check(open, (999, 1), &[Rung::Drop], 1000, true);
+        check(open, (998, 1), &[Rung::Drop, Rung::Strips], 800, true);
+        check(open, (799, 0), &[Rung::Strips, Rung::Slice], 750, true);
+        check(open, (749, 0), &[Rung::Strips, Rung::Slice, Rung::TextEncoders], 650, true);
+        let all = [Rung::Strips, Rung::Slice, Rung::TextEncoders, Rung::Sequential];
+        check(open, (649, 0), &all, 250, true);
+        check(open, (249, 0), &all, 250, false);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_neither_climbed_to_nor_past() {
+        let whole = MemoryWish { decode: DecodeExtent::Whole, ..MemoryWish::default() };
+        // Passes do not help where the decoder is the largest moment.
+        check(whole, (900, 0), &[Rung::TextEncoders], 900, true);
+        let nothing = MemoryWish { decode: DecodeExtent::Strips, slice: Some(false), offload: Offload::None };
+        check(nothing, (1, 0), &[], 800, false);
+        let sequential = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() };
+        check(sequential, (500, 0), &[], 500, true);
+    }
+
+    #[test]
+    fn a_loaded_network_that_leaves_gives_its_bytes_back() {
+        let away = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), offload: Offload::TextEncoders };
+        assert_eq!(needs(true).needed(away.first()), Bytes(50));
+        assert_eq!(needs(true).needed(MemoryWish { offload: Offload::None, ..away }.first()), Bytes(150));
+    }
+
+    #[test]
+    fn a_device_without_memory_has_every_rung_left_climbed_once() {
+        let wish = MemoryWish::default();
+        let mut told = MemoryUse { means: wish.first(), ..MemoryUse::default() };
+        while let Some((rung, means)) = next(wish, &told) {
+            told.rungs.push(rung);
+            told.means = means;
+        }
+        assert_eq!(told.rungs, Rung::ALL);
+        assert_eq!(
+            (told.means.decode, told.means.slice, told.means.offload),
+            (DecodeExtent::Strips, true, Offload::Sequential)
+        );
+    }
 }

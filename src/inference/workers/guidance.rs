@@ -15,6 +15,8 @@ pub struct Guide;
 
 /// Predictions are `[B, H, W, C]`, f32, all of one kind; with dynamic thresholding they are x₀.
 pub struct GuideTask<'a> {
+    /// For the negative prompt without the image, of a model that edits one.
+    pub unseen: Option<Tensor>,
     /// For the negative prompt, where this step heeds it.
     pub negative: Option<Tensor>,
     /// For the prompt.
@@ -34,7 +36,7 @@ impl Worker<GuideTask<'_>> for Guide {
     type Output = Tensor;
 
     fn run(&self, task: GuideTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let GuideTask { negative, positive, perturbed, skipping, guidance, timestep, done } = task;
+        let GuideTask { unseen, negative, positive, perturbed, skipping, guidance, timestep, done } = task;
         let skipped = guidance.skipped_layers.as_ref().map_or(0.0, |skipped| skipped.scale);
         let mut guided = match (&negative, &skipping, &guidance.thresholding) {
             (Some(negative), _, Some(wish)) => {
@@ -45,6 +47,10 @@ impl Worker<GuideTask<'_>> for Guide {
             (None, Some(skipping), _) => from(skipping, &positive, skipped)?,
             (None, None, _) => positive.clone(),
         };
+        // u + s (p − n) + i (n − u), Brooks et al. 2022, equation 3, less what is in `guided` already.
+        if let (Some(negative), Some(unseen), Some(scale)) = (&negative, &unseen, guidance.image_scale) {
+            guided = (guided + ((negative - unseen)? * (scale - 1.0))?)?;
+        }
         if let (Some(_), Some(skipping)) = (&negative, &skipping) {
             guided = (guided + ((&positive - skipping)? * skipped)?)?;
         }

@@ -2,5 +2,12 @@
 
 use super::{Family, PIPELINES};
 
-pub(super) const FAMILY: Family =
-    Family { name: "koala_1b", pipelines: PIPELINES, first_encoder: true, channels: 4, depths: Some(&[0, 2, 6]) };
+pub(super) const FAMILY: Family = Family {
+    name: "koala_1b",
+    pipelines: PIPELINES,
+    first_encoder: true,
+    channels: 4,
+    masks: false,
+    edits: false,
+    depths: Some(&[0, 2, 6]),
+};

@@ -23,6 +23,10 @@ pub struct Family {
     pub first_encoder: bool,
     /// `in_channels` of its UNet.
     pub channels: usize,
+    /// Whether its UNet takes the mask and the masked image beside the latents.
+    pub masks: bool,
+    /// Whether its UNet takes the image that it edits beside the latents.
+    pub edits: bool,
     /// How many transformers each layer of the way down has, from the highest resolution; `None` if they do not matter.
     pub depths: Option<&'static [usize]>,
 }

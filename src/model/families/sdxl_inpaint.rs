@@ -7,5 +7,7 @@ pub(super) const FAMILY: Family = Family {
     pipelines: &["StableDiffusionXLInpaintPipeline"],
     first_encoder: true,
     channels: 9,
+    masks: true,
+    edits: false,
     depths: None,
 };

@@ -8,5 +8,7 @@ pub(super) const FAMILY: Family = Family {
     pipelines: &["StableDiffusionXLInstructPix2PixPipeline"],
     first_encoder: true,
     channels: 8,
+    masks: false,
+    edits: true,
     depths: None,
 };

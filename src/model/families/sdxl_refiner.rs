@@ -2,5 +2,12 @@
 
 use super::{Family, PIPELINES};
 
-pub(super) const FAMILY: Family =
-    Family { name: "sdxl_refiner", pipelines: PIPELINES, first_encoder: false, channels: 4, depths: None };
+pub(super) const FAMILY: Family = Family {
+    name: "sdxl_refiner",
+    pipelines: PIPELINES,
+    first_encoder: false,
+    channels: 4,
+    masks: false,
+    edits: false,
+    depths: None,
+};

@@ -7,5 +7,7 @@ pub(super) const FAMILY: Family = Family {
     pipelines: PIPELINES,
     first_encoder: true,
     channels: 4,
+    masks: false,
+    edits: false,
     depths: Some(&[0, 0, 1, 1, 2, 2]),
 };

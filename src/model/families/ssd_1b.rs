@@ -8,5 +8,7 @@ pub(super) const FAMILY: Family = Family {
     pipelines: PIPELINES,
     first_encoder: true,
     channels: 4,
+    masks: false,
+    edits: false,
     depths: Some(&[0, 0, 2, 2, 4, 4]),
 };

@@ -53,7 +53,8 @@ pub(super) struct Line {
 pub(super) trait Rack {
     fn kind(&self) -> &'static str;
     fn lines(&self) -> Vec<Line>;
-    fn discard(&self, used: Used);
+    /// Drops an entry. Gives the bytes that this frees.
+    fn discard(&self, used: Used) -> Bytes;
 }
 
 /// How far making place may go.
@@ -128,8 +129,7 @@ impl Budget {
             if freed >= want {
                 break;
             }
-            rack.discard(line.used);
-            freed = freed + line.bytes;
+            freed = freed + rack.discard(line.used);
         }
         give_back(freed);
         freed

@@ -2,21 +2,26 @@
 
 use std::sync::Arc;
 
+use super::lora::{Adapting, Kept, donors};
 use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::lora::Stack;
 use crate::model::networks::clip::ClipTextModel;
 use crate::units::Bytes;
+
+/// The networks that are kept together.
+pub const ENCODERS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
 
 /// The text encoders of one checkpoint.
 pub struct TextEncoders {
     /// CLIP ViT-L; the refiner has none.
-    pub first: Option<ClipTextModel>,
+    pub first: Option<Kept<ClipTextModel>>,
     /// OpenCLIP ViT-bigG, with the projection that gives the pooled embedding.
-    pub second: ClipTextModel,
+    pub second: Kept<ClipTextModel>,
 }
 
 pub struct EncoderManager {
@@ -39,8 +44,23 @@ impl EncoderManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<TextEncoders>> {
+        self.adapted(checkpoint, &Stack::default(), placement, ctx)
+    }
+
+    /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
+    ///
+    /// # Errors
+    /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
+    pub fn adapted(
+        &mut self,
+        checkpoint: &Checkpoint,
+        stack: &Stack,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<TextEncoders>> {
         let dtype = placement.compute;
-        let key = ShelfKey::new(checkpoint, placement, dtype);
+        let over = stack.key(&ENCODERS);
+        let key = ShelfKey { over, ..ShelfKey::new(checkpoint, placement, dtype) };
         if let Some(encoders) = self.shelf.get(&key) {
             return Ok(encoders);
         }
@@ -49,14 +69,22 @@ impl EncoderManager {
             let with_config = |config| Ok::<_, Error>((config, open(Part::TextEncoder)?));
             let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
             let second = open(Part::TextEncoder2)?;
-            self.shelf.reserve(first.as_ref().map_or(Bytes(0), |(_, opened)| opened.bytes()) + second.bytes());
+            let donors = donors(&self.shelf, &key);
+            let first_changes = Adapting::new(stack, Part::TextEncoder, &donors, |encoders| encoders.first.as_ref());
+            let second_changes = Adapting::new(stack, Part::TextEncoder2, &donors, |encoders| Some(&encoders.second));
+            drop(donors);
+            let first_bytes = first.as_ref().map_or(Bytes(0), |(_, opened)| first_changes.bytes(opened));
+            self.shelf.reserve(first_bytes + second_changes.bytes(&second));
             let tensor = dtype.tensor();
             let first = first
-                .map(|(config, opened)| opened.load(ctx, |vb| ClipTextModel::load(vb, config, false, tensor)))
+                .map(|(config, opened)| {
+                    first_changes.load(&opened, ctx, |vb| ClipTextModel::load(vb, config, false, tensor))
+                })
                 .transpose()?;
             let (first, first_bytes) = first.map_or((None, Bytes(0)), |(network, bytes)| (Some(network), bytes));
             let config = &checkpoint.text_encoder_2;
-            let (second, bytes) = second.load(ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
+            let (second, bytes) =
+                second_changes.load(&second, ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
             Ok(self.shelf.insert(key, &checkpoint.name, first_bytes + bytes, TextEncoders { first, second }))
         })
     }

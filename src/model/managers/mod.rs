@@ -4,6 +4,7 @@ mod adapters;
 mod budget;
 mod controlnet;
 mod encoder;
+mod lora;
 mod tokenizer;
 mod unet;
 mod vae;
@@ -17,7 +18,8 @@ use candle_nn::VarBuilder;
 pub use adapters::{Adapter, AdapterManager, shapes};
 pub use budget::{Budget, Reach};
 pub use controlnet::ControlNetManager;
-pub use encoder::{EncoderManager, TextEncoders};
+pub use encoder::{ENCODERS, EncoderManager, TextEncoders};
+pub use lora::Kept;
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
@@ -29,7 +31,7 @@ use super::workers::read::{Read, ReadTask, kept_bytes};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::device::interface::{Dtype, Quantization};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::units::Bytes;
 
@@ -90,6 +92,17 @@ impl<T: 'static> Shelf<T> {
         let item = Arc::clone(&entry.item);
         list.push(entry);
         Some(item)
+    }
+
+    /// The items whose keys are `wanted`.
+    pub(in crate::model) fn like(&self, wanted: impl Fn(&ShelfKey) -> bool) -> Vec<Arc<T>> {
+        self.entries
+            .list
+            .borrow()
+            .iter()
+            .filter(|entry| wanted(&entry.key))
+            .map(|entry| Arc::clone(&entry.item))
+            .collect()
     }
 
     /// Makes place for an item before it is loaded, so that the old and the new need not fit together.
@@ -183,8 +196,19 @@ impl<T> Rack for Entries<T> {
         self.list.borrow().iter().map(line).collect()
     }
 
-    fn discard(&self, used: Used) {
-        self.retain(|entry| entry.used != used);
+    fn discard(&self, used: Used) -> Bytes {
+        let mut list = self.list.borrow_mut();
+        let Some(at) = list.iter().position(|entry| entry.used == used) else { return Bytes(0) };
+        let gone = list.remove(at);
+        // Networks that differ in what lies over their files share the rest, which is counted with one of them: what the
+        // others share with it stays as long as they do.
+        let shares = ["unet", "encoder"].contains(&self.kind);
+        let like = |key: &ShelfKey| shares && *key == ShelfKey { over: key.over, ..gone.key.clone() };
+        let heir = list.iter_mut().rev().find(|entry| like(&entry.key));
+        let Some(heir) = heir else { return gone.bytes };
+        let (less, more) = (heir.bytes.min(gone.bytes), heir.bytes.max(gone.bytes));
+        heir.bytes = more;
+        less
     }
 }
 
@@ -245,6 +269,11 @@ impl<'a> Opened<'a> {
     fn load<T>(&self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
         let (component, device) = (self.component, &self.placement.device);
         let task = ReadTask { component, weights: &self.weights, compute: self.dtype, device };
-        ctx.perform(&Read, task)?.build(ctx, load)
+        ctx.perform(&Read, task)?.build(ctx, load).map_err(|error| match error {
+            Error::OutOfMemory { stage, needed: Bytes(0), free, fits } => {
+                Error::OutOfMemory { stage, needed: self.bytes(), free, fits }
+            }
+            other => other,
+        })
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
+use super::lora::{Adapting, Kept, donors};
 use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
@@ -12,11 +13,12 @@ use crate::error::Result;
 use crate::kernels::{away, quantising};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::lora::Stack;
 use crate::model::networks::unet::Unet;
 use crate::units::Bytes;
 
 pub struct UnetManager {
-    pub(in crate::model) shelf: Shelf<Unet>,
+    pub(in crate::model) shelf: Shelf<Kept<Unet>>,
 }
 
 impl UnetManager {
@@ -36,9 +38,28 @@ impl UnetManager {
     ///
     /// # Errors
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
-    pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Unet>> {
+    pub fn acquire(
+        &mut self,
+        checkpoint: &Checkpoint,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<Kept<Unet>>> {
+        self.adapted(checkpoint, &Stack::default(), placement, ctx)
+    }
+
+    /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
+    ///
+    /// # Errors
+    /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
+    pub fn adapted(
+        &mut self,
+        checkpoint: &Checkpoint,
+        stack: &Stack,
+        placement: &Placement,
+        ctx: &Context,
+    ) -> Result<Arc<Kept<Unet>>> {
         let dtype = placement.compute;
-        let key = Self::key(checkpoint, placement);
+        let key = ShelfKey { over: stack.key(&[Part::Unet]), ..Self::key(checkpoint, placement) };
         if let Some(found) = self.shelf.get(&key) {
             return Ok(found);
         }
@@ -46,8 +67,9 @@ impl UnetManager {
             let host = Placement { device: Device::Cpu, ..placement.clone() };
             let lies = if placement.away { &host } else { placement };
             let opened = Opened::new(checkpoint, Part::Unet, lies, dtype, ctx)?;
-            self.shelf.reserve(opened.bytes());
-            let load = || opened.load(ctx, |vb| Unet::load(vb, &checkpoint.unet));
+            let adapting = Adapting::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
+            self.shelf.reserve(adapting.bytes(&opened));
+            let load = || adapting.load(&opened, ctx, |vb| Unet::load(vb, &checkpoint.unet));
             let (loaded, saved) = match placement.quantization {
                 Quantization::None if placement.away => (away(&placement.device, load), 0),
                 Quantization::None => (load(), 0),

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, sharing};
 
 const STAGE: &str = "text encoder";
 
@@ -252,7 +252,7 @@ impl ClipTextModel {
         let read = || -> CandleResult<Self> {
             let size = config.hidden_size;
             let embeddings = model.pp("embeddings");
-            let table = |name: &str, rows: usize| embeddings.pp(name).get((rows, size), "weight");
+            let table = |name: &str, rows: usize| sharing::table(&embeddings.pp(name), (rows, size));
             let layers = model.pp("encoder").pp("layers");
             let pooling = projected.map(|projected| -> CandleResult<Pooling> {
                 Ok(Pooling {

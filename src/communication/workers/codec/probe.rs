@@ -78,7 +78,8 @@ impl<'de> Deserializer<'de> for Probe<'_> {
             Some((Step::Key(key), inner)) => {
                 visitor.visit_map(MapDeserializer::new(std::iter::once((key.as_str(), inner))))
             }
-            None => Err(Stop::custom("no struct stands here")),
+            // What may be a struct or something simpler lets the struct be seen.
+            None => visitor.visit_newtype_struct(self),
         }
     }
 

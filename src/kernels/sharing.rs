@@ -1,0 +1,123 @@
+//! Layers that one network has from another. Said around the load of a network, so that networks need not know of it: a
+//! layer that is given is not read, and every layer is remembered by its name, to be given to a network that comes later.
+//! What is shared are weights that are never changed; only the handles to them are copied.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use candle_core::{Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+
+use super::{Conv2d, GroupNorm, LayerNorm, Linear};
+
+/// Layers by name.
+#[derive(Clone, Debug, Default)]
+pub struct Layers(HashMap<String, Layer>);
+
+/// A layer of one of the kinds that networks are made of.
+#[derive(Clone, Debug)]
+pub struct Layer(Kind);
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Linear(Linear),
+    Conv2d(Conv2d),
+    GroupNorm(GroupNorm),
+    LayerNorm(LayerNorm),
+    Table(Tensor),
+}
+
+impl Layers {
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Layer> {
+        self.0.get(name)
+    }
+
+    pub fn insert(&mut self, name: &str, layer: Layer) {
+        self.0.insert(name.to_owned(), layer);
+    }
+
+    /// Layers with their names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Layer)> {
+        self.0.iter().map(|(name, layer)| (name.as_str(), layer))
+    }
+
+    /// Their names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+}
+
+struct Scope {
+    given: Layers,
+    made: Layers,
+}
+
+thread_local! {
+    static SCOPE: RefCell<Option<Scope>> = const { RefCell::new(None) };
+}
+
+/// Ends a scope, also when a load panics.
+struct Outer(Option<Scope>);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        SCOPE.replace(self.0.take());
+    }
+}
+
+/// Runs `load`, within which the layers `given` are not read. Gives what `load` gave, and every layer that it has.
+pub fn sharing<R>(given: Layers, load: impl FnOnce() -> R) -> (R, Layers) {
+    let _outer = Outer(SCOPE.replace(Some(Scope { given, made: Layers::default() })));
+    let made = load();
+    (made, SCOPE.take().map(|scope| scope.made).unwrap_or_default())
+}
+
+/// What can be shared.
+pub(super) trait Shared: Clone {
+    fn kept(&self) -> Layer;
+    fn given(layer: &Layer) -> Option<Self>;
+}
+
+macro_rules! shared {
+    ($($kind:ident $type:ty),*) => {$(
+        impl Shared for $type {
+            fn kept(&self) -> Layer {
+                Layer(Kind::$kind(self.clone()))
+            }
+
+            fn given(layer: &Layer) -> Option<Self> {
+                match &layer.0 {
+                    Kind::$kind(layer) => Some(layer.clone()),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+shared!(Linear Linear, Conv2d Conv2d, GroupNorm GroupNorm, LayerNorm LayerNorm, Table Tensor);
+
+/// The layer `vb`: the one that was given, or what `load` makes.
+pub(super) fn layer<T: Shared>(vb: &VarBuilder, load: impl FnOnce() -> Result<T>) -> Result<T> {
+    if SCOPE.with_borrow(Option::is_none) {
+        return load();
+    }
+    let name = vb.prefix();
+    let given = SCOPE.with_borrow(|scope| scope.as_ref().and_then(|scope| T::given(scope.given.get(&name)?)));
+    let layer = given.map_or_else(load, Ok)?;
+    SCOPE.with_borrow_mut(|scope| {
+        if let Some(scope) = scope {
+            scope.made.0.insert(name, layer.kept());
+        }
+    });
+    Ok(layer)
+}
+
+/// The tensor `weight` of the layer `vb` as it is stored, for rows to be looked up in it.
+///
+/// # Errors
+/// A missing tensor, or one of another shape.
+pub fn table(vb: &VarBuilder, shape: impl Into<Shape>) -> Result<Tensor> {
+    layer(vb, || vb.get(shape.into(), "weight"))
+}

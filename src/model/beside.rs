@@ -1,0 +1,89 @@
+//! Finds adapter files by what people call them: a path beneath a root, or the name of the file alone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::catalog::Catalog;
+use super::companion::Companion;
+use crate::error::{Error, Result, nearest};
+
+/// Folders in which adapters lie beside the models.
+const FOLDERS: [&str; 3] = ["loras", "lora", "Lora"];
+/// Entries that one look may see, and how far below a root it goes.
+const ENTRIES: usize = 50_000;
+const DEPTH: usize = 5;
+const END: &str = "safetensors";
+
+impl Catalog {
+    /// The adapter file that `name` stands for. `field` is the part of the request in which the name stood.
+    ///
+    /// # Errors
+    /// `model_not_found` with the nearest name, and for a name that several files have; those of [`Self::companion`].
+    pub fn lora(&self, name: &str, field: &str) -> Result<Companion> {
+        let missing = |error: &Error| matches!(error, Error::ModelNotFound { .. });
+        let mut found = self.companion(name, field);
+        for folder in FOLDERS {
+            match &found {
+                Err(error) if missing(error) && !Path::new(name).is_absolute() => {
+                    found = self.companion(&format!("{folder}/{name}"), field);
+                }
+                _ => break,
+            }
+        }
+        let called = |mut companion: Companion| {
+            name.clone_into(&mut companion.name);
+            companion
+        };
+        let error = match found {
+            Err(error) if missing(&error) => error,
+            other => return other.map(called),
+        };
+        let files = self.files();
+        let wanted = name.strip_suffix(".safetensors").unwrap_or(name);
+        let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut same = files.iter().filter(|path| stem(path) == wanted);
+        match (same.next(), same.next()) {
+            (Some(path), None) => self.companion(&path.to_string_lossy(), field).map(called),
+            (Some(one), Some(other)) => {
+                let hint = format!("`{}` and `{}` have this name: give a path", one.display(), other.display());
+                Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) })
+            }
+            (None, _) => {
+                let stems: Vec<String> = files.iter().map(|path| stem(path)).collect();
+                let own = wanted.rsplit('/').next().unwrap_or(wanted);
+                match nearest(own, stems.iter().map(String::as_str)) {
+                    Some(close) => {
+                        let hint = format!("did you mean `{close}`?");
+                        Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) })
+                    }
+                    None => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Files of weights beneath the roots that are no parts of models.
+    fn files(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut waiting: Vec<(PathBuf, usize)> = self.real_roots().into_iter().map(|root| (root, 0)).collect();
+        let mut seen = 0;
+        while let Some((folder, depth)) = waiting.pop() {
+            if folder.join("model_index.json").is_file() {
+                continue;
+            }
+            for path in fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+                seen += 1;
+                if seen > ENTRIES {
+                    return found;
+                }
+                if path.is_dir() && depth < DEPTH {
+                    waiting.push((path, depth + 1));
+                } else if path.extension().is_some_and(|end| end == END) {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}

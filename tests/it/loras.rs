@@ -1,0 +1,475 @@
+//! LoRA and its relatives against the reference, `tests/adapters/loras.json`: latents must agree to 1e-3 of their standard
+//! deviation. The same file by every naming gives the same bytes, and without it the image is as it was.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use candle_core::{DType, Device, Tensor};
+use sdxl_worker::config::Config;
+use sdxl_worker::context::Context;
+use sdxl_worker::device::interface::Dtype;
+use sdxl_worker::error::Result;
+use sdxl_worker::inference::blocks::Blocks;
+use sdxl_worker::inference::interface::{AppliedAdapter, GenerateRequest, Generated, Request, Response};
+use sdxl_worker::inference::lora::{LoraWish, LoraWishes};
+use sdxl_worker::instructors::{Call, Reply};
+use sdxl_worker::model::lora::LoraFacts;
+use serde_json::json;
+
+use super::drawing::{Worker, distance};
+
+/// Largest difference of the latents, in units of the reference's standard deviation.
+const TOLERANCE: f64 = 1e-3;
+
+#[derive(serde::Deserialize)]
+struct Mode {
+    /// The script and the versions that made the goldens.
+    #[serde(rename = "made_by")]
+    _made_by: String,
+    cases: BTreeMap<String, GenerateRequest>,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/adapters")
+}
+
+fn worker(more: &Path) -> Worker {
+    let mut config = Config::default();
+    config.workers.instructors.model.roots = vec![folder().join("files"), more.to_owned()];
+    Worker::with(&config)
+}
+
+fn small(loras: &[(&str, f64)]) -> GenerateRequest {
+    let wish = |(name, weight): &(&str, f64)| LoraWish {
+        model: Some((*name).to_owned()),
+        weight: Some(*weight),
+        ..LoraWish::default()
+    };
+    GenerateRequest {
+        prompt: Some("a lighthouse".to_owned()),
+        steps: Some(2),
+        width: Some(64),
+        height: Some(64),
+        seed: Some(1),
+        dtype: Some(Dtype::F32),
+        loras: Some(LoraWishes(loras.iter().map(wish).collect())),
+        ..GenerateRequest::default()
+    }
+}
+
+/// Bytes of the pixels.
+fn pixels(worker: &mut Worker, request: &GenerateRequest) -> Vec<u8> {
+    worker.draw(request).remove(0).1.data
+}
+
+type File = HashMap<String, Tensor>;
+
+fn load(name: &str) -> File {
+    candle_core::safetensors::load(folder().join("files").join(format!("{name}.safetensors")), &Device::Cpu).unwrap()
+}
+
+#[test]
+fn images_are_the_references() {
+    let mode: Mode = serde_json::from_str(&fs::read_to_string(folder().join("loras.json")).unwrap()).unwrap();
+    let goldens = candle_core::safetensors::load(folder().join("loras.safetensors"), &Device::Cpu).unwrap();
+    let mut worker = worker(&folder());
+    let mut failures = Vec::new();
+    for (name, request) in mode.cases {
+        let request = GenerateRequest { dtype: Some(Dtype::F32), ..request };
+        let plain = GenerateRequest { loras: None, ..request.clone() };
+        let ours = worker.draw(&request).remove(0).0;
+        let (distance, change) =
+            (distance(&ours, &goldens[&name]), distance(&worker.draw(&plain).remove(0).0, &goldens[&name]));
+        println!("{name:<16} {distance:>9.2e} (without it {change:.2})");
+        if distance.is_nan() || distance > TOLERANCE || change < 0.1 {
+            failures.push(format!("{name}: {distance:.2e}, without it {change:.2}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// diffusers' name of the module of a kohya key, by the demonstration model's own layers.
+fn modules() -> HashMap<String, (&'static str, String)> {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let mut known = HashMap::new();
+    for (part, file, kohya) in [
+        ("unet", "unet/diffusion_pytorch_model", "lora_unet"),
+        ("text_encoder", "text_encoder/model", "lora_te1"),
+        ("text_encoder_2", "text_encoder_2/model", "lora_te2"),
+    ] {
+        let weights = candle_core::safetensors::load(demo.join(format!("{file}.safetensors")), &Device::Cpu).unwrap();
+        for name in weights.keys().filter_map(|name| name.strip_suffix(".weight")) {
+            // Text encoders of either generation of transformers: with the model's name before its layers', or without.
+            let bare = name.strip_prefix("text_model.").unwrap_or(name);
+            for name in [bare.to_owned(), format!("text_model.{bare}")] {
+                known.insert(format!("{kohya}_{}", name.replace('.', "_")), (part, name));
+            }
+        }
+    }
+    known
+}
+
+/// What the single file calls a layer of the demonstration model's UNet, which has one residual block at each resolution.
+fn single_file(name: &str) -> String {
+    let number = |text: &str| text.parse::<usize>().unwrap();
+    let parts: Vec<&str> = name.splitn(5, '.').collect();
+    let inner = |rest: &str| match rest {
+        "norm1" => "in_layers.0",
+        "conv1" => "in_layers.2",
+        "norm2" => "out_layers.0",
+        "conv2" => "out_layers.3",
+        "conv_shortcut" => "skip_connection",
+        _ => panic!("{rest}"),
+    };
+    match parts[..] {
+        ["down_blocks", block, "attentions", _, rest] => format!("input_blocks.{}.1.{rest}", 2 * number(block) + 1),
+        ["up_blocks", block, "attentions", place, rest] => {
+            format!("output_blocks.{}.1.{rest}", 2 * number(block) + number(place))
+        }
+        ["down_blocks", block, "resnets", _, rest] => {
+            format!("input_blocks.{}.0.{}", 2 * number(block) + 1, inner(rest))
+        }
+        ["down_blocks", block, "downsamplers", "0", _] => format!("input_blocks.{}.0.op", 2 * number(block) + 2),
+        ["up_blocks", block, "resnets", place, rest] => {
+            format!("output_blocks.{}.0.{}", 2 * number(block) + number(place), inner(rest))
+        }
+        ["mid_block", "resnets", place, rest] => format!("middle_block.{}.{}", 2 * number(place), inner(rest)),
+        ["mid_block", "attentions", "0", ..] => format!("middle_block.1.{}", name.splitn(4, '.').last().unwrap()),
+        _ => panic!("{name}"),
+    }
+}
+
+/// The kohya file `kohya` by another naming.
+fn renamed(file: &File, naming: &str) -> File {
+    let known = modules();
+    let mut all = File::new();
+    for (key, tensor) in file {
+        let (module, part) = key.split_once('.').unwrap();
+        let (network, name) = &known[module];
+        let (side, up) = match part {
+            "lora_up.weight" => ("B", "up"),
+            "lora_down.weight" => ("A", "down"),
+            _ => ("", ""),
+        };
+        // What other writers have no names of their own for.
+        let common = side.is_empty();
+        let is_unet = *network == "unet";
+        let new = match naming {
+            "peft" if !common => format!("{network}.{name}.lora_{side}.weight"),
+            "peft-default" if !common => format!("base_model.model.{network}.{name}.lora_{side}.default.weight"),
+            "peft" | "peft-default" => format!("{network}.{name}.{part}"),
+            "processor" if common => format!("{network}.{name}.{part}"),
+            "processor" if is_unet && name.contains(".attn") => {
+                let (attention, projection) = name.split_once(".to_").unwrap();
+                let projection = projection.strip_suffix(".0").unwrap_or(projection);
+                format!("{network}.{attention}.processor.to_{projection}_lora.{up}.weight")
+            }
+            "processor" if is_unet => format!("{network}.{name}.lora.{up}.weight"),
+            "processor" => format!("{network}.{name}.lora_linear_layer.{up}.weight"),
+            "single-file" if is_unet => format!("lora_unet_{}.{part}", single_file(name).replace('.', "_")),
+            "single-file-dotted" if is_unet => format!("diffusion_model.{}.{part}", single_file(name)),
+            "model-dotted" if is_unet => format!("model.diffusion_model.{}.{part}", single_file(name)),
+            "single-file" | "single-file-dotted" | "model-dotted" => key.clone(),
+            "openclip" if *network == "text_encoder_2" => {
+                let rest = name.trim_start_matches("text_model.").strip_prefix("encoder.layers.").unwrap();
+                let (place, rest) = rest.split_once('.').unwrap();
+                let rest = match rest {
+                    "self_attn.out_proj" => "attn_out_proj",
+                    "mlp.fc1" => "mlp_c_fc",
+                    "mlp.fc2" => "mlp_c_proj",
+                    "layer_norm1" => "ln_1",
+                    "layer_norm2" => "ln_2",
+                    _ => {
+                        all.insert(key.clone(), tensor.clone());
+                        continue;
+                    }
+                };
+                format!("lora_te2_transformer_resblocks_{place}_{rest}.{part}")
+            }
+            "openclip" => key.clone(),
+            "bare" if is_unet => format!("{name}.{part}"),
+            "bare" => key.clone(),
+            _ => panic!("{naming}"),
+        };
+        all.insert(new, tensor.clone());
+    }
+    all
+}
+
+/// Ways in which writers name keys, beside kohya's.
+const NAMINGS: [&str; 8] =
+    ["peft", "peft-default", "processor", "single-file", "single-file-dotted", "model-dotted", "openclip", "bare"];
+
+#[test]
+fn every_naming_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = load("kohya");
+    for naming in NAMINGS {
+        let path = folder.path().join(format!("in_{naming}.safetensors"));
+        candle_core::safetensors::save(&renamed(&file, naming), path).unwrap();
+    }
+    let mut worker = worker(folder.path());
+    let wanted = pixels(&mut worker, &small(&[("kohya", 0.8)]));
+    for naming in NAMINGS {
+        let same = pixels(&mut worker, &small(&[(&format!("in_{naming}"), 0.8)])) == wanted;
+        assert!(same, "{naming}");
+    }
+}
+
+/// Every format by component and naming: how far the image is from diffusers' with the layers changed by the formula, and
+/// whether the other namings give the same bytes.
+#[test]
+fn every_format_changes_every_component_under_every_name() {
+    let mode: Mode = serde_json::from_str(&fs::read_to_string(folder().join("formats.json")).unwrap()).unwrap();
+    let goldens = candle_core::safetensors::load(folder().join("formats.safetensors"), &Device::Cpu).unwrap();
+    let more = tempfile::tempdir().unwrap();
+    let mut failures = Vec::new();
+    let mut worker = worker(more.path());
+    println!("{:<14} {:<15} {:>9} {:>8}  {}", "format", "component", "distance", "change", NAMINGS.join(" "));
+    for (name, request) in mode.cases {
+        let request = GenerateRequest { dtype: Some(Dtype::F32), ..request };
+        let plain = GenerateRequest { loras: None, ..request.clone() };
+        let (ours, pixels) = worker.draw(&request).remove(0);
+        let golden = &goldens[&name];
+        let (distance, change) = (distance(&ours, golden), distance(&worker.draw(&plain).remove(0).0, golden));
+        let (format, component) = name.split_once(' ').unwrap();
+        let mut same = Vec::new();
+        for naming in NAMINGS {
+            let other = format!("{}_{naming}", format.replace('-', "_"));
+            let path = more.path().join(format!("{other}.safetensors"));
+            if !path.exists() {
+                let file = renamed(&load(&format!("as_{format}")), naming);
+                candle_core::safetensors::save(&file, &path).unwrap();
+            }
+            let mut again = request.clone();
+            again.loras.as_mut().unwrap().0[0].model = Some(other);
+            let is_same = worker.draw(&again).remove(0).1.data == pixels.data;
+            same.push(format!("{:>width$}", if is_same { "=" } else { "≠" }, width = naming.len()));
+            if !is_same {
+                failures.push(format!("{name}: other bytes as {naming}"));
+            }
+        }
+        println!("{format:<14} {component:<15} {distance:>9.2e} {change:>8.3}  {}", same.join(" "));
+        if distance.is_nan() || distance > TOLERANCE || change < 10.0 * TOLERANCE {
+            failures.push(format!("{name}: {distance:.2e}, without it {change:.2}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn without_it_the_image_is_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut worker = worker(folder.path());
+    let plain = GenerateRequest { loras: None, ..small(&[]) };
+    let before = pixels(&mut worker, &plain);
+    let one = pixels(&mut worker, &small(&[("kohya", 1.0)]));
+    assert!(one != before);
+    let other = pixels(&mut worker, &small(&[("kohya", 0.5), ("conv", 0.5)]));
+    assert!(other != one);
+    assert!(pixels(&mut worker, &plain) == before);
+    assert!(pixels(&mut worker, &small(&[("kohya", 0.0)])) == before, "of no weight");
+    assert!(pixels(&mut worker, &small(&[("kohya", 1.0)])) == one);
+    // What is shared with networks that were changed otherwise must be what is read anew.
+    let mut fresh = self::worker(folder.path());
+    assert!(pixels(&mut fresh, &small(&[("kohya", 0.5), ("conv", 0.5)])) == other);
+    assert!(pixels(&mut fresh, &plain) == before);
+}
+
+#[test]
+fn int8_weights_are_changed_before_they_are_rounded() {
+    use sdxl_worker::device::interface::Quantization;
+    let folder = tempfile::tempdir().unwrap();
+    let mut worker = worker(folder.path());
+    let coarse = |request: GenerateRequest| GenerateRequest { quantization: Some(Quantization::Int8), ..request };
+    let plain = coarse(GenerateRequest { loras: None, ..small(&[]) });
+    let before = pixels(&mut worker, &plain);
+    let changed = worker.draw(&coarse(small(&[("kohya", 1.0)]))).remove(0).0;
+    let exact = worker.draw(&small(&[("kohya", 1.0)])).remove(0).0;
+    let distance = distance(&changed, &exact);
+    println!("int8 with a LoRA against f32 with it: {distance:.2e}");
+    assert!(distance < 0.3, "{distance}");
+    assert!(pixels(&mut worker, &plain) == before);
+}
+
+#[test]
+fn what_is_not_changed_is_shared() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut worker = worker(folder.path());
+    let held = |worker: &Worker| {
+        let of = |kind: &str| {
+            let all = worker.managers.resident();
+            all.iter().filter(|one| one.kind == kind).map(|one| one.bytes.0).collect::<Vec<_>>()
+        };
+        (of("unet"), of("encoder"))
+    };
+    pixels(&mut worker, &GenerateRequest { loras: None, ..small(&[]) });
+    let (unet, encoder) = held(&worker);
+    pixels(&mut worker, &small(&[("first", 1.0)]));
+    let (unets, encoders) = held(&worker);
+    assert_eq!(unets, unet, "of a change of the first text encoder the UNet knows nothing");
+    assert!(encoders[1] < encoder[0] / 2, "{encoders:?}");
+    pixels(&mut worker, &small(&[("unet", 1.0)]));
+    let (unets, encoders) = held(&worker);
+    assert!(unets.len() == 2 && unets[1] < unet[0] / 2, "{unets:?}");
+    assert_eq!(encoders.len(), 2, "the prompt was encoded before");
+}
+
+#[test]
+fn files_that_change_nothing_are_refused_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, tensors: &[(&str, &[usize])]| {
+        let one = |(key, shape): &(&str, &[usize])| {
+            ((*key).to_owned(), Tensor::ones(*shape, DType::F32, &Device::Cpu).unwrap())
+        };
+        let file: File = tensors.iter().map(one).collect();
+        candle_core::safetensors::save(&file, folder.path().join(format!("{name}.safetensors"))).unwrap();
+    };
+    let attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k";
+    let (up, down) = (format!("{attention}.lora_up.weight"), format!("{attention}.lora_down.weight"));
+    write("sd15", &[(&up, &[160, 2]), (&down, &[2, 768])]);
+    write("flux", &[("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", &[2, 3072])]);
+    write("none", &[("something.else", &[2, 2])]);
+    write("half", &[(&up, &[160, 2])]);
+    write("narrow", &[(&up, &[80, 2]), (&down, &[2, 96])]);
+    let mut worker = worker(folder.path());
+    let mut refusal = |name: &str| {
+        let inference = &worker.instructors.inference;
+        let plan = inference.plan(&small(&[(name, 1.0)]), &mut worker.managers).map(drop);
+        plan.and_then(|()| {
+            let plan = inference.plan(&small(&[(name, 1.0)]), &mut worker.managers)?;
+            let placement = inference.device.place(&mut worker.managers.device, plan.dtype)?;
+            inference.latents(&plan, plan.seeds[0], &placement, &mut worker.managers, &Context::detached()).map(drop)
+        })
+        .unwrap_err()
+    };
+    for (name, words) in [
+        ("sd15", &["Stable Diffusion 1.5", "768"][..]),
+        ("flux", &["Flux"]),
+        ("none", &["something.else", "no layer"]),
+        ("half", &["lora_down.weight", "missing"]),
+        ("narrow", &["lora_up.weight", "[80, 2]", "160×96"]),
+    ] {
+        let error = refusal(name);
+        println!("{error}");
+        assert_eq!(error.code(), "model_unsupported", "{name}: {error}");
+        let text = error.to_string();
+        assert!(words.iter().chain([&name]).all(|word| text.contains(word)), "{name}: {text}");
+    }
+    let error = refusal("kohy");
+    assert_eq!((error.code(), error.hint()), ("model_not_found", Some("did you mean `kohya`?".to_owned())));
+}
+
+#[test]
+fn weights_by_component_and_block_are_those_of_files_that_have_only_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let part = |name: &str, wanted: &dyn Fn(&str) -> bool| {
+        let file: File = load("kohya").into_iter().filter(|(key, _)| wanted(key)).collect();
+        candle_core::safetensors::save(&file, folder.path().join(format!("{name}.safetensors"))).unwrap();
+    };
+    part("only_unet", &|key| key.starts_with("lora_unet"));
+    part("only_first", &|key| key.starts_with("lora_te1"));
+    part("only_second", &|key| key.starts_with("lora_te2"));
+    part("only_mid", &|key| key.starts_with("lora_unet_mid_block"));
+    let mut worker = worker(folder.path());
+    let whole = LoraWish { model: Some("kohya".to_owned()), ..LoraWish::default() };
+    let mut check = |wish: LoraWish, same: &[(&str, f64)]| {
+        let request = GenerateRequest { loras: Some(LoraWishes(vec![wish.clone()])), ..small(&[]) };
+        assert!(pixels(&mut worker, &request) == pixels(&mut worker, &small(same)), "{wish:?}");
+    };
+    check(LoraWish { weight: Some(0.0), unet_weight: Some(0.6), ..whole.clone() }, &[("only_unet", 0.6)]);
+    check(LoraWish { unet_weight: Some(0.0), ..whole.clone() }, &[("only_first", 1.0), ("only_second", 1.0)]);
+    let second = LoraWish { weight: Some(0.0), text_encoder_2_weight: Some(2.0), ..whole.clone() };
+    check(second, &[("only_second", 2.0)]);
+    let blocks = [("down_blocks", 0.0), ("up_blocks", 0.0), ("mid_block", 0.5)];
+    let blocks = blocks.into_iter().map(|(name, weight)| (name.to_owned(), weight)).collect();
+    check(
+        LoraWish { text_encoder_weight: Some(0.0), blocks: Some(Blocks::Named(blocks)), ..whole.clone() },
+        &[("only_mid", 0.5)],
+    );
+    // In the prompt: the first weight is the encoders', the second the UNet's.
+    let tagged =
+        GenerateRequest { prompt: Some("a lighthouse<lora:kohya:0:0.6>".to_owned()), loras: None, ..small(&[]) };
+    assert!(pixels(&mut worker, &tagged) == pixels(&mut worker, &small(&[("only_unet", 0.6)])));
+}
+
+fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
+    let mut whole = json!({ "seed": 3, "steps": 1, "width": 64, "height": 64, "output": { "return": "base64" } });
+    whole.as_object_mut().unwrap().extend(data.as_object().unwrap().clone());
+    let request = Request::Lora(Box::new(serde_json::from_value(whole).unwrap()));
+    match worker.instructors.dispatch(Call::Inference(request), &mut worker.managers, &Context::detached())? {
+        Reply::Inference(Response::Generated(generated)) => Ok(generated),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_result_says_what_was_applied_and_how_to_do_it_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut file = load("kohya");
+    file.insert("lora_unet_nowhere.lora_up.weight".to_owned(), Tensor::ones(1, DType::F32, &Device::Cpu).unwrap());
+    fs::create_dir(folder.path().join("loras")).unwrap();
+    candle_core::safetensors::save(&file, folder.path().join("loras/more.safetensors")).unwrap();
+    let mut worker = worker(folder.path());
+    let made = asked(&mut worker, json!({ "prompt": "a lake <lora:more:0.5:0.25>", "loras": "unet" })).unwrap();
+    let facts: Vec<&LoraFacts> = made
+        .adapters
+        .iter()
+        .filter_map(|one| match one {
+            AppliedAdapter::Lora(facts) => Some(facts),
+            AppliedAdapter::Picture(_) => None,
+        })
+        .collect();
+    let [unet, more] = facts[..] else { panic!("{facts:?}") };
+    assert_eq!((unet.model.as_str(), &unet.formats[..], &unet.components[..]), ("unet", &["lora"][..], &["unet"][..]));
+    assert_eq!((unet.applied, unet.skipped), (load("unet").len(), 0));
+    assert_eq!(more.components, ["text_encoder", "text_encoder_2", "unet"]);
+    assert_eq!((more.applied, more.skipped), (file.len() - 1, 1));
+    assert_eq!(more.skipped_keys, ["lora_unet_nowhere.lora_up.weight"]);
+    assert!(unet.ms > 0.0 && more.ms > 0.0);
+    assert_eq!(made.parameters.prompt.as_deref(), Some("a lake "));
+    let LoraWishes(decided) = made.parameters.loras.clone().unwrap();
+    assert_eq!(decided[1].unet_weight, Some(0.25));
+    let png =
+        |made: &Generated| base64::engine::general_purpose::STANDARD.decode(made.images[0].base64.as_ref().unwrap());
+    let text = String::from_utf8_lossy(&png(&made).unwrap()).into_owned();
+    assert!(text.contains("a lake <lora:unet:1> <lora:more:0.5:0.25>"), "the image's text names them");
+    let again = serde_json::to_value(&*made.parameters).unwrap();
+    let same = asked(&mut worker, again).unwrap();
+    assert_eq!(same.images[0].base64, made.images[0].base64);
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut worker = worker(folder.path());
+    for (data, pointer, words) in [
+        (json!({ "prompt": "a" }), "/data/loras", "is missing"),
+        (json!({ "prompt": "a", "loras": [{}] }), "/data/loras/0/model", "is missing"),
+        (json!({ "prompt": "a", "loras": [{ "model": "unet", "weight": 11 }] }), "/data/loras/0/weight", "-10 to 10"),
+        (
+            json!({ "prompt": "a", "lora": { "name": "unet", "blocks": { "mid_blok": 1 } } }),
+            "/data/loras/0/blocks",
+            "mid_blok",
+        ),
+        (
+            json!({ "prompt": "a", "lora": { "name": "unet", "blocks": { "mid_block": 20 } } }),
+            "/data/loras/0/blocks/mid_block",
+            "-10 to 10",
+        ),
+        (json!({ "prompt": "a", "lora": { "name": "unet", "lbw": [1, 2] } }), "/data/loras/0/blocks", "12 or 20"),
+        (json!({ "prompt": "a <lora:unet:much>" }), "/data/prompt", "much"),
+        (json!({ "prompt": "a", "loras": vec!["unet"; 33] }), "/data/loras", "at most 32"),
+    ] {
+        let error = asked(&mut worker, data.clone()).unwrap_err();
+        assert_eq!((error.code(), error.pointer().as_deref()), ("invalid_parameter", Some(pointer)), "{data}: {error}");
+        assert!(error.to_string().contains(words), "{data}: {error}");
+    }
+    let close = asked(&mut worker, json!({ "prompt": "a", "lora": { "name": "unet", "blocks": { "mid_blok": 1 } } }))
+        .unwrap_err();
+    assert_eq!(close.hint().as_deref(), Some("did you mean `mid_block`?"));
+}
