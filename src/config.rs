@@ -165,6 +165,16 @@ impl Config {
         at_least("main_interface.max_line_bytes", 1024, main_interface.max_line_bytes.0)?;
         at_least("main_interface.queue_limit", 1, main_interface.queue_limit as u64)?;
         at_least("instructors.inference.batch_size", 1, instructors.inference.batch_size as u64)?;
+        let endpoint = instructors.model.hub.endpoint.as_deref();
+        let address = |text: &str| {
+            let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+            host.is_some_and(|host| !host.starts_with('/') && !host.is_empty())
+                && text.chars().all(|c| c.is_ascii_graphic())
+        };
+        if endpoint.is_some_and(|text| !address(text)) {
+            let message = "must be an address such as `https://huggingface.co`".to_owned();
+            return wrong("instructors.model.hub.endpoint", message, None);
+        }
         if let Some(name) = &instructors.device.device
             && let Err(error) = name.parse::<device::interface::DeviceWish>()
         {
@@ -178,7 +188,7 @@ impl Config {
 }
 
 /// Every section must be an object: serde would take an array for one, value by value in the order of its fields.
-/// Sections are the file itself, and all down to `workers.instructors.<domain>`.
+/// Sections are the file itself, all down to `workers.instructors.<domain>`, and `hub` in that of models.
 fn check_sections(value: &serde_json::Value, key: &str) -> Result<(), ConfigError> {
     if let serde_json::Value::Array(_) = value {
         let key = (!key.is_empty()).then(|| key.to_owned());
@@ -188,6 +198,9 @@ fn check_sections(value: &serde_json::Value, key: &str) -> Result<(), ConfigErro
     let sections = match key {
         "" => "",
         "workers" | "workers.instructors" => ".",
+        "workers.instructors.model" => {
+            return value.get("hub").map_or(Ok(()), |hub| check_sections(hub, "workers.instructors.model.hub"));
+        }
         _ => return Ok(()),
     };
     value

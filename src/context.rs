@@ -64,6 +64,14 @@ pub enum Progress {
         bytes_done: Bytes,
         bytes_total: Bytes,
     },
+    /// A file of a repository is being downloaded.
+    Fetching {
+        file: String,
+        /// Of all files.
+        bytes_done: Bytes,
+        /// Of all files, as far as the hub has said.
+        bytes_total: Bytes,
+    },
     /// A picture of the image as it stands after `step` steps, PNG bytes.
     Preview {
         step: usize,

@@ -38,6 +38,13 @@ pub enum Error {
     Cancelled,
     #[error("no model `{name}`")]
     ModelNotFound { name: String, hint: Option<String> },
+    /// A repository of the hub that is not in the cache, and that may be downloaded.
+    #[error("no model `{name}` in the cache of the hub")]
+    Unfetched {
+        name: String,
+        /// What is wrong with what the cache has of it, if it has something.
+        otherwise: Option<Box<Error>>,
+    },
     #[error("`{}`: {message}", path.display())]
     ModelCorrupt { path: PathBuf, message: String },
     #[error("`{name}` cannot be used: {message}")]
@@ -128,7 +135,7 @@ impl Error {
             Self::Draining => "draining",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::Cancelled => "cancelled",
-            Self::ModelNotFound { .. } => "model_not_found",
+            Self::ModelNotFound { .. } | Self::Unfetched { .. } => "model_not_found",
             Self::ModelCorrupt { .. } => "model_corrupt",
             Self::ModelUnsupported { .. } => "model_unsupported",
             Self::UnsafeFormat { .. } => "unsafe_format",
@@ -174,6 +181,10 @@ impl Error {
             | Self::DeviceUnavailable { hint, .. }
             | Self::Numerical { hint, .. } => hint.clone(),
             Self::UnknownName { nearest, .. } => nearest.as_ref().map(|n| format!("did you mean `{n}`?")),
+            Self::Unfetched { name, .. } => Some(format!("`model.fetch` with `\"model\":\"{name}\"` downloads it")),
+            Self::Offline { .. } => {
+                Some("set `hub.download` under `workers.instructors.model`, and `model.fetch` downloads it".to_owned())
+            }
             Self::UnsafeFormat { .. } => Some("convert it to safetensors".to_owned()),
             Self::OutOfMemory { fits, .. } => fits.clone(),
             _ => None,
@@ -238,6 +249,30 @@ impl Error {
             return Self::OutOfMemory { stage, needed: Bytes(0), free: Bytes(0), fits: None };
         }
         Self::Compute { stage, source }
+    }
+
+    /// The error where nothing is downloaded, or not once more.
+    #[must_use]
+    pub fn without_download(self) -> Self {
+        match self {
+            Self::Unfetched { otherwise: Some(error), .. } => *error,
+            other => other,
+        }
+    }
+
+    /// The error again, for another request that it ends. Errors are not `Clone`, because tensor errors are not; what a
+    /// lane's end means for a request keeps its code.
+    #[must_use]
+    pub fn retold(&self) -> Self {
+        match self {
+            Self::DeviceUnavailable { device, message, hint } => {
+                Self::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
+            }
+            Self::DeviceLost { device, message } => {
+                Self::DeviceLost { device: device.clone(), message: message.clone() }
+            }
+            other => Self::bug(other.to_string()),
+        }
     }
 
     pub fn bug(message: impl Into<String>) -> Self {

@@ -35,6 +35,18 @@ pub enum Call {
 }
 
 impl Call {
+    /// Whether it may wait for the network, and goes to the thread that nothing else waits for.
+    #[must_use]
+    pub fn needs_network(&self) -> bool {
+        matches!(self, Self::Model(request) if request.needs_network())
+    }
+
+    /// Whether a repository that it names is downloaded for it. What only asks about a model waits for no download.
+    #[must_use]
+    pub fn has_fetched(&self) -> bool {
+        self.needs_compute() && !matches!(self, Self::Model(model::Request::Unload(_)))
+    }
+
     /// Whether it must wait for the compute thread. What needs none is answered while an image is made.
     #[must_use]
     pub fn needs_compute(&self) -> bool {

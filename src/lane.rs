@@ -18,7 +18,7 @@ use crate::units::Bytes;
 const STACK: usize = 16 << 20;
 
 /// One call with everything that travels with it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Job {
     pub request_id: String,
     pub call: Call,
@@ -49,6 +49,8 @@ pub struct Done {
     pub timings: Vec<(Stage, Duration)>,
     pub warnings: Vec<String>,
     pub engine: Option<Engine>,
+    /// The job again, and the repository that must be downloaded before it can be done.
+    pub unfetched: Option<(Job, String)>,
 }
 
 /// Makes what a lane owns; called on the lane's own thread, at its start and after a panic.
@@ -116,6 +118,8 @@ impl Bench {
 
     /// The job's end, and whether the managers can still be trusted.
     fn perform(&self, job: Job, (instructors, managers): &mut (Instructors, Managers)) -> (Done, bool) {
+        // Where downloads are on, it may turn out that one must go before.
+        let kept = (managers.model().catalog.hub.download && job.call.has_fetched()).then(|| job.clone());
         let Job { request_id, call, cancel, deadline, preview } = job;
         let tell = Arc::clone(&self.tell);
         let id = request_id.clone();
@@ -142,8 +146,12 @@ impl Bench {
             Ok(result) => (result, true),
             Err(panic) => (Err(bug(panic.as_ref())), false),
         };
-        let done = Done { request_id, result, timings: ctx.timings(), warnings: ctx.warnings(), engine: ctx.engine() };
-        (done, sound)
+        let unfetched = match (&result, kept) {
+            (Err(Error::Unfetched { name, .. }), Some(job)) => Some((job, name.clone())),
+            _ => None,
+        };
+        let (timings, warnings, engine) = (ctx.timings(), ctx.warnings(), ctx.engine());
+        (Done { request_id, result, timings, warnings, engine, unfetched }, sound)
     }
 }
 

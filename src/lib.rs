@@ -19,8 +19,9 @@
 //! ```
 //!
 //! Above the lane: async, JSON, no tensors. Below it: blocking, tensors, no tokio. A lane is one thread that owns its
-//! managers as plain fields. There are two: `compute` makes images; `desk` answers whatever needs no compute while an
-//! image is made. The desk has managers of its own that stay empty, and reads what the other holds from
+//! managers as plain fields. There are three: `compute` makes images; `desk` answers whatever needs no compute while an
+//! image is made; `hub` downloads, which nobody else shall wait for. The latter two have managers of their own that stay
+//! empty, and the desk reads what the first holds from
 //! [`managers::Published`].
 //!
 //! | where | what |

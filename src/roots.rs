@@ -75,7 +75,30 @@ fn settle(path: &Path) -> std::io::Result<PathBuf> {
             Err(error) => return Err(error),
         }
     }
-    let mut real = existing.canonicalize()?;
+    let mut real = match existing.canonicalize() {
+        Err(error) if error.kind() == ErrorKind::NotFound => dangling(&existing)?,
+        real => real?,
+    };
     real.extend(rest.iter().rev());
+    Ok(real)
+}
+
+/// Where a link leads that leads to nothing: as far as it goes, it must stay beneath a root like any other.
+fn dangling(link: &Path) -> std::io::Result<PathBuf> {
+    let lost = || std::io::Error::from(ErrorKind::NotFound);
+    let mut real = link.parent().ok_or_else(lost)?.canonicalize()?;
+    for part in std::fs::read_link(link)?.components() {
+        match part {
+            Component::ParentDir => drop(real.pop()),
+            Component::CurDir => {}
+            // A further link on the way would lead somewhere else.
+            _ => {
+                real.push(part);
+                if real.is_symlink() {
+                    return Err(lost());
+                }
+            }
+        }
+    }
     Ok(real)
 }

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use super::interface::{EventWish, Found, Head};
 use super::lines::{Engine, Event, Timings, Warning};
 use super::manager::{Known, Ledger, Open, Terminal, ms};
+use super::parking::Parking;
 use super::queue::Queue;
 use super::workers::bar::Bar;
 use super::workers::codec::{self, Ask, Decoded, Fault};
@@ -17,14 +18,17 @@ use crate::error::Error;
 use crate::instructors::Call;
 use crate::lane::{self, Done, Job, Lane};
 use crate::managers::Published;
+use crate::units::Bytes;
 
-/// Which of the two threads.
+/// Which of the three threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Post {
     /// Makes images, one at a time.
     Compute,
     /// Answers what needs no compute, also while an image is made.
     Desk,
+    /// Answers what waits for the network, also while the others work.
+    Hub,
 }
 
 /// A lane with what waits for it.
@@ -51,6 +55,7 @@ pub struct Floor {
     pub ledger: Ledger,
     pub compute: Station,
     pub desk: Station,
+    pub hub: Station,
     /// New work is refused.
     pub draining: bool,
     /// The process ends as soon as nothing is in flight.
@@ -59,6 +64,7 @@ pub struct Floor {
     pub broken: Option<Error>,
     pub bar: Bar,
     pub published: Arc<Published>,
+    pub(super) parked: Parking,
     last_step: Option<Instant>,
 }
 
@@ -69,13 +75,14 @@ pub struct Parts {
     pub ledger: Ledger,
     pub compute: Lane,
     pub desk: Lane,
+    pub hub: Lane,
     pub published: Arc<Published>,
 }
 
 impl Floor {
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { settings, begun, ledger, compute, desk, published } = parts;
+        let Parts { settings, begun, ledger, compute, desk, hub, published } = parts;
         let limit = settings.queue_limit;
         Self {
             settings,
@@ -83,20 +90,29 @@ impl Floor {
             ledger,
             compute: Station::new(compute, limit),
             desk: Station::new(desk, limit),
+            hub: Station::new(hub, limit),
             draining: false,
             ending: false,
             broken: None,
             bar: Bar::on_stderr(),
             published,
+            parked: Parking::default(),
             last_step: None,
         }
     }
 
-    fn station(&mut self, post: Post) -> &mut Station {
+    pub(super) fn station(&mut self, post: Post) -> &mut Station {
         match post {
             Post::Compute => &mut self.compute,
             Post::Desk => &mut self.desk,
+            Post::Hub => &mut self.hub,
         }
+    }
+
+    /// Every station, the one that makes images first.
+    #[must_use]
+    pub fn stations(&self) -> [&Station; 3] {
+        [&self.compute, &self.desk, &self.hub]
     }
 
     /// Takes a line. What the lanes have no part in is handed back with its head, to be answered at once.
@@ -146,9 +162,13 @@ impl Floor {
     fn admit(&mut self, head: &Head, call: Call, warnings: Vec<Warning>, fingerprint: u64) -> Result<(), Error> {
         let now = Instant::now();
         let id = head.request_id.as_str();
-        let post = if call.needs_compute() { Post::Compute } else { Post::Desk };
+        let post = match () {
+            () if call.needs_compute() => Post::Compute,
+            () if call.needs_network() => Post::Hub,
+            () => Post::Desk,
+        };
         if let Some(error) = &self.broken {
-            return Err(retold(error));
+            return Err(error.retold());
         }
         if self.draining {
             return Err(Error::Draining);
@@ -234,11 +254,13 @@ impl Floor {
         if self.compute.running.as_deref() == Some(id) {
             self.last_step = None;
         }
-        self.ledger.event(id, &Event::Started);
+        if !self.parked.holds(id) {
+            self.ledger.event(id, &Event::Started);
+        }
     }
 
     /// Gives an idle lane its next job.
-    fn pump(&mut self, post: Post) {
+    pub(super) fn pump(&mut self, post: Post) {
         let station = self.station(post);
         if station.running.is_some() {
             return;
@@ -265,33 +287,37 @@ impl Floor {
                 for id in ids {
                     self.take_from_queues(&id);
                     if self.ledger.get(&id).is_some() {
-                        self.ledger.fail(&id, &retold(&error));
+                        self.ledger.fail(&id, &error.retold());
                     }
                 }
                 self.draining = true;
                 self.broken.get_or_insert(error);
             }
             lane::Event::Progress { request_id, progress } => self.progress(&request_id, progress),
-            lane::Event::Done(done) => {
+            lane::Event::Done(mut done) => {
                 self.bar.clear();
                 let station = self.station(post);
                 if station.running.as_deref() == Some(done.request_id.as_str()) {
                     station.running = None;
                 }
-                self.finish(*done);
+                if !self.park(&mut done) && !self.unpark(&done) {
+                    self.parked.forget(&done.request_id);
+                    self.finish(*done);
+                }
                 self.pump(post);
             }
         }
     }
 
     fn finish(&mut self, done: Done) {
-        let Done { request_id, result, timings, warnings, engine } = done;
+        let Done { request_id, result, timings, warnings, engine, .. } = done;
         let result = result.and_then(|reply| {
             serde_json::value::to_raw_value(&reply).map_err(|e| Error::bug(format!("a reply has no JSON form: {e}")))
         });
         let data = match result {
             Ok(data) => data,
             Err(error) => {
+                let error = error.without_download();
                 self.ledger.fail(&request_id, &error);
                 if matches!(error, Error::DeviceLost { .. }) {
                     self.draining = true;
@@ -363,6 +389,13 @@ impl Floor {
             Progress::ModelLoading { component, bytes_done, bytes_total } => {
                 Event::ModelLoading { component, bytes_done, bytes_total }
             }
+            Progress::Fetching { file, bytes_done, bytes_total } => {
+                if open.events.is_none() {
+                    let mib = |bytes: Bytes| usize::try_from(bytes.0 / Bytes::MIB).unwrap_or(usize::MAX);
+                    self.bar.show("fetch, MiB", mib(bytes_done), mib(bytes_total));
+                }
+                Event::Fetching { file, bytes_done, bytes_total }
+            }
             Progress::Preview { step, png } => {
                 Event::Preview { step, base64: base64::engine::general_purpose::STANDARD.encode(&png) }
             }
@@ -393,7 +426,10 @@ impl Floor {
     }
 
     fn take_from_queues(&mut self, id: &str) {
-        drop(self.compute.queue.remove(id).or_else(|| self.desk.queue.remove(id)));
+        for post in [Post::Compute, Post::Desk, Post::Hub] {
+            drop(self.station(post).queue.remove(id));
+        }
+        self.parked.forget(id);
     }
 
     /// Cancels everything, and says how many waited and how many ran.
@@ -456,25 +492,5 @@ impl Floor {
     #[must_use]
     pub fn uptime_ms(&self) -> u64 {
         ms(self.begun.elapsed())
-    }
-}
-
-impl Open {
-    fn enter(&mut self, stage: Stage, now: Instant) {
-        self.stage = Some(stage.name());
-        self.stage_since = now;
-        self.done = 0;
-        self.total = 0;
-    }
-}
-
-/// Errors are not `Clone`, because tensor errors are not; what a lane's end means for a request keeps its code.
-fn retold(error: &Error) -> Error {
-    match error {
-        Error::DeviceUnavailable { device, message, hint } => {
-            Error::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
-        }
-        Error::DeviceLost { device, message } => Error::DeviceLost { device: device.clone(), message: message.clone() },
-        other => Error::bug(other.to_string()),
     }
 }

@@ -163,7 +163,7 @@ fn metrics(floor: &Floor) -> Metrics {
 }
 
 pub fn queue_depth(floor: &Floor) -> usize {
-    floor.compute.queue.len() + floor.desk.queue.len()
+    floor.stations().iter().map(|station| station.queue.len()).sum()
 }
 
 fn status(floor: &Floor) -> Status {
@@ -181,13 +181,12 @@ fn status(floor: &Floor) -> Status {
         });
         told.collect()
     };
-    let mut queue = waiting(&floor.compute);
-    queue.extend(waiting(&floor.desk));
+    let queue = floor.stations().into_iter().flat_map(waiting).collect();
     Status { draining: floor.draining, queue, running: running(floor), residents: floor.published.residents() }
 }
 
 fn running(floor: &Floor) -> Vec<Running> {
-    let ids = [&floor.compute, &floor.desk].into_iter().filter_map(|station| station.running.as_ref());
+    let ids = floor.stations().into_iter().filter_map(|station| station.running.as_ref());
     let told = ids.filter_map(|id| {
         let open = floor.ledger.get(id)?;
         Some(Running {

@@ -231,6 +231,12 @@ pub enum Event {
         bytes_done: Bytes,
         bytes_total: Bytes,
     },
+    /// A file of a repository is being downloaded; the bytes are those of all its files.
+    Fetching {
+        file: String,
+        bytes_done: Bytes,
+        bytes_total: Bytes,
+    },
     Progress {
         stage: &'static str,
         done: usize,
@@ -279,6 +285,7 @@ impl Event {
         "started",
         "stage",
         "model_loading",
+        "fetching",
         "progress",
         "preview",
         "image",

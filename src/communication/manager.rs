@@ -10,7 +10,7 @@ use super::interface::EventWish;
 use super::lines::{Engine, ErrorBody, ErrorLine, ErrorTag, Event, ResultLine, ResultTag, Timings, Warning};
 use super::workers::codec::Fault;
 use super::workers::writer::Outbox;
-use crate::context::CancelToken;
+use crate::context::{CancelToken, Stage};
 use crate::error::Error;
 use crate::layers::Domain;
 
@@ -37,6 +37,16 @@ pub struct Open {
     pub stage_since: Instant,
     pub done: usize,
     pub total: usize,
+}
+
+impl Open {
+    /// Begins a part of the work.
+    pub fn enter(&mut self, stage: Stage, now: Instant) {
+        self.stage = Some(stage.name());
+        self.stage_since = now;
+        self.done = 0;
+        self.total = 0;
+    }
 }
 
 /// An answer without the id of who asked.

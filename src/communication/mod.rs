@@ -5,6 +5,7 @@ pub mod instructor;
 pub mod interface;
 pub mod lines;
 pub mod manager;
+mod parking;
 pub mod queue;
 pub mod schema;
 pub mod serve;

@@ -53,12 +53,17 @@ impl Queue {
         if self.waiting.len() >= self.limit {
             return Err(Error::QueueFull { limit: self.limit });
         }
+        Ok(self.put_back(job, priority, now))
+    }
+
+    /// As [`Self::push`], for a job that was taken once and has its place.
+    pub fn put_back(&mut self, job: Job, priority: i64, now: Instant) -> usize {
         self.arrivals += 1;
         let waiting = Waiting { priority, arrived: now, order: self.arrivals, job };
         let weight = waiting.weight(now);
         let ahead = self.waiting.iter().filter(|other| other.weight(now) >= weight).count();
         self.waiting.push(waiting);
-        Ok(ahead)
+        ahead
     }
 
     /// The job whose turn it is.

@@ -61,7 +61,7 @@ pub struct Setup {
     pub stdout: File,
     /// Makes what the compute thread owns, its device opened.
     pub compute: Build,
-    /// Makes what the desk owns.
+    /// Makes what the desk owns, and what the thread owns that waits for the network.
     pub desk: Build,
     /// What the compute thread lets others see.
     pub published: Arc<Published>,
@@ -101,6 +101,7 @@ async fn run(setup: Setup) -> io::Result<Exit> {
         begun,
         ledger: Ledger::new(outbox.clone()),
         compute: lane("compute", Post::Compute, compute)?,
+        hub: lane("hub", Post::Hub, Build::clone(&desk))?,
         desk: lane("desk", Post::Desk, desk)?,
         published,
         settings,

@@ -121,7 +121,9 @@ impl ConditioningInstructor {
         for (index, EmbeddingWish { name, token }) in wishes.iter().enumerate() {
             let field = |name: &str| format!("embeddings.{index}.{name}");
             // By itself, or in a folder of embeddings beside the models.
-            let missing = |error: &Error| matches!(error, Error::ModelNotFound { .. });
+            let missing = |error: &Error| {
+                matches!(error, Error::ModelNotFound { .. } | Error::Offline { .. } | Error::Unfetched { .. })
+            };
             let file = catalog.companion(name, &field("name")).or_else(|error| match missing(&error) {
                 true if !name.starts_with('/') => {
                     let beside = catalog.companion(&format!("embeddings/{name}"), &field("name"));

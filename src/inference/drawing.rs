@@ -8,7 +8,8 @@ use candle_core::Tensor;
 use super::controlling::ControlledRun;
 use super::guidance::Guidance;
 use super::instructor::{InferenceInstructor, pace_key};
-use super::interface::{AppliedAdapter, DecodeExtent};
+use super::interface::DecodeExtent;
+use super::lora::AppliedAdapter;
 use super::memory::Offload;
 use super::plan::{Editing, Entry, Further, GenerationPlan, TimeIds};
 use super::workers::control::Controls;
@@ -27,9 +28,9 @@ use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::lora::Stack;
-use crate::model::managers::{Reach, Vae};
+use crate::model::managers::{ENCODERS, Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
@@ -100,6 +101,11 @@ impl Shared {
         let pictures = self.adaptations.iter().flatten().next().map_or(&[][..], |adaptation| &adaptation.facts);
         let pictures = pictures.iter().cloned().map(AppliedAdapter::Picture);
         pictures.chain(self.stack.facts().into_iter().map(AppliedAdapter::Lora)).collect()
+    }
+
+    /// What lies over the networks of the request's model.
+    pub(super) fn claims(&self) -> Vec<CheckpointKey> {
+        [self.stack.key(&[Part::Unet]), self.stack.key(&ENCODERS)].into_iter().flatten().collect()
     }
 
     /// How a result goes back into the request's image.
@@ -357,7 +363,7 @@ impl InferenceInstructor {
         }
         let Shared { canvas, prompts, controls, adaptations, hints, stack } = shared;
         // They are named for the request's model; a refiner is another one.
-        let own = (checkpoint.key == plan.checkpoint.key).then(|| Arc::clone(stack)).unwrap_or_default();
+        let own = if checkpoint.key == plan.checkpoint.key { Arc::clone(stack) } else { Arc::default() };
         if matches!(controls.get(run.index), Some(None)) {
             let cut = canvas.as_ref().and_then(|canvas| canvas.cut);
             let wanted = ControlledRun { checkpoint, size: run.size, placement, refines: run.refines, cut };

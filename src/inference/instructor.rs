@@ -105,9 +105,9 @@ impl InferenceInstructor {
         });
         plan.parameters.dtype = Some(placement.compute);
         plan.parameters.quantization = Some(placement.quantization);
-        let mut settled = self.settle(&mut plan, &mut placement, crew, ctx)?;
         let mut images = Vec::with_capacity(plan.seeds.len());
         let mut shared = self.shared(&plan, ctx)?;
+        let mut settled = self.settle(&mut plan, &mut placement, &shared.claims(), (crew, ctx))?;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, seed) in plan.seeds.clone().into_iter().enumerate() {
             let mut pixels = loop {

@@ -3,16 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::controlnet::ControlWishes;
-use super::lora::LoraWishes;
+use super::lora::{AppliedAdapter, LoraWishes};
+pub use super::memory::DecodeExtent;
 use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
 use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
-use crate::conditioning::adapters::{AdapterFacts, IpAdapterWish, T2iAdapterWish};
+use crate::conditioning::adapters::{IpAdapterWish, T2iAdapterWish};
 use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image_source::ImageSource;
 use crate::layers::{Domain, Interface, OneOrMany};
-use crate::model::lora::LoraFacts;
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::schedule::Prediction;
@@ -47,19 +47,6 @@ impl Default for Settings {
             offload: Offload::Auto,
         }
     }
-}
-
-/// How much of a picture is decoded at a time. The pixels are the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DecodeExtent {
-    /// `whole` where that much memory is free, otherwise `strips`.
-    #[default]
-    Auto,
-    /// All of it: the fastest.
-    Whole,
-    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
-    Strips,
 }
 
 /// One generation. Everything but `prompt` may be left out; the defaults used stand in the result's `parameters`.
@@ -266,11 +253,13 @@ pub struct GenerateRequest {
     /// Size conditioning of the negative pass. Default: `target_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negative_target_size: Option<[i64; 2]>,
-    /// A model by name or by path beneath the configured roots. Default: the configuration's, or `demo`.
+    /// A model by name, by path beneath the configured roots, or `owner/name` of the hub. Default: the configured or `demo`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots, in diffusers'
-    /// names or those of single files, which may hold more than it. Default: the model's own.
+    /// Branch, tag or commit of a `model` that is a repository of the hub; results say the commit. Default: `main`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The autoencoder in place of the model's: a safetensors file, which may hold more, or a folder. Default: the own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<String>,
     /// The UNet in place of the model's, likewise. Default: the model's own.
@@ -289,7 +278,7 @@ pub struct GenerateRequest {
     /// Default: the configuration's, `none` as shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
-    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same. Default: the configuration's, `auto` as
+    /// How latents become pixels: `auto`, `whole` or `strips`. The pixels are the same but for rounding. Default: the configuration's, `auto` as
     /// shipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode: Option<DecodeExtent>,
@@ -364,10 +353,6 @@ pub enum VaeSample {
     Mode,
 }
 
-/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
-/// an unknown key.
-pub const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
-
 /// Several generations, one after another.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, schemars::JsonSchema)]
 #[serde(default)]
@@ -426,14 +411,6 @@ pub struct Generated {
     /// What each adapter did with its file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AppliedAdapter>,
-}
-
-/// An adapter of one kind or the other.
-#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
-#[serde(untagged)]
-pub enum AppliedAdapter {
-    Picture(AdapterFacts),
-    Lora(LoraFacts),
 }
 
 /// Work that earlier requests had done already.

@@ -2,7 +2,7 @@
 //! time, until it fits. The rungs go from what costs nothing but a reload to what costs most time:
 //!
 //! 1. `drop`: caches and networks that the request does not use go, in the order of [`Managers::make_room`].
-//! 2. `strips`: pictures are decoded some rows at a time. The pixels are the same.
+//! 2. `strips`: pictures are decoded some rows at a time. The pixels are the same but for rounding.
 //! 3. `slice`: guidance's passes are made one after another. They differ from those of one batch by rounding at most.
 //! 4. `text_encoders`: they leave when the prompts have been encoded.
 //! 5. `sequential`: the UNet's weights come a layer at a time. The pixels are the same.

@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use super::blocks::Blocks;
 use super::planning::within;
+use crate::conditioning::adapters::AdapterFacts;
 use crate::error::{Error, Result};
 use crate::model::catalog::Catalog;
-use crate::model::lora::{LoraChoice, MOST};
+use crate::model::lora::{LoraChoice, LoraFacts, MOST};
 use crate::model::networks::unet::UnetConfig;
 
 /// How a prompt begins to name an adapter.
@@ -133,6 +134,14 @@ impl JsonSchema for LoraWishes {
         let many = schemars::json_schema!({ "type": "array", "items": { "anyOf": [one, name] } });
         schemars::json_schema!({ "anyOf": [many, one, name] })
     }
+}
+
+/// An adapter of one kind or the other.
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum AppliedAdapter {
+    Picture(AdapterFacts),
+    Lora(LoraFacts),
 }
 
 /// A request's adapters with every value decided, and the prompt without those that it named. `plain` prompts name none.

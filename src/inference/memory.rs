@@ -3,8 +3,20 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::interface::DecodeExtent;
 use crate::units::Bytes;
+
+/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DecodeExtent {
+    /// `whole` where that much memory is free, otherwise `strips`.
+    #[default]
+    Auto,
+    /// All of it: the fastest.
+    Whole,
+    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
+    Strips,
+}
 
 /// Which weights leave the device while they are not used. The image is the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -78,7 +90,7 @@ pub struct MemoryUse {
 /// Bytes of one network's weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct PartBytes {
-    /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`
+    /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`, `lora`; on the CPU `tokenizers`
     pub part: &'static str,
     /// What requests call its model.
     pub name: String,

@@ -11,7 +11,7 @@ mod guiding;
 pub mod instructor;
 pub mod interface;
 pub mod lora;
-mod ladder;
+pub mod ladder;
 pub mod memory;
 pub mod plan;
 mod planning;

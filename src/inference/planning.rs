@@ -19,6 +19,7 @@ use crate::conditioning::interface::PromptWeighting;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::hub::at_revision;
 use crate::noise::{Seed, Variation};
 use crate::postprocessing::interface::OutputWish;
 use crate::scheduler::interface::SamplingWish;
@@ -45,7 +46,8 @@ impl InferenceInstructor {
             (Part::TextEncoder, request.text_encoder.as_deref()),
             (Part::TextEncoder2, request.text_encoder_2.as_deref()),
         ];
-        let checkpoint = crew.model().catalog.resolve_with(request.model.as_deref(), &separate)?;
+        let model = at_revision(request.model.as_deref(), request.revision.as_deref())?;
+        let checkpoint = crew.model().catalog.resolve_with(model.as_deref(), &separate)?;
         let mut parameters = request.clone();
         let mut editing = self.editing(request, &mut parameters)?;
         rewrites(request, &checkpoint, &mut parameters, editing.as_mut())?;
@@ -127,7 +129,8 @@ impl InferenceInstructor {
             embeddings: request.embeddings.as_ref().map(|_| embeddings.iter().map(EmbeddingChoice::wish).collect()),
             controlnet: said(request, &controls),
             loras: said_loras,
-            model: Some(checkpoint.name.clone()),
+            model: Some(checkpoint.base_name()),
+            revision: checkpoint.revision.clone(),
             t2i_adapter,
             ip_adapter,
             // A file of this name will be there by then, and is never overwritten.

@@ -14,6 +14,7 @@ use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::{Manager as _, Resident};
 use crate::managers::Managers;
+use crate::model::checkpoint::CheckpointKey;
 use crate::model::managers::Reach;
 use crate::model::weighing::Holding;
 use crate::units::Bytes;
@@ -97,7 +98,8 @@ impl InferenceInstructor {
         ctx.perform(&Appraise, AppraiseTask { plan, holding, key: &key, pace: &crew.published.pace, residents })
     }
 
-    /// Decides how the images are made in the room that there is, and makes place for them.
+    /// Decides how the images are made in the room that there is, and makes place for them. `adapted` is what lies over the
+    /// model's own networks.
     ///
     /// # Errors
     /// `out_of_memory` where they cannot, before anything is loaded for it.
@@ -105,17 +107,18 @@ impl InferenceInstructor {
         &self,
         plan: &mut GenerationPlan,
         placement: &mut Placement,
-        crew: &mut Managers,
-        ctx: &Context,
+        adapted: &[CheckpointKey],
+        (crew, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
         let on_host = placement.device.is_cpu();
         let room = self.device.room(&crew.device);
         crew.model().begin(room, on_host);
         let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
-        let beside = plan.controls.iter().map(|control| control.net.key);
-        let beside = beside.chain(plan.adapters.networks().map(|(_, found)| found.key));
+        let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
+        let over = [adapted, &controls].concat();
+        let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
         for key in own.chain(beside) {
-            crew.model().claim(key);
+            crew.model().claim(key, &over);
         }
         let holding = (placement.compute, placement.quantization, on_host);
         let needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;

@@ -95,8 +95,10 @@ impl StoredWeight {
     /// # Errors
     /// As of [`Self::read`].
     pub fn matrix(vb: &VarBuilder, rows: usize, columns: usize) -> Result<Self> {
-        Self::read(vb, (rows, columns)).or_else(|error| match vb.get_unchecked("weight") {
-            Ok(tensor) if tensor.dims() == [rows, columns, 1, 1] => Self::of(tensor.reshape((rows, columns))?),
+        // A source that gave the tensor away and refused it then has said all there is to say.
+        let again = || if vb.contains_tensor("weight") { Some(vb.get_unchecked("weight")) } else { None };
+        Self::read(vb, (rows, columns)).or_else(|error| match again() {
+            Some(Ok(tensor)) if tensor.dims() == [rows, columns, 1, 1] => Self::of(tensor.reshape((rows, columns))?),
             _ => Err(error),
         })
     }

@@ -238,7 +238,8 @@ impl Draft {
             (Part::Vae, self.vae.is_none()),
         ]
         .into_iter()
-        .filter_map(|(part, missing)| missing.then(|| part.name()))
+        .filter(|(_, missing)| *missing)
+        .map(|(part, _)| part.name())
         .collect();
         let (Some(second), Some(vae), true) = (self.text_encoder_2, self.vae, missing.is_empty()) else {
             let list = missing.join("` and no `");
@@ -283,6 +284,7 @@ impl Draft {
             unet: unet.config,
             vae: vae.config,
             scheduler: self.scheduler,
+            revision: None,
             mmap: true,
             tokenizers: self.tokenizers,
             weights,

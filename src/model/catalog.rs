@@ -11,6 +11,7 @@ use super::companion::Companion;
 use super::demo;
 use super::folder::{Folder, Found, admit};
 use super::foreign::is_sdxl;
+use super::hub::{Cache, Reference, Snapshot};
 use super::interface::Settings;
 use super::workers::open::{is_pickle, look};
 use crate::error::{Error, Result, nearest};
@@ -28,6 +29,8 @@ pub struct Catalog {
     roots: Roots,
     default: Option<String>,
     mmap: bool,
+    /// Repositories by `owner/name`.
+    pub hub: Cache,
     /// Those that were asked for, least recently first.
     known: Vec<Arc<Checkpoint>>,
     /// Whether each safetensors file that was come across is a model, by its state.
@@ -43,6 +46,22 @@ pub struct Listed {
     pub name: String,
     /// `None` for the embedded model.
     path: Option<PathBuf>,
+    /// Where it lies in the cache of the hub, for one that does.
+    cached: Option<Snapshot>,
+}
+
+impl Listed {
+    /// Whether a repository of the cache lacks files that a model has.
+    fn is_incomplete(&self) -> bool {
+        let whole = self.cached.as_ref().map(Snapshot::path).filter(|whole| self.path.as_ref() == Some(whole));
+        whole.is_some_and(|path| Checkpoint::lacks_files(&path))
+    }
+
+    /// Whether a repository of the cache says that it is SDXL.
+    fn is_cached_sdxl(&self) -> bool {
+        let path = self.path.as_ref().filter(|_| self.cached.is_some());
+        path.is_some_and(|path| Checkpoint::claims_sdxl(path))
+    }
 }
 
 impl Catalog {
@@ -53,6 +72,7 @@ impl Catalog {
             roots: Roots::new(settings.roots.clone()),
             default: settings.default.clone(),
             mmap: settings.mmap,
+            hub: Cache::new(&settings.hub),
             known: Vec::new(),
             looked: HashMap::new(),
         }
@@ -64,8 +84,8 @@ impl Catalog {
         self.default.as_deref().unwrap_or(demo::NAME)
     }
 
-    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, or an absolute path that lies beneath one.
-    /// `None` is the default model. A checkpoint whose files have changed since is understood anew.
+    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, an absolute path that lies beneath one, or
+    /// `owner/name` of a repository in the cache of the hub. `None` is the default model. A checkpoint whose files have changed since is understood anew.
     ///
     /// # Errors
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found` with the nearest name, `unsafe_format`,
@@ -83,7 +103,16 @@ impl Catalog {
         let listed = self.locate(&name)?;
         let given = separate.iter().filter_map(|(part, name)| Some((*part, (*name)?)));
         let others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
-        self.assembled(&listed, &others)
+        self.assembled(&listed, &others).map_err(|error| match listed.is_incomplete() {
+            true if self.hub.download => Error::Unfetched { name: listed.name, otherwise: Some(Box::new(error)) },
+            _ => error,
+        })
+    }
+
+    /// Every state of a model that was asked for: with parts of other files, and before its own files changed.
+    #[must_use]
+    pub fn states(&self, name: &str) -> Vec<CheckpointKey> {
+        self.known.iter().filter(|known| known.name == name).map(|known| known.key).collect()
     }
 
     /// Every model that can be named, `demo` first, the others by name.
@@ -99,7 +128,7 @@ impl Catalog {
                     continue;
                 }
                 if folder.join("model_index.json").is_file() {
-                    found.push(Listed { name: self.name_of(&real), path: Some(real) });
+                    found.push(Listed { name: self.name_of(&real), path: Some(real), cached: None });
                 } else if depth < DEPTH {
                     for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
                         let path = entry.path();
@@ -109,15 +138,16 @@ impl Catalog {
                             // A link may lead to a file that was found already.
                             let Ok(Some(real)) = admit(&self.roots, &path) else { continue };
                             if seen.insert(real) {
-                                found.push(Listed { name: self.name_of(&path), path: Some(path) });
+                                found.push(Listed { name: self.name_of(&path), path: Some(path), cached: None });
                             }
                         }
                     }
                 }
             }
         }
+        found.extend(self.list_cached());
         found.sort_by(|a, b| a.name.cmp(&b.name));
-        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None });
+        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None, cached: None });
         found
     }
 
@@ -136,11 +166,12 @@ impl Catalog {
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
+        let roots = &listed.cached.as_ref().map_or_else(|| self.roots.clone(), Snapshot::roots);
         let mut draft = match &listed.path {
             None => Checkpoint::read(demo::NAME, &Folder::Embedded)?,
-            Some(path) if path.is_dir() => Checkpoint::read(&listed.name, &self.folder(path))?,
+            Some(path) if path.is_dir() => Checkpoint::read(&listed.name, &self.folder(path, roots))?,
             Some(path) => {
-                let (key, files) = self.single(path)?;
+                let (key, files) = self.single(path, roots)?;
                 // A header of thousands of tensors is parsed once.
                 if others.is_empty()
                     && let Some(place) =
@@ -156,6 +187,7 @@ impl Catalog {
         others.iter().try_for_each(|(part, other)| draft.replace(*part, other))?;
         let mut fresh = draft.finish()?;
         fresh.mmap = self.mmap;
+        fresh.revision = listed.cached.as_ref().map(|snapshot| snapshot.commit.clone());
         let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
         let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));
         self.known.push(Arc::clone(&checkpoint));
@@ -164,13 +196,13 @@ impl Catalog {
         Ok(checkpoint)
     }
 
-    fn folder(&self, path: &Path) -> Folder {
-        Folder::Disk { path: path.to_owned(), roots: self.roots.clone() }
+    fn folder(&self, path: &Path, roots: &Roots) -> Folder {
+        Folder::Disk { path: path.to_owned(), roots: roots.clone() }
     }
 
     /// A single file, and what tells its state from others.
-    fn single(&self, path: &Path) -> Result<(CheckpointKey, WeightFiles)> {
-        let folder = self.folder(path.parent().unwrap_or(path));
+    fn single(&self, path: &Path, roots: &Roots) -> Result<(CheckpointKey, WeightFiles)> {
+        let folder = self.folder(path.parent().unwrap_or(path), roots);
         let found = folder.need(&path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default())?;
         Ok((key(&folder, std::slice::from_ref(&found)), WeightFiles::of(vec![found])))
     }
@@ -180,7 +212,7 @@ impl Catalog {
         if path.extension().is_none_or(|end| end != "safetensors") {
             return false;
         }
-        let Ok((key, files)) = self.single(path) else { return false };
+        let Ok((key, files)) = self.single(path, &self.roots) else { return false };
         if let Some(known) = self.looked.get(&key) {
             return *known;
         }
@@ -220,13 +252,21 @@ impl Catalog {
                 Err(error) => refused = Some(error),
             }
         }
-        let hint = "give the path of a safetensors file or a folder beneath the configured model roots".to_owned();
-        Err(refused.unwrap_or(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }))
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
+            Some(reference) => self.cached_companion(name, &reference),
+            None => {
+                let hint = "give the path of a safetensors file or a folder beneath the configured model roots";
+                Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
+            }
+        }
     }
 
     fn locate(&mut self, name: &str) -> Result<Listed> {
         if name == demo::NAME {
-            return Ok(Listed { name: name.to_owned(), path: None });
+            return Ok(Listed { name: name.to_owned(), path: None, cached: None });
         }
         let path = sound(name, "model")?;
         let (mut refused, mut folder) = (None, None);
@@ -234,7 +274,7 @@ impl Catalog {
         for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
             match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
-                    let listed = Listed { name: self.name_of(&real), path: Some(real) };
+                    let listed = Listed { name: self.name_of(&real), path: Some(real), cached: None };
                     if candidate.join("model_index.json").is_file() {
                         return Ok(listed);
                     }
@@ -243,17 +283,62 @@ impl Catalog {
                 }
                 Ok(Some(_)) => {
                     readable(name, &candidate)?;
-                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate) });
+                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate), cached: None });
                 }
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
         match (folder, refused) {
-            (Some(folder), _) => Ok(folder),
-            (None, Some(error)) => Err(error),
-            (None, None) => Err(self.not_found(name)),
+            (Some(folder), _) => return Ok(folder),
+            (None, Some(error)) => return Err(error),
+            (None, None) => {}
         }
+        match Reference::parse(name, "model")?.filter(|reference| self.may_be_cached(reference)) {
+            Some(reference) => self.locate_cached(&reference),
+            None => Err(self.not_found(name)),
+        }
+    }
+
+    /// Whether a name that is no path beneath a root may be a repository's: a folder beneath a root means itself.
+    fn may_be_cached(&self, reference: &Reference) -> bool {
+        let owner = reference.repository.split('/').next().unwrap_or_default();
+        matches!(self.hub.find(reference), Ok(Some(_)) | Err(_))
+            || !self.real_roots().iter().any(|root| root.join(owner).is_dir())
+    }
+
+    fn locate_cached(&self, reference: &Reference) -> Result<Listed> {
+        let name = reference.to_string();
+        let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
+        let path = snapshot.path().join(&reference.path);
+        let ended = path.with_added_extension("safetensors");
+        for path in [path, ended] {
+            let Some(real) = admit(&snapshot.roots(), &path)? else { continue };
+            if !real.is_dir() {
+                readable(&name, &path)?;
+            }
+            return Ok(Listed { name, path: Some(path), cached: Some(snapshot) });
+        }
+        Err(self.hub.missing(reference))
+    }
+
+    fn cached_companion(&self, name: &str, reference: &Reference) -> Result<Companion> {
+        let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
+        let path = snapshot.path().join(&reference.path);
+        let ended = path.with_added_extension("safetensors");
+        for candidate in [path, ended] {
+            if admit(&snapshot.roots(), &candidate)?.is_some() {
+                return Companion::find(name, &candidate, &snapshot.roots(), self.mmap);
+            }
+        }
+        Err(self.hub.missing(reference))
+    }
+
+    /// Models in the cache of the hub that no folder beneath a root hides.
+    fn list_cached(&mut self) -> Vec<Listed> {
+        let references = self.hub.references().into_iter();
+        let located = references.filter_map(|reference| self.locate(&reference.to_string()).ok());
+        located.filter(|listed| listed.is_cached_sdxl()).collect()
     }
 
     /// The roots that exist, with every link resolved.

@@ -11,6 +11,7 @@ use super::demo;
 use super::families::Family;
 use super::families::variants::Variant;
 use super::folder::{Folder, Found};
+use super::hub::Reference;
 use super::networks::PerBlock;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::{Unet, UnetConfig};
@@ -30,7 +31,7 @@ const INDEX_LIMIT: u64 = 64 * Bytes::MIB;
 /// Rows and columns of latents where `unet/config.json` does not say: SDXL was trained at 1024 pixels.
 const USUAL_LATENTS: usize = 128;
 /// Variants whose files carry the name of their number format.
-const VARIANTS: [&str; 2] = ["fp16", "bf16"];
+pub(super) const VARIANTS: [&str; 2] = ["fp16", "bf16"];
 
 /// What tells one state of one checkpoint from every other: where it lies, and the length and time of every file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,7 +70,7 @@ impl Part {
     }
 
     /// How its weight files begin.
-    fn stem(self) -> &'static str {
+    pub(super) fn stem(self) -> &'static str {
         match self {
             Self::TextEncoder | Self::TextEncoder2 => "model",
             Self::Unet | Self::Vae => "diffusion_pytorch_model",
@@ -99,6 +100,8 @@ pub struct Checkpoint {
     pub unet: UnetConfig,
     pub vae: VaeConfig,
     pub scheduler: SchedulerConfig,
+    /// The commit of the repository of the hub that it is, for one that is.
+    pub revision: Option<String>,
     /// Whether weights on disk may be mapped rather than read.
     pub mmap: bool,
     pub(super) tokenizers: [Option<TokenizerFiles>; 2],
@@ -176,6 +179,44 @@ impl Checkpoint {
     /// broken files, `path_not_allowed` for links out of the roots.
     pub fn open_folder(name: &str, path: &std::path::Path, roots: &Roots) -> Result<Self> {
         Self::read(name, &Folder::Disk { path: path.to_owned(), roots: roots.clone() })?.finish()
+    }
+
+    /// Whether the folder `path` says that it is SDXL. A file that cannot be read says nothing.
+    #[must_use]
+    pub(super) fn claims_sdxl(path: &std::path::Path) -> bool {
+        let index = Found::Disk(path.join("model_index.json")).json::<ModelIndex>(CONFIG_LIMIT);
+        index.is_ok_and(|index| Family::knows(&index.class_name))
+    }
+
+    /// Whether the folder `path` lacks files that a model has, as one that was downloaded in part does.
+    #[must_use]
+    pub(super) fn lacks_files(path: &std::path::Path) -> bool {
+        let Ok(index) = Found::Disk(path.join("model_index.json")).json::<ModelIndex>(CONFIG_LIMIT) else {
+            return true;
+        };
+        let lacks = |(part, component): (Part, &Option<Component>)| {
+            let folder = path.join(part.name());
+            let mut files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+            let is_weights =
+                |file: std::path::PathBuf| file.extension().is_some_and(|end| end == "safetensors") && file.is_file();
+            matches!(component, Some((_, Some(_)))) && !(folder.join("config.json").is_file() && files.any(is_weights))
+        };
+        let parts = [
+            (Part::TextEncoder, &index.text_encoder),
+            (Part::TextEncoder2, &index.text_encoder_2),
+            (Part::Unet, &index.unet),
+            (Part::Vae, &index.vae),
+        ];
+        parts.into_iter().any(lacks) || !path.join("scheduler/scheduler_config.json").is_file()
+    }
+
+    /// What a request calls it that names the revision beside it.
+    #[must_use]
+    pub fn base_name(&self) -> String {
+        match (&self.revision, Reference::parse(&self.name, "model")) {
+            (Some(_), Ok(Some(reference))) => Reference { revision: None, ..reference }.to_string(),
+            _ => self.name.clone(),
+        }
     }
 
     /// The shape of the images it was trained on, in pixels.

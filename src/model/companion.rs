@@ -57,7 +57,7 @@ impl Companion {
                 names.iter().filter_map(rest).any(|rest| rest.starts_with('.') && rest.contains(".safetensors"))
             };
             let stem = STEMS.into_iter().find(holds).unwrap_or(STEMS[0]);
-            (folder.find("config.json")?, weight_files(&folder, "", stem)?)
+            (folder.find("config.json")?.or(folder.find("adapter_config.json")?), weight_files(&folder, "", stem)?)
         };
         let mut files = weights.files.clone();
         files.extend(config.clone());

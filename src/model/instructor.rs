@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use super::catalog::Catalog;
 use super::checkpoint::{Checkpoint, CheckpointKey};
+use super::fetching::fetch;
+use super::hub::at_revision;
 use super::interface::{
-    ComponentFacts, EncoderPolicy, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList, Pinned, Request,
-    Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
+    ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
+    Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
 use super::managers::{
     AdapterManager, Budget, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
@@ -35,6 +37,8 @@ pub struct ModelCrew {
     pub controlnets: ControlNetManager,
     pub adapters: AdapterManager,
     pub text_encoders: EncoderPolicy,
+    /// Where `fetch` downloads from.
+    pub hub: HubSettings,
     cache_size: Allowance,
     /// What all networks may take together.
     pub budget: Budget,
@@ -57,6 +61,7 @@ impl ModelCrew {
             controlnets: ControlNetManager::new(&budget),
             adapters: AdapterManager::new(&budget),
             text_encoders: settings.text_encoders,
+            hub: settings.hub.clone(),
             cache_size: settings.cache_size,
             budget,
             placement: None,
@@ -108,12 +113,12 @@ impl ModelCrew {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint, or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey) {
-        self.encoders.shelf.claim(key);
-        self.unets.shelf.claim(key);
-        self.vaes.shelf.claim(key);
-        self.controlnets.shelf.claim(key);
+    /// The running request will use what is kept of this checkpoint, alone and beneath `over`, or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey]) {
+        self.encoders.shelf.claim(key, over);
+        self.unets.shelf.claim(key, over);
+        self.vaes.shelf.claim(key, over);
+        self.controlnets.shelf.claim(key, over);
         self.adapters.claim(key);
     }
 
@@ -153,6 +158,7 @@ impl ModelInstructor {
             let dtype = opened.as_ref().map(dtype);
             models.push(ModelEntry {
                 name: listed.name,
+                revision: opened.as_ref().ok().and_then(|checkpoint| checkpoint.revision.clone()),
                 family: opened.as_ref().ok().map(|checkpoint| checkpoint.family.name),
                 bytes: opened.as_ref().map_or(Bytes(0), |checkpoint| checkpoint.file_bytes()),
                 dtype: dtype.as_ref().ok().and_then(|dtype| dtype.as_ref().ok().copied().flatten()),
@@ -193,6 +199,7 @@ impl ModelInstructor {
         let scheduler = &checkpoint.scheduler;
         Ok(Inspection {
             model: checkpoint.name.clone(),
+            revision: checkpoint.revision.clone(),
             family: checkpoint.family.name,
             variant: checkpoint.variant,
             pipeline: checkpoint.pipeline.clone(),
@@ -247,25 +254,32 @@ impl ModelInstructor {
         Ok(Loaded { model: checkpoint.name.clone(), components, bytes, ms: millis(start) })
     }
 
-    fn unload(&self, checkpoint: Option<&Checkpoint>, crew: &mut ModelCrew) -> Unloaded {
-        let key = checkpoint.map(|checkpoint| checkpoint.key);
+    fn unload(&self, keys: Option<&[CheckpointKey]>, crew: &mut ModelCrew) -> Unloaded {
         let names = |crew: &ModelCrew| -> Vec<String> {
             crew.resident().into_iter().filter(|r| r.kind != "tokenizer").map(|r| r.name).collect()
         };
         let before = names(crew);
-        let freed = [
-            crew.encoders.shelf.remove(key),
-            crew.unets.shelf.remove(key),
-            crew.vaes.shelf.remove(key),
-            crew.controlnets.shelf.remove(key),
-            crew.tokenizers.remove(key),
-            if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
-        ];
+        let mut free = |key: Option<CheckpointKey>| -> Bytes {
+            let freed = [
+                crew.encoders.shelf.remove(key),
+                crew.unets.shelf.remove(key),
+                crew.vaes.shelf.remove(key),
+                crew.controlnets.shelf.remove(key),
+                crew.tokenizers.remove(key),
+                if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
+            ];
+            freed.into_iter().sum()
+        };
+        let freed = match keys {
+            Some(keys) => keys.iter().map(|key| free(Some(*key))).sum(),
+            None => free(None),
+        };
+        memory::release();
         let after = names(crew);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();
         models.sort();
         models.dedup();
-        Unloaded { models, freed: freed.into_iter().sum() }
+        Unloaded { models, freed }
     }
 }
 
@@ -277,22 +291,30 @@ impl Instructor for ModelInstructor {
         Ok(match request {
             Request::List(_) => Response::List(self.list(crew, ctx)?),
             Request::Inspect(wish) => {
-                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
+                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
             Request::Load(wish) => {
-                let checkpoint = crew.catalog.resolve_with(wish.model.as_deref(), &wish.separate())?;
+                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
+                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
                 Response::Load(self.load(&checkpoint, crew, ctx)?)
             }
             Request::Unload(wish) => {
+                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
                 let separate = wish.separate();
-                let named = wish.model.is_some() || separate.iter().any(|(_, name)| name.is_some());
-                let find = || crew.catalog.resolve_with(wish.model.as_deref(), &separate);
-                let checkpoint = named.then(find).transpose()?;
-                Response::Unload(self.unload(checkpoint.as_deref(), crew))
+                let apart = separate.iter().any(|(_, name)| name.is_some());
+                let named = wish.model.is_some() || apart;
+                let find = || crew.catalog.resolve_with(model.as_deref(), &separate);
+                let keys = named.then(find).transpose()?.map(|checkpoint| match apart {
+                    true => vec![checkpoint.key],
+                    false => crew.catalog.states(&checkpoint.name),
+                });
+                Response::Unload(self.unload(keys.as_deref(), crew))
             }
             Request::Pin(wish) => {
-                let checkpoint = crew.catalog.resolve(wish.model.as_deref())?;
+                let checkpoint =
+                    crew.catalog.resolve(at_revision(wish.model.as_deref(), wish.revision.as_deref())?.as_deref())?;
                 let pinned = wish.pin.unwrap_or(true);
                 if pinned {
                     self.load(&checkpoint, crew, ctx)?;
@@ -300,6 +322,7 @@ impl Instructor for ModelInstructor {
                 crew.pin(&checkpoint, pinned);
                 Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: crew.bytes_of(&checkpoint) })
             }
+            Request::Fetch(wish) => Response::Fetch(fetch(&wish, &crew.hub, &crew.catalog, ctx)?),
         })
     }
 }

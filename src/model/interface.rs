@@ -1,11 +1,15 @@
 //! What can be asked of the model domain.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Part;
-use crate::layers::{Domain, Interface, Nothing};
+use crate::layers::{Domain, Interface, Nothing, OneOrMany};
 use crate::scheduler::schedule::Prediction;
 use crate::units::{Allowance, Bytes};
 
@@ -26,6 +30,22 @@ pub struct Settings {
     pub roots: Vec<PathBuf>,
     /// Model of requests that name none; the demonstration model when it is left out.
     pub default: Option<String>,
+    /// Where models come from that are named as `owner/name`.
+    pub hub: HubSettings,
+}
+
+/// Hugging Face's hub, and the local cache that its tools share.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HubSettings {
+    /// Whether `fetch` may use the network. The environment's `HF_HUB_OFFLINE=1` overrules it.
+    pub download: bool,
+    /// Address of the hub; `$HF_ENDPOINT` or `https://huggingface.co` when it is left out.
+    pub endpoint: Option<String>,
+    /// The cache's folder; `$HF_HUB_CACHE`, `$HF_HOME/hub` or `~/.cache/huggingface/hub` when it is left out.
+    pub cache: Option<PathBuf>,
+    /// A file that holds a token; `$HF_TOKEN`, `$HF_TOKEN_PATH` or `$HF_HOME/token` when it is left out.
+    pub token_file: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -36,6 +56,7 @@ impl Default for Settings {
             mmap: true,
             roots: vec![PathBuf::from("models")],
             default: None,
+            hub: HubSettings::default(),
         }
     }
 }
@@ -66,6 +87,8 @@ pub enum Request {
     Unload(ModelWish),
     /// Keeps a model in memory until it is unloaded, or ends that.
     Pin(PinWish),
+    /// Downloads a repository of the hub, or some of its files, into the local cache.
+    Fetch(FetchWish),
 }
 
 impl Request {
@@ -73,9 +96,15 @@ impl Request {
     #[must_use]
     pub fn needs_compute(&self) -> bool {
         match self {
-            Self::List(_) | Self::Inspect(_) => false,
+            Self::List(_) | Self::Inspect(_) | Self::Fetch(_) => false,
             Self::Load(_) | Self::Unload(_) | Self::Pin(_) => true,
         }
+    }
+
+    /// Whether it may wait for the network for a long time.
+    #[must_use]
+    pub fn needs_network(&self) -> bool {
+        matches!(self, Self::Fetch(_))
     }
 }
 
@@ -83,10 +112,13 @@ impl Request {
 #[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ModelWish {
-    /// A name that `list` gives, or a path beneath the configured roots. Left out: the default model; for `unload`,
-    /// every model.
+    /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
+    /// Left out: the default model; for `unload`, every model.
     #[serde(default)]
     pub model: Option<String>,
+    /// Branch, tag or commit of a repository of the hub. Default: `main`.
+    #[serde(default)]
+    pub revision: Option<String>,
     /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots.
     #[serde(default)]
     pub vae: Option<String>,
@@ -118,12 +150,68 @@ impl ModelWish {
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct PinWish {
-    /// A name that `list` gives, or a path beneath the configured roots. Left out: the default model.
+    /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
+    /// Left out: the default model.
     #[serde(default)]
     pub model: Option<String>,
+    /// Branch, tag or commit of a repository of the hub. Default: `main`.
+    #[serde(default)]
+    pub revision: Option<String>,
     /// `true` (the default) loads the model and keeps it; `false` lets it go when its place is needed.
     #[serde(default)]
     pub pin: Option<bool>,
+}
+
+/// Names what shall be downloaded.
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct FetchWish {
+    /// A repository as `owner/name` or `owner/name@revision`.
+    pub model: String,
+    /// Branch, tag or commit. Default: `main`.
+    #[serde(default)]
+    pub revision: Option<String>,
+    /// Paths in the repository, or patterns in which `*` stands for any characters and `?` for one, 1 to 256 of them.
+    /// Default: what a model in the diffusers layout consists of, or the one network of a repository.
+    #[serde(default)]
+    pub files: Option<OneOrMany<String>>,
+    /// SHA-256 in hexadecimal digits: of the one file of weights, or by file. What has another is not kept.
+    #[serde(default)]
+    pub sha256: Option<Pins>,
+}
+
+/// Hashes that files must have.
+#[derive(Clone, Debug, PartialEq, Eq, schemars::JsonSchema)]
+#[schemars(untagged)]
+pub enum Pins {
+    /// Of the one file of weights that is asked for.
+    One(String),
+    /// By the path in the repository.
+    Each(BTreeMap<String, String>),
+}
+
+impl<'de> Deserialize<'de> for Pins {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Hashes;
+
+        impl<'de> Visitor<'de> for Hashes {
+            type Value = Pins;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a SHA-256, or an object of them by file")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, hash: &str) -> Result<Pins, E> {
+                Ok(Pins::One(hash.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Pins, A::Error> {
+                Ok(Pins::Each(BTreeMap::deserialize(MapAccessDeserializer::new(map))?))
+            }
+        }
+
+        deserializer.deserialize_any(Hashes)
+    }
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
@@ -134,6 +222,7 @@ pub enum Response {
     Load(Loaded),
     Unload(Unloaded),
     Pin(Pinned),
+    Fetch(Fetched),
 }
 
 /// The answer to `list`.
@@ -148,6 +237,8 @@ pub struct ModelList {
 pub struct ModelEntry {
     /// What requests call it: its path beneath its root, or `demo`.
     pub name: String,
+    /// The commit, for a repository of the hub's cache.
+    pub revision: Option<String>,
     /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`, `sdxl_instruct_pix2pix`, `ssd_1b`, `segmind_vega`, `koala_700m`,
     /// `koala_1b`; `null` if it cannot be used.
     pub family: Option<&'static str>,
@@ -166,6 +257,8 @@ pub struct ModelEntry {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Inspection {
     pub model: String,
+    /// The commit, for a repository of the hub's cache.
+    pub revision: Option<String>,
     pub family: &'static str,
     /// How it was trained or distilled, where its files say: `playground_v2_5`, `cosxl`, `v_prediction`, `turbo`,
     /// `lightning`, `hyper`, `dmd2`.
@@ -273,11 +366,38 @@ pub struct Pinned {
     pub bytes: Bytes,
 }
 
+/// The answer to `fetch`.
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct Fetched {
+    /// What requests call it now.
+    pub model: String,
+    /// The commit that was downloaded.
+    pub revision: String,
+    pub files: Vec<FetchedFile>,
+    /// Bytes of all files.
+    pub bytes: Bytes,
+    /// Bytes that came over the network.
+    pub downloaded: Bytes,
+    /// Milliseconds that it took.
+    pub ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct FetchedFile {
+    /// Its path in the repository.
+    pub name: String,
+    pub bytes: Bytes,
+    /// Whether it was in the cache before.
+    pub cached: bool,
+    /// Of what was downloaded now, or is pinned.
+    pub sha256: Option<String>,
+}
+
 pub struct Model;
 
 impl Interface for Model {
     const DOMAIN: Domain = Domain::Model;
-    const OPERATIONS: &'static [&'static str] = &["list", "inspect", "load", "unload", "pin"];
+    const OPERATIONS: &'static [&'static str] = &["list", "inspect", "load", "unload", "pin", "fetch"];
     type Request = Request;
     type Response = Response;
 }

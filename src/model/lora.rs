@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::companion::Companion;
+use super::peft::Peft;
 use super::workers::adapt::{self, Format, Parts};
 use super::workers::adapting::{Touch, Touches};
 use super::workers::names::{Held, Name, NameTask, Source, Table};
@@ -24,6 +25,8 @@ use crate::error::{Error, Result, nearest};
 
 /// Most adapters of one request.
 pub const MOST: usize = 32;
+/// The part by which, over the rank, a change counts.
+const ALPHA: &str = "alpha";
 /// Keys that a report names of those that were skipped.
 const NAMED: usize = 5;
 /// An adapter file, and times which it counts.
@@ -81,6 +84,8 @@ struct Change {
     weight: Option<&'static Format>,
     bias: Option<&'static Format>,
     held: Held,
+    /// Where no tensor says it.
+    alpha: Option<f64>,
 }
 
 impl fmt::Debug for Stack {
@@ -184,7 +189,10 @@ impl Stack {
             let mut tensors = lora.read(wanted.iter().flat_map(|(_, change, _)| change.held.values()), ctx)?;
             for (layer, change, strength) in wanted {
                 let part = |(name, source): (&String, &Source)| Ok((name.clone(), take(&mut tensors, source)?));
-                let parts: Parts = change.held.iter().map(part).collect::<Result<_>>()?;
+                let mut parts: Parts = change.held.iter().map(part).collect::<Result<_>>()?;
+                if let Some(alpha) = change.alpha {
+                    parts.insert(ALPHA.to_owned(), Tensor::new(alpha as f32, &Device::Cpu)?);
+                }
                 let touch = Touch { adapter, weight: change.weight, bias: change.bias, parts, strength };
                 layers.entry(layer.clone()).or_default().push(touch);
             }
@@ -224,6 +232,7 @@ impl Lora {
         let named = ctx.perform(&Name, NameTask { adapter: &weights, networks, layers })?;
         let stored: HashMap<&str, (StoredDtype, &[usize])> =
             weights.tensors().map(|(name, stored)| (name, (stored.dtype, stored.shape.as_slice()))).collect();
+        let peft = Peft::read(&choice.file, &weights)?;
         let refuse = |message: String| Error::ModelUnsupported { name: choice.file.name.clone(), message };
         let (mut formats, mut components) = (BTreeSet::new(), BTreeSet::new());
         let (mut applied, mut seen) = (BTreeSet::new(), BTreeSet::new());
@@ -263,9 +272,12 @@ impl Lora {
                 continue;
             }
             components.insert(part);
-            let held = held.into_iter().filter(|(name, _)| chosen.uses(name)).collect();
+            let held: Held = held.into_iter().filter(|(name, _)| chosen.uses(name)).collect();
+            let rank = held.get("lora_down.weight").and_then(|down| stored.get(down.key.as_str())?.1.first().copied());
+            let rank = rank.filter(|_| !held.contains_key(ALPHA));
+            let alpha = rank.and_then(|rank| peft.alpha(part, &layer, rank));
             let (weight, bias) = (weight.map(|(_, format)| format), bias.map(|(_, format)| format));
-            layers.insert((part, layer), Change { weight, bias, held });
+            layers.insert((part, layer), Change { weight, bias, held, alpha });
         }
         if applied.is_empty() {
             return Err(refuse(nothing(&named.unknown, seen.first(), &checkpoint.name)));

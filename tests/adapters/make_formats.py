@@ -2,7 +2,7 @@
 """Makes goldens of every adapter format: what diffusers draws from the demonstration model when a few layers of its UNet and
 of its text encoders have been changed by the format's formula.
 
-    pip install torch diffusers transformers accelerate safetensors
+    pip install torch diffusers transformers accelerate peft safetensors
     make_formats.py ../shared/demo-model/model
 
 Writes files/as_FORMAT.safetensors with kohya's names, and formats.json and formats.safetensors, requests and final latents by
@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from make_loras import calmest
+
 STRENGTH = 0.8
 BASE = dict(prompt="A sunset over mountains", negative_prompt="snow", steps=3, cfg_scale=5.0, seed=7, width=64, height=64,
             sampler_name="euler", scheduler="leading")
@@ -151,9 +154,7 @@ def main(model):
             if not names:
                 continue
             case = {**BASE, "loras": [{"model": f"as_{format}", "weight": 0.0, "text_encoder_2_weight": 0.0, f"{component}_weight": STRENGTH}]}
-            with torch.no_grad():
-                out = pipe(prompt=case["prompt"], negative_prompt=case["negative_prompt"], guidance_scale=case["cfg_scale"], width=64, height=64,
-                           generator=torch.Generator("cpu").manual_seed(7), output_type="latent", num_inference_steps=3).images
+            out = calmest(pipe, case)
             cases[f"{format} {component}"], goldens[f"{format} {component}"] = case, out.contiguous()
             for parameter, before in kept:
                 parameter.data = before

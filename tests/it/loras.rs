@@ -14,8 +14,8 @@ use sdxl_worker::context::Context;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Result;
 use sdxl_worker::inference::blocks::Blocks;
-use sdxl_worker::inference::interface::{AppliedAdapter, GenerateRequest, Generated, Request, Response};
-use sdxl_worker::inference::lora::{LoraWish, LoraWishes};
+use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
+use sdxl_worker::inference::lora::{AppliedAdapter, LoraWish, LoraWishes};
 use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::model::lora::LoraFacts;
 use serde_json::json;
@@ -85,7 +85,7 @@ fn images_are_the_references() {
         let (distance, change) =
             (distance(&ours, &goldens[&name]), distance(&worker.draw(&plain).remove(0).0, &goldens[&name]));
         println!("{name:<16} {distance:>9.2e} (without it {change:.2})");
-        if distance.is_nan() || distance > TOLERANCE || change < 0.1 {
+        if distance.is_nan() || distance > TOLERANCE || change < 20.0 * TOLERANCE {
             failures.push(format!("{name}: {distance:.2e}, without it {change:.2}"));
         }
     }
@@ -405,6 +405,46 @@ fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
         Reply::Inference(Response::Generated(generated)) => Ok(generated),
         other => panic!("{other:?}"),
     }
+}
+
+/// A file of PEFT's names without alphas, which says elsewhere that they are half the rank.
+#[test]
+fn alphas_are_found_where_peft_and_diffusers_write_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let alpha = json!({ "unet.lora_alpha": 1, "unet.r": 2, "text_encoder.lora_alpha": 4.0, "text_encoder.use_rslora": true,
+        "text_encoder_2.lora_alpha": 2, "text_encoder_2.alpha_pattern": { "self_attn.q_proj": 1 } });
+    let (mut whole, mut halved) = (load("peft"), File::new());
+    let kept = |key: &str| key.contains("unet.") || key.contains("text_encoder_2.");
+    whole.retain(|key, _| kept(key));
+    // Half of a small f16 is not a half.
+    whole.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::F32).unwrap());
+    for (key, tensor) in &whole {
+        let half = key.starts_with("unet.") || key.contains("q_proj");
+        let factor = if half && key.ends_with("lora_B.weight") { 0.5 } else { 1.0 };
+        halved.insert(key.clone(), (tensor * factor).unwrap());
+    }
+    candle_core::safetensors::save(&halved, folder.path().join("halved.safetensors")).unwrap();
+    let path = folder.path().join("said.safetensors");
+    candle_core::safetensors::save(&whole, &path).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let length = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    header["__metadata__"] = json!({ "lora_adapter_metadata": alpha.to_string() });
+    let header = header.to_string().into_bytes();
+    fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat()).unwrap();
+    let mut worker = worker(folder.path());
+    let wanted = pixels(&mut worker, &small(&[("halved", 1.0)]));
+    assert!(pixels(&mut worker, &small(&[("said", 1.0)])) == wanted, "in the metadata");
+
+    let own = folder.path().join("own");
+    fs::create_dir(&own).unwrap();
+    whole.retain(|key, _| key.starts_with("unet."));
+    candle_core::safetensors::save(&whole, own.join("adapter_model.safetensors")).unwrap();
+    fs::write(own.join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 1}"#).unwrap();
+    halved.retain(|key, _| key.starts_with("unet."));
+    candle_core::safetensors::save(&halved, folder.path().join("of_unet.safetensors")).unwrap();
+    let wanted = pixels(&mut worker, &small(&[("of_unet", 1.0)]));
+    assert!(pixels(&mut worker, &small(&[("own", 1.0)])) == wanted, "in a folder");
 }
 
 #[test]

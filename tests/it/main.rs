@@ -11,6 +11,8 @@ mod device;
 mod drawing;
 mod edits;
 mod hints;
+mod hub;
+mod hub_server;
 mod hostile_files;
 mod image_files;
 mod guidance;

@@ -18,14 +18,16 @@ use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::families::FAMILIES;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::interface::{HubSettings, LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
 use sdxl_worker::model::managers::{Budget, Reach, Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
 use crate::conditioning::demo_folder;
 
 fn crew(roots: Vec<PathBuf>) -> ModelCrew {
-    let mut crew = ModelCrew::new(&Settings { roots, ..Settings::default() });
+    // What this machine's cache of the hub holds is no part of a test.
+    let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
+    let mut crew = ModelCrew::new(&Settings { roots, hub, ..Settings::default() });
     crew.placement = Some(Placement {
         device: Device::Cpu,
         name: "cpu".to_owned(),
@@ -159,7 +161,7 @@ fn names_lead_nowhere_but_beneath_the_roots() {
     check_name(&mut crew, "", Err("invalid_parameter"));
     check_name(&mut crew, "  ", Err("invalid_parameter"));
     check_name(&mut crew, "a\0b", Err("invalid_parameter"));
-    check_name(&mut crew, "a.safetensors", Err("model_unsupported"));
+    check_name(&mut crew, "a.safetensors", Err("model_corrupt"));
     check_name(&mut crew, "a.ckpt", Err("unsafe_format"));
     check_name(&mut crew, "a.txt", Err("model_unsupported"));
     check_name(&mut crew, "family", Err("model_unsupported"));
@@ -207,7 +209,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
     let Response::Load(again) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else { panic!("load") };
     assert!(again.components.iter().all(|c| c.cached), "{again:?}");
 
-    let pin = PinWish { model: None, pin: Some(true) };
+    let pin = PinWish { model: None, revision: None, pin: Some(true) };
     let Response::Pin(pinned) = ask(Request::Pin(pin), &mut crew).unwrap() else { panic!("pin") };
     assert_eq!((pinned.pinned, pinned.bytes), (true, loaded.bytes));
     assert_eq!(crew.unets.evict(Bytes(u64::MAX)), Bytes(0));
@@ -215,7 +217,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
     let demo = &list.models[0];
     assert_eq!((demo.family, demo.dtype, demo.pinned), (Some("sdxl_base"), Some("f16"), true));
     assert_eq!(demo.loaded, ["encoder", "unet", "vae"]);
-    ask(Request::Pin(PinWish { model: None, pin: Some(false) }), &mut crew).unwrap();
+    ask(Request::Pin(PinWish { model: None, revision: None, pin: Some(false) }), &mut crew).unwrap();
 
     let held = crew.unets.acquire(&Checkpoint::demo().unwrap(), crew.placement.as_ref().unwrap(), &Context::detached());
     let weak = Arc::downgrade(&held.unwrap());

@@ -166,7 +166,7 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
         let ways = estimate["ways"].as_array().unwrap();
         ways.iter().find(|way| way["rung"] == *rung).unwrap()["needed"].as_u64().unwrap()
     };
-    let mut check = |limit: u64, expected: &[&str]| {
+    let check = |limit: u64, expected: &[&str]| {
         let mut worker = Limited::new(Some(limit), None);
         let estimate = worker.estimate(&wanted);
         assert_eq!((rungs(&estimate["memory"]), &estimate["fits"]), (expected.to_vec(), &json!(true)), "{estimate}");

@@ -14,7 +14,7 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{Inspection, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::interface::{HubSettings, Inspection, ModelWish, PinWish, Request, Response, Settings};
 use sdxl_worker::scheduler::schedule::Prediction;
 
 use super::conditioning::demo_folder;
@@ -49,7 +49,8 @@ fn drawn(worker: &mut Worker, request: &GenerateRequest) -> (Vec<u32>, Vec<u8>) 
 }
 
 fn ask(root: &Path, request: Request) -> Result<Response> {
-    let mut crew = ModelCrew::new(&Settings { roots: vec![root.to_owned()], ..Settings::default() });
+    let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
+    let mut crew = ModelCrew::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() });
     ModelInstructor.instruct(request, &mut crew, &Context::detached())
 }
 
@@ -137,11 +138,17 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
     let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };
     let Response::Load(same) = told(Request::Load(named("folder"))) else { panic!("load") };
     assert_eq!(loaded.bytes, same.bytes);
-    let pin = PinWish { model: Some("below/file.safetensors".to_owned()), pin: Some(true) };
+    let pin = PinWish { model: Some("below/file.safetensors".to_owned()), revision: None, pin: Some(true) };
     let Response::Pin(pinned) = told(Request::Pin(pin)) else { panic!("pin") };
     assert_eq!(pinned.bytes, loaded.bytes);
     let Response::Unload(freed) = told(Request::Unload(named("below/file"))) else { panic!("unload") };
     assert_eq!(freed.models, ["below/file.safetensors"]);
+    // A model goes with whatever parts it was loaded with.
+    let mut apart = named("folder");
+    apart.vae = Some("below/file".to_owned());
+    told(Request::Load(apart));
+    let Response::Unload(freed) = told(Request::Unload(named("folder"))) else { panic!("unload") };
+    assert!(freed.freed.0 >= 2 * loaded.bytes.0, "{freed:?}");
 }
 
 /// A whole checkpoint around a UNet.
@@ -219,7 +226,7 @@ fn variants_are_told_by_names_and_shapes_alone() {
         [("text_encoder", 123_060_480), ("text_encoder_2", 694_659_840), ("unet", 2_567_463_684), ("vae", 83_653_863)];
     assert_eq!(counts, published);
     assert_eq!((facts.vae.scaling_factor, facts.default_width, facts.unet.context), (0.13025, 1024, 2048));
-    assert_eq!(facts.force_zeros_for_empty_prompt, true);
+    assert!(facts.force_zeros_for_empty_prompt);
     let refiner = check(&plain(REFINER), ("sdxl_refiner", None, epsilon, false));
     assert_eq!((refiner.text_encoders.len(), refiner.force_zeros_for_empty_prompt), (1, false));
     check(&plain(inputs(9)), ("sdxl_inpaint", None, epsilon, false));

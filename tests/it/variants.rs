@@ -51,11 +51,14 @@ fn check(name: &str, root: &Path) {
     let mut worker = worker(root);
     let mut failures = Vec::new();
     for (case, request) in goldens.cases {
-        let (ours, _) = worker.draw(&GenerateRequest { dtype: Some(Dtype::F32), ..request }).remove(0);
-        let distance = distance(&ours, &latents[&case]);
-        println!("{name} {case:<40} {distance:>9.2e}");
-        if distance.is_nan() || distance > TOLERANCE {
-            failures.push(format!("{case}: {distance:.2e}"));
+        for slice in [false, true] {
+            let request = GenerateRequest { dtype: Some(Dtype::F32), slice: Some(slice), ..request.clone() };
+            let (ours, _) = worker.draw(&request).remove(0);
+            let distance = distance(&ours, &latents[&case]);
+            println!("{name} {case:<40} {distance:>9.2e}{}", if slice { ", in slices" } else { "" });
+            if distance.is_nan() || distance > TOLERANCE {
+                failures.push(format!("{case}, slice {slice}: {distance:.2e}"));
+            }
         }
     }
     assert!(failures.is_empty(), "out of tolerance:\n{}", failures.join("\n"));

@@ -288,20 +288,20 @@ impl Network<'_> {
         if roles == [Role::Positive] {
             return x0(self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?);
         }
+        let unseen = match self.beside.filter(|_| roles.contains(&Role::Unseen)) {
+            Some(beside) => Some(with(&beside.zeros_like()?)?),
+            None => None,
+        };
+        let seen = |role: &Role| unseen.as_ref().filter(|_| *role == Role::Unseen).unwrap_or(&input);
         let predicted = if self.slice {
             let firsts = samples.step_by(*batch);
             let alone = roles.iter().zip(firsts).map(|(role, first)| {
-                let passes = Passes { roles: &[*role], samples: first..first + batch, input: &input };
+                let passes = Passes { roles: &[*role], samples: first..first + batch, input: seen(role) };
                 ctx.checkpoint()?;
                 self.predicted(&passes, now, ctx)
             });
             Tensor::cat(&alone.collect::<Result<Vec<_>>>()?, 0)?
         } else {
-            let unseen = match self.beside.filter(|_| roles.contains(&Role::Unseen)) {
-                Some(beside) => with(&beside.zeros_like()?)?,
-                None => input.clone(),
-            };
-            let seen = |role: &Role| if *role == Role::Unseen { &unseen } else { &input };
             let input = Tensor::cat(&roles.iter().map(seen).collect::<Vec<_>>(), 0)?;
             self.predicted(&Passes { roles: &roles, samples, input: &input }, now, ctx)?
         };

@@ -16,9 +16,15 @@ use crate::model::weighing::{Holding, Weighed};
 use crate::pace::{Pace, Work};
 use crate::units::{Bytes, ImageSize};
 
+/// Vocabularies and merges of both tokenizers, which are CLIP's in every SDXL model.
+const TOKENIZERS: Bytes = Bytes(22 * Bytes::MIB);
+/// Blocks that the CPU's kernels lay their numbers in.
+const WORKING: Bytes = Bytes(8 * Bytes::MIB);
 /// Parts that may leave.
 const ENCODERS: &str = "text_encoders";
 const UNET: &str = "unet";
+/// What is no weights.
+const VOCABULARIES: &str = "tokenizers";
 
 pub struct Appraise;
 
@@ -47,7 +53,7 @@ pub struct Needs {
     strips: f64,
     /// Of the encoder by extent; none where no picture is encoded.
     encode: [f64; 2],
-    /// Of the text encoders and of what is always there.
+    /// What threads work with, whatever they do.
     least: f64,
     pub evaluations: usize,
     pub seconds: Option<f64>,
@@ -66,7 +72,7 @@ impl Needs {
     /// Bytes of all weights.
     #[must_use]
     pub fn weights(&self) -> Bytes {
-        self.parts.iter().map(|need| need.told.bytes).sum()
+        self.parts.iter().filter(|need| need.told.part != VOCABULARIES).map(|need| need.told.bytes).sum()
     }
 
     /// By part.
@@ -93,7 +99,7 @@ impl Needs {
     pub fn activations(&self, means: Means) -> Bytes {
         let [whole, strips] = self.encode;
         let encode = if means.decode == DecodeExtent::Strips { strips } else { whole };
-        self.denoise(means).max(self.decode(means)).max(Bytes(encode.max(self.least) as u64))
+        self.denoise(means).max(self.decode(means)).max(Bytes(encode as u64)) + Bytes(self.least as u64)
     }
 
     /// Bytes still to be had, less what those weights give back that leave. A refiner takes its base's place where there is
@@ -184,7 +190,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             whole: decode(Extent::Whole),
             strips: decode(Extent::Strips),
             encode: if encodes { [Extent::Whole, Extent::Strips].map(encode) } else { [0.0; 2] },
-            least: Bytes::MIB as f64,
+            least: if holding.on_host { WORKING.0 as f64 } else { 0.0 },
             evaluations: runs().map(|(sampling, _)| sampling.evaluations()).sum::<usize>() * images,
             seconds,
         })
@@ -223,10 +229,17 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
             add("vae", "vae", &model.name, weigh(Part::Vae)?, None);
         }
     }
+    if holding.on_host {
+        let weighed = Weighed { bytes: TOKENIZERS, mapped: Bytes(0), away: TOKENIZERS };
+        add(VOCABULARIES, "tokenizer", &plan.checkpoint.name, weighed, None);
+    }
     for (at, control) in plan.controls.iter().enumerate() {
         if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
             add("controlnet", "controlnet", &control.net.name, Weighed::companion(&control.net, holding, ctx)?, None);
         }
+    }
+    for lora in &plan.loras {
+        add("lora", "lora", &lora.file.name, Weighed::companion(&lora.file, holding, ctx)?, None);
     }
     for (kind, found) in plan.adapters.networks() {
         add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
@@ -258,7 +271,7 @@ mod tests {
             whole: 400.0,
             strips: 150.0,
             encode: [0.0; 2],
-            least: 1.0,
+            least: 0.0,
             evaluations: 1,
             seconds: None,
         }

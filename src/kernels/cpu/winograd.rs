@@ -483,7 +483,7 @@ mod avx512 {
             let number = |i: usize| unsafe {
                 // SAFETY: a panel has 9 lines of pairs for two channels.
                 let pair = _mm512_loadu_si512(pairs_of.add(i / 2 * LINE_OF_PAIRS).cast());
-                _mm512_castsi512_ps(if i % 2 == 0 {
+                _mm512_castsi512_ps(if i.is_multiple_of(2) {
                     _mm512_slli_epi32::<16>(pair)
                 } else {
                     _mm512_and_si512(pair, high)

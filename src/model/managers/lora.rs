@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::kernels::sharing::{Layers, sharing};
 use crate::model::checkpoint::Part;
 use crate::model::lora::Stack;
-use crate::model::workers::adapting::adapting;
+use crate::model::workers::adapting::{Built, adapting};
 use crate::units::Bytes;
 
 /// A network, its layers, and what tells the changes of each.
@@ -78,13 +78,13 @@ impl<'a> Adapting<'a> {
         drop(known);
         let (loaded, layers) = sharing(given, || {
             opened.load(ctx, |vb| match touches.layers.is_empty() {
-                true => load(vb).map(|network| (network, Vec::new())),
+                true => load(vb).map(|network| Built { network, spent: Vec::new(), more: Bytes(0) }),
                 false => adapting(&touches, vb, ctx, load),
             })
         });
-        let ((network, spent), bytes) = loaded?;
+        let (Built { network, spent, more }, bytes) = loaded?;
         spent.into_iter().enumerate().for_each(|(adapter, time)| stack.took(adapter, time));
-        Ok((Kept { network, layers, marks }, bytes))
+        Ok((Kept { network, layers, marks }, bytes + more))
     }
 }
 

@@ -132,10 +132,11 @@ impl<T: 'static> Shelf<T> {
         give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
-    /// The running request will use the items of a checkpoint.
-    pub(in crate::model) fn claim(&mut self, checkpoint: CheckpointKey) {
-        let mut list = self.entries.list.borrow_mut();
-        for entry in list.iter_mut().filter(|entry| entry.key.checkpoint == checkpoint) {
+    /// The running request will use the items of a checkpoint as it is, and those over whose files `over` lies.
+    pub(in crate::model) fn claim(&mut self, checkpoint: CheckpointKey, over: &[CheckpointKey]) {
+        let wanted =
+            |key: &ShelfKey| key.checkpoint == checkpoint && key.over.is_none_or(|above| over.contains(&above));
+        for entry in self.entries.list.borrow_mut().iter_mut().filter(|entry| wanted(&entry.key)) {
             entry.used = self.budget.used();
         }
     }

@@ -1,6 +1,6 @@
 //! Adapter files over a network's weights: a weight source around a weight source. A tensor that adapters change is
 //! widened to f32, every change is made to it in the order of the request, and it is handed on in the dtype in which the
-//! network's own is kept.
+//! network's own is kept, or in f32 to a network that computes in f32: the file's own may be too coarse for the sum.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 
 use super::adapt::{Format, MergeTask, Parts};
-use super::read::is_as;
+use super::by_rows;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
@@ -41,7 +41,16 @@ pub(in crate::model) struct Touches<'a> {
     pub(in crate::model) layers: BTreeMap<String, Vec<Touch>>,
 }
 
-/// Builds a network from `lower`, changed by `touches`. Gives it with the time that each adapter took.
+/// A network that was built, and what it took.
+pub(in crate::model) struct Built<T> {
+    pub(in crate::model) network: T,
+    /// By adapter.
+    pub(in crate::model) spent: Vec<Duration>,
+    /// By how much the changed tensors are larger than they were.
+    pub(in crate::model) more: Bytes,
+}
+
+/// Builds a network from `lower`, changed by `touches`.
 ///
 /// # Errors
 /// `model_unsupported` for a change that does not fit its layer; those of `load`.
@@ -50,9 +59,9 @@ pub(in crate::model) fn adapting<T>(
     lower: &VarBuilder,
     ctx: &Context,
     load: impl FnOnce(&VarBuilder) -> Result<T>,
-) -> Result<(T, Vec<Duration>)> {
+) -> Result<Built<T>> {
     let spent = touches.names.iter().map(|_| AtomicU64::new(0)).collect();
-    let state = Mutex::new(State { waiting: touches.tensors(), made: HashMap::new(), failure: None });
+    let state = Mutex::new(State { waiting: touches.tensors(), made: HashMap::new(), more: 0, failure: None });
     let adapted = Adapted { touches, lower, ctx, spent, state };
     let built = {
         let backend: Box<dyn SimpleBackend + '_> = Box::new(&adapted);
@@ -63,7 +72,7 @@ pub(in crate::model) fn adapting<T>(
         return Err(failure);
     }
     let spent = adapted.spent.into_iter().map(|nanos| Duration::from_nanos(nanos.into_inner())).collect();
-    Ok((built?, spent))
+    Ok(Built { network: built?, spent, more: Bytes(state.more) })
 }
 
 struct Adapted<'a> {
@@ -79,6 +88,7 @@ struct State<'a> {
     /// Tensors that are still to be changed, by name.
     waiting: BTreeMap<String, Changed<'a>>,
     made: HashMap<String, Tensor>,
+    more: u64,
     /// candle's own error says less.
     failure: Option<Error>,
 }
@@ -99,18 +109,12 @@ impl Touch {
 
 impl Touches<'_> {
     fn tensors(&self) -> BTreeMap<String, Changed<'_>> {
-        let of_layer = |(layer, by): (&'_ String, &'_ Vec<Touch>)| {
-            ["weight", "bias"]
-                .into_iter()
-                .filter(|tensor| by.iter().any(|touch| touch.format(tensor).is_some()))
-                .map(move |tensor| tensor)
-                .map(|tensor| (format!("{layer}.{tensor}"), tensor))
-                .collect::<Vec<_>>()
-        };
         let mut all = BTreeMap::new();
         for (layer, by) in &self.layers {
-            for (name, tensor) in of_layer((layer, by)) {
-                all.insert(name, Changed { layer, tensor, by });
+            for tensor in ["weight", "bias"] {
+                if by.iter().any(|touch| touch.format(tensor).is_some()) {
+                    all.insert(format!("{layer}.{tensor}"), Changed { layer, tensor, by });
+                }
             }
         }
         all
@@ -118,17 +122,17 @@ impl Touches<'_> {
 }
 
 impl Adapted<'_> {
-    /// What is not changed comes as it is wanted by `hint`.
-    fn take(&self, name: &str, shape: Option<Shape>, hint: Init) -> CandleResult<Tensor> {
-        let from = |shape: Option<Shape>| match shape {
-            Some(shape) => self.lower.get_with_hints(shape, name, hint),
+    /// What is not changed is asked for as the network asked.
+    fn take(&self, name: &str, asked: Option<(Shape, Init)>) -> CandleResult<Tensor> {
+        let from = |asked: Option<(Shape, Init)>| match asked {
+            Some((shape, hint)) => self.lower.get_with_hints(shape, name, hint),
             None => self.lower.get_unchecked(name),
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.made.contains_key(name) {
             if !state.waiting.contains_key(name) {
                 drop(state);
-                return from(shape);
+                return from(asked);
             }
             if let Err(error) = self.change(name, &mut state) {
                 let told = candle_core::Error::Msg(error.to_string());
@@ -136,14 +140,17 @@ impl Adapted<'_> {
                 return Err(told);
             }
         }
-        match (state.made.remove(name), shape) {
-            (Some(tensor), Some(expected)) if is_as(expected.dims(), tensor.dims()) => tensor.reshape(expected),
-            (Some(tensor), Some(expected)) => {
+        match (state.made.remove(name), asked) {
+            // A matrix may be kept as a convolution of one tap, and the other way round.
+            (Some(tensor), Some((expected, _))) if is_same_matrix(tensor.dims(), expected.dims()) => {
+                tensor.reshape(expected)
+            }
+            (Some(tensor), Some((expected, _))) if *tensor.shape() != expected => {
                 let msg = format!("tensor `{name}`");
                 Err(candle_core::Error::UnexpectedShape { msg, expected, got: tensor.shape().clone() })
             }
             (Some(tensor), _) => Ok(tensor),
-            (None, shape) => from(shape),
+            (None, asked) => from(asked),
         }
     }
 
@@ -175,7 +182,9 @@ impl Adapted<'_> {
             let share = whole as f64 * (nanos.load(Ordering::Relaxed) as f64 / sum as f64);
             total.fetch_add(share as u64, Ordering::Relaxed);
         }
-        for ((name, ..), tensor) in batch.into_iter().zip(made) {
+        for ((name, _, base), tensor) in batch.into_iter().zip(made) {
+            let grown = tensor.dtype().size_in_bytes().saturating_sub(base.dtype().size_in_bytes());
+            state.more += (tensor.elem_count() * grown) as u64;
             state.waiting.remove(&name);
             state.made.insert(name, tensor);
         }
@@ -184,6 +193,16 @@ impl Adapted<'_> {
 
     fn changed(&self, changed: Changed, base: &Tensor, spent: &[AtomicU64]) -> Result<Tensor> {
         let Changed { layer, tensor, by } = changed;
+        let dtype = if self.lower.dtype() == DType::F32 { DType::F32 } else { base.dtype() };
+        let begun = Instant::now();
+        let changes = || by.iter().filter(|touch| touch.format(tensor).is_some());
+        if tensor == "weight"
+            && let Some(made) = by_rows::changed(base, dtype, changes().map(|touch| (&touch.parts, touch.strength)))?
+        {
+            let share = begun.elapsed() / u32::try_from(changes().count().max(1)).unwrap_or(u32::MAX);
+            changes().for_each(|touch| self.spend(touch, share, spent));
+            return Ok(made);
+        }
         let mut wide = base.to_dtype(DType::F32)?;
         for touch in by {
             let Some(format) = touch.format(tensor) else { continue };
@@ -201,11 +220,21 @@ impl Adapted<'_> {
                 return Err(Error::ModelUnsupported { name: file.to_owned(), message });
             }
             wide = next;
-            let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            spent.get(touch.adapter).map(|total| total.fetch_add(nanos, Ordering::Relaxed));
+            self.spend(touch, begun.elapsed(), spent);
         }
-        Ok(wide.to_dtype(base.dtype())?)
+        Ok(wide.to_dtype(dtype)?)
     }
+
+    fn spend(&self, touch: &Touch, time: Duration, spent: &[AtomicU64]) {
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        spent.get(touch.adapter).map(|total| total.fetch_add(nanos, Ordering::Relaxed));
+    }
+}
+
+/// Whether shapes differ by axes of length 1 at their end alone.
+fn is_same_matrix(a: &[usize], b: &[usize]) -> bool {
+    let trimmed = |dims: &[usize]| dims.iter().rposition(|&side| side != 1).map_or(0, |last| last + 1);
+    a != b && a.get(..trimmed(a)) == b.get(..trimmed(b))
 }
 
 /// An error of a format, which knows the layer alone, with the adapter's file and what it has.
@@ -222,11 +251,11 @@ fn told(error: Error, file: &str, parts: &Parts) -> Error {
 
 impl SimpleBackend for &Adapted<'_> {
     fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, Some(shape), hint)
+        self.take(name, Some((shape, hint)))
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, None, Init::default())
+        self.take(name, None)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

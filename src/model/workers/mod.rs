@@ -2,7 +2,10 @@
 
 pub(in crate::model) mod adapt;
 pub(super) mod adapting;
+mod by_rows;
+pub(super) mod digest;
 pub(super) mod dtype;
+pub(super) mod fetch;
 mod gguf;
 pub(super) mod names;
 pub(super) mod naming;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
-pub use super::dtype::StoredDtype;
+pub(in crate::model) use super::dtype::StoredDtype;
 use super::gguf;
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -360,7 +360,7 @@ impl Source<'_> {
 }
 
 /// Whether a tensor of shape `stored` can be had as `wanted`: real files keep some matrices as convolutions of one tap.
-pub(super) fn is_as(wanted: &[usize], stored: &[usize]) -> bool {
+fn is_as(wanted: &[usize], stored: &[usize]) -> bool {
     wanted == stored || matches!(stored, [rows, columns, 1, 1] if wanted == [*rows, *columns])
 }
 

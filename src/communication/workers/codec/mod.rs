@@ -15,13 +15,17 @@ use super::super::lines::Warning;
 use crate::conditioning::interface::Conditioning;
 use crate::device::interface::Device;
 use crate::error::{Error, nearest};
-use crate::inference::interface::{FIELDS_TO_COME, Inference};
+use crate::inference::interface::Inference;
 use crate::instructors::Call;
 use crate::layers::{Domain, Interface};
 use crate::model::interface::Model;
 use crate::postprocessing::interface::Postprocessing;
 use crate::scheduler::interface::Scheduler;
 use body::Body;
+
+/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
+/// an unknown key.
+const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
 
 /// A request line that was understood.
 #[derive(Debug)]

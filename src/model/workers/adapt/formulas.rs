@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 
 use super::{MergeTask, Parts, of};
 use crate::context::Context;
+use crate::noise::{NoiseSource, RngKind};
 
 /// Cases by name and kind of layer, the parts of each, and the layers.
 pub(super) struct Goldens {
@@ -86,7 +87,8 @@ fn strength_zero_leaves_layers_as_they_are() {
 #[test]
 fn wide_blocks_turn_by_rotations() {
     let side = 160;
-    let blocks = Tensor::randn(0.0_f32, 1.0, (1, side, side), &Device::Cpu).unwrap();
+    let noise = NoiseSource::new(RngKind::Cpu, &[1], 1, side, side, &Device::Cpu).draw().unwrap();
+    let blocks = noise.reshape((1, side, side)).unwrap();
     let base = Tensor::eye(side, candle_core::DType::F32, &Device::Cpu).unwrap();
     let parts = Parts::from([("oft_blocks".to_owned(), blocks)]);
     let task = MergeTask { layer: "layer", tensor: "weight", base: &base, parts: &parts, strength: 1.0 };

@@ -111,7 +111,7 @@ fn ending(key: &str) -> Option<(&str, String)> {
         // One part's name may end as another's.
         let parts = ADAPTERS.iter().flat_map(|(_, format)| format.parts);
         let of = |part: &&'static str| Some((key.strip_suffix(*part)?.strip_suffix('.')?, *part));
-        let (module, part) = parts.filter_map(|part| of(part)).max_by_key(|(_, part)| part.len())?;
+        let (module, part) = parts.filter_map(of).max_by_key(|(_, part)| part.len())?;
         Some((module, part.to_owned()))
     })
 }

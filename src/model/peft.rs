@@ -1,0 +1,65 @@
+//! What PEFT says of an adapter beside its tensors: the alphas of files whose keys have none. It stands in the file's
+//! metadata where diffusers wrote it, and in `adapter_config.json` in a folder of PEFT's own.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::checkpoint::Part;
+use super::companion::Companion;
+use super::workers::open::Weights;
+use crate::error::{Error, Result};
+
+/// Under which diffusers writes it into a file's metadata.
+const METADATA: &str = "lora_adapter_metadata";
+
+/// Configurations by network; one without a network is for all.
+#[derive(Default)]
+pub(super) struct Peft(Vec<(Option<Part>, Config)>);
+
+/// What is left out has PEFT's default.
+#[derive(Default, Deserialize)]
+struct Config {
+    lora_alpha: Option<f64>,
+    /// Whether the alpha is divided by the root of the rank, Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>.
+    use_rslora: Option<bool>,
+    /// Alphas of layers whose names end so.
+    alpha_pattern: Option<BTreeMap<String, f64>>,
+}
+
+impl Peft {
+    /// # Errors
+    /// `model_unsupported` for metadata that cannot be understood, `model_corrupt` for such a configuration.
+    pub(super) fn read(file: &Companion, weights: &Weights) -> Result<Self> {
+        let mut all = Vec::new();
+        if let Some(config) = file.config::<Config>()? {
+            all.push((None, config));
+        }
+        if let Some(text) = weights.metadata(METADATA) {
+            let refuse = |error: serde_json::Error| Error::ModelUnsupported {
+                name: file.name.clone(),
+                message: format!("its metadata `{METADATA}` cannot be understood: {error}"),
+            };
+            let values: BTreeMap<String, serde_json::Value> = serde_json::from_str(text).map_err(refuse)?;
+            for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
+                let own = |(key, value): (&String, &serde_json::Value)| {
+                    Some((key.strip_prefix(part.name())?.strip_prefix('.')?.to_owned(), value.clone()))
+                };
+                let own: serde_json::Map<_, _> = values.iter().filter_map(own).collect();
+                all.push((Some(part), serde_json::from_value(own.into()).map_err(refuse)?));
+            }
+        }
+        Ok(Self(all))
+    }
+
+    /// The alpha of a layer of this rank, by which the rank divides it.
+    pub(super) fn alpha(&self, part: Part, layer: &str, rank: usize) -> Option<f64> {
+        let of_part = self.0.iter().filter(|(own, _)| own.is_none_or(|own| own == part));
+        of_part.rev().find_map(|(_, config)| {
+            let ends = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+            let own = config.alpha_pattern.iter().flatten().find(|(end, _)| ends(end)).map(|(_, alpha)| *alpha);
+            let alpha = own.or(config.lora_alpha)?;
+            Some(if config.use_rslora == Some(true) { alpha * (rank as f64).sqrt() } else { alpha })
+        })
+    }
+}

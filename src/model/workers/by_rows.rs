@@ -1,0 +1,129 @@
+//! Plain LoRA on the CPU, as many rows at a time as stay in the cache. What the format's own worker gives is the same to
+//! f32's rounding; this takes one pass through the memory where that takes several, and a network has gigabytes of it.
+
+use candle_core::{DType, Result as CandleResult, Tensor, WithDType};
+use half::{bf16, f16};
+
+use super::adapt::Parts;
+use crate::error::Result;
+
+/// Numbers that are worked on at once: 1 MiB in f32.
+const BLOCK: usize = 1 << 18;
+
+/// `W + Σ up · down` in `dtype`, the factors of each in `up`. `None` where the changes are of another kind or do not fit, which the
+/// format then says.
+///
+/// # Errors
+/// Those of the device.
+pub(super) fn changed<'a>(
+    base: &Tensor,
+    dtype: DType,
+    changes: impl Iterator<Item = (&'a Parts, f64)>,
+) -> Result<Option<Tensor>> {
+    let [rows, rest @ ..] = base.dims() else { return Ok(None) };
+    let columns = rest.iter().product::<usize>();
+    if rest.is_empty() || columns == 0 || !base.device().is_cpu() {
+        return Ok(None);
+    }
+    let mut factors = Vec::new();
+    for (parts, strength) in changes {
+        match plain(parts, (*rows, columns), strength)? {
+            Some(pair) => factors.push(pair),
+            None => return Ok(None),
+        }
+    }
+    Ok(match dtype {
+        DType::BF16 => Some(sum::<bf16>(base, columns, &factors)?),
+        DType::F16 => Some(sum::<f16>(base, columns, &factors)?),
+        DType::F32 => Some(sum::<f32>(base, columns, &factors)?),
+        _ => None,
+    })
+}
+
+/// `up` with all factors and `down`, as matrices in f32.
+fn plain(parts: &Parts, (rows, columns): (usize, usize), strength: f64) -> CandleResult<Option<(Tensor, Tensor)>> {
+    const ALL: [&str; 3] = ["lora_up.weight", "lora_down.weight", "alpha"];
+    let (Some(up), Some(down)) = (parts.get(ALL[0]), parts.get(ALL[1])) else { return Ok(None) };
+    let alpha = parts.get(ALL[2]);
+    let is_plain = parts.keys().all(|part| ALL.contains(&part.as_str()));
+    if !is_plain || up.rank() < 2 || down.rank() < 2 || alpha.is_some_and(|alpha| alpha.elem_count() != 1) {
+        return Ok(None);
+    }
+    let wide = |part: &Tensor| part.to_dtype(DType::F32)?.flatten_from(1);
+    let (up, down) = (wide(up)?, wide(down)?);
+    let ((outputs, rank), (inner, inputs)) = (up.dims2()?, down.dims2()?);
+    let finite = |part: &Tensor| Ok::<bool, candle_core::Error>(part.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite());
+    if (outputs, inputs) != (rows, columns) || rank != inner || rank == 0 || rank > rows.max(columns) {
+        return Ok(None);
+    }
+    let alpha = alpha.map(|alpha| alpha.to_dtype(DType::F32)?.flatten_all()?.get(0)?.to_scalar::<f32>()).transpose()?;
+    let scale = strength * alpha.map_or(1.0, |alpha| f64::from(alpha) / rank as f64);
+    if !scale.is_finite() || !finite(&up)? || !finite(&down)? {
+        return Ok(None);
+    }
+    Ok(Some(((up * scale)?, down)))
+}
+
+fn sum<T: WithDType>(base: &Tensor, columns: usize, factors: &[(Tensor, Tensor)]) -> CandleResult<Tensor> {
+    let rows = base.dim(0)?;
+    let at_once = (BLOCK / columns).max(1);
+    let mut all: Vec<T> = Vec::with_capacity(rows * columns);
+    for first in (0..rows).step_by(at_once) {
+        let count = at_once.min(rows - first);
+        let mut wide = base.narrow(0, first, count)?.flatten_from(1)?.to_dtype(DType::F32)?;
+        for (up, down) in factors {
+            wide = (wide + up.narrow(0, first, count)?.matmul(down)?)?;
+        }
+        all.extend(wide.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()?);
+    }
+    Tensor::from_vec(all, base.shape(), base.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::changed;
+    use crate::context::Context;
+    use crate::model::workers::adapt::{MergeTask, Parts, of};
+    use crate::noise::{NoiseSource, RngKind};
+
+    fn random(seed: u64, shape: &[usize]) -> candle_core::Result<Tensor> {
+        let count = shape.iter().product();
+        let noise = NoiseSource::new(RngKind::Cpu, &[seed], 1, 1, count, &Device::Cpu).draw();
+        noise.map_err(candle_core::Error::wrap)?.reshape(shape)
+    }
+
+    #[test]
+    fn it_is_what_the_format_makes_of_each_in_turn() -> crate::error::Result<()> {
+        let alpha = Tensor::new(3.0_f32, &Device::Cpu)?;
+        let one = |seed, up: &[usize], down: &[usize]| -> crate::error::Result<Parts> {
+            let parts = [("lora_up.weight", random(seed, up)?), ("lora_down.weight", random(seed + 1, down)?)];
+            let named = parts.into_iter().chain([("alpha", alpha.clone())]);
+            Ok(named.map(|(name, part)| (name.to_owned(), part)).collect())
+        };
+        for (shape, up, down) in [
+            (&[700, 900][..], &[700, 4][..], &[4, 900][..]),
+            (&[5, 300_000], &[5, 2], &[2, 300_000]),
+            (&[40, 30, 3, 3], &[40, 4, 1, 1], &[4, 30, 3, 3]),
+        ] {
+            let base = random(1, shape)?;
+            let (first, second) = (one(2, up, down)?, one(4, up, down)?);
+            let fast = changed(&base, DType::F32, [(&first, 0.7), (&second, -0.4)].into_iter())?;
+            let mut slow = base.clone();
+            for (parts, strength) in [(&first, 0.7), (&second, -0.4)] {
+                let Some((_, format)) = of("weight", |part| parts.contains_key(part)) else { panic!("no format") };
+                let task = MergeTask { layer: "layer", tensor: "weight", base: &slow, parts, strength };
+                slow = Context::detached().perform(format.merge, task)?;
+            }
+            let Some(fast) = fast else { panic!("not by rows") };
+            let worst = (&fast - &slow)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(worst < 1e-5, "{shape:?}: {worst}");
+            let half = changed(&base.to_dtype(DType::BF16)?, DType::BF16, [(&first, 0.0)].into_iter())?;
+            assert!(half.is_some_and(|half| half.dtype() == DType::BF16 && half.dims() == shape));
+        }
+        let wrong = one(2, &[8, 4], &[4, 9])?;
+        assert!(changed(&random(1, &[8, 8])?, DType::F32, [(&wrong, 1.0)].into_iter())?.is_none());
+        Ok(())
+    }
+}

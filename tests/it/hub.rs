@@ -1,0 +1,607 @@
+//! The hub: fetching repositories from a server on this machine, and using the cache without a network.
+#![expect(clippy::unwrap_used, reason = "what cannot be set up fails the test that wanted it")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::slice;
+use std::time::{Duration, Instant};
+
+use sdxl_worker::context::Context;
+use sdxl_worker::error::Result;
+use sdxl_worker::layers::{Instructor, Nothing};
+use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
+use sdxl_worker::model::interface::{HubSettings, ModelWish, Request, Response, Settings};
+use serde_json::{Value, json};
+
+use crate::conditioning::demo_folder;
+use crate::hub_server::{Faults, Hub, sha256};
+use crate::single_file::single;
+use crate::wire::{Worker, code, long};
+
+const FIRST: &str = "1111111111111111111111111111111111111111";
+const SECOND: &str = "2222222222222222222222222222222222222222";
+const THIRD: &str = "3333333333333333333333333333333333333333";
+const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// The files of the demonstration model.
+fn demo() -> Vec<(String, Vec<u8>)> {
+    let place = tempfile::tempdir().unwrap();
+    demo_folder(place.path());
+    let mut files = Vec::new();
+    for part in ["", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"] {
+        for entry in fs::read_dir(place.path().join(part)).unwrap().map(Result::unwrap) {
+            if entry.path().is_file() {
+                let own = entry.file_name().into_string().unwrap();
+                let name = if part.is_empty() { own } else { format!("{part}/{own}") };
+                files.push((name, fs::read(entry.path()).unwrap()));
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn bytes_of(name: &str) -> Vec<u8> {
+    demo().into_iter().find(|(known, _)| known == name).unwrap().1
+}
+
+/// A hub with the demonstration model as `owner/demo`, and an empty cache.
+struct Place {
+    hub: Hub,
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let hub = Hub::start();
+        hub.commit("owner/demo", &["main"], FIRST, demo());
+        Self { hub, folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.folder.path().join("cache")
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.cache().join("models--owner--demo")
+    }
+
+    fn snapshot(&self, name: &str) -> PathBuf {
+        self.repository().join("snapshots").join(FIRST).join(name)
+    }
+
+    fn blob(&self, name: &str) -> PathBuf {
+        self.repository().join("blobs").join(sha256(&bytes_of(name)))
+    }
+
+    fn worker(&self, download: bool) -> Worker {
+        let token = self.folder.path().join("token");
+        fs::write(&token, "hf_secret\n").unwrap();
+        let hub = json!({ "download": download, "endpoint": self.hub.endpoint(), "cache": self.cache(),
+                          "token_file": token });
+        let config = json!({ "workers": { "instructors": {
+            "model": { "hub": hub }, "postprocessing": { "metadata": false }, "device": { "device": "cpu" } } } });
+        let path = self.folder.path().join(format!("config-{download}.json"));
+        fs::write(&path, config.to_string()).unwrap();
+        Worker::start(&["--config", path.to_str().unwrap()])
+    }
+}
+
+fn model(id: &str, operation: &str, data: &Value) -> Value {
+    json!({ "request_id": id, "worker_type": "model", "operation": operation, "data": data })
+}
+
+fn ask(worker: &mut Worker, operation: &str, data: &Value) -> Value {
+    worker.send(&model(operation, operation, data));
+    worker.answer(operation)
+}
+
+fn fetch(worker: &mut Worker, data: &Value) -> Value {
+    ask(worker, "fetch", data)
+}
+
+fn fetched(worker: &mut Worker, data: &Value) -> Value {
+    let answer = fetch(worker, data);
+    assert_eq!(answer["success"], true, "{answer}");
+    answer["data"].clone()
+}
+
+/// The code and the hint of what cannot be fetched.
+fn refused(worker: &mut Worker, data: &Value) -> (String, String) {
+    let answer = fetch(worker, data);
+    let hint = answer["error"]["hint"].as_str().unwrap_or_default().to_owned();
+    (code(&answer).to_owned(), format!("{hint} {}", answer["error"]["message"].as_str().unwrap()))
+}
+
+/// The bytes of an image of a model, and the parameters of its result.
+fn image(worker: &mut Worker, model: &str, revision: Option<&str>) -> (Vec<u8>, Value) {
+    let mut data = json!({ "prompt": "a hill", "steps": 2, "seed": 7, "model": model });
+    if let Some(revision) = revision {
+        data["revision"] = json!(revision);
+    }
+    worker.send(&json!({ "request_id": "image", "worker_type": "inference", "operation": "generate", "data": data }));
+    let answer = worker.answer("image");
+    assert_eq!(answer["success"], true, "{answer}");
+    let path = answer["data"]["images"][0]["path"].as_str().unwrap();
+    (fs::read(worker.folder.path().join(path)).unwrap(), answer["data"]["parameters"].clone())
+}
+
+#[test]
+fn what_was_fetched_is_used_without_a_network() {
+    let place = Place::new();
+    let mut files = demo();
+    for decoy in [
+        "README.md",
+        "sd_xl_base_1.0.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/model.onnx",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+    ] {
+        files.push((decoy.to_owned(), b"decoy".to_vec()));
+    }
+    place.hub.commit("owner/demo", &["main"], FIRST, files);
+    let mut online = place.worker(true);
+    online.send(&json!({ "request_id": "fetch", "worker_type": "model", "operation": "fetch", "events": {},
+                         "data": { "model": "owner/demo" } }));
+    let mut done = 0;
+    let answer = loop {
+        let line = online.next().unwrap();
+        if line["type"] != "event" {
+            break line;
+        }
+        if line["event"] == "fetching" {
+            let now = line["bytes_done"].as_u64().unwrap();
+            assert!(now >= done && now <= line["bytes_total"].as_u64().unwrap(), "{line}");
+            done = now;
+        }
+    };
+    let all: usize = demo().iter().map(|(_, bytes)| bytes.len()).sum();
+    let data = &answer["data"];
+    assert_eq!((&data["model"], &data["revision"]), (&json!("owner/demo"), &json!(FIRST)));
+    assert_eq!((data["bytes"].as_u64(), data["downloaded"].as_u64()), (Some(all as u64), Some(all as u64)));
+    let names: Vec<&str> = data["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
+    assert_eq!(names, demo().iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>());
+    let unet = data["files"].as_array().unwrap().iter().find(|file| file["name"] == UNET).unwrap();
+    assert_eq!(unet["sha256"], sha256(&bytes_of(UNET)));
+    assert!(done > 0);
+    let seen = place.hub.seen();
+    for request in &seen {
+        let own = request.host.starts_with("127.0.0.1");
+        let token = request.authorization.as_deref();
+        assert_eq!(token, own.then_some("Bearer hf_secret"), "the token goes to the hub alone: {request:?}");
+    }
+    assert!(seen.iter().any(|request| request.host.starts_with("localhost")), "{seen:?}");
+    let again = fetched(&mut online, &json!({ "model": "owner/demo" }));
+    assert_eq!(again["downloaded"], 0);
+    assert_eq!(place.hub.seen().len(), 1, "what is here is not asked for again");
+    drop(online);
+
+    let mut offline = place.worker(false);
+    assert_eq!(fetched(&mut offline, &json!({ "model": "owner/demo" }))["downloaded"], 0);
+    let (from_hub, parameters) = image(&mut offline, "owner/demo", None);
+    assert_eq!(from_hub, image(&mut offline, "demo", None).0);
+    assert_eq!((&parameters["model"], &parameters["revision"]), (&json!("owner/demo"), &json!(FIRST)));
+    assert_eq!(from_hub, image(&mut offline, "owner/demo", Some(FIRST)).0);
+    let list = ask(&mut offline, "list", &json!({}));
+    let listed: Vec<&Value> = list["data"]["models"].as_array().unwrap().iter().collect();
+    assert_eq!(listed.iter().map(|m| m["name"].as_str().unwrap()).collect::<Vec<_>>(), ["demo", "owner/demo"]);
+    assert_eq!((&listed[1]["revision"], &listed[1]["family"]), (&json!(FIRST), &listed[0]["family"]));
+    let inspected = ask(&mut offline, "inspect", &json!({ "model": "owner/demo", "revision": "main" }));
+    assert_eq!(inspected["data"]["revision"], FIRST);
+    assert_eq!(place.hub.seen().len(), 0);
+}
+
+#[test]
+fn a_revision_is_a_branch_a_tag_or_a_commit() {
+    let place = Place::new();
+    let mut other = demo();
+    other.iter_mut().find(|(name, _)| name == "model_index.json").unwrap().1.push(b'\n');
+    place.hub.commit("owner/demo", &["v1", "refs/pr/1"], SECOND, other);
+    let mut worker = place.worker(true);
+    let at = |data: Value, worker: &mut Worker| fetched(worker, &data)["revision"].clone();
+    assert_eq!(at(json!({ "model": "owner/demo" }), &mut worker), FIRST);
+    assert_eq!(at(json!({ "model": "owner/demo@v1" }), &mut worker), SECOND);
+    assert_eq!(at(json!({ "model": "owner/demo", "revision": "refs/pr/1" }), &mut worker), SECOND);
+    assert_eq!(at(json!({ "model": "owner/demo", "revision": SECOND }), &mut worker), SECOND);
+    let inspect = |worker: &mut Worker, data: Value| ask(worker, "inspect", &data)["data"]["revision"].clone();
+    assert_eq!(inspect(&mut worker, json!({ "model": "owner/demo" })), FIRST);
+    assert_eq!(inspect(&mut worker, json!({ "model": "owner/demo@v1" })), SECOND);
+    assert_eq!(inspect(&mut worker, json!({ "model": "owner/demo", "revision": "refs/pr/1" })), SECOND);
+    assert_eq!(inspect(&mut worker, json!({ "model": format!("owner/demo@{SECOND}") })), SECOND);
+    for (wish, wanted) in [
+        (json!({ "model": "owner/demo", "revision": "../main" }), "path_not_allowed"),
+        (json!({ "model": "owner/../demo" }), "path_not_allowed"),
+        (json!({ "model": "owner/demo@.." }), "path_not_allowed"),
+        (json!({ "model": "owner/demo@%2F.." }), "path_not_allowed"),
+        (json!({ "model": "owner/demo@" }), "invalid_parameter"),
+        (json!({ "model": "owner/demo", "revision": "a b" }), "invalid_parameter"),
+        (json!({ "model": "owner/demo", "revision": "/etc" }), "invalid_parameter"),
+        (json!({ "model": "owner/demo", "revision": "x".repeat(200) }), "invalid_parameter"),
+        (json!({ "model": "owner/demo@v1", "revision": "main" }), "invalid_parameter"),
+        (json!({ "model": "demo", "revision": "main" }), "invalid_parameter"),
+        (json!({ "model": "demo" }), "invalid_parameter"),
+        (json!({ "model": "/owner/demo" }), "invalid_parameter"),
+        (json!({ "model": "owner--x/demo" }), "invalid_parameter"),
+        (json!({ "model": "owner/demo", "files": "../x" }), "path_not_allowed"),
+        (json!({ "model": "owner/demo", "files": [] }), "invalid_parameter"),
+        (json!({ "model": "owner/demo", "revision": "absent" }), "model_not_found"),
+        (json!({ "model": "owner/absent" }), "model_not_found"),
+    ] {
+        assert_eq!(refused(&mut worker, &wish).0, wanted, "{wish}");
+    }
+    assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "revision": "main" }))), "invalid_parameter");
+}
+
+#[test]
+fn only_what_has_the_pinned_hash_is_kept() {
+    let place = Place::new();
+    let mut worker = place.worker(true);
+    let right = sha256(&bytes_of(UNET));
+    let wish = |pin: Value| json!({ "model": "owner/demo", "files": UNET, "sha256": pin });
+    let (wrong, message) = refused(&mut worker, &wish(json!("0".repeat(64))));
+    assert_eq!(wrong, "model_corrupt");
+    assert!(message.contains(&right), "{message}");
+    assert!(!place.snapshot(UNET).exists() && !place.blob(UNET).exists(), "it is not kept");
+    assert_eq!(fetched(&mut worker, &wish(json!(right.to_uppercase())))["files"][0]["sha256"], right);
+    assert_eq!(refused(&mut worker, &wish(json!("0".repeat(64)))).0, "model_corrupt", "of what is in the cache too");
+    assert!(place.snapshot(UNET).exists(), "what is in the cache is others' as well");
+    let by_file = |name: &str, hash: &str| json!({ "model": "owner/demo", "sha256": { name: hash } });
+    assert_eq!(refused(&mut worker, &by_file(UNET, "12")).0, "invalid_parameter");
+    assert_eq!(refused(&mut worker, &by_file("unet/other", &right)).0, "invalid_parameter");
+    assert_eq!(refused(&mut worker, &json!({ "model": "owner/demo", "sha256": right })).0, "invalid_parameter");
+    assert_eq!(refused(&mut worker, &json!({ "model": "owner/demo", "sha256": 7 })).0, "invalid_parameter");
+    assert!(fetched(&mut worker, &by_file(UNET, &right))["downloaded"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn files_are_chosen_by_name_or_pattern_and_are_never_pickles() {
+    let place = Place::new();
+    let file = |name: &str| (name.to_owned(), name.as_bytes().to_vec());
+    let many = ["config.json", "a.safetensors", "b.safetensors", "c d.safetensors", "old.ckpt", "note.md"];
+    place.hub.commit("owner/many", &["main"], THIRD, many.map(file).to_vec());
+    place.hub.commit("owner/old", &["main"], SECOND, ["config.json", "old.bin"].map(file).to_vec());
+    let mut worker = place.worker(true);
+    let names = |worker: &mut Worker, files: Value| -> Vec<String> {
+        let data = fetched(worker, &json!({ "model": "owner/many", "files": files }));
+        data["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(&mut worker, json!(["?.safetensors"])), ["a.safetensors", "b.safetensors"]);
+    assert_eq!(names(&mut worker, json!(["c*", "config.json"])), ["c d.safetensors", "config.json"]);
+    assert_eq!(names(&mut worker, json!("*")).len(), 4);
+    let by_path = fetched(&mut worker, &json!({ "model": "owner/many/a.safetensors" }));
+    assert_eq!(by_path["files"].as_array().unwrap().len(), 1);
+    let files = ["unet/config.json", UNET].map(str::to_owned);
+    let folder = fetched(&mut worker, &json!({ "model": "owner/demo/unet" }));
+    assert_eq!(folder["files"].as_array().unwrap().iter().map(|f| f["name"].clone()).collect::<Vec<_>>(), files);
+    let (wrong, message) = refused(&mut worker, &json!({ "model": "owner/many" }));
+    assert_eq!(wrong, "invalid_parameter");
+    assert!(message.contains("`b.safetensors`"), "{message}");
+    let of = |worker: &mut Worker, files: &str| refused(worker, &json!({ "model": "owner/many", "files": files }));
+    assert_eq!(of(&mut worker, "old.ckpt").0, "unsafe_format");
+    assert_eq!(of(&mut worker, "note.md").0, "model_unsupported");
+    assert_eq!(of(&mut worker, "*.ckpt").0, "invalid_parameter");
+    assert!(of(&mut worker, "a.safetensor").1.contains("did you mean `a.safetensors`?"));
+    assert_eq!(refused(&mut worker, &json!({ "model": "owner/old" })).0, "unsafe_format");
+}
+
+#[test]
+fn without_downloads_what_is_missing_is_offline() {
+    let place = Place::new();
+    let mut worker = place.worker(false);
+    let (wrong, message) = refused(&mut worker, &json!({ "model": "owner/demo" }));
+    assert_eq!(wrong, "offline");
+    assert!(message.contains("hub.download"), "{message}");
+    for operation in ["inspect", "load"] {
+        assert_eq!(code(&ask(&mut worker, operation, &json!({ "model": "owner/demo" }))), "offline");
+    }
+    worker.send(&json!({ "request_id": "image", "prompt": "a hill", "model": "owner/demo" }));
+    assert_eq!(code(&worker.answer("image")), "offline");
+    let wish = json!({ "model": "owner/net", "image": "data:image/png;base64," });
+    worker.send(&json!({ "request_id": "control", "prompt": "a hill", "controlnet": wish }));
+    assert_eq!(code(&worker.answer("control")), "offline");
+    assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "model": "nobody" }))), "model_not_found");
+    assert_eq!(place.hub.seen().len(), 0, "no request leaves");
+    let mut online = place.worker(true);
+    let answer = ask(&mut online, "inspect", &json!({ "model": "owner/demo" }));
+    assert_eq!(code(&answer), "model_not_found");
+    assert!(answer["error"]["hint"].as_str().unwrap().contains("`model.fetch`"), "{answer}");
+}
+
+#[test]
+fn a_download_goes_on_where_it_was_cut_off() {
+    let place = Place::new();
+    let size = bytes_of(UNET).len();
+    let half = size / 2;
+    for (direct, whole) in [(false, false), (true, false), (false, true)] {
+        let _ = fs::remove_dir_all(place.cache());
+        place.hub.fail(Faults { cut: Some((half, 1)), direct, whole, ..Faults::default() });
+        let mut worker = place.worker(true);
+        let data = fetched(&mut worker, &json!({ "model": "owner/demo", "files": UNET }));
+        assert_eq!(data["files"][0]["sha256"], sha256(&bytes_of(UNET)), "{direct} {whole}");
+        let ranges: Vec<String> = place.hub.seen().into_iter().filter_map(|request| request.range).collect();
+        assert!(ranges.contains(&format!("bytes={half}-")), "{ranges:?}");
+        assert_eq!(fs::read(place.snapshot(UNET)).unwrap(), bytes_of(UNET));
+    }
+    // What another process has begun, and begun wrongly.
+    for (begun, downloaded) in
+        [(bytes_of(UNET)[..half].to_vec(), size), (vec![7; half], size), (vec![7; size + 9], size)]
+    {
+        let _ = fs::remove_dir_all(place.cache());
+        place.hub.fail(Faults::default());
+        let part = place.blob(UNET).with_added_extension("incomplete");
+        fs::create_dir_all(part.parent().unwrap()).unwrap();
+        fs::write(&part, begun).unwrap();
+        let data = fetched(&mut place.worker(true), &json!({ "model": "owner/demo", "files": UNET }));
+        assert_eq!(data["downloaded"].as_u64(), Some(downloaded as u64));
+        assert_eq!(fs::read(place.snapshot(UNET)).unwrap(), bytes_of(UNET));
+        assert!(!part.exists());
+    }
+}
+
+#[test]
+fn a_hub_that_fails_or_lies_is_an_error_and_writes_nothing_elsewhere() {
+    let place = Place::new();
+    let mut worker = place.worker(true);
+    let status = |part: &str, status: u16| Faults { status: Some((part.to_owned(), status)), ..Faults::default() };
+    let text = |text: &str| Some(text.to_owned());
+    for (faults, wanted) in [
+        (status("/api/", 500), "download_failed"),
+        (status("/store/", 503), "download_failed"),
+        (status("/api/", 401), "model_not_found"),
+        (status("/resolve/", 403), "model_not_found"),
+        (status("/api/", 418), "download_failed"),
+        (Faults { cut: Some((1000, 99)), ..Faults::default() }, "download_failed"),
+        (Faults { altered: true, ..Faults::default() }, "download_failed"),
+        (Faults { etag: text("../../../../evil"), ..Faults::default() }, "download_failed"),
+        (Faults { etag: text("/tmp/evil"), ..Faults::default() }, "download_failed"),
+        (Faults { etag: text(""), ..Faults::default() }, "download_failed"),
+        (Faults { commit: text(SECOND), ..Faults::default() }, "download_failed"),
+    ] {
+        place.hub.fail(faults.clone());
+        let (code, message) = refused(&mut worker, &json!({ "model": "owner/demo", "files": UNET }));
+        assert_eq!(code, wanted, "{faults:?}: {message}");
+        assert!(!message.contains("hf_secret"), "{message}");
+        assert!(!place.snapshot(UNET).exists() && !place.repository().join("refs/main").exists(), "{faults:?}");
+    }
+    place.hub.fail(Faults::default());
+    for (repository, name) in
+        [("owner/up", "../evil.json"), ("owner/abs", "/tmp/evil.json"), ("owner/dot", "a/./b.json")]
+    {
+        place.hub.commit(repository, &["main"], SECOND, vec![(name.to_owned(), Vec::new())]);
+        assert_eq!(refused(&mut worker, &json!({ "model": repository, "files": "*" })).0, "download_failed");
+    }
+    place.hub.commit("owner/odd", &["main"], "main", demo());
+    assert_eq!(refused(&mut worker, &json!({ "model": "owner/odd" })).0, "download_failed");
+    let mut kept: Vec<_> = fs::read_dir(place.cache()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    kept.sort();
+    assert_eq!(kept, [".locks", "models--owner--demo"]);
+    assert!(fetched(&mut worker, &json!({ "model": "owner/demo" }))["bytes"].as_u64() > Some(0));
+}
+
+#[test]
+fn a_fetch_holds_nobody_up_and_can_be_ended() {
+    let place = Place::new();
+    place.hub.fail(Faults { slow: Some(Duration::from_millis(200)), ..Faults::default() });
+    let mut worker = place.worker(true);
+    let slow = model("slow", "fetch", &json!({ "model": "owner/demo" }));
+    worker.send(&slow);
+    worker.send(&model("next", "fetch", &json!({ "model": "owner/demo" })));
+    // Images are made, and the desk answers, meanwhile.
+    image(&mut worker, "demo", None);
+    ask(&mut worker, "list", &json!({}));
+    let status = worker.ask("status", "status", &json!({}));
+    assert_eq!(
+        (&status["running"][0]["request_id"], &status["queue"][0]["request_id"]),
+        (&json!("slow"), &json!("next"))
+    );
+    for (id, found) in [("next", "queued"), ("slow", "running")] {
+        assert_eq!(worker.ask("cancel", "cancel", &json!({ "request_id": id }))["found"], found);
+    }
+    assert_eq!(code(&worker.answer("slow")), "cancelled");
+
+    // A connection that is silent holds it up no longer, and a deadline ends it as well.
+    place.hub.fail(Faults { silent: true, ..Faults::default() });
+    let begun = Instant::now();
+    let mut late = slow.clone();
+    late["timeout_ms"] = json!(300);
+    worker.send(&late);
+    assert_eq!(code(&worker.answer("slow")), "deadline_exceeded");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+
+    // What came before is not downloaded again.
+    place.hub.fail(Faults::default());
+    place.hub.seen();
+    assert_eq!(fetched(&mut worker, &json!({ "model": "owner/demo" }))["success"], Value::Null);
+    assert!(place.hub.seen().iter().any(|request| request.range.is_some()), "it goes on");
+
+    fs::remove_dir_all(place.cache()).unwrap();
+    place.hub.fail(Faults { silent: true, ..Faults::default() });
+    worker.send(&slow);
+    worker.send(&long("image"));
+    let ending = worker.ask("end", "shutdown", &json!({ "mode": "cancel" }));
+    assert_eq!(ending["draining"], true);
+    let (lines, exit) = worker.rest();
+    let cancelled = lines.iter().filter(|line| line["type"] == "error" && code(line) == "cancelled").count();
+    assert_eq!((cancelled, exit), (2, Some(0)));
+}
+
+#[test]
+fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
+    let place = Place::new();
+    place.hub.fail(Faults { slow: Some(Duration::from_millis(60)), ..Faults::default() });
+    let mut worker = place.worker(true);
+    let data = json!({ "prompt": "a hill", "steps": 2, "seed": 7, "model": "owner/demo" });
+    let line = |id: &str| json!({ "request_id": id, "worker_type": "inference", "operation": "generate", "data": data, "events": {} });
+    worker.send(&line("first"));
+    worker.until(|line| line["request_id"] == "first" && line["event"] == "fetching");
+    let (other, _) = image(&mut worker, "demo", None);
+    let mut events = Vec::new();
+    let answer = loop {
+        let line = worker.next().unwrap();
+        if line["request_id"] == "first" && line["type"] != "event" {
+            break line;
+        }
+        events.push(line["event"].as_str().unwrap_or_default().to_owned());
+    };
+    assert_eq!(answer["success"], true, "{answer}");
+    assert!(events.iter().all(|event| event != "started"), "it has started once: {events:?}");
+    assert_eq!(answer["data"]["parameters"]["revision"], FIRST);
+    let path = answer["data"]["images"][0]["path"].as_str().unwrap();
+    assert_eq!(fs::read(worker.folder.path().join(path)).unwrap(), other);
+
+    // What is here in part is completed, and what cannot be is told as it is.
+    fs::remove_dir_all(place.cache()).unwrap();
+    place.hub.fail(Faults::default());
+    fetched(&mut worker, &json!({ "model": "owner/demo/unet" }));
+    assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "model": "owner/demo" }))), "model_unsupported");
+    assert_eq!(image(&mut worker, "owner/demo", None).0, other);
+    place.hub.commit("owner/half", &["main"], SECOND, demo().into_iter().filter(|(name, _)| name != UNET).collect());
+    assert_eq!(code(&ask(&mut worker, "load", &json!({ "model": "owner/half" }))), "model_corrupt");
+    assert_eq!(code(&ask(&mut worker, "load", &json!({ "model": "owner/half/unet" }))), "model_unsupported");
+    place.hub.fail(Faults { slow: Some(Duration::from_millis(60)), ..Faults::default() });
+
+    fs::remove_dir_all(place.cache()).unwrap();
+    worker.send(&line("second"));
+    worker.until(|line| line["request_id"] == "second" && line["event"] == "fetching");
+    worker.send(&line("third"));
+    assert_eq!(worker.ask("cancel", "cancel", &json!({ "request_id": "second" }))["found"], "running");
+    assert_eq!(code(&worker.answer("second")), "cancelled");
+    place.hub.fail(Faults { status: Some(("/api/".to_owned(), 404)), ..Faults::default() });
+    worker.answer("third");
+    let _ = fs::remove_dir_all(place.cache());
+    worker.send(&line("fourth"));
+    assert_eq!(code(&worker.answer("fourth")), "model_not_found");
+}
+
+/// A cache with the demonstration model as `owner/demo`, as Hugging Face's tools lay it out.
+fn cached(cache: &Path) -> PathBuf {
+    let repository = cache.join("models--owner--demo");
+    for folder in ["blobs", "refs"] {
+        fs::create_dir_all(repository.join(folder)).unwrap();
+    }
+    for (name, bytes) in demo() {
+        let hash = sha256(&bytes);
+        fs::write(repository.join("blobs").join(&hash), bytes).unwrap();
+        let place = repository.join("snapshots").join(FIRST).join(&name);
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        let up = if name.contains('/') { "../../../blobs" } else { "../../blobs" };
+        std::os::unix::fs::symlink(Path::new(up).join(hash), place).unwrap();
+    }
+    fs::write(repository.join("refs/main"), FIRST).unwrap();
+    repository
+}
+
+fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>) {
+    let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
+    let mut crew = ModelCrew::new(&Settings { roots: roots.to_vec(), hub, ..Settings::default() });
+    let wish = ModelWish { model: Some(name.to_owned()), ..ModelWish::default() };
+    let found = ModelInstructor.instruct(Request::Inspect(wish), &mut crew, &Context::detached());
+    let found = found.map(|response| match response {
+        Response::Inspect(inspection) => inspection.revision.clone().unwrap_or_default(),
+        other => panic!("{other:?}"),
+    });
+    match (&found, wanted) {
+        (Ok(revision), Ok(wanted)) => assert_eq!(revision, wanted, "{name}"),
+        (Err(error), Err(wanted)) => assert_eq!(error.code(), wanted, "{name}: {error}"),
+        _ => panic!("{name}: {found:?}, and {wanted:?} is wanted"),
+    }
+    let list = ModelInstructor.instruct(Request::List(Nothing {}), &mut crew, &Context::detached());
+    assert!(matches!(list, Ok(Response::List(_))), "{name}");
+}
+
+#[test]
+fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
+    let broken = |name: &str, wanted: Result<&str, &str>, spoil: &dyn Fn(&Path)| {
+        let cache = tempfile::tempdir().unwrap();
+        let repository = cached(cache.path());
+        spoil(&repository);
+        check(cache.path(), &[], name, wanted);
+    };
+    let write = |path: PathBuf, text: &str| {
+        let _ = fs::remove_file(&path);
+        fs::write(path, text).unwrap();
+    };
+    let link = |to: &str, path: PathBuf| {
+        let _ = fs::remove_file(&path);
+        std::os::unix::fs::symlink(to, path).unwrap();
+    };
+    let unet = |repository: &Path| repository.join("snapshots").join(FIRST).join(UNET);
+    let main = |repository: &Path| repository.join("refs/main");
+    let name = "owner/demo";
+    let fixed = format!("owner/demo@{FIRST}");
+    broken(name, Ok(FIRST), &|_| ());
+    broken(&fixed, Ok(FIRST), &|_| ());
+    broken("owner/demo@v2", Err("offline"), &|_| ());
+    broken("owner/other", Err("offline"), &|_| ());
+    broken(name, Ok(FIRST), &|r| write(main(r), &format!("{FIRST}\n")));
+    broken(name, Err("offline"), &|r| fs::remove_file(main(r)).unwrap());
+    broken(&fixed, Ok(FIRST), &|r| fs::remove_file(main(r)).unwrap());
+    broken(name, Err("offline"), &|r| write(main(r), SECOND));
+    broken(name, Err("model_corrupt"), &|r| write(main(r), ""));
+    broken(name, Err("model_corrupt"), &|r| write(main(r), "../../../../etc"));
+    broken(name, Err("model_corrupt"), &|r| write(main(r), &"1".repeat(5000)));
+    broken(name, Err("path_not_allowed"), &|r| link("/etc/passwd", main(r)));
+    broken(name, Err("model_corrupt"), &|r| {
+        fs::remove_file(main(r)).unwrap();
+        fs::create_dir(main(r)).unwrap();
+    });
+    broken(name, Err("model_corrupt"), &|r| fs::remove_file(unet(r).canonicalize().unwrap()).unwrap());
+    broken(name, Err("model_corrupt"), &|r| write(unet(r).canonicalize().unwrap(), "no safetensors"));
+    broken(name, Err("model_corrupt"), &|r| fs::remove_file(unet(r)).unwrap());
+    broken(name, Err("path_not_allowed"), &|r| link("/etc/passwd", unet(r)));
+    broken(name, Err("path_not_allowed"), &|r| link("../../../../models--other/blobs/x", unet(r)));
+    broken(name, Err("path_not_allowed"), &|r| link("/nonexistent", unet(r)));
+    broken(name, Err("offline"), &|r| fs::remove_dir_all(r).unwrap());
+}
+
+#[test]
+fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
+    let cache = tempfile::tempdir().unwrap();
+    cached(cache.path());
+    let hub = HubSettings { cache: Some(cache.path().to_owned()), ..HubSettings::default() };
+    let crew = ModelCrew::new(&Settings { roots: Vec::new(), hub, ..Settings::default() });
+    let find = |name: &str| crew.catalog.companion(name, "model").map(|found| found.file_bytes().0);
+    let bytes = bytes_of(UNET).len() as u64;
+    assert_eq!(find(&format!("owner/demo/{UNET}")).unwrap(), bytes);
+    assert_eq!(find("owner/demo@main/unet/diffusion_pytorch_model").unwrap(), bytes);
+    assert_eq!(find(&format!("owner/demo@{FIRST}/unet")).unwrap(), bytes);
+    for (name, wanted) in [
+        ("owner/demo/absent.safetensors", "offline"),
+        ("owner/demo/../other/x", "path_not_allowed"),
+        ("owner/demo/model_index.json", "model_unsupported"),
+    ] {
+        assert_eq!(find(name).unwrap_err().code(), wanted, "{name}");
+    }
+}
+
+#[test]
+fn a_single_file_of_a_repository_is_a_model() {
+    let place = Place::new();
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(folder.path());
+    let file = folder.path().join("big.safetensors");
+    single(folder.path(), 1).write(&file);
+    place.hub.commit("owner/big", &["main"], SECOND, vec![("big.safetensors".to_owned(), fs::read(file).unwrap())]);
+    let mut worker = place.worker(true);
+    let own = image(&mut worker, "demo", None).0;
+    let (drawn, parameters) = image(&mut worker, "owner/big/big.safetensors", None);
+    assert_eq!(drawn, own);
+    assert_eq!((&parameters["model"], &parameters["revision"]), (&json!("owner/big/big.safetensors"), &json!(SECOND)));
+    assert_eq!(image(&mut worker, "owner/big/big", Some(SECOND)).0, own);
+}
+
+#[test]
+fn a_folder_beneath_a_root_goes_before_the_hub() {
+    let place = tempfile::tempdir().unwrap();
+    let (cache, root) = (place.path().join("cache"), place.path().join("root"));
+    cached(&cache);
+    fs::create_dir_all(root.join("owner")).unwrap();
+    check(&cache, slice::from_ref(&root), "owner/demo", Ok(FIRST));
+    check(&cache, slice::from_ref(&root), "owner/dmeo", Err("model_not_found"));
+    demo_folder(&root.join("owner/demo"));
+    check(&cache, slice::from_ref(&root), "owner/demo", Ok(""));
+    check(&cache, &[root], &format!("owner/demo@{FIRST}"), Ok(FIRST));
+    // A root that holds the cache admits nothing that the cache's own rules refuse.
+    check(&cache, slice::from_ref(&cache), "owner/demo", Ok(FIRST));
+}
