@@ -149,7 +149,7 @@ fn eight_bits_draw_what_their_numbers_draw() {
     };
     // Some tensors of each kind; norms and biases too.
     let of = |name: &str| {
-        if name.len() % 3 == 0 { ("F8_E5M2", &e5m2) } else { ("F8_E4M3", &e4m3) }
+        if name.len().is_multiple_of(3) { ("F8_E5M2", &e5m2) } else { ("F8_E4M3", &e4m3) }
     };
     let scale = |name: &str| if is_scaled("F8", name) { SCALE } else { 1.0 };
     model(root.path(), "eight", |name, all| {
