@@ -288,7 +288,9 @@ pub(super) fn written(prompt: &str, choices: &[LoraChoice]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{LoraWish, take_tags};
+    use super::{Blocks, Catalog, Error, LoraWish, UnetConfig, decide, take_tags};
+    use crate::model::interface::Settings;
+    use crate::model::networks::PerBlock;
 
     #[track_caller]
     fn check(prompt: &str, kept: &str, tags: &[(&str, f64, Option<f64>)]) {
@@ -313,6 +315,26 @@ mod tests {
         check("a <b> [<lora:x:1>:c:3]", "a <b> [:c:3]", &[("x", 1.0, None)]);
         for wrong in ["<lora:>", "<lora:x:much>", "<lora:x:1:1:1>", "<lora:x:nan>", "<lora:x:dyn=4>"] {
             assert!(take_tags(&mut wrong.to_owned()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_a_list_has_for_text_encoders_is_a_weight_like_any() {
+        let unet = UnetConfig {
+            block_out_channels: vec![320, 640, 1280],
+            layers_per_block: PerBlock::Each(vec![2, 2, 2]),
+            ..UnetConfig::default()
+        };
+        let catalog = Catalog::new(&Settings::default());
+        for (first, weight, field) in
+            [(f64::NAN, 1.0, "blocks.0"), (11.0, 1.0, "blocks.0"), (5.0, 3.0, "text_encoder_weight")]
+        {
+            let mut list = vec![1.0; 12];
+            list[0] = first;
+            let named = LoraWish::named("nowhere");
+            let wish = LoraWish { weight: Some(weight), blocks: Some(Blocks::Listed(list)), ..named };
+            let Err(error) = decide(&wish, "loras.0", &[], (&catalog, &unet)) else { panic!("{first} was taken") };
+            assert!(matches!(&error, Error::InvalidParameter { field: at, .. } if at == field), "{first}: {error}");
         }
     }
 }
