@@ -151,14 +151,6 @@ pub(super) fn layer<T: Shared>(vb: &VarBuilder, load: impl FnOnce() -> Result<T>
     Ok(layer)
 }
 
-/// The linear layer `vb`, whose tensors `load` reads in a way of its own.
-///
-/// # Errors
-/// Those of `load`.
-pub fn linear(vb: &VarBuilder, load: impl FnOnce() -> Result<Linear>) -> Result<Linear> {
-    layer(vb, load)
-}
-
 /// The tensor `weight` of the layer `vb` as it is stored, for rows to be looked up in it.
 ///
 /// # Errors

@@ -147,6 +147,7 @@ impl Draft {
     pub(super) fn single(name: &str, key: CheckpointKey, files: WeightFiles) -> Result<Self> {
         let found = files.files.first().ok_or_else(|| Error::bug("a single file without a file"))?;
         let weights = look(found)?;
+        bounded(&weights, name)?;
         if !foreign::is_sdxl(&weights) {
             return Err(Error::ModelUnsupported { name: name.to_owned(), message: foreign::describe(&weights) });
         }
@@ -185,6 +186,7 @@ impl Draft {
         let mut first = None;
         for found in &files.files {
             let weights = look(found)?;
+            bounded(&weights, &other.name)?;
             if named(&weights, part).is_some() || files.files.len() == 1 {
                 first = Some(weights);
                 break;
@@ -290,6 +292,19 @@ impl Draft {
             weights,
             name,
         })
+    }
+}
+
+/// More tensors than any single file of SDXL has, which has about 2500. Further ones would only take memory.
+const MOST_TENSORS: usize = 20_000;
+
+fn bounded(weights: &Weights, name: &str) -> Result<()> {
+    match weights.tensors().count() {
+        0..=MOST_TENSORS => Ok(()),
+        count => Err(Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: format!("it has {count} tensors, and a model has at most {MOST_TENSORS}"),
+        }),
     }
 }
 

@@ -416,6 +416,10 @@ fn readable(name: &str, path: &Path) -> Result<()> {
     let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
     match end.as_str() {
         "safetensors" => Ok(()),
+        "gguf" => Err(Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
+        }),
         "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
         _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),
         _ => Err(Error::ModelUnsupported {

@@ -37,7 +37,7 @@ impl Companion {
     /// What lies at `path`, which is beneath `roots`; requests call it `name`.
     ///
     /// # Errors
-    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors, `model_corrupt`
+    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors or GGUF, `model_corrupt`
     /// for a folder without weights, `path_not_allowed` for links out of the roots.
     pub(super) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
         let file = path.is_file();
@@ -46,10 +46,10 @@ impl Companion {
         let (config, peft, weights) = if file {
             let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
             match end.as_str() {
-                "safetensors" => {}
+                "safetensors" | "gguf" => {}
                 "ckpt" | "pt" | "pth" | "bin" => return Err(Error::UnsafeFormat { path: path.to_owned() }),
                 _ => {
-                    let message = "it is neither a safetensors file nor a folder".to_owned();
+                    let message = "it is neither a safetensors or GGUF file nor a folder".to_owned();
                     return Err(Error::ModelUnsupported { name: name.to_owned(), message });
                 }
             }

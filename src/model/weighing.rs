@@ -9,6 +9,7 @@ use super::workers::read::kept;
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
+use crate::kernels::stays_as_stored;
 use crate::units::Bytes;
 
 /// How weights will be held.
@@ -110,8 +111,10 @@ impl Weighed {
         let (bytes, in_file, laid) = match on_host {
             true => {
                 let kept = kept(stored.dtype, compute, &candle_core::Device::Cpu);
-                let bytes = Bytes(kept.map_or(0, |dtype| elements * dtype.size_in_bytes() as u64));
-                (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), taps > 1)
+                let bytes = kept.and_then(|coding| coding.bytes(usize::try_from(elements).ok()?));
+                let bytes = Bytes(bytes.unwrap_or(0) as u64);
+                let laid = taps > 1 && !stays_as_stored(&stored.shape, compute.tensor());
+                (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), laid)
             }
             false => (Bytes(elements * compute.tensor().size_in_bytes() as u64), true, true),
         };

@@ -1,4 +1,4 @@
-//! LoRA and its relatives against the reference, `tests/adapters/loras.json`: latents must agree to 1e-3 of their standard
+//! LoRA and its relatives against the reference, `tests/adapters/loras.json`: latents must agree to 1e-4 of their standard
 //! deviation. The same file by every naming gives the same bytes, and without it the image is as it was.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
@@ -23,7 +23,7 @@ use serde_json::json;
 use super::drawing::{Worker, distance};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
-const TOLERANCE: f64 = 1e-3;
+const TOLERANCE: f64 = 1e-4;
 
 #[derive(serde::Deserialize)]
 struct Mode {
@@ -85,7 +85,7 @@ fn images_are_the_references() {
         let (distance, change) =
             (distance(&ours, &goldens[&name]), distance(&worker.draw(&plain).remove(0).0, &goldens[&name]));
         println!("{name:<16} {distance:>9.2e} (without it {change:.2})");
-        if distance.is_nan() || distance > TOLERANCE || change < 20.0 * TOLERANCE {
+        if distance.is_nan() || distance > TOLERANCE || change < 200.0 * TOLERANCE {
             failures.push(format!("{name}: {distance:.2e}, without it {change:.2}"));
         }
     }
@@ -254,7 +254,7 @@ fn every_format_changes_every_component_under_every_name() {
             }
         }
         println!("{format:<14} {component:<15} {distance:>9.2e} {change:>8.3}  {}", same.join(" "));
-        if distance.is_nan() || distance > TOLERANCE || change < 10.0 * TOLERANCE {
+        if distance.is_nan() || distance > TOLERANCE || change < 100.0 * TOLERANCE {
             failures.push(format!("{name}: {distance:.2e}, without it {change:.2}"));
         }
     }
@@ -317,7 +317,8 @@ fn what_is_not_changed_is_shared() {
     assert!(encoders.len() == 2 && sum(&encoders) < encoder[0] * 3 / 2, "{encoders:?}");
     pixels(&mut worker, &small(&[("unet", 1.0)]));
     let (unets, encoders) = held(&worker);
-    assert!(unets.len() == 2 && sum(&unets) < unet[0] * 3 / 2, "{unets:?}");
+    // What is changed is kept in f32, and was in f16.
+    assert!(unets.len() == 2 && sum(&unets) < 2 * unet[0], "{unets:?}");
     assert_eq!(encoders.len(), 2, "the prompt was encoded before");
 }
 

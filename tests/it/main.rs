@@ -35,6 +35,7 @@ mod single;
 mod single_file;
 mod single_layouts;
 mod steer;
+mod stored;
 mod switching;
 mod variants;
 mod wire;

@@ -14,6 +14,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+pub(in crate::model) use super::dtype::StoredDtype;
+use super::gguf;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
@@ -23,7 +25,7 @@ use crate::model::folder::Found;
 /// Longest header that is read, as the format's own library has it.
 const HEADER_LIMIT: u64 = 100_000_000;
 /// More axes than any weight has.
-const RANK_LIMIT: usize = 8;
+pub(super) const RANK_LIMIT: usize = 8;
 
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
@@ -42,19 +44,6 @@ pub struct Stored {
     pub range: Range<u64>,
 }
 
-/// Number formats that files have and this worker can tell apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum StoredDtype {
-    F64,
-    F32,
-    F16,
-    Bf16,
-    /// Eight-bit floats, named as in the file.
-    F8(&'static str),
-    /// Integers and booleans, named as in the file; no weight is one.
-    Other(&'static str),
-}
-
 struct Shard {
     path: PathBuf,
     source: Source,
@@ -65,42 +54,15 @@ enum Source {
     Embedded(&'static [u8]),
 }
 
-impl StoredDtype {
-    const KNOWN: &'static [(&'static str, Self, u64)] = &[
-        ("F64", Self::F64, 8),
-        ("F32", Self::F32, 4),
-        ("F16", Self::F16, 2),
-        ("BF16", Self::Bf16, 2),
-        ("F8_E4M3", Self::F8("f8_e4m3"), 1),
-        ("F8_E5M2", Self::F8("f8_e5m2"), 1),
-        ("I64", Self::Other("i64"), 8),
-        ("U64", Self::Other("u64"), 8),
-        ("I32", Self::Other("i32"), 4),
-        ("U32", Self::Other("u32"), 4),
-        ("I16", Self::Other("i16"), 2),
-        ("U16", Self::Other("u16"), 2),
-        ("I8", Self::Other("i8"), 1),
-        ("U8", Self::Other("u8"), 1),
-        ("BOOL", Self::Other("bool"), 1),
-    ];
-
-    /// The name of the wire.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F64 => "f64",
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::F8(name) | Self::Other(name) => name,
-        }
-    }
-}
-
 impl Weights {
     /// Tensors by name, in the order of their names.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Stored)> {
         self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
+    }
+
+    /// One tensor and its file.
+    pub(in crate::model) fn tensor(&self, name: &str) -> Option<(usize, &Stored)> {
+        self.tensors.get(name).map(|(shard, stored)| (*shard, stored))
     }
 
     /// A text of the files' `__metadata__`.
@@ -150,7 +112,7 @@ impl Weights {
             StoredDtype::F64 => 8,
             StoredDtype::F32 => 4,
             StoredDtype::F16 | StoredDtype::Bf16 => 2,
-            StoredDtype::F8(_) | StoredDtype::Other(_) => return Ok(None),
+            StoredDtype::Coded(_) | StoredDtype::Other(_) => return Ok(None),
         };
         let bytes = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
         if bytes > most * width {
@@ -336,6 +298,17 @@ fn open(found: &Found) -> Result<(Shard, Header<Stored>)> {
         }
         Found::Disk(path) => {
             let (mut file, length) = Found::open(path)?;
+            let mut start = [0; 4];
+            if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
+                let read = gguf::header(&mut std::io::BufReader::new(&file), length);
+                let gguf::Gguf { tensors: entries, texts: metadata } = read.map_err(|refusal| match refusal {
+                    gguf::Refusal::Corrupt(message) => Error::ModelCorrupt { path: path.clone(), message },
+                    gguf::Refusal::Unsupported(message) => {
+                        Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
+                    }
+                })?;
+                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, Header { entries, metadata }));
+            }
             if is_pickle(&file) {
                 return Err(Error::UnsafeFormat { path: path.clone() });
             }

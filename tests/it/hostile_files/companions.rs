@@ -8,6 +8,7 @@ use super::{Corpus, tensors};
 use crate::random_networks::Layout;
 
 const REFUSED: &[&str] = &["model_corrupt", "model_unsupported", "unsupported_feature"];
+const PICKLED: &[&str] = &["unsafe_format", "model_unsupported"];
 
 fn control(name: &str) -> Value {
     json!({ "controlnet": [{ "model": name, "image": "edges.png" }] })
@@ -55,18 +56,11 @@ fn files(corpus: &mut Corpus) {
     for (kind, fields) in kinds {
         for end in ["ckpt", "pt", "pth", "bin"] {
             let pickle = b"\x80\x02cos\nsystem\n(S'true'\ntR.";
-            corpus.file(
-                "pickles",
-                &format!("{kind} .{end}"),
-                end,
-                pickle,
-                fields,
-                &["unsafe_format", "model_unsupported"],
-            );
+            corpus.file("pickles", &format!("{kind} .{end}"), end, pickle, fields, PICKLED);
         }
         let zip = b"PK\x03\x04\x14\0\0\0\0\0archive/data.pkl";
-        corpus.file("archives", &format!("{kind} .zip"), "zip", zip, fields, &["model_unsupported"]);
-        corpus.file("archives", &format!("{kind}, zip by another name"), "safetensors", zip, fields, REFUSED);
+        corpus.file("archives", &format!("{kind} .zip"), "zip", zip, fields, PICKLED);
+        corpus.file("archives", &format!("{kind}, zip by another name"), "safetensors", zip, fields, PICKLED);
         corpus.file("foreign", &format!("{kind} without tensors"), "safetensors", tensors([]), fields, REFUSED);
         let one = tensors([("a.b.c", vec![3, 3], 1.0)]);
         corpus.file("foreign", &format!("{kind} of one tensor"), "safetensors", one, fields, REFUSED);

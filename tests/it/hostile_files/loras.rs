@@ -26,7 +26,7 @@ type Held<'a> = [(&'a str, &'a [usize], f32)];
 
 pub(super) fn add(corpus: &mut Corpus) {
     for (what, bytes) in headers::all() {
-        corpus.file("header, LoRA", what, "safetensors", bytes, lora, &["model_corrupt"]);
+        corpus.file("header, LoRA", what, "safetensors", bytes, lora, headers::codes(what));
     }
     for (what, keys) in [
         ("no keys", vec![]),

@@ -97,8 +97,8 @@ fn names(corpus: &mut Corpus) {
         ("ckpt", &["unsafe_format"][..]),
         ("pt", &["unsafe_format"]),
         ("bin", &["unsafe_format"]),
-        ("txt", &["model_unsupported"]),
-        ("zip", &["model_unsupported"]),
+        ("txt", &["unsafe_format"]),
+        ("zip", &["unsafe_format"]),
     ] {
         let name = format!("{}.{end}", corpus.name("file"));
         fs::write(corpus.root().join(&name), b"\x80\x02cos\nsystem\n(S'true'\ntR.").unwrap();

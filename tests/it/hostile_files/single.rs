@@ -8,12 +8,11 @@ use super::{Corpus, tensors};
 use crate::model::headers;
 use crate::single_file::{File, single};
 
-const CORRUPT: &[&str] = &["model_corrupt"];
 const REFUSED: &[&str] = &["model_corrupt", "model_unsupported"];
 
 pub(super) fn add(corpus: &mut Corpus) {
     for (what, bytes) in headers::all() {
-        corpus.checkpoint("header, single file", what, &bytes, CORRUPT);
+        corpus.checkpoint("header, single file", what, &bytes, headers::codes(what));
     }
     foreign(corpus);
     let sound = single(&Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo"), 1);
@@ -31,7 +30,7 @@ pub(super) fn add(corpus: &mut Corpus) {
     broken("without the size embedding", &without("model.diffusion_model.label_emb"));
     broken("without the mid block's first layer", &without("model.diffusion_model.middle_block.0."));
     broken("half a VAE", &without("first_stage_model.decoder.up"));
-    broken("half a text encoder", &without("conditioner.embedders.0.transformer.text_model.encoder.layers.0"));
+    broken("half a text encoder", &without("conditioner.embedders.0.transformer.encoder.layers.0"));
     let input = "model.diffusion_model.input_blocks.0.0.weight";
     let shaped = |name: &'static str, shape: &'static [usize]| {
         move |file: &mut File| {
@@ -46,19 +45,13 @@ pub(super) fn add(corpus: &mut Corpus) {
     broken("a first layer of 5 inputs", &shaped(input, &[32, 5, 3, 3]));
     broken(
         "a text encoder without words",
-        &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[0, 32]),
+        &shaped("conditioner.embedders.0.transformer.embeddings.token_embedding.weight", &[0, 32]),
     );
     broken(
         "a text encoder without width",
-        &shaped("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", &[49408, 0]),
+        &shaped("conditioner.embedders.0.transformer.embeddings.token_embedding.weight", &[49408, 0]),
     );
     broken("a VAE without outputs", &shaped("first_stage_model.decoder.conv_in.weight", &[0, 0, 0, 0]));
-    let twice = |file: &mut File| {
-        let (old, new) = (input, "model.diffusion_model.conv_in.weight");
-        let stored = file.tensors[old].clone();
-        file.tensors.insert(new.to_owned(), stored);
-    };
-    broken("a tensor by its old and its new name", &twice);
     broken("integers", &|file| {
         file.tensors.get_mut(input).unwrap().0 = "I16".to_owned();
     });

@@ -79,6 +79,11 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// The code of each: what another program would run is told as such, whatever it is called.
+pub(crate) fn codes(what: &str) -> &'static [&'static str] {
+    if matches!(what, "pickle" | "zip") { &["unsafe_format"] } else { &["model_corrupt"] }
+}
+
 /// A safetensors file of a header and so many bytes of data.
 pub(crate) fn safetensors(header: &str, data: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
