@@ -149,6 +149,9 @@ pub struct Resident {
     pub pinned: bool,
     /// When a request last used it, in milliseconds of Unix time; `null` for what is kept without being counted so.
     pub used_ms: Option<u64>,
+    /// What tells the adapters that lie over it.
+    #[serde(skip)]
+    pub over: Option<u64>,
 }
 
 /// Keeps one kind of long-lived resource, and counts its bytes.

@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::catalog::Catalog;
-use super::checkpoint::{Checkpoint, CheckpointKey};
+use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::fetching::fetch;
 use super::hub::at_revision;
 use super::interface::{
     ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
     Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
+use super::lora::Stack;
 use super::managers::{
-    AdapterManager, Budget, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+    AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
+    VaeManager,
 };
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
@@ -113,12 +115,13 @@ impl ModelCrew {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint, alone and beneath `over`, or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey]) {
-        self.encoders.shelf.claim(key, over);
-        self.unets.shelf.claim(key, over);
-        self.vaes.shelf.claim(key, over);
-        self.controlnets.shelf.claim(key, over);
+    /// The running request will use what is kept of this checkpoint, beneath `over` and, but for the networks that `stack`
+    /// changes, alone; or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], stack: &Stack) {
+        self.encoders.shelf.claim(key, over, stack.key(&ENCODERS).is_none());
+        self.unets.shelf.claim(key, over, stack.key(&[Part::Unet]).is_none());
+        self.vaes.shelf.claim(key, over, true);
+        self.controlnets.shelf.claim(key, over, true);
         self.adapters.claim(key);
     }
 
