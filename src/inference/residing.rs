@@ -36,9 +36,10 @@ impl InferenceInstructor {
     /// # Errors
     /// Those of [`Self::plan`].
     pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
-        let plan = self.plan(request, crew)?;
+        let mut plan = self.plan(request, crew)?;
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
+        plan.memory = plan.memory.quantised(quantization)?;
         let residents = crew.published.residents();
         // Where a GPU computes, only its own thread can ask it.
         let gpu = crew.published.room().filter(|(_, on_host)| !on_host);
@@ -110,6 +111,7 @@ impl InferenceInstructor {
         adapted: &[CheckpointKey],
         (crew, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
+        plan.memory = plan.memory.quantised(placement.quantization)?;
         let on_host = placement.device.is_cpu();
         let room = self.device.room(&crew.device);
         crew.model().begin(room, on_host);

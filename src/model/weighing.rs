@@ -4,11 +4,13 @@ use super::checkpoint::{Checkpoint, Part};
 use super::companion::Companion;
 use super::networks::unet::Unet;
 use super::workers::open::{Stored, Weights};
+use super::workers::overlay::MARK;
 use super::workers::read::kept;
+use super::workers::rename::RenameControl;
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
-use crate::kernels::stays_as_stored;
+use crate::kernels::{bytes_held, stays_as_stored};
 use crate::units::Bytes;
 
 /// How weights will be held.
@@ -49,10 +51,40 @@ impl Weighed {
         Ok(Self::of(&companion.open(ctx)?, holding))
     }
 
+    /// Of a ControlNet for the UNet of `checkpoint`, with the half of it that a Control-LoRA lies over.
+    ///
+    /// # Errors
+    /// Those of [`Companion::open`] and [`Checkpoint::open`].
+    pub fn control(companion: &Companion, checkpoint: &Checkpoint, holding: Holding, ctx: &Context) -> Result<Self> {
+        let upper = companion.open(ctx)?;
+        if !upper.has(MARK) {
+            return Ok(Self::of(&upper, holding));
+        }
+        let (upper, lower) = (ctx.perform(&RenameControl, upper)?, checkpoint.open(Part::Unet, ctx)?);
+        let own = Self::sum(&upper, holding, |name, one| {
+            // What a change is made of goes when it is made.
+            let is_change = name == MARK || name.ends_with(".up") || name.ends_with(".down");
+            (!is_change).then_some(one)
+        });
+        let copied = Self::sum(&lower, holding, |name, one| {
+            let is_used = !["up_blocks.", "conv_norm_out.", "conv_out."].iter().any(|part| name.starts_with(part));
+            let changed = || name.strip_suffix(".weight").is_some_and(|layer| upper.has(&format!("{layer}.up")));
+            let anew = Self { mapped: Bytes(0), away: one.bytes, ..one };
+            (is_used && !upper.has(name)).then(|| if changed() { anew } else { one })
+        });
+        Ok(Self { bytes: own.bytes + copied.bytes, mapped: own.mapped + copied.mapped, away: own.away + copied.away })
+    }
+
     fn of(weights: &Weights, holding: Holding) -> Self {
+        Self::sum(weights, holding, |_, one| Some(one))
+    }
+
+    /// Of those tensors that `taken` gives something for, by their names and weights.
+    fn sum(weights: &Weights, holding: Holding, taken: impl Fn(&str, Self) -> Option<Self>) -> Self {
         let (mut all, mut largest) = (Self::default(), Bytes(0));
         for (name, shard, stored) in weights.in_file_order() {
             let one = Self::tensor((name, stored), weights.stays(shard, stored), holding);
+            let Some(one) = taken(name, one) else { continue };
             let layer = if stored.shape.len() > 1 { one.bytes } else { Bytes(0) };
             largest = largest.max(layer);
             all = Self { bytes: all.bytes + one.bytes, mapped: all.mapped + one.mapped, away: all.away + one.away };
@@ -75,7 +107,7 @@ impl Weighed {
         let (bytes, in_file, laid) = match on_host {
             true => {
                 let kept = kept(stored.dtype, compute, &candle_core::Device::Cpu);
-                let bytes = kept.and_then(|coding| coding.bytes(usize::try_from(elements).ok()?));
+                let bytes = kept.and_then(|coding| bytes_held(&stored.shape, coding, compute.tensor()));
                 let bytes = Bytes(bytes.unwrap_or(0) as u64);
                 let laid = taps > 1 && !stays_as_stored(&stored.shape, compute.tensor());
                 (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), laid)

@@ -235,7 +235,13 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
     }
     for (at, control) in plan.controls.iter().enumerate() {
         if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
-            add("controlnet", "controlnet", &control.net.name, Weighed::companion(&control.net, holding, ctx)?, None);
+            add(
+                "controlnet",
+                "controlnet",
+                &control.net.name,
+                Weighed::control(&control.net, &plan.checkpoint, holding, ctx)?,
+                None,
+            );
         }
     }
     for lora in &plan.loras {
@@ -305,7 +311,12 @@ mod tests {
         let whole = MemoryWish { decode: DecodeExtent::Whole, ..MemoryWish::default() };
         // Passes do not help where the decoder is the largest moment.
         check(whole, (900, 0), &[Rung::TextEncoders], 900, true);
-        let nothing = MemoryWish { decode: DecodeExtent::Strips, slice: Some(false), offload: Offload::None };
+        let nothing = MemoryWish {
+            decode: DecodeExtent::Strips,
+            slice: Some(false),
+            offload: Offload::None,
+            ..MemoryWish::default()
+        };
         check(nothing, (1, 0), &[], 800, false);
         let sequential = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() };
         check(sequential, (500, 0), &[], 500, true);
@@ -313,7 +324,12 @@ mod tests {
 
     #[test]
     fn a_loaded_network_that_leaves_gives_its_bytes_back() {
-        let away = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), offload: Offload::TextEncoders };
+        let away = MemoryWish {
+            decode: DecodeExtent::Strips,
+            slice: Some(true),
+            offload: Offload::TextEncoders,
+            ..MemoryWish::default()
+        };
         assert_eq!(needs(true).needed(away.first()), Bytes(50));
         assert_eq!(needs(true).needed(MemoryWish { offload: Offload::None, ..away }.first()), Bytes(150));
     }
