@@ -13,9 +13,11 @@ use super::interface::{
 };
 use super::managers::{
     AdapterManager, Budget, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+    form,
 };
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
+use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::memory;
@@ -114,12 +116,21 @@ impl ModelCrew {
     }
 
     /// The running request will use what is kept of this checkpoint, alone and beneath `over`, or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey]) {
-        self.encoders.shelf.claim(key, over);
-        self.unets.shelf.claim(key, over);
-        self.vaes.shelf.claim(key, over);
-        self.controlnets.shelf.claim(key, over);
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], placement: &Placement) {
+        let Placement { compute, vae, quantization, .. } = *placement;
+        let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
+        let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));
+        self.encoders.shelf.claim(key, over, is(compute, Quantization::None, false));
+        self.unets.shelf.claim(key, over, |held| near(held) || afar(held));
+        self.vaes.shelf.claim(key, over, is(vae, Quantization::None, false));
+        self.controlnets.shelf.claim(key, over, near);
         self.adapters.claim(key);
+    }
+
+    /// Frees the UNets of a checkpoint that lie where this request will not have them, whole or away, unless they are pinned.
+    pub fn settled(&mut self, key: CheckpointKey, placement: &Placement) {
+        let form = form(placement.compute, placement.quantization, !placement.away);
+        self.unets.shelf.drop_form(key, &form);
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

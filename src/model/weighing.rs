@@ -31,6 +31,8 @@ pub struct Weighed {
     pub mapped: Bytes,
     /// What is taken where the network's weights stay away, its largest layer's included.
     pub away: Bytes,
+    /// Of that, what is taken for a layer while it is used.
+    pub passing: Bytes,
 }
 
 impl Weighed {
@@ -72,7 +74,12 @@ impl Weighed {
             let anew = Self { mapped: Bytes(0), away: one.bytes, ..one };
             (is_used && !upper.has(name)).then(|| if changed() { anew } else { one })
         });
-        Ok(Self { bytes: own.bytes + copied.bytes, mapped: own.mapped + copied.mapped, away: own.away + copied.away })
+        Ok(Self {
+            bytes: own.bytes + copied.bytes,
+            mapped: own.mapped + copied.mapped,
+            away: own.away + copied.away,
+            passing: own.passing.max(copied.passing),
+        })
     }
 
     fn of(weights: &Weights, holding: Holding) -> Self {
@@ -87,15 +94,21 @@ impl Weighed {
             let Some(one) = taken(name, one) else { continue };
             let layer = if stored.shape.len() > 1 { one.bytes } else { Bytes(0) };
             largest = largest.max(layer);
-            all = Self { bytes: all.bytes + one.bytes, mapped: all.mapped + one.mapped, away: all.away + one.away };
+            all = Self {
+                bytes: all.bytes + one.bytes,
+                mapped: all.mapped + one.mapped,
+                away: all.away + one.away,
+                ..all
+            };
         }
-        Self { away: (all.away + largest).min(all.bytes), ..all }
+        let away = (all.away + largest).min(all.bytes);
+        Self { away, passing: away.saturating_sub(all.away), ..all }
     }
 
     fn tensor((name, stored): (&str, &Stored), in_file: bool, holding: Holding) -> Self {
         let Holding { compute, quantization, on_host } = holding;
         let elements: u64 = stored.shape.iter().map(|&side| side as u64).product();
-        let whole = |bytes| Self { bytes, mapped: Bytes(0), away: bytes };
+        let whole = |bytes| Self { bytes, away: bytes, ..Self::default() };
         let in_bytes = || {
             let layer = name.strip_suffix(".weight")?;
             (stored.shape.len() > 1 && Unet::bears_int8(layer, &stored.shape)).then_some(whole(Bytes(elements)))
@@ -121,6 +134,7 @@ impl Weighed {
                 bytes,
                 mapped: if in_file && !laid { bytes } else { Bytes(0) },
                 away: if in_file { Bytes(0) } else { bytes },
+                passing: Bytes(0),
             },
         }
     }

@@ -2,7 +2,7 @@
 //! from the networks' shapes, seconds from what was measured.
 
 use crate::context::Context;
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
 use crate::inference::controlling::is_of;
 use crate::inference::interface::DecodeExtent;
@@ -10,6 +10,7 @@ use crate::inference::memory::{Means, Offload, PartBytes};
 use crate::inference::plan::{Entry, GenerationPlan};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::managers::form;
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
 use crate::model::weighing::{Holding, Weighed};
@@ -23,6 +24,10 @@ const WORKING: Bytes = Bytes(8 * Bytes::MIB);
 /// Parts that may leave.
 const ENCODERS: &str = "text_encoders";
 const UNET: &str = "unet";
+/// Parts that look at images before the text is read.
+const VAE: &str = "vae";
+const CONTROLNET: &str = "controlnet";
+const ADAPTER: &str = "adapter";
 /// What is no weights.
 const VOCABULARIES: &str = "tokenizers";
 
@@ -64,6 +69,8 @@ struct Need {
     told: PartBytes,
     weighed: Weighed,
     pinned: bool,
+    /// Whether a UNet is here whose weights stay away.
+    afar: bool,
     /// Which of the models that follow each other it belongs to; `None` for what all use.
     turn: Option<usize>,
 }
@@ -113,7 +120,8 @@ impl Needs {
             };
             let drawing = of(&|need| need.drawing(means)) + self.activations(means).0 as i64;
             // Where text encoders leave, what comes after them is not there yet.
-            let encoding = of(&|need| need.encoding()) + self.least as i64;
+            let with_vae = self.encode[0] > 0.0;
+            let encoding = of(&|need| need.encoding(with_vae)) + self.least as i64;
             if means.offload == Offload::None { drawing } else { drawing.max(encoding) }
         });
         Bytes(most.max().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
@@ -135,9 +143,20 @@ impl Need {
         if self.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 }
     }
 
-    /// Bytes still to be had while the text is encoded.
-    fn encoding(&self) -> i64 {
-        if self.told.part == ENCODERS { self.weighed.bytes.0 as i64 - self.had() } else { 0 }
+    /// What is held of a network whose weights stay away, and is free again where it goes.
+    fn had_afar(&self) -> i64 {
+        let Weighed { away, passing, .. } = self.weighed;
+        if self.afar { away.saturating_sub(passing).0 as i64 } else { 0 }
+    }
+
+    /// Bytes still to be had while the text is encoded, before which images have been read: `with_vae` as latents.
+    fn encoding(&self, with_vae: bool) -> i64 {
+        let part = self.told.part;
+        if [ENCODERS, CONTROLNET, ADAPTER].contains(&part) || (part == VAE && with_vae) {
+            self.weighed.bytes.0 as i64 - self.had()
+        } else {
+            0
+        }
     }
 
     /// Bytes still to be had while the image is made; below 0 where some are given back.
@@ -146,7 +165,9 @@ impl Need {
         let back = if self.pinned { 0 } else { self.had() };
         match (self.told.part, means.offload) {
             (ENCODERS, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -back,
-            (UNET, Offload::Sequential) => away.0 as i64 - back,
+            (UNET, Offload::Sequential) => away.0 as i64 - self.had_afar() - back,
+            // It makes place for the one that is here whole.
+            (UNET, _) if !self.pinned => bytes.0 as i64 - self.had() - self.had_afar(),
             _ => bytes.0 as i64 - self.had(),
         }
     }
@@ -201,10 +222,20 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &Context) -> Result<Vec<Need>> {
     let mut needs = Vec::new();
     let mut add = |part: &'static str, kind: &str, name: &str, weighed: Weighed, turn: Option<usize>| {
-        let resident = residents.iter().find(|one| one.kind == kind && one.name == name && is_of(plan, one));
+        let quantization = if [UNET, CONTROLNET].contains(&part) { holding.quantization } else { Quantization::None };
+        // The VAE never computes in f16.
+        let wide = part == VAE && holding.compute == Dtype::F16;
+        let dtype = if wide { Dtype::F32 } else { holding.compute };
+        let here = |away| {
+            let form = form(dtype, quantization, away);
+            let is = move |one: &&Resident| one.kind == kind && one.form.as_ref().is_none_or(|own| *own == form);
+            residents.iter().filter(is).find(|one| one.name == name && is_of(plan, one))
+        };
+        let resident = here(false);
         let Weighed { bytes, mapped, .. } = weighed;
         let told = PartBytes { part, name: name.to_owned(), bytes, mapped, loaded: resident.is_some() };
-        needs.push(Need { told, weighed, pinned: resident.is_some_and(|one| one.pinned), turn });
+        let afar = part == UNET && here(true).is_some();
+        needs.push(Need { told, weighed, pinned: resident.is_some_and(|one| one.pinned), afar, turn });
     };
     let mut models: Vec<&Checkpoint> = vec![&plan.checkpoint];
     for further in &plan.further {
@@ -221,22 +252,23 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
                 bytes: encoders.bytes + first.bytes,
                 mapped: encoders.mapped + first.mapped,
                 away: encoders.away + first.away,
+                passing: encoders.passing.max(first.passing),
             };
         }
         add(ENCODERS, "encoder", &model.name, encoders, Some(turn));
         add(UNET, "unet", &model.name, weigh(Part::Unet)?, Some(turn));
         if turn == 0 {
-            add("vae", "vae", &model.name, weigh(Part::Vae)?, None);
+            add(VAE, "vae", &model.name, weigh(Part::Vae)?, None);
         }
     }
     if holding.on_host {
-        let weighed = Weighed { bytes: TOKENIZERS, mapped: Bytes(0), away: TOKENIZERS };
+        let weighed = Weighed { bytes: TOKENIZERS, away: TOKENIZERS, ..Weighed::default() };
         add(VOCABULARIES, "tokenizer", &plan.checkpoint.name, weighed, None);
     }
     for (at, control) in plan.controls.iter().enumerate() {
         if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
             add(
-                "controlnet",
+                CONTROLNET,
                 "controlnet",
                 &control.net.name,
                 Weighed::control(&control.net, &plan.checkpoint, holding, ctx)?,
@@ -248,7 +280,7 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
         add("lora", "lora", &lora.file.name, Weighed::companion(&lora.file, holding, ctx)?, None);
     }
     for (kind, found) in plan.adapters.networks() {
-        add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
+        add(ADAPTER, kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
     }
     Ok(needs)
 }
@@ -265,9 +297,9 @@ mod tests {
     /// whole pictures and 150 for strips.
     fn needs(loaded: bool) -> Needs {
         let need = |part: &'static str, bytes, away| {
-            let weighed = Weighed { bytes: Bytes(bytes), mapped: Bytes(0), away: Bytes(away) };
+            let weighed = Weighed { bytes: Bytes(bytes), away: Bytes(away), passing: Bytes(20), ..Weighed::default() };
             let told = PartBytes { part, name: "m".into(), bytes: Bytes(bytes), mapped: Bytes(0), loaded };
-            Need { told, weighed, pinned: false, turn: Some(0) }
+            Need { told, weighed, pinned: false, afar: false, turn: Some(0) }
         };
         Needs {
             parts: vec![need("text_encoders", 100, 100), need("unet", 500, 50)],
@@ -332,6 +364,29 @@ mod tests {
         };
         assert_eq!(needs(true).needed(away.first()), Bytes(50));
         assert_eq!(needs(true).needed(MemoryWish { offload: Offload::None, ..away }.first()), Bytes(150));
+    }
+
+    #[test]
+    fn a_network_that_is_here_from_afar_is_not_here_whole() {
+        let mut needs = needs(false);
+        needs.parts.iter_mut().for_each(|need| need.afar = need.told.part == "unet");
+        let least = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), ..MemoryWish::default() };
+        let needed = |offload| needs.needed(MemoryWish { offload, ..least }.first());
+        // Its 30 go where it is loaded whole.
+        assert_eq!((needed(Offload::None), needed(Offload::Sequential)), (Bytes(720), Bytes(170)));
+    }
+
+    #[test]
+    fn images_are_read_beside_the_text_encoders() {
+        let mut needs = needs(false);
+        let told = PartBytes { part: "vae", ..needs.parts[0].told.clone() };
+        let weighed = Weighed { bytes: Bytes(700), ..Weighed::default() };
+        needs.parts.push(Need { told, weighed, pinned: false, afar: false, turn: None });
+        needs.encode = [1.0; 2];
+        let means = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() }.first();
+        let drawing = needs.needed(means);
+        needs.parts[0].weighed.bytes = Bytes(1000);
+        assert_eq!((drawing, needs.needed(means)), (Bytes(1150), Bytes(1700)));
     }
 
     #[test]

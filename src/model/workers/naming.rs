@@ -208,3 +208,33 @@ fn thirds(stored: &Stored) -> Vec<Stored> {
     };
     (0..3).map(part).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Stored, open_clip};
+    use crate::model::workers::open::StoredDtype;
+
+    #[test]
+    fn queries_keys_and_values_share_the_scale_of_their_matrix() {
+        let scale = Stored { dtype: StoredDtype::F32, shape: vec![], range: 8..12 };
+        let q = |ending: &str| format!("text_model.encoder.layers.3.self_attn.q_proj.{ending}");
+        for (name, ending) in [
+            ("attn.in_proj_scale_weight", "scale_weight"),
+            ("attn.in_proj.scale_weight", "scale_weight"),
+            ("attn.in_proj_weight_scale", "weight_scale"),
+        ] {
+            let made = open_clip(&format!("transformer.resblocks.3.{name}"), &scale);
+            let expected = ["q_proj", "k_proj", "v_proj"].map(|part| q(ending).replace("q_proj", part));
+            assert!(made.iter().map(|(name, _)| name).eq(&expected), "{made:?}");
+            assert!(made.iter().all(|(_, stored)| stored.range == scale.range), "{made:?}");
+        }
+        let one = open_clip("transformer.resblocks.3.mlp.c_fc.scale_weight", &scale);
+        assert_eq!(
+            one.first().map(|(name, _)| name.as_str()),
+            Some("text_model.encoder.layers.3.mlp.fc1.scale_weight")
+        );
+        let matrix = Stored { shape: vec![6, 2], range: 0..48, ..scale };
+        let parts = open_clip("transformer.resblocks.3.attn.in_proj_weight", &matrix);
+        assert!(parts.iter().map(|(_, part)| part.range.clone()).eq([0..16, 16..32, 32..48]), "{parts:?}");
+    }
+}
