@@ -152,6 +152,9 @@ pub struct Resident {
     /// In which numbers, and where, a network is held, to be compared with the same of a request; `None` for all else.
     #[serde(skip)]
     pub form: Option<String>,
+    /// What tells the adapters that lie over it.
+    #[serde(skip)]
+    pub over: Option<u64>,
 }
 
 /// Keeps one kind of long-lived resource, and counts its bytes.

@@ -28,9 +28,9 @@ use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::Stack;
-use crate::model::managers::{ENCODERS, Reach, Vae};
+use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
@@ -104,8 +104,8 @@ impl Shared {
     }
 
     /// What lies over the networks of the request's model.
-    pub(super) fn claims(&self) -> Vec<CheckpointKey> {
-        [self.stack.key(&[Part::Unet]), self.stack.key(&ENCODERS)].into_iter().flatten().collect()
+    pub(super) fn stack(&self) -> &Stack {
+        &self.stack
     }
 
     /// How a result goes back into the request's image.

@@ -14,8 +14,9 @@ use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::{Manager as _, Resident};
 use crate::managers::Managers;
-use crate::model::checkpoint::CheckpointKey;
-use crate::model::managers::Reach;
+use crate::model::checkpoint::{CheckpointKey, Part};
+use crate::model::lora::Stack;
+use crate::model::managers::{ENCODERS, Reach};
 use crate::model::weighing::Holding;
 use crate::units::Bytes;
 
@@ -45,7 +46,8 @@ impl InferenceInstructor {
         let gpu = crew.published.room().filter(|(_, on_host)| !on_host);
         let on_host = gpu.is_none();
         let room = gpu.map(|(room, _)| room).or_else(|| self.device.room(&crew.device));
-        let needs = self.appraise(&plan, (compute, quantization, on_host), &residents, crew, ctx)?;
+        let stack = Stack::open(&plan.loras, &plan.checkpoint, ctx)?;
+        let needs = self.appraise((&plan, &stack), (compute, quantization, on_host), &residents, crew, ctx)?;
         let others = residents.iter().filter(|one| !one.pinned && !is_of(&plan, one));
         let droppable = others.map(|one| one.bytes).sum();
         let available = room.map(|Room { free, .. }| Available { free, droppable });
@@ -88,7 +90,7 @@ impl InferenceInstructor {
 
     fn appraise(
         &self,
-        plan: &GenerationPlan,
+        (plan, stack): (&GenerationPlan, &Stack),
         (compute, quantization, on_host): (Dtype, Quantization, bool),
         residents: &[Resident],
         crew: &Managers,
@@ -96,11 +98,11 @@ impl InferenceInstructor {
     ) -> Result<Needs> {
         let holding = Holding { compute, quantization, on_host };
         let key = pace_key(&plan.checkpoint, compute, quantization);
-        ctx.perform(&Appraise, AppraiseTask { plan, holding, key: &key, pace: &crew.published.pace, residents })
+        ctx.perform(&Appraise, AppraiseTask { plan, stack, holding, key: &key, pace: &crew.published.pace, residents })
     }
 
-    /// Decides how the images are made in the room that there is, and makes place for them. `adapted` is what lies over the
-    /// model's own networks.
+    /// Decides how the images are made in the room that there is, and makes place for them. `stack` lies over the model's own
+    /// networks.
     ///
     /// # Errors
     /// `out_of_memory` where they cannot, before anything is loaded for it.
@@ -108,7 +110,7 @@ impl InferenceInstructor {
         &self,
         plan: &mut GenerationPlan,
         placement: &mut Placement,
-        adapted: &[CheckpointKey],
+        stack: &Stack,
         (crew, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
         plan.memory = plan.memory.quantised(placement.quantization)?;
@@ -117,13 +119,16 @@ impl InferenceInstructor {
         crew.model().begin(room, on_host);
         let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
         let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
-        let over = [adapted, &controls].concat();
+        let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
+        let over: Vec<CheckpointKey> = adapted.chain(controls.iter().copied()).collect();
+        let none = Stack::default();
         let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
         for key in own.chain(beside) {
-            crew.model().claim(key, &over, placement);
+            let stack = if key == plan.checkpoint.key { stack } else { &none };
+            crew.model().claim(key, &over, (stack, placement));
         }
         let holding = (placement.compute, placement.quantization, on_host);
-        let mut needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;
+        let mut needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         let first = plan.memory.first();
         let mut free = room.map(|room| room.free);
         let mut dropped = None;
@@ -140,7 +145,8 @@ impl InferenceInstructor {
             }
             dropped = dropped.or(free);
             free = self.device.free(&crew.device);
-            needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;
+            // What adapters leave as it is may have lain in a network that went.
+            needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         }
         let Some(free) = free else {
             self.settled(plan, placement, crew);

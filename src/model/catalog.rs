@@ -241,19 +241,8 @@ impl Catalog {
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found`, `unsafe_format`, `model_unsupported` and
     /// `model_corrupt` for what is found but cannot be used.
     pub fn companion(&self, name: &str, field: &str) -> Result<Companion> {
-        let path = sound(name, field)?;
-        let mut refused = None;
-        let ended = path.with_added_extension("safetensors");
-        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
-            match admit(&self.roots, &candidate) {
-                // By the name that was given: what a link leads to need not end as a file of weights does.
-                Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap),
-                Ok(None) => {}
-                Err(error) => refused = Some(error),
-            }
-        }
-        if let Some(error) = refused {
-            return Err(error);
+        if let Some(found) = self.beneath(name, field)? {
+            return Ok(found);
         }
         match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
             Some(reference) => self.cached_companion(name, &reference),
@@ -262,6 +251,25 @@ impl Catalog {
                 Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
             }
         }
+    }
+
+    /// [`Self::companion`] of what lies beneath a root; `None` where nothing of this name does, whatever the hub may have.
+    ///
+    /// # Errors
+    /// Those of [`Self::companion`], but for `model_not_found`.
+    pub fn beneath(&self, name: &str, field: &str) -> Result<Option<Companion>> {
+        let path = sound(name, field)?;
+        let mut refused = None;
+        let ended = path.with_added_extension("safetensors");
+        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
+            match admit(&self.roots, &candidate) {
+                // By the name that was given: what a link leads to need not end as a file of weights does.
+                Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap).map(Some),
+                Ok(None) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        refused.map_or(Ok(None), Err)
     }
 
     fn locate(&mut self, name: &str) -> Result<Listed> {

@@ -14,7 +14,10 @@ use crate::roots::Roots;
 use crate::units::Bytes;
 
 /// How weight files begin: diffusers' networks, transformers', and adapters that diffusers and PEFT saved.
-const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model"];
+const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", PEFT];
+/// PEFT's files.
+const PEFT: &str = "adapter_model";
+const PEFT_CONFIG: &str = "adapter_config.json";
 
 /// A network that was found, and whose files may be read.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct Companion {
     /// Tells this state of its files from every other.
     pub key: CheckpointKey,
     config: Option<Found>,
+    /// What PEFT says of an adapter beside its weights.
+    peft: Option<Found>,
     weights: WeightFiles,
     mmap: bool,
 }
@@ -38,7 +43,7 @@ impl Companion {
         let file = path.is_file();
         let place = if file { path.parent().unwrap_or(path) } else { path };
         let folder = Folder::Disk { path: place.to_owned(), roots: roots.clone() };
-        let (config, weights) = if file {
+        let (config, peft, weights) = if file {
             let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
             match end.as_str() {
                 "safetensors" | "gguf" => {}
@@ -49,7 +54,9 @@ impl Companion {
                 }
             }
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            (None, WeightFiles::of(vec![folder.need(&own)?]))
+            // Of another file beside it PEFT's configuration says nothing.
+            let peft = if own.starts_with(PEFT) { folder.find(PEFT_CONFIG)? } else { None };
+            (None, peft, WeightFiles::of(vec![folder.need(&own)?]))
         } else {
             let names = folder.names("");
             let holds = |stem: &&str| {
@@ -57,11 +64,11 @@ impl Companion {
                 names.iter().filter_map(rest).any(|rest| rest.starts_with('.') && rest.contains(".safetensors"))
             };
             let stem = STEMS.into_iter().find(holds).unwrap_or(STEMS[0]);
-            (folder.find("config.json")?.or(folder.find("adapter_config.json")?), weight_files(&folder, "", stem)?)
+            (folder.find("config.json")?, folder.find(PEFT_CONFIG)?, weight_files(&folder, "", stem)?)
         };
         let mut files = weights.files.clone();
-        files.extend(config.clone());
-        Ok(Self { name: name.to_owned(), key: key(&folder, &files), config, weights, mmap })
+        files.extend(config.iter().chain(&peft).cloned());
+        Ok(Self { name: name.to_owned(), key: key(&folder, &files), config, peft, weights, mmap })
     }
 
     /// Its `config.json`, which a single file has not.
@@ -70,6 +77,14 @@ impl Companion {
     /// `model_corrupt` for what is no JSON of this form.
     pub fn config<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
+    }
+
+    /// PEFT's `adapter_config.json`, which other writers' files have not.
+    ///
+    /// # Errors
+    /// Those of [`Self::config`].
+    pub(super) fn peft<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        self.peft.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }
 
     pub(super) fn weights(&self) -> &WeightFiles {

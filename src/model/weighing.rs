@@ -2,6 +2,7 @@
 
 use super::checkpoint::{Checkpoint, Part};
 use super::companion::Companion;
+use super::lora::Stack;
 use super::networks::unet::Unet;
 use super::workers::open::{Stored, Weights};
 use super::workers::overlay::MARK;
@@ -33,6 +34,38 @@ pub struct Weighed {
     pub away: Bytes,
     /// Of that, what is taken for a layer while it is used.
     pub passing: Bytes,
+}
+
+/// Layers that adapters change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// As the checkpoint has them.
+    pub before: Weighed,
+    /// Bytes as they are changed, of which nothing stays in a file.
+    pub after: Bytes,
+}
+
+impl Touched {
+    /// What `stack` changes of a part of a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn by(stack: &Stack, checkpoint: &Checkpoint, part: Part, holding: Holding, ctx: &Context) -> Result<Self> {
+        let marks = stack.marks(part);
+        if marks.is_empty() {
+            return Ok(Self::default());
+        }
+        let quantization = if part == Part::Unet { holding.quantization } else { Quantization::None };
+        let weights = checkpoint.open(part, ctx)?;
+        let touched = |name: &str| name.rsplit_once('.').is_some_and(|(layer, _)| marks.contains_key(layer));
+        let before =
+            Weighed::sum(&weights, Holding { quantization, ..holding }, |name, one| touched(name).then_some(one));
+        // A network that computes in f32 keeps in f32 what is changed, however it was stored.
+        let wide = holding.compute == Dtype::F32 && quantization == Quantization::None;
+        let own = weights.tensors().filter(|(name, _)| wide && touched(name));
+        let wide: u64 = own.map(|(_, stored)| stored.shape.iter().map(|&side| side as u64).product::<u64>() * 4).sum();
+        Ok(Self { before, after: before.bytes.max(Bytes(wide)) })
+    }
 }
 
 impl Weighed {

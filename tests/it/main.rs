@@ -17,6 +17,7 @@ mod hostile_files;
 mod image_files;
 mod guidance;
 mod instruction_sets;
+mod lora_files;
 mod loras;
 mod mapping;
 mod memory;

@@ -253,6 +253,7 @@ fn inspection_tells_what_the_files_say() {
         pinned: true,
         used_ms: None,
         form: None,
+        over: None,
     }];
     let mut desk = ModelCrew::new(&Settings::default());
     desk.published = Some(published);

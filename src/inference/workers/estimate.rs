@@ -10,10 +10,11 @@ use crate::inference::memory::{Means, Offload, PartBytes};
 use crate::inference::plan::{Entry, GenerationPlan};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::managers::form;
+use crate::model::lora::Stack;
+use crate::model::managers::{self, form};
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
-use crate::model::weighing::{Holding, Weighed};
+use crate::model::weighing::{Holding, Touched, Weighed};
 use crate::pace::{Pace, Work};
 use crate::units::{Bytes, ImageSize};
 
@@ -35,6 +36,8 @@ pub struct Appraise;
 
 pub struct AppraiseTask<'a> {
     pub plan: &'a GenerationPlan,
+    /// What lies over the networks of its model.
+    pub stack: &'a Stack,
     pub holding: Holding,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
@@ -71,6 +74,8 @@ struct Need {
     pinned: bool,
     /// Whether a UNet is here whose weights stay away.
     afar: bool,
+    /// What is to be had beside of a network that is here, because adapters change it.
+    lacks: Bytes,
     /// Which of the models that follow each other it belongs to; `None` for what all use.
     turn: Option<usize>,
 }
@@ -137,6 +142,21 @@ impl Needs {
 }
 
 impl Need {
+    /// Adapters change a part of it: that is in memory anew, unless the changed network is here.
+    fn adapt(&mut self, Touched { before, after }: Touched, is_here: bool, on_host: bool) {
+        let Weighed { bytes, mapped, away, .. } = self.weighed;
+        let more = if on_host { after.saturating_sub(before.away) } else { Bytes(0) };
+        self.weighed.bytes = bytes + after.saturating_sub(before.bytes);
+        self.weighed.away = away + more;
+        self.told.bytes = self.weighed.bytes;
+        if is_here || !self.told.loaded {
+            self.weighed.mapped = mapped.saturating_sub(before.mapped);
+            self.told.mapped = self.weighed.mapped;
+        } else {
+            self.lacks = self.lacks + after.saturating_sub(before.mapped);
+        }
+    }
+
     /// Bytes that were had before. A mapped file that was read is memory that counts as free.
     fn had(&self) -> i64 {
         let Weighed { bytes, mapped, .. } = self.weighed;
@@ -152,24 +172,25 @@ impl Need {
     /// Bytes still to be had while the text is encoded, before which images have been read: `with_vae` as latents.
     fn encoding(&self, with_vae: bool) -> i64 {
         let part = self.told.part;
-        if [ENCODERS, CONTROLNET, ADAPTER].contains(&part) || (part == VAE && with_vae) {
-            self.weighed.bytes.0 as i64 - self.had()
-        } else {
-            0
-        }
+        if [ENCODERS, CONTROLNET, ADAPTER].contains(&part) || (part == VAE && with_vae) { self.whole() } else { 0 }
     }
 
     /// Bytes still to be had while the image is made; below 0 where some are given back.
     fn drawing(&self, means: Means) -> i64 {
-        let Weighed { bytes, away, .. } = self.weighed;
+        let away = self.weighed.away;
         let back = if self.pinned { 0 } else { self.had() };
         match (self.told.part, means.offload) {
             (ENCODERS, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -back,
             (UNET, Offload::Sequential) => away.0 as i64 - self.had_afar() - back,
             // It makes place for the one that is here whole.
-            (UNET, _) if !self.pinned => bytes.0 as i64 - self.had() - self.had_afar(),
-            _ => bytes.0 as i64 - self.had(),
+            (UNET, _) if !self.pinned => self.whole() - self.had_afar(),
+            _ => self.whole(),
         }
+    }
+
+    /// Bytes still to be had of all of it.
+    fn whole(&self) -> i64 {
+        (self.weighed.bytes + self.lacks).0 as i64 - self.had()
     }
 }
 
@@ -177,7 +198,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
     type Output = Needs;
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Needs> {
-        let AppraiseTask { plan, holding, key, pace, residents } = task;
+        let AppraiseTask { plan, stack, holding, key, pace, residents } = task;
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
@@ -204,7 +225,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             .zip(pace.expect(key, Work::Decode, last))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
         Ok(Needs {
-            parts: parts(plan, holding, residents, ctx)?,
+            parts: parts((plan, stack), holding, residents, ctx)?,
             pass: (maps + added) * element as f64,
             passes,
             text: text * (passes * element) as f64,
@@ -219,8 +240,13 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 }
 
 /// Every network that the plan uses, once each.
-fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &Context) -> Result<Vec<Need>> {
-    let mut needs = Vec::new();
+fn parts(
+    (plan, stack): (&GenerationPlan, &Stack),
+    holding: Holding,
+    residents: &[Resident],
+    ctx: &Context,
+) -> Result<Vec<Need>> {
+    let mut needs: Vec<Need> = Vec::new();
     let mut add = |part: &'static str, kind: &str, name: &str, weighed: Weighed, turn: Option<usize>| {
         let quantization = if [UNET, CONTROLNET].contains(&part) { holding.quantization } else { Quantization::None };
         // The VAE never computes in f16.
@@ -229,13 +255,21 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
         let here = |away| {
             let form = form(dtype, quantization, away);
             let is = move |one: &&Resident| one.kind == kind && one.form.as_ref().is_none_or(|own| *own == form);
-            residents.iter().filter(is).find(|one| one.name == name && is_of(plan, one))
+            let all = residents.iter().filter(is).filter(|one| one.name == name && is_of(plan, one));
+            // Alone, or beneath the adapters of this request.
+            let over = match part {
+                UNET => stack.key(&[Part::Unet]),
+                ENCODERS => stack.key(&managers::ENCODERS),
+                _ => return all.into_iter().next(),
+            };
+            all.into_iter().find(|one| one.over.is_none() || over.is_some_and(|over| over.is(one.over)))
         };
         let resident = here(false);
         let Weighed { bytes, mapped, .. } = weighed;
         let told = PartBytes { part, name: name.to_owned(), bytes, mapped, loaded: resident.is_some() };
         let afar = part == UNET && here(true).is_some();
-        needs.push(Need { told, weighed, pinned: resident.is_some_and(|one| one.pinned), afar, turn });
+        let pinned = resident.is_some_and(|one| one.pinned);
+        needs.push(Need { told, weighed, pinned, afar, lacks: Bytes(0), turn });
     };
     let mut models: Vec<&Checkpoint> = vec![&plan.checkpoint];
     for further in &plan.further {
@@ -282,12 +316,25 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
     for (kind, found) in plan.adapters.networks() {
         add(ADAPTER, kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
     }
+    for (part, kind, networks) in [(ENCODERS, "encoder", &managers::ENCODERS[..]), (UNET, "unet", &[Part::Unet])] {
+        let Some(over) = stack.key(networks) else { continue };
+        let of_plan = |need: &&mut Need| need.told.part == part && need.told.name == plan.checkpoint.name;
+        let Some(need) = needs.iter_mut().find(of_plan) else { continue };
+        let is_here =
+            |one: &Resident| one.kind == kind && one.name == need.told.name && over.is(one.over) && need.told.loaded;
+        let is_here = residents.iter().any(is_here);
+        for &network in networks {
+            if network != Part::TextEncoder || plan.checkpoint.text_encoder.is_some() {
+                need.adapt(Touched::by(stack, &plan.checkpoint, network, holding, ctx)?, is_here, holding.on_host);
+            }
+        }
+    }
     Ok(needs)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Need, Needs, PartBytes, Weighed};
+    use super::{Need, Needs, PartBytes, Touched, Weighed};
     use crate::inference::interface::DecodeExtent;
     use crate::inference::ladder::{Available, choose, next};
     use crate::inference::memory::{MemoryUse, MemoryWish, Offload, Rung};
@@ -299,7 +346,7 @@ mod tests {
         let need = |part: &'static str, bytes, away| {
             let weighed = Weighed { bytes: Bytes(bytes), away: Bytes(away), passing: Bytes(20), ..Weighed::default() };
             let told = PartBytes { part, name: "m".into(), bytes: Bytes(bytes), mapped: Bytes(0), loaded };
-            Need { told, weighed, pinned: false, afar: false, turn: Some(0) }
+            Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) }
         };
         Needs {
             parts: vec![need("text_encoders", 100, 100), need("unet", 500, 50)],
@@ -381,12 +428,26 @@ mod tests {
         let mut needs = needs(false);
         let told = PartBytes { part: "vae", ..needs.parts[0].told.clone() };
         let weighed = Weighed { bytes: Bytes(700), ..Weighed::default() };
-        needs.parts.push(Need { told, weighed, pinned: false, afar: false, turn: None });
+        needs.parts.push(Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: None });
         needs.encode = [1.0; 2];
         let means = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() }.first();
         let drawing = needs.needed(means);
         needs.parts[0].weighed.bytes = Bytes(1000);
         assert_eq!((drawing, needs.needed(means)), (Bytes(1150), Bytes(1700)));
+    }
+
+    #[test]
+    fn what_adapters_change_is_had_anew_unless_it_is_here() {
+        let weighed = |bytes, mapped| Weighed { bytes: Bytes(bytes), mapped: Bytes(mapped), ..Weighed::default() };
+        let touched = Touched { before: weighed(120, 100), after: Bytes(240) };
+        let needed = |loaded, is_here| {
+            let told = PartBytes { part: "unet", name: "m".into(), bytes: Bytes(500), mapped: Bytes(400), loaded };
+            let weighed = weighed(500, 400);
+            let mut need = Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) };
+            need.adapt(touched, is_here, true);
+            need.whole()
+        };
+        assert_eq!((needed(false, false), needed(true, false), needed(true, true)), (620, 540, 300));
     }
 
     #[test]

@@ -114,6 +114,7 @@ impl Manager for TokenizerManager {
             pinned: false,
             used_ms: None,
             form: None,
+            over: None,
         };
         self.entries.iter().map(resident).collect()
     }

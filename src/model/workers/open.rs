@@ -130,6 +130,30 @@ impl Weights {
         Ok(Some(all.chunks_exact(width).map(number).collect()))
     }
 
+    /// A tensor of one whole number, or of a truth as 0 or 1; `None` if it is none.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(in crate::model) fn whole_number(&self, name: &str) -> Result<Option<f64>> {
+        let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
+        let StoredDtype::Other(dtype) = stored.dtype else { return Ok(None) };
+        let width = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        if width > 8 || stored.shape.iter().any(|&side| side != 1) {
+            return Ok(None);
+        }
+        let mut bytes = [0; 8];
+        let Some(own) = bytes.get_mut(..width) else { return Ok(None) };
+        self.read(*shard, stored.range.start, own)?;
+        let unsigned = u64::from_le_bytes(bytes);
+        // A narrower number's sign is moved to the highest bit and back.
+        let unused = 64 - 8 * width as u32;
+        Ok(Some(if dtype.starts_with('i') {
+            ((unsigned << unused).cast_signed() >> unused) as f64
+        } else {
+            unsigned as f64
+        }))
+    }
+
     /// The tensors in the order in which they lie in their files, each with its shard.
     pub(in crate::model) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
         let mut all: Vec<_> =
@@ -401,6 +425,8 @@ struct Header<T> {
 
 /// Longest text of the metadata that is kept: trainers write down every word they met.
 const TEXT_LIMIT: usize = 64 << 10;
+/// The one that is kept however long it is: what diffusers says of an adapter, with numbers for every layer.
+pub(in crate::model) const ADAPTER: &str = "lora_adapter_metadata";
 
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -436,7 +462,9 @@ impl<'de> Deserialize<'de> for Header<Entry> {
                     if name == "__metadata__" {
                         for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
                             match value {
-                                Metadata::Text(text) if text.len() <= TEXT_LIMIT => drop(metadata.insert(key, text)),
+                                Metadata::Text(text) if text.len() <= TEXT_LIMIT || key == ADAPTER => {
+                                    drop(metadata.insert(key, text));
+                                }
                                 Metadata::Text(_) | Metadata::Other(_) => {}
                             }
                         }
