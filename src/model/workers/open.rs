@@ -21,9 +21,11 @@ use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::memory::{self, FromBits};
 use crate::model::folder::Found;
+use crate::units::Bytes;
 
-/// Longest header that is read, as the format's own library has it.
-const HEADER_LIMIT: u64 = 100_000_000;
+/// Longest header that is read, so that no file takes much memory before it is known. Those of whole SDXL models are
+/// below 1 MB.
+const HEADER_LIMIT: u64 = 16 * Bytes::MIB;
 /// More axes than any weight has.
 pub(super) const RANK_LIMIT: usize = 8;
 
@@ -350,13 +352,14 @@ fn header(file: &mut impl Read, length: u64) -> Result<Header<Stored>, String> {
     if header_length > length - 8 {
         return Err(format!("is cut off: its header claims {header_length} bytes, and {} follow", length - 8));
     }
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(usize::try_from(header_length).unwrap_or_default());
     file.take(header_length).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
     if text.len() as u64 != header_length || text.first() != Some(&b'{') {
         return Err("is not a safetensors file: its header must be a JSON object".to_owned());
     }
     let Header { entries, metadata } =
         serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
+    drop(text);
     Ok(Header { entries: place(entries, 8 + header_length, length)?, metadata })
 }
 
@@ -454,12 +457,12 @@ impl<'de> Deserialize<'de> for Header<Entry> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let (mut entries, mut metadata) = (Vec::new(), BTreeMap::new());
-                let mut known = std::collections::HashSet::new();
+                let mut described = false;
                 while let Some(name) = map.next_key::<String>()? {
-                    if !known.insert(name.clone()) {
-                        return Err(A::Error::custom(format!("`{name}` comes twice")));
-                    }
                     if name == "__metadata__" {
+                        if std::mem::replace(&mut described, true) {
+                            return Err(A::Error::custom("`__metadata__` comes twice"));
+                        }
                         for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
                             match value {
                                 Metadata::Text(text) if text.len() <= TEXT_LIMIT || key == ADAPTER => {
@@ -471,6 +474,11 @@ impl<'de> Deserialize<'de> for Header<Entry> {
                     } else {
                         entries.push((name, map.next_value()?));
                     }
+                }
+                let mut names: Vec<&str> = entries.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
+                names.sort_unstable();
+                if let Some([name, _]) = names.array_windows().find(|[one, next]| one == next) {
+                    return Err(A::Error::custom(format!("`{name}` comes twice")));
                 }
                 Ok(Header { entries, metadata })
             }
