@@ -37,9 +37,10 @@ impl InferenceInstructor {
     /// # Errors
     /// Those of [`Self::plan`].
     pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
-        let plan = self.plan(request, crew)?;
+        let mut plan = self.plan(request, crew)?;
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
+        plan.memory = plan.memory.quantised(quantization)?;
         let residents = crew.published.residents();
         // Where a GPU computes, only its own thread can ask it.
         let gpu = crew.published.room().filter(|(_, on_host)| !on_host);
@@ -112,6 +113,7 @@ impl InferenceInstructor {
         stack: &Stack,
         (crew, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
+        plan.memory = plan.memory.quantised(placement.quantization)?;
         let on_host = placement.device.is_cpu();
         let room = self.device.room(&crew.device);
         crew.model().begin(room, on_host);
@@ -122,15 +124,22 @@ impl InferenceInstructor {
         let none = Stack::default();
         let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
         for key in own.chain(beside) {
-            crew.model().claim(key, &over, if key == plan.checkpoint.key { stack } else { &none });
+            let stack = if key == plan.checkpoint.key { stack } else { &none };
+            crew.model().claim(key, &over, (stack, placement));
         }
         let holding = (placement.compute, placement.quantization, on_host);
         let mut needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         let first = plan.memory.first();
         let mut free = room.map(|room| room.free);
         let mut dropped = None;
+        // Nothing is dropped for what would not fit even so, nor more than the way needs that is gone then.
+        let planned = free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew) }));
+        if let (Some(Choice { needed, fits: false, .. }), Some(free)) = (&planned, free) {
+            return Err(self.refused(plan, &needs, ("planning", *needed, free), crew));
+        }
+        let means = planned.map_or(first, |planned| planned.told.means);
         for _ in 0..TRIES {
-            let Some(short) = free.map(|free| needs.needed(first).saturating_sub(free)) else { break };
+            let Some(short) = free.map(|free| needs.needed(means).saturating_sub(free)) else { break };
             if short == Bytes(0) || droppable(crew) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
                 break;
             }
@@ -140,6 +149,7 @@ impl InferenceInstructor {
             needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         }
         let Some(free) = free else {
+            self.settled(plan, placement, crew);
             return Ok(Settled { told: MemoryUse { means: first, ..MemoryUse::default() }, needs });
         };
         let Choice { mut told, needed, fits } = choose(&needs, plan.memory, Available { free, droppable: Bytes(0) });
@@ -148,13 +158,22 @@ impl InferenceInstructor {
         }
         if let Some(before) = dropped {
             told.rungs.insert(0, Rung::Drop);
-            told.why.get_or_insert(format!("{} needed, {before} free", needs.needed(first)));
+            told.why.get_or_insert(format!("{needed} needed, {before} free"));
         }
         if !told.rungs.is_empty() {
             tracing::info!(request_id = ctx.request_id(), rungs = ?told.rungs, why = told.why, "memory is short");
         }
         apply(told.means, plan, placement);
+        self.settled(plan, placement, crew);
         Ok(Settled { told, needs })
+    }
+
+    /// UNets that lie elsewhere than was decided go.
+    fn settled(&self, plan: &GenerationPlan, placement: &Placement, crew: &mut Managers) {
+        let further = plan.further.iter().map(|further| further.checkpoint.key);
+        for key in [plan.checkpoint.key].into_iter().chain(further) {
+            crew.model().settled(key, placement);
+        }
     }
 
     /// After a device had no memory left: the next rung, for which the work is to begin again.
@@ -194,7 +213,8 @@ impl InferenceInstructor {
         let residents = crew.resident();
         let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
         let mut hints = Vec::new();
-        if let Some(Largest { width, height }) = self.largest(plan, needs, Available { free, droppable: Bytes(0) }) {
+        let available = Available { free, droppable: droppable(crew) };
+        if let Some(Largest { width, height }) = self.largest(plan, needs, available) {
             hints.push(format!("an image of about {width}×{height} would fit"));
         }
         if !pinned.is_empty() {

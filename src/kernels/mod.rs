@@ -11,6 +11,7 @@
 mod away;
 mod coding;
 mod cpu;
+mod growing;
 pub mod plain;
 mod quantising;
 mod shapes;
@@ -24,6 +25,7 @@ pub use coding::Coding;
 #[doc(hidden)]
 pub use cpu::amx_probe;
 pub use cpu::simd;
+pub use growing::growing;
 pub use quantising::{Chosen, quantising};
 pub use stored::{StoredWeight, WELCOME, welcomes};
 
@@ -81,14 +83,22 @@ impl Weight {
     fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
         match weight.device().is_cpu() {
             true if away::is_chosen() => Ok(Self::Away(away::Away { weight: weight.clone(), compute, conv })),
-            true => Self::on_host(weight, compute, conv),
+            true => {
+                let packed = Self::packed(weight, compute, conv)?;
+                growing::count(weight, packed.bytes());
+                Ok(Self::Packed(Arc::new(packed)))
+            }
             false => Self::on_device(weight.tensor()),
         }
     }
 
     fn on_host(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
+        Ok(Self::Packed(Arc::new(Self::packed(weight, compute, conv)?)))
+    }
+
+    fn packed(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<cpu::Packed> {
         let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
-        Ok(Self::Packed(Arc::new(cpu::Packed::new(weight, compute, by_filters)?)))
+        cpu::Packed::new(weight, compute, by_filters)
     }
 
     /// As [`Self::new`], of one that is on a GPU.
@@ -114,6 +124,7 @@ impl Weight {
         }
         let packed = cpu::Packed::int8(&weight.used(vb.dtype())?)?;
         quantising::count(weight.bytes().saturating_sub(packed.bytes()));
+        growing::count(weight, packed.bytes());
         Ok(Self::Packed(Arc::new(packed)))
     }
 }
@@ -471,6 +482,22 @@ pub fn stays_as_stored(weight: &[usize], compute: DType) -> bool {
     let &[outputs, inputs, kernel, _] = weight else { return false };
     let padding = Padding::same(kernel / 2);
     cpu::by_filters(ConvShape { inputs, outputs, kernel, stride: 1, padding }, compute)
+}
+
+/// Bytes that a layer on the CPU keeps of a weight of this shape in `coding`, in a network that computes in `compute`;
+/// `None` for parts of a block.
+#[must_use]
+pub fn bytes_held(weight: &[usize], coding: Coding, compute: DType) -> Option<usize> {
+    let count = weight.iter().product();
+    let depth = weight.iter().skip(1).product::<usize>();
+    let taps = weight.iter().skip(2).product::<usize>();
+    let is_read = weight.len() > 1 && (taps == 1 || stays_as_stored(weight, compute));
+    match coding.dtype() {
+        None if !is_read || !depth.is_multiple_of(coding.grain()) => {
+            coding.bytes(count).map(|_| count * coding.widened(compute).size_in_bytes())
+        }
+        _ => coding.bytes(count),
+    }
 }
 
 /// Whether a shape has no elements.

@@ -14,10 +14,11 @@ use super::interface::{
 use super::lora::Stack;
 use super::managers::{
     AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
-    VaeManager,
+    VaeManager, form,
 };
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
+use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::memory;
@@ -115,14 +116,24 @@ impl ModelCrew {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint, beneath `over` and, but for the networks that `stack`
-    /// changes, alone; or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], stack: &Stack) {
-        self.encoders.shelf.claim(key, over, stack.key(&ENCODERS).is_none());
-        self.unets.shelf.claim(key, over, stack.key(&[Part::Unet]).is_none());
-        self.vaes.shelf.claim(key, over, true);
-        self.controlnets.shelf.claim(key, over, true);
+    /// The running request will use what is kept of this checkpoint as it is placed, beneath `over` and, but for the networks
+    /// that `stack` changes, alone; or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], (stack, placement): (&Stack, &Placement)) {
+        let Placement { compute, vae, quantization, .. } = *placement;
+        let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
+        let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));
+        let bare = |parts: &[Part]| stack.key(parts).is_none();
+        self.encoders.shelf.claim(key, over, bare(&ENCODERS), is(compute, Quantization::None, false));
+        self.unets.shelf.claim(key, over, bare(&[Part::Unet]), |held| near(held) || afar(held));
+        self.vaes.shelf.claim(key, over, true, is(vae, Quantization::None, false));
+        self.controlnets.shelf.claim(key, over, true, near);
         self.adapters.claim(key);
+    }
+
+    /// Frees the UNets of a checkpoint that lie where this request will not have them, whole or away, unless they are pinned.
+    pub fn settled(&mut self, key: CheckpointKey, placement: &Placement) {
+        let form = form(placement.compute, placement.quantization, !placement.away);
+        self.unets.shelf.drop_form(key, &form);
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

@@ -356,3 +356,36 @@ fn gguf_files_that_lie_are_refused_by_what_is_wrong() {
         println!("{what}: {told}");
     }
 }
+
+#[test]
+fn scales_that_no_weight_takes_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let mut worker = worker(root.path());
+    let path = root.path().join("odd.safetensors");
+    let number = |x: f32| ("F32", vec![], x.to_le_bytes().to_vec());
+    let mark = || ("F8_E4M3", vec![0], vec![]);
+    let mut told = |more: &[(&str, Entry)]| {
+        let entry = |(name, tensor): (String, Tensor)| {
+            let coded = name == "conv_in.weight";
+            let (dtype, bytes) =
+                if coded { ("F8_E4M3", vec![0; tensor.elem_count()]) } else { in_f32(numbers(&tensor).into_iter()) };
+            (name, (dtype, tensor.dims().to_vec(), bytes))
+        };
+        let all = demo("unet", "diffusion_pytorch_model.safetensors").into_iter().map(entry);
+        write(&path, &all.chain(more.iter().map(|(name, entry)| ((*name).to_owned(), entry.clone()))).collect());
+        let separate = [(Part::Unet, Some("odd.safetensors"))];
+        worker.managers.model().catalog.resolve_with(None, &separate).map(drop)
+    };
+    told(&[]).unwrap();
+    told(&[("scaled_fp8", mark()), ("conv_in.scale_weight", number(0.5))]).unwrap();
+    told(&[("conv_out.scale_weight", number(1.0))]).unwrap();
+    for (what, more) in [
+        ("of another coding", vec![("conv_out.scale_weight", number(0.5))]),
+        ("of nothing", vec![("conv_inn.scale_weight", number(0.5))]),
+        ("of another kind", vec![("conv_in.weight_scale_inv", number(0.5))]),
+        ("said, and not there", vec![("scaled_fp8", mark())]),
+    ] {
+        let error = told(&more).expect_err(what);
+        assert!(matches!(error, Error::ModelUnsupported { .. }), "{what}: {error:?}");
+    }
+}

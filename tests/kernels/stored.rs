@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use sdxl_worker::kernels::{Coding, Conv2d, ConvShape, Linear, Padding, StoredWeight, welcomes};
+use sdxl_worker::kernels::{Coding, Conv2d, ConvShape, Linear, Padding, StoredWeight, bytes_held, growing, welcomes};
 
 use crate::whole::{Dice, at_every_level, numbers};
 
@@ -137,4 +137,25 @@ fn stored_convolutions_give_the_bits_of_numbers_rounded_beforehand() {
             }
         }
     });
+}
+
+#[test]
+fn what_layers_outgrow_their_codes_by_is_known_beforehand() {
+    let mut dice = Dice(43);
+    let shape = ConvShape { inputs: 16, outputs: 64, kernel: 3, stride: 1, padding: Padding::same(1) };
+    for coding in [Coding::E4m3, Coding::Q4_0, Coding::Q8_0, Coding::Q4K] {
+        for compute in [DType::F32, DType::BF16] {
+            // Of SDXL's attention.
+            let matrix = weight(&mut dice, coding, 1.0, &[1280, 1280]);
+            let (_, grown) = growing(|| Linear::load_no_bias(&source(&matrix, compute), 1280, 1280).unwrap());
+            assert_eq!(grown, 0, "{coding:?} under {compute:?}");
+            assert_eq!(bytes_held(&[1280, 1280], coding, compute), coding.bytes(1280 * 1280));
+            let narrow = weight(&mut dice, coding, 1.0, &[64, 16, 3, 3]);
+            let (_, grown) = growing(|| Conv2d::load(&source(&narrow, compute), shape).unwrap());
+            let expected = 64 * 16 * 9 * compute.size_in_bytes();
+            // A panel is filled up.
+            assert!((expected..=expected * 10 / 9).contains(&(narrow.bytes() + grown)), "{coding:?} under {compute:?}");
+            assert_eq!(bytes_held(&[64, 16, 3, 3], coding, compute), Some(expected));
+        }
+    }
 }

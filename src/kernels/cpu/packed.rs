@@ -1,12 +1,11 @@
 //! Weights as the micro-kernels read them: panels of 32 outputs, the depth down a panel. Those of convolutions, INT8 ones
-//! and small ones are laid once, when a layer is made; the rest stay as they are stored, and a panel of them is made when
-//! a product comes to it (`unpacked.rs`). One layout serves every instruction set: what differs is only how numbers of one
+//! and small ones of plain numbers are laid once, when a layer is made; the rest stay as they are stored, and a panel of
+//! them is made when a product comes to it (`unpacked.rs`). One layout serves every instruction set: what differs is only how numbers of one
 //! dtype stand beside each other.
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::OnceLock;
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::f16;
@@ -126,8 +125,8 @@ struct Quantised {
 pub(in crate::kernels) struct Packed {
     /// As they are stored; nothing where they were laid beforehand.
     kept: Option<Kept>,
-    /// Made when a product first needs it, where there is something kept.
-    laid: OnceLock<Laid>,
+    /// Where nothing is kept.
+    laid: Option<Laid>,
     outputs: usize,
     channels: usize,
     taps: usize,
@@ -165,15 +164,17 @@ impl Packed {
         };
         let (taps, coding) = (taps.iter().product(), weight.coding());
         let packed = |kept, laid| Self { kept, laid, outputs, channels, taps };
-        let read_as_stored = by_filters || (taps == 1 && weight.bytes() >= crate::memory::LARGE);
+        // What is not plain numbers grows where it is laid, however small it is.
+        let stays = coding.dtype().is_none() || weight.bytes() >= crate::memory::LARGE;
+        let read_as_stored = by_filters || (taps == 1 && stays);
         // Blocks are read where every line begins with a part of one.
         if read_as_stored && (channels * taps).is_multiple_of(coding.grain()) {
             let (tensor, rounded) = (weight.tensor().contiguous()?, coding.rounding(compute));
             let kept = Kept { tensor, coding, rounded, scale: weight.scale() };
-            return Ok(packed(Some(kept), OnceLock::new()));
+            return Ok(packed(Some(kept), None));
         }
         let numbers = weight.numbers(coding.widened(compute))?.contiguous()?;
-        Ok(packed(None, OnceLock::from(Laid::of(&numbers, (outputs, channels, taps))?)))
+        Ok(packed(None, Some(Laid::of(&numbers, (outputs, channels, taps))?)))
     }
 
     /// As [`Self::new`], the weights of each output rounded to 127 steps either side of zero, the greatest of them
@@ -194,13 +195,13 @@ impl Packed {
             Numbers::F16(from) => Laid::lay_bytes(from, size),
             Numbers::Bf16(from) => Laid::lay_bytes(from, size),
         };
-        Ok(Self { kept: None, laid: OnceLock::from(laid), outputs, channels, taps })
+        Ok(Self { kept: None, laid: Some(laid), outputs, channels, taps })
     }
 
     /// Bytes of memory.
     pub(in crate::kernels) fn bytes(&self) -> usize {
         let kept = self.kept.as_ref().map_or(0, |kept| kept.tensor.elem_count() * kept.tensor.dtype().size_in_bytes());
-        kept + self.laid.get().map_or(0, Laid::bytes)
+        kept + self.laid.as_ref().map_or(0, Laid::bytes)
     }
 
     /// The weights as they are stored, held for reading, where they were not laid beforehand.
@@ -215,17 +216,18 @@ impl Packed {
         Ok(Some(Rows { bytes: held.bytes()?, coding, rounded, scale, outputs: self.outputs, depth: self.depth() }))
     }
 
-    /// The panels; they are laid if they were not yet.
-    pub(super) fn laid(&self) -> Result<&Laid> {
-        if let Some(laid) = self.laid.get() {
-            return Ok(laid);
-        }
+    /// The panels, where they were laid beforehand.
+    pub(super) fn laid(&self) -> Option<&Laid> {
+        self.laid.as_ref()
+    }
+
+    /// Panels of what is kept, for one product.
+    pub(super) fn lay(&self) -> Result<Laid> {
         let Some(kept) = &self.kept else { bail!("weights that are neither laid nor kept") };
         let shape = [self.outputs, self.channels, self.taps];
         let weight = StoredWeight::new(kept.tensor.clone(), kept.coding, kept.scale, &shape)?;
         let numbers = weight.numbers(kept.coding.widened(kept.rounded))?;
-        let laid = Laid::of(&numbers, (self.outputs, self.channels, self.taps))?;
-        Ok(self.laid.get_or_init(|| laid))
+        Laid::of(&numbers, (self.outputs, self.channels, self.taps))
     }
 
     /// Whether a product reads the weights as they are stored, where they are kept so.
@@ -235,12 +237,12 @@ impl Packed {
 
     /// Whether the weights are bytes, for activations that are bytes.
     pub(super) fn is_int8(&self) -> bool {
-        self.kept.is_none() && self.laid.get().is_some_and(|laid| laid.stored == Stored::Int8)
+        self.kept.is_none() && self.laid.as_ref().is_some_and(|laid| laid.stored == Stored::Int8)
     }
 
     /// Scales and offsets of a panel of bytes.
     pub(super) fn quantised(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
-        let quantised = &self.laid.get()?.quantised;
+        let quantised = &self.laid.as_ref()?.quantised;
         let scales = quantised.scales.as_chunks().0.get(panel)?;
         Some((scales, quantised.offsets.as_chunks().0.get(panel)?))
     }
@@ -258,7 +260,7 @@ impl Packed {
         match &self.kept {
             Some(kept) if kept.rounded == DType::F32 => kept.coding == Coding::Bf16,
             Some(kept) => kept.rounded == DType::BF16,
-            None => self.laid.get().is_some_and(|laid| laid.stored == Stored::Bf16),
+            None => self.laid.as_ref().is_some_and(|laid| laid.stored == Stored::Bf16),
         }
     }
 }

@@ -24,6 +24,8 @@ pub(super) const BLOCK: usize = 16;
 /// The panels of one layer for the time of one product.
 pub(super) enum Panels<'a> {
     Laid(&'a Laid),
+    /// Of a convolution that is seldom made so: beside the file they would take its place a second time.
+    Once(Laid),
     Rows(Rows<'a>),
 }
 
@@ -43,9 +45,10 @@ impl<'a> Panels<'a> {
     /// `held` is what `packed` holds, if it holds something.
     pub(super) fn new(packed: &'a Packed, held: Option<&'a Held<'a>>) -> Result<Self> {
         let rows = held.filter(|_| packed.is_flat()).map(|held| packed.rows(held)).transpose()?.flatten();
-        Ok(match rows {
-            Some(rows) => Self::Rows(rows),
-            None => Self::Laid(packed.laid()?),
+        Ok(match (rows, packed.laid()) {
+            (Some(rows), _) => Self::Rows(rows),
+            (None, Some(laid)) => Self::Laid(laid),
+            (None, None) => Self::Once(packed.lay()?),
         })
     }
 
@@ -60,6 +63,7 @@ impl<'a> Panels<'a> {
     ) -> *const u8 {
         match self {
             Self::Laid(laid) => laid.panel(operands, panel, depth, scratch),
+            Self::Once(laid) => laid.panel(operands, panel, depth, scratch),
             Self::Rows(rows) => rows.panel(operands, panel, depth, scratch),
         }
     }
@@ -69,22 +73,14 @@ impl<'a> Panels<'a> {
         if depth.is_empty() {
             return Ahead { at: std::ptr::null(), stride: 0, rows: 0, across: 0, line: 0, part: 0 };
         }
-        let rows = match self {
-            Self::Rows(rows) => rows,
-            Self::Laid(laid) => {
-                let across = laid.stretch(depth.len()).div_ceil(LINE);
-                let (at, part) = (laid.start(panel, depth.start), across.div_ceil(parts));
-                return Ahead { at, stride: 0, rows: 1, across, line: 0, part };
-            }
+        let laid: &Laid = match self {
+            Self::Rows(rows) => return rows.ahead(panel, depth, parts),
+            Self::Laid(laid) => laid,
+            Self::Once(laid) => laid,
         };
-        let (numbers, size) = rows.coding.block();
-        let first = panel * PANEL;
-        let at = rows.bytes.as_ptr().wrapping_add((first * rows.depth + depth.start) / numbers * size);
-        let count = PANEL.min(rows.outputs.saturating_sub(first));
-        // A row need not begin with a cache line.
-        let across = (depth.len().div_ceil(numbers) * size + at.addr() % LINE).div_ceil(LINE);
-        let part = (count * across).div_ceil(parts);
-        Ahead { at, stride: rows.depth * size / numbers, rows: count, across, line: 0, part }
+        let across = laid.stretch(depth.len()).div_ceil(LINE);
+        let (at, part) = (laid.start(panel, depth.start), across.div_ceil(parts));
+        Ahead { at, stride: 0, rows: 1, across, line: 0, part }
     }
 }
 
@@ -117,6 +113,18 @@ impl Ahead {
 }
 
 impl Rows<'_> {
+    /// As [`Panels::ahead`].
+    fn ahead(&self, panel: usize, depth: Range<usize>, parts: usize) -> Ahead {
+        let (numbers, size) = self.coding.block();
+        let first = panel * PANEL;
+        let at = self.bytes.as_ptr().wrapping_add((first * self.depth + depth.start) / numbers * size);
+        let count = PANEL.min(self.outputs.saturating_sub(first));
+        // A row need not begin with a cache line.
+        let across = (depth.len().div_ceil(numbers) * size + at.addr() % LINE).div_ceil(LINE);
+        let part = (count * across).div_ceil(parts);
+        Ahead { at, stride: self.depth * size / numbers, rows: count, across, line: 0, part }
+    }
+
     /// As [`Panels::panel`]. Where numbers are written in blocks, `depth` begins with a multiple of 32 and so does every
     /// row.
     #[expect(unsafe_code, reason = "scratch memory seen as numbers")]

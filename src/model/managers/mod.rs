@@ -54,6 +54,19 @@ impl ShelfKey {
         let device = placement.name.clone();
         Self { checkpoint: checkpoint.key, over: None, dtype, quantization: Quantization::None, device }
     }
+
+    fn form(&self) -> String {
+        form(self.dtype, self.quantization, self.device.ends_with(AFAR))
+    }
+}
+
+/// What follows the device of networks whose weights stay away from it.
+const AFAR: &str = " from afar";
+
+/// The [`Resident::form`] of a network.
+#[must_use]
+pub fn form(dtype: Dtype, quantization: Quantization, away: bool) -> String {
+    format!("{} {}{}", dtype.name(), quantization.name(), if away { AFAR } else { "" })
 }
 
 /// Networks of one kind, least recently used first. The one that is wanted now is always kept, however large; others
@@ -149,11 +162,23 @@ impl<T: 'static> Shelf<T> {
         give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
+    /// Drops the items of a checkpoint that are of this form, unless they are pinned.
+    pub(in crate::model) fn drop_form(&mut self, checkpoint: CheckpointKey, form: &str) {
+        let stays = |key: &ShelfKey| key.checkpoint != checkpoint || key.form() != form;
+        give_back(self.entries.retain(|entry| entry.pinned || stays(&entry.key)));
+    }
+
     /// The running request will use the items of a checkpoint over whose files `over` lies, and if `bare` those over whose
-    /// files nothing does.
-    pub(in crate::model) fn claim(&mut self, checkpoint: CheckpointKey, over: &[CheckpointKey], bare: bool) {
-        let wanted =
-            |key: &ShelfKey| key.checkpoint == checkpoint && key.over.map_or(bare, |above| over.contains(&above));
+    /// files nothing does, of those forms that it uses.
+    pub(in crate::model) fn claim(
+        &mut self,
+        checkpoint: CheckpointKey,
+        over: &[CheckpointKey],
+        bare: bool,
+        is_used: impl Fn(&str) -> bool,
+    ) {
+        let over = |key: &ShelfKey| key.over.map_or(bare, |above| over.contains(&above));
+        let wanted = |key: &ShelfKey| key.checkpoint == checkpoint && over(key) && is_used(&key.form());
         for entry in self.entries.list.borrow_mut().iter_mut().filter(|entry| wanted(&entry.key)) {
             entry.used = self.budget.used();
         }
@@ -267,6 +292,7 @@ impl<T> Manager for Shelf<T> {
             bytes,
             pinned: entry.pinned,
             used_ms: Some(entry.used.at),
+            form: Some(entry.key.form()),
             over: entry.key.over.map(|over| over.0),
         };
         self.entries.list.borrow().iter().zip(self.entries.counted()).map(resident).collect()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use super::lora::{Adapting, Kept, donors};
-use super::{Budget, Opened, Shelf, ShelfKey};
+use super::{AFAR, Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
@@ -30,7 +30,7 @@ impl UnetManager {
     /// Under which key a UNet is kept.
     pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
         let quantization = placement.quantization;
-        let device = if placement.away { format!("{} from afar", placement.name) } else { placement.name.clone() };
+        let device = if placement.away { format!("{}{AFAR}", placement.name) } else { placement.name.clone() };
         ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
     }
 

@@ -14,10 +14,16 @@ use crate::kernels::Coding;
 
 /// How every such file begins.
 pub(super) const MAGIC: [u8; 4] = *b"GGUF";
-/// Longest header that is read.
-const HEADER_LIMIT: u64 = 100_000_000;
-/// Longest name or text that is kept.
+/// Longest header that is read, many times that of any file of SDXL: what is made of it takes a few times its bytes.
+const HEADER_LIMIT: u64 = 8 << 20;
+/// Most tensors, and most properties, that are read.
+const COUNT_LIMIT: u64 = 1 << 16;
+/// Longest text that is kept.
 const TEXT_LIMIT: u64 = 64 << 10;
+/// Longest name.
+const NAME_LIMIT: u64 = 1 << 10;
+/// How texts begin that are kept.
+const ASKED_FOR: [&str; 3] = ["general.architecture", "config.", "modelspec."];
 /// The property with the shape of a tensor that was laid otherwise.
 const SHAPE: &str = "comfy.gguf.orig_shape.";
 
@@ -72,6 +78,10 @@ pub(super) fn header(file: &mut impl Read, length: u64) -> Result<Gguf, Refusal>
         return Err(Refusal::Unsupported(format!("is GGUF of version {version}, and versions 2 and 3 are read")));
     }
     let (tensors, properties) = (from.count()?, from.count()?);
+    if tensors > COUNT_LIMIT || properties > COUNT_LIMIT {
+        let message = format!("has {tensors} tensors and {properties} properties, and {COUNT_LIMIT} are the most");
+        return Err(message.into());
+    }
     let mut said = Properties { texts: BTreeMap::new(), shapes: BTreeMap::new(), alignment: 32 };
     for _ in 0..properties {
         said.take(&mut from)?;
@@ -119,7 +129,7 @@ fn place(listed: Vec<(String, Stored)>, start: u64, end: u64) -> Result<Vec<(Str
 
 /// One tensor; its range is within the data.
 fn tensor(from: &mut Source<impl Read>, said: &Properties) -> Result<(String, Stored), Refusal> {
-    let name = from.text()?.ok_or("has a tensor with too long a name".to_owned())?;
+    let name = from.text(NAME_LIMIT)?.ok_or("has a tensor with too long a name".to_owned())?;
     let rank = u32::from_le_bytes(from.array()?) as usize;
     if rank > RANK_LIMIT {
         return Err(format!("tensor `{name}` must have at most {RANK_LIMIT} axes, and has {rank}").into());
@@ -179,11 +189,12 @@ struct Properties {
 impl Properties {
     /// Reads one property.
     fn take(&mut self, from: &mut Source<impl Read>) -> Result<(), String> {
-        let name = from.text()?.ok_or("has a property with too long a name")?;
+        let name = from.text(NAME_LIMIT)?.ok_or("has a property with too long a name")?;
         let kind = u32::from_le_bytes(from.array()?);
         match kind {
             8 => {
-                if let Some(text) = from.text()? {
+                let is_asked_for = ASKED_FOR.iter().any(|start| name.starts_with(start));
+                if let Some(text) = from.text(if is_asked_for { TEXT_LIMIT } else { 0 })? {
                     self.texts.insert(name, text);
                 }
             }
@@ -194,7 +205,7 @@ impl Properties {
                 let mut sides = Vec::new();
                 for _ in 0..count {
                     match (kind, tensor) {
-                        (8, _) => drop(from.text()?),
+                        (8, _) => drop(from.text(0)?),
                         (4..=5 | 10..=11, Some(_)) => sides.push(from.whole(kind)?),
                         _ => {
                             // All of them at once.
@@ -273,10 +284,10 @@ impl<R: Read> Source<'_, R> {
         number.ok_or_else(|| "has a side of less than nothing".to_owned())
     }
 
-    /// A text; `None` for one that is too long.
-    fn text(&mut self) -> Result<Option<String>, String> {
+    /// A text; `None` for one of more than `most` bytes.
+    fn text(&mut self, most: u64) -> Result<Option<String>, String> {
         let length = self.count()?;
-        if length > TEXT_LIMIT {
+        if length > most {
             self.skip(length)?;
             return Ok(None);
         }

@@ -13,3 +13,4 @@ pub(super) mod open;
 pub(super) mod overlay;
 pub(super) mod read;
 pub(super) mod rename;
+mod scales;

@@ -15,10 +15,11 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::open::{Stored, StoredDtype, Weights};
+use super::scales::{is_in_eight_bits, scales_of};
 use crate::context::{Context, Progress};
 use crate::device::interface::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Coding, StoredWeight, welcomes};
+use crate::kernels::{Coding, StoredWeight, bytes_held, growing, welcomes};
 use crate::layers::Worker;
 use crate::units::Bytes;
 
@@ -61,7 +62,11 @@ pub(in crate::model) fn kept_bytes(
 
 fn tensor_bytes(stored: &Stored, compute: Dtype, device: &Device) -> Bytes {
     let elements = stored.shape.iter().product();
-    let bytes = kept(stored.dtype, compute, device).and_then(|coding| coding.bytes(elements));
+    let held = |coding: Coding| match device.is_cpu() {
+        true => bytes_held(&stored.shape, coding, compute.tensor()),
+        false => coding.bytes(elements),
+    };
+    let bytes = kept(stored.dtype, compute, device).and_then(held);
     // Where blocks do not come out even, the file's reader has said so.
     Bytes(bytes.unwrap_or(0) as u64)
 }
@@ -224,9 +229,6 @@ fn size_of_stored(stored: &Stored) -> usize {
     usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX)
 }
 
-/// Names that the scale of a tensor of eight-bit floats may have beside it, its own ending first.
-const SCALES: [(&str, &str); 2] = [("weight", "scale_weight"), ("weight", "weight_scale")];
-
 /// What has been read, what is still to be, and what went wrong: candle's own error names neither file nor both shapes.
 struct Source<'a> {
     tensors: &'a Tensors<'a>,
@@ -263,10 +265,10 @@ impl Tensors<'_> {
             bytes_taken: 0,
             failure: None,
         });
-        let built = {
+        let (built, grown) = growing(|| {
             let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&source));
             load(&VarBuilder::from_backend(backend, compute.tensor(), device.clone()))
-        };
+        });
         let source = source.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = source.failure {
             return Err(failure);
@@ -280,7 +282,7 @@ impl Tensors<'_> {
             let path = weights.path(0).display();
             tracing::debug!("{left} tensors of {path} belong to no part of the network, the first is {name}");
         }
-        Ok((network, Bytes(source.bytes_taken)))
+        Ok((network, Bytes(source.bytes_taken + grown as u64)))
     }
 }
 
@@ -366,11 +368,10 @@ fn is_as(wanted: &[usize], stored: &[usize]) -> bool {
 
 /// Times which the numbers of a tensor of eight-bit floats count.
 fn scale(task: &ReadTask, name: &str, stored: &Stored) -> Result<f32> {
-    if !matches!(stored.dtype, StoredDtype::Coded(Coding::E4m3 | Coding::E5m2)) {
+    if !is_in_eight_bits(stored) {
         return Ok(1.0);
     }
-    let names = SCALES.iter().filter_map(|(own, scale)| Some(format!("{}{scale}", name.strip_suffix(own)?)));
-    let mut found = names.filter_map(|name| task.weights.tensor(&name).map(|found| (name, found)));
+    let mut found = scales_of(name).filter_map(|name| task.weights.tensor(&name).map(|found| (name, found)));
     let Some((name, (shard, scale))) = found.next() else { return Ok(1.0) };
     if scale.dtype != StoredDtype::F32 || scale.shape.iter().any(|&side| side != 1) {
         return Err(Error::ModelUnsupported {
