@@ -41,7 +41,8 @@ impl Layer {
         let tensor = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         let weight = |weight: &Weight| match weight {
             Weight::Packed(packed) => packed.bytes(),
-            Weight::Tensor(weight) | Weight::Away(weight) => tensor(weight),
+            Weight::Tensor(weight) => tensor(weight),
+            Weight::Away(away) => away.weight.bytes(),
         };
         let bias = |bias: &Option<Tensor>| bias.as_ref().map_or(0, tensor);
         match &*self.0 {
