@@ -175,6 +175,7 @@ impl InferenceInstructor {
         let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         let mut before = plan.sampling.steps();
         let mut walked = before;
+        let mut took_mask = plan.checkpoint.takes_mask();
         for (index, further) in plan.further.iter().enumerate() {
             pass = match further.entry {
                 Entry::Carried => Pass { before: pass.before + walked, ..pass },
@@ -214,9 +215,10 @@ impl InferenceInstructor {
             walked = further.sampling.steps();
             before += walked;
             let takes_mask = further.checkpoint.takes_mask();
+            let told = std::mem::replace(&mut took_mask, takes_mask);
             match (further.entry, &masking) {
                 // What is masked stays so, and what the other was told the refiner is told too.
-                (Entry::Carried, Some(held)) if held.outside.is_some() || takes_mask => {}
+                (Entry::Carried, Some(held)) if held.outside.is_some() || (told && takes_mask) => {}
                 _ if takes_mask => {
                     masking = Some(self.unmasked(plan, further.size, (placement, &mut *crew, ctx))?);
                 }
