@@ -149,6 +149,12 @@ pub struct Resident {
     pub pinned: bool,
     /// When a request last used it, in milliseconds of Unix time; `null` for what is kept without being counted so.
     pub used_ms: Option<u64>,
+    /// In which numbers, and where, a network is held, to be compared with the same of a request; `None` for all else.
+    #[serde(skip)]
+    pub form: Option<String>,
+    /// What tells the adapters that lie over it.
+    #[serde(skip)]
+    pub over: Option<u64>,
 }
 
 /// Keeps one kind of long-lived resource, and counts its bytes.

@@ -34,11 +34,11 @@
 //! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/plain.rs` everywhere, the measure of the other |
 //! | [`device`] | which device, which dtype, how much memory |
 //! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
-//! | [`model`] | checkpoints, weights, the shelves on which networks are kept, and the networks (`src/model/networks/`) |
+//! | [`model`] | checkpoints in folders and single files, the hub, weights, adapters (`workers/adapt/`), the shelves on which networks are kept and their one budget (`managers/budget.rs`), and the networks (`networks/`) |
 //! | [`postprocessing`] | image files, their metadata and names; above conditioning, which delivers hints as images |
 //! | [`conditioning`] | prompts to embeddings, images to hints |
 //! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
-//! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers |
+//! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers; `ladder.rs` is what is done where memory is short |
 //! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
 //! | [`instructors`] [`lane`] [`communication`] | the one match over domains, the compute thread, the wire |
 //!
@@ -47,6 +47,7 @@
 //! - A module uses only what stands above it in the list below, and in a domain no layer to its left.
 //! - Feature maps are `[B, H, W, C]` and tokens `[B, L, C]` everywhere; NCHW exists in weight files and fixtures only.
 //! - Schedules are f64 on the host; latents are f32 between steps; norms and softmax reduce in f32.
+//! - A network is never altered: what adapters change is built beside it, and shares every other layer with it.
 //! - Every image's noise is its own stream, and every image is computed alone: it depends on its request only.
 //! - `serde_json` is used in communication, config, the model's files and image metadata; `tokio` in main and
 //!   communication.
@@ -57,9 +58,10 @@
 //!
 //! # What is absent
 //!
-//! LoRA, single-file checkpoints, the hub, upscaling by networks and safety checks: their operations and fields answer
-//! `unsupported_feature`. ControlNet-LLLite, preprocessors that are networks, IP-Adapter's FaceID and Full Face and its
-//! masks, and light T2I-Adapters are refused by name. `dpmpp_sde` is left out.
+//! Upscaling by networks and safety checks: their operations and fields answer `unsupported_feature`. ControlNet-LLLite,
+//! preprocessors that are networks, IP-Adapter's FaceID and Full Face and its masks, light T2I-Adapters, PEFT's own OFT and
+//! BOFT, masks and a second pass with instruct-pix2pix, and distilled samplers with EDM models are refused by name.
+//! `dpmpp_sde` is left out.
 
 pub mod units;
 pub mod error;

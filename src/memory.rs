@@ -58,6 +58,9 @@ pub unsafe trait FromBits: Copy {}
 
 #[expect(unsafe_code, reason = "any bits are an integer")]
 // SAFETY: any bits are an integer.
+unsafe impl FromBits for u8 {}
+#[expect(unsafe_code, reason = "any bits are an integer")]
+// SAFETY: any bits are an integer.
 unsafe impl FromBits for u16 {}
 #[expect(unsafe_code, reason = "any bits are an f32")]
 // SAFETY: any bits are an f32.

@@ -11,7 +11,7 @@ use crate::inference::interface::GenerateRequest;
 use crate::layers::{Domain, Interface, Nothing, Resident};
 
 /// Version of the protocol. Additions raise the minor number.
-pub const PROTOCOL: &str = "1.2";
+pub const PROTOCOL: &str = "1.3";
 /// Longest `request_id` and `idempotency_key`, in characters.
 pub const MAX_ID_CHARS: usize = 256;
 /// Deepest nesting of arrays and objects in a line.

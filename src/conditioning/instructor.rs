@@ -121,16 +121,11 @@ impl ConditioningInstructor {
         for (index, EmbeddingWish { name, token }) in wishes.iter().enumerate() {
             let field = |name: &str| format!("embeddings.{index}.{name}");
             // By itself, or in a folder of embeddings beside the models.
-            let missing = |error: &Error| {
-                matches!(error, Error::ModelNotFound { .. } | Error::Offline { .. } | Error::Unfetched { .. })
-            };
-            let file = catalog.companion(name, &field("name")).or_else(|error| match missing(&error) {
-                true if !name.starts_with('/') => {
-                    let beside = catalog.companion(&format!("embeddings/{name}"), &field("name"));
-                    beside.map_err(|other| if missing(&other) { error } else { other })
-                }
-                _ => Err(error),
-            })?;
+            let mut found = catalog.beneath(name, &field("name"))?;
+            if found.is_none() && !name.starts_with('/') {
+                found = catalog.beneath(&format!("embeddings/{name}"), &field("name"))?;
+            }
+            let file = found.map_or_else(|| catalog.companion(name, &field("name")), Ok)?;
             let own = name.rsplit('/').next().unwrap_or(name);
             let token = token.as_deref().unwrap_or(own.strip_suffix(".safetensors").unwrap_or(own));
             // White space would have it compared with stretches of text where it is compared with words.

@@ -67,7 +67,15 @@ impl Manager for EmbeddingManager {
     /// All embeddings together: one line is enough for what is small and many.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} prompts", self.entries.len());
-        let all = Resident { kind: "embeddings", name, bytes: self.bytes(), pinned: false, used_ms: None };
+        let all = Resident {
+            kind: "embeddings",
+            name,
+            bytes: self.bytes(),
+            pinned: false,
+            used_ms: None,
+            over: None,
+            form: None,
+        };
         if self.entries.is_empty() { Vec::new() } else { vec![all] }
     }
 
@@ -147,7 +155,8 @@ impl Manager for HintManager {
     /// All hints together.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} images", self.entries.len());
-        let all = Resident { kind: "hints", name, bytes: self.bytes(), pinned: false, used_ms: None };
+        let all =
+            Resident { kind: "hints", name, bytes: self.bytes(), pinned: false, used_ms: None, over: None, form: None };
         if self.entries.is_empty() { Vec::new() } else { vec![all] }
     }
 

@@ -61,7 +61,7 @@ impl Blocks {
             let message = format!("must be 12 or 20 weights where they are a list, got {}", weights.len());
             return Err(Error::invalid("blocks", message));
         };
-        if unet.block_out_channels.len() != 3 || unet.layers_per_block.values() != [2] {
+        if unet.block_out_channels.len() != 3 || (0..3).any(|block| unet.layers_per_block.at(block) != Some(&2)) {
             return Err(Error::invalid("blocks", "must be weights by name: lists are for SDXL's own UNet"));
         }
         let weight = |place: usize, block: &str| match own.len() {
@@ -151,6 +151,11 @@ mod tests {
         let (named, _) = Blocks::Listed(twenty).named(&unet).unwrap_or_default();
         assert_eq!((named.get("conv_in"), named.get("mid_block")), (Some(&1.0), Some(&10.0)));
         assert!(Blocks::Listed(vec![1.0; 17]).named(&unet).is_err());
+        // As single files have it.
+        let each = UnetConfig { layers_per_block: PerBlock::Each(vec![2, 2, 2]), ..unet.clone() };
+        assert!(Blocks::Listed(twelve.clone()).named(&each).is_ok());
+        let uneven = UnetConfig { layers_per_block: PerBlock::Each(vec![2, 2, 1]), ..unet.clone() };
+        assert!(Blocks::Listed(twelve.clone()).named(&uneven).is_err());
         let small = UnetConfig { layers_per_block: PerBlock::Same(1), ..unet };
         assert!(Blocks::Listed(twelve).named(&small).is_err());
     }

@@ -28,9 +28,9 @@ use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::managers::Managers;
-use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::Stack;
-use crate::model::managers::{ENCODERS, Reach, Vae};
+use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::pace::Work;
@@ -104,8 +104,8 @@ impl Shared {
     }
 
     /// What lies over the networks of the request's model.
-    pub(super) fn claims(&self) -> Vec<CheckpointKey> {
-        [self.stack.key(&[Part::Unet]), self.stack.key(&ENCODERS)].into_iter().flatten().collect()
+    pub(super) fn stack(&self) -> &Stack {
+        &self.stack
     }
 
     /// How a result goes back into the request's image.
@@ -173,9 +173,8 @@ impl InferenceInstructor {
         let Start { x, mut masking } = start;
         let start = Start { x, masking: masking.as_ref() };
         let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
-        let mut before = plan.sampling.steps();
+        let (mut before, mut took_mask) = (plan.sampling.steps(), plan.checkpoint.takes_mask());
         let mut walked = before;
-        let mut took_mask = plan.checkpoint.takes_mask();
         for (index, further) in plan.further.iter().enumerate() {
             pass = match further.entry {
                 Entry::Carried => Pass { before: pass.before + walked, ..pass },
@@ -215,15 +214,15 @@ impl InferenceInstructor {
             walked = further.sampling.steps();
             before += walked;
             let takes_mask = further.checkpoint.takes_mask();
-            let told = std::mem::replace(&mut took_mask, takes_mask);
             match (further.entry, &masking) {
                 // What is masked stays so, and what the other was told the refiner is told too.
-                (Entry::Carried, Some(held)) if held.outside.is_some() || (told && takes_mask) => {}
+                (Entry::Carried, Some(held)) if held.outside.is_some() || (took_mask && takes_mask) => {}
                 _ if takes_mask => {
                     masking = Some(self.unmasked(plan, further.size, (placement, &mut *crew, ctx))?);
                 }
                 _ => masking = None,
             }
+            took_mask = takes_mask;
             let start = Start { x, masking: masking.as_ref() };
             latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         }

@@ -107,7 +107,7 @@ impl InferenceInstructor {
         plan.parameters.quantization = Some(placement.quantization);
         let mut images = Vec::with_capacity(plan.seeds.len());
         let mut shared = self.shared(&plan, ctx)?;
-        let mut settled = self.settle(&mut plan, &mut placement, &shared.claims(), (crew, ctx))?;
+        let mut settled = self.settle(&mut plan, &mut placement, shared.stack(), (crew, ctx))?;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, seed) in plan.seeds.clone().into_iter().enumerate() {
             let mut pixels = loop {

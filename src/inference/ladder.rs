@@ -15,6 +15,8 @@
 use super::interface::DecodeExtent;
 use super::memory::{Means, MemoryUse, MemoryWish, Offload, Rung};
 use super::workers::estimate::Needs;
+use crate::device::interface::Quantization;
+use crate::error::{Error, Result};
 use crate::units::Bytes;
 
 impl MemoryWish {
@@ -28,6 +30,22 @@ impl MemoryWish {
         }
     }
 
+    /// The same for a network in `quantization`: bytes are made once, when a layer is loaded.
+    ///
+    /// # Errors
+    /// `unsupported_feature` where it cannot be done as is wished.
+    pub fn quantised(self, quantization: Quantization) -> Result<Self> {
+        let whole_unet = quantization == Quantization::Int8;
+        if whole_unet && self.offload == Offload::Sequential {
+            return Err(Error::UnsupportedFeature {
+                what: "`offload` `sequential` with int8".to_owned(),
+                hint: Some("leave `offload` out, or set `quantization` to `none`".to_owned()),
+                field: Some("offload".to_owned()),
+            });
+        }
+        Ok(Self { whole_unet, ..self })
+    }
+
     /// `means` one rung higher; `None` where the rung is taken, or not left open.
     #[must_use]
     pub fn climb(self, means: Means, rung: Rung) -> Option<Means> {
@@ -38,8 +56,10 @@ impl MemoryWish {
             Rung::Slice => (self.slice.is_none() && !means.slice).then_some(Means { slice: true, ..means }),
             Rung::TextEncoders => (self.offload == Offload::Auto && means.offload == Offload::None)
                 .then_some(Means { offload: Offload::TextEncoders, ..means }),
-            Rung::Sequential => (self.offload == Offload::Auto && means.offload != Offload::Sequential)
-                .then_some(Means { offload: Offload::Sequential, ..means }),
+            Rung::Sequential => {
+                (self.offload == Offload::Auto && !self.whole_unet && means.offload != Offload::Sequential)
+                    .then_some(Means { offload: Offload::Sequential, ..means })
+            }
         }
     }
 }

@@ -18,6 +18,8 @@ use crate::model::catalog::Catalog;
 use crate::model::lora::{LoraChoice, LoraFacts, MOST};
 use crate::model::networks::unet::UnetConfig;
 
+/// The field in which tags stand.
+const PROMPT: &str = "prompt";
 /// How a prompt begins to name an adapter.
 const TAGS: [&str; 2] = ["<lora:", "<lyco:"];
 
@@ -161,16 +163,29 @@ pub(super) fn choose(
         return Err(Error::invalid("loras", format!("must be at most {MOST}, got {count}")));
     }
     let (mut choices, mut decided): (Vec<LoraChoice>, Vec<LoraWish>) = (Vec::new(), Vec::new());
-    let fields =
-        (0..said.len()).map(|index| format!("loras.{index}")).chain(tagged.iter().map(|_| "prompt".to_owned()));
-    for (wish, field) in said.iter().chain(&tagged).zip(fields) {
-        let from_prompt = field == "prompt";
-        let at = |error: Error| if from_prompt { error } else { error.below(&field) };
+    let listed = said.iter().enumerate().map(|(index, wish)| (wish, format!("loras.{index}"), None));
+    let written = tagged.iter().map(|(wish, tag)| (wish, PROMPT.to_owned(), Some(tag)));
+    for (wish, field, tag) in listed.chain(written) {
+        let at = |error: Error| match tag {
+            Some(tag) => in_tag(error, tag),
+            None => error.below(&field),
+        };
         let (choice, wish) = decide(wish, &field, &choices, of).map_err(at)?;
         choices.push(choice);
         decided.push(wish);
     }
     Ok((choices, (wishes.is_some() || count > 0).then_some(LoraWishes(decided))))
+}
+
+/// An error of what a tag says: the request has no field for it but the prompt.
+fn in_tag(error: Error, tag: &str) -> Error {
+    match error {
+        Error::InvalidParameter { field, message, hint } => {
+            let message = format!("has `{tag}`, whose `{field}` {message}");
+            Error::InvalidParameter { field: PROMPT.to_owned(), message, hint }
+        }
+        other => other,
+    }
 }
 
 fn decide(
@@ -187,7 +202,9 @@ fn decide(
     let text_encoder_2 = in_range("text_encoder_2_weight", wish.text_encoder_2_weight.unwrap_or(text_encoder))?;
     let named = wish.blocks.as_ref().map(|blocks| blocks.named(config)).transpose()?;
     let (blocks, of_encoders) = named.unwrap_or((BTreeMap::new(), 1.0));
-    let [text_encoder, text_encoder_2] = [text_encoder, text_encoder_2].map(|weight| weight * of_encoders);
+    let of_encoders = in_range("blocks.0", of_encoders)?;
+    let text_encoder = in_range("text_encoder_weight", text_encoder * of_encoders)?;
+    let text_encoder_2 = in_range("text_encoder_2_weight", text_encoder_2 * of_encoders)?;
     blocks.iter().try_for_each(|(block, &weight)| in_range(&format!("blocks.{block}"), weight).map(drop))?;
     let known = before.iter().find(|choice| choice.file.name == name).map(|choice| Arc::clone(&choice.file));
     let file = known.map_or_else(|| catalog.lora(name, "model").map(Arc::new), Ok)?;
@@ -204,15 +221,16 @@ fn decide(
 
 /// Takes `<lora:name:weight>` and `<lora:name:encoders:unet>` out of a prompt, as AUTOMATIC1111 does
 /// (`extensions-builtin/Lora/extra_networks_lora.py`): the first weight is the encoders', and the UNet's where it has none;
-/// `te=` and `unet=` name them, and `lbw=` is a list of blocks' weights.
-fn take_tags(prompt: &mut String) -> Result<Vec<LoraWish>> {
+/// `te=` and `unet=` name them, and `lbw=` is a list of blocks' weights. Gives each with its text.
+fn take_tags(prompt: &mut String) -> Result<Vec<(LoraWish, String)>> {
     let (mut kept, mut wishes) = (String::with_capacity(prompt.len()), Vec::new());
     let mut rest = prompt.as_str();
     let next = |rest: &str| TAGS.iter().filter_map(|tag| Some((rest.find(tag)?, tag.len()))).min();
     while let Some((start, length)) = next(rest) {
         let Some(end) = rest.get(start..).and_then(|tag| tag.find('>')).map(|end| start + end) else { break };
         kept.push_str(rest.get(..start).unwrap_or_default());
-        wishes.push(tag(rest.get(start + length..end).unwrap_or_default())?);
+        let wish = tag(rest.get(start + length..end).unwrap_or_default())?;
+        wishes.push((wish, rest.get(start..=end).unwrap_or_default().to_owned()));
         rest = rest.get(end + 1..).unwrap_or_default();
     }
     kept.push_str(rest);
@@ -225,14 +243,14 @@ fn tag(text: &str) -> Result<LoraWish> {
     let mut parts = text.split(':');
     let name = parts.next().unwrap_or_default().trim();
     if name.is_empty() {
-        return Err(Error::invalid("prompt", format!("names no file in `<lora:{text}>`")));
+        return Err(Error::invalid(PROMPT, format!("names no file in `<lora:{text}>`")));
     }
     let (mut encoders, mut unet, mut blocks, mut place) = (None, None, None, 0);
     for part in parts {
         if let Some(list) = part.trim().strip_prefix("lbw=") {
             let weights: Option<Vec<f64>> = list.split(',').map(|weight| weight.trim().parse().ok()).collect();
             let message = || format!("must have numbers for `{part}` in `<lora:{text}>`");
-            blocks = Some(Blocks::Listed(weights.ok_or_else(|| Error::invalid("prompt", message()))?));
+            blocks = Some(Blocks::Listed(weights.ok_or_else(|| Error::invalid(PROMPT, message()))?));
             continue;
         }
         let (which, weight) = part.split_once('=').map_or((None, part), |(which, weight)| (Some(which.trim()), weight));
@@ -242,11 +260,11 @@ fn tag(text: &str) -> Result<LoraWish> {
             (Some("unet"), _) => &mut unet,
             (None, 0) => &mut encoders,
             (None, 1) => &mut unet,
-            _ => return Err(Error::invalid("prompt", format!("has `{part}` in `<lora:{text}>`, which says nothing"))),
+            _ => return Err(Error::invalid(PROMPT, format!("has `{part}` in `<lora:{text}>`, which says nothing"))),
         };
         place += usize::from(which.is_none());
         let Some(weight) = weight else {
-            return Err(Error::invalid("prompt", format!("must have a number for `{part}` in `<lora:{text}>`")));
+            return Err(Error::invalid(PROMPT, format!("must have a number for `{part}` in `<lora:{text}>`")));
         };
         *to = Some(weight);
     }
@@ -270,12 +288,14 @@ pub(super) fn written(prompt: &str, choices: &[LoraChoice]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{LoraWish, take_tags};
+    use super::{Blocks, Catalog, Error, LoraWish, UnetConfig, decide, take_tags};
+    use crate::model::interface::Settings;
+    use crate::model::networks::PerBlock;
 
     #[track_caller]
     fn check(prompt: &str, kept: &str, tags: &[(&str, f64, Option<f64>)]) {
         let mut text = prompt.to_owned();
-        let wishes = take_tags(&mut text).ok();
+        let wishes = take_tags(&mut text).ok().map(|tags| tags.into_iter().map(|(wish, _)| wish).collect::<Vec<_>>());
         let wanted = tags.iter().map(|(name, weight, unet)| LoraWish {
             weight: Some(*weight),
             unet_weight: *unet,
@@ -295,6 +315,26 @@ mod tests {
         check("a <b> [<lora:x:1>:c:3]", "a <b> [:c:3]", &[("x", 1.0, None)]);
         for wrong in ["<lora:>", "<lora:x:much>", "<lora:x:1:1:1>", "<lora:x:nan>", "<lora:x:dyn=4>"] {
             assert!(take_tags(&mut wrong.to_owned()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_a_list_has_for_text_encoders_is_a_weight_like_any() {
+        let unet = UnetConfig {
+            block_out_channels: vec![320, 640, 1280],
+            layers_per_block: PerBlock::Each(vec![2, 2, 2]),
+            ..UnetConfig::default()
+        };
+        let catalog = Catalog::new(&Settings::default());
+        for (first, weight, field) in
+            [(f64::NAN, 1.0, "blocks.0"), (11.0, 1.0, "blocks.0"), (5.0, 3.0, "text_encoder_weight")]
+        {
+            let mut list = vec![1.0; 12];
+            list[0] = first;
+            let named = LoraWish::named("nowhere");
+            let wish = LoraWish { weight: Some(weight), blocks: Some(Blocks::Listed(list)), ..named };
+            let Err(error) = decide(&wish, "loras.0", &[], (&catalog, &unet)) else { panic!("{first} was taken") };
+            assert!(matches!(&error, Error::InvalidParameter { field: at, .. } if at == field), "{first}: {error}");
         }
     }
 }

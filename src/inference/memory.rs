@@ -61,6 +61,8 @@ pub struct MemoryWish {
     /// `None`: where room is short.
     pub slice: Option<bool>,
     pub offload: Offload,
+    /// Whether the UNet's weights cannot come a layer at a time.
+    pub whole_unet: bool,
 }
 
 /// How an image is made, as far as memory goes.

@@ -105,6 +105,7 @@ impl InferenceInstructor {
             decode: request.decode.unwrap_or(self.settings.decode),
             slice: request.slice.or(self.settings.slice),
             offload: request.offload.unwrap_or(self.settings.offload),
+            whole_unet: false,
         };
         let parameters = GenerateRequest {
             decode: Some(memory.decode),

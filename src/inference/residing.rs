@@ -14,8 +14,9 @@ use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::{Manager as _, Resident};
 use crate::managers::Managers;
-use crate::model::checkpoint::CheckpointKey;
-use crate::model::managers::Reach;
+use crate::model::checkpoint::{CheckpointKey, Part};
+use crate::model::lora::Stack;
+use crate::model::managers::{ENCODERS, Reach};
 use crate::model::weighing::Holding;
 use crate::units::Bytes;
 
@@ -36,15 +37,17 @@ impl InferenceInstructor {
     /// # Errors
     /// Those of [`Self::plan`].
     pub fn estimate(&self, request: &GenerateRequest, crew: &mut Managers, ctx: &Context) -> Result<Response> {
-        let plan = self.plan(request, crew)?;
+        let mut plan = self.plan(request, crew)?;
         let compute = self.device.dtype(&crew.device, plan.dtype)?;
         let quantization = self.device.quantization(plan.quantization);
+        plan.memory = plan.memory.quantised(quantization)?;
         let residents = crew.published.residents();
         // Where a GPU computes, only its own thread can ask it.
         let gpu = crew.published.room().filter(|(_, on_host)| !on_host);
         let on_host = gpu.is_none();
         let room = gpu.map(|(room, _)| room).or_else(|| self.device.room(&crew.device));
-        let needs = self.appraise(&plan, (compute, quantization, on_host), &residents, crew, ctx)?;
+        let stack = Stack::open(&plan.loras, &plan.checkpoint, ctx)?;
+        let needs = self.appraise((&plan, &stack), (compute, quantization, on_host), &residents, crew, ctx)?;
         let others = residents.iter().filter(|one| !one.pinned && !is_of(&plan, one));
         let droppable = others.map(|one| one.bytes).sum();
         let available = room.map(|Room { free, .. }| Available { free, droppable });
@@ -87,7 +90,7 @@ impl InferenceInstructor {
 
     fn appraise(
         &self,
-        plan: &GenerationPlan,
+        (plan, stack): (&GenerationPlan, &Stack),
         (compute, quantization, on_host): (Dtype, Quantization, bool),
         residents: &[Resident],
         crew: &Managers,
@@ -95,11 +98,11 @@ impl InferenceInstructor {
     ) -> Result<Needs> {
         let holding = Holding { compute, quantization, on_host };
         let key = pace_key(&plan.checkpoint, compute, quantization);
-        ctx.perform(&Appraise, AppraiseTask { plan, holding, key: &key, pace: &crew.published.pace, residents })
+        ctx.perform(&Appraise, AppraiseTask { plan, stack, holding, key: &key, pace: &crew.published.pace, residents })
     }
 
-    /// Decides how the images are made in the room that there is, and makes place for them. `adapted` is what lies over the
-    /// model's own networks.
+    /// Decides how the images are made in the room that there is, and makes place for them. `stack` lies over the model's own
+    /// networks.
     ///
     /// # Errors
     /// `out_of_memory` where they cannot, before anything is loaded for it.
@@ -107,33 +110,46 @@ impl InferenceInstructor {
         &self,
         plan: &mut GenerationPlan,
         placement: &mut Placement,
-        adapted: &[CheckpointKey],
+        stack: &Stack,
         (crew, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
+        plan.memory = plan.memory.quantised(placement.quantization)?;
         let on_host = placement.device.is_cpu();
         let room = self.device.room(&crew.device);
         crew.model().begin(room, on_host);
         let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
         let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
-        let over = [adapted, &controls].concat();
+        let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
+        let over: Vec<CheckpointKey> = adapted.chain(controls.iter().copied()).collect();
+        let none = Stack::default();
         let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
         for key in own.chain(beside) {
-            crew.model().claim(key, &over);
+            let stack = if key == plan.checkpoint.key { stack } else { &none };
+            crew.model().claim(key, &over, (stack, placement));
         }
         let holding = (placement.compute, placement.quantization, on_host);
-        let needs = self.appraise(plan, holding, &crew.resident(), crew, ctx)?;
+        let mut needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         let first = plan.memory.first();
         let mut free = room.map(|room| room.free);
         let mut dropped = None;
+        // Nothing is dropped for what would not fit even so, nor more than the way needs that is gone then.
+        let planned = free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew) }));
+        if let (Some(Choice { needed, fits: false, .. }), Some(free)) = (&planned, free) {
+            return Err(self.refused(plan, &needs, ("planning", *needed, free), crew));
+        }
+        let means = planned.map_or(first, |planned| planned.told.means);
         for _ in 0..TRIES {
-            let Some(short) = free.map(|free| needs.needed(first).saturating_sub(free)) else { break };
+            let Some(short) = free.map(|free| needs.needed(means).saturating_sub(free)) else { break };
             if short == Bytes(0) || droppable(crew) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
                 break;
             }
             dropped = dropped.or(free);
             free = self.device.free(&crew.device);
+            // What adapters leave as it is may have lain in a network that went.
+            needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         }
         let Some(free) = free else {
+            self.settled(plan, placement, crew);
             return Ok(Settled { told: MemoryUse { means: first, ..MemoryUse::default() }, needs });
         };
         let Choice { mut told, needed, fits } = choose(&needs, plan.memory, Available { free, droppable: Bytes(0) });
@@ -142,13 +158,22 @@ impl InferenceInstructor {
         }
         if let Some(before) = dropped {
             told.rungs.insert(0, Rung::Drop);
-            told.why.get_or_insert(format!("{} needed, {before} free", needs.needed(first)));
+            told.why.get_or_insert(format!("{needed} needed, {before} free"));
         }
         if !told.rungs.is_empty() {
             tracing::info!(request_id = ctx.request_id(), rungs = ?told.rungs, why = told.why, "memory is short");
         }
         apply(told.means, plan, placement);
+        self.settled(plan, placement, crew);
         Ok(Settled { told, needs })
+    }
+
+    /// UNets that lie elsewhere than was decided go.
+    fn settled(&self, plan: &GenerationPlan, placement: &Placement, crew: &mut Managers) {
+        let further = plan.further.iter().map(|further| further.checkpoint.key);
+        for key in [plan.checkpoint.key].into_iter().chain(further) {
+            crew.model().settled(key, placement);
+        }
     }
 
     /// After a device had no memory left: the next rung, for which the work is to begin again.
@@ -188,7 +213,8 @@ impl InferenceInstructor {
         let residents = crew.resident();
         let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
         let mut hints = Vec::new();
-        if let Some(Largest { width, height }) = self.largest(plan, needs, Available { free, droppable: Bytes(0) }) {
+        let available = Available { free, droppable: droppable(crew) };
+        if let Some(Largest { width, height }) = self.largest(plan, needs, available) {
             hints.push(format!("an image of about {width}×{height} would fit"));
         }
         if !pinned.is_empty() {

@@ -2,16 +2,15 @@
 //! are brought when its turn comes, and dropped behind it. Which networks are so is said around their load, so that the
 //! networks need not know of it.
 //!
-//! From the host to a GPU they travel. On the CPU itself they lie in their file, which is mapped, and are laid for the
-//! kernels anew at every use, rather than once beside the file.
+//! From the host to a GPU they travel, as the file has them, and are widened before. On the CPU itself they lie in their
+//! file, which is mapped, and what is laid for the kernels is laid anew at every use, rather than once beside the file.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Weight, cpu};
+use super::{ConvShape, StoredWeight, Weight};
 
 thread_local! {
     static TARGET: RefCell<Option<Device>> = const { RefCell::new(None) };
@@ -46,13 +45,29 @@ pub(super) fn brought(tensor: Tensor) -> Result<Tensor> {
     })
 }
 
+/// A weight as the file has it, on the host.
+#[derive(Clone, Debug)]
+pub(super) struct Away {
+    /// `[O, I]` or `[O, C, K, K]`
+    pub(super) weight: StoredWeight,
+    /// The dtype in which the network computes.
+    pub(super) compute: DType,
+    /// Of a convolution.
+    pub(super) conv: Option<ConvShape>,
+}
+
 impl Weight {
     /// For the use with `x`: as it is, or brought for this one time.
     pub(super) fn beside(&self, x: &Tensor) -> Result<Cow<'_, Self>> {
-        let Self::Away(weight) = self else { return Ok(Cow::Borrowed(self)) };
+        let Self::Away(Away { weight, compute, conv }) = self else { return Ok(Cow::Borrowed(self)) };
         if x.device().is_cpu() {
-            return Ok(Cow::Owned(Self::Packed(Arc::new(cpu::Packed::new(weight)?))));
+            return Ok(Cow::Owned(Self::on_host(weight, *compute, *conv)?));
         }
-        Ok(Cow::Owned(Self::on_device(&weight.to_device(x.device())?.to_dtype(x.dtype())?)?))
+        Ok(Cow::Owned(Self::on_device(&weight.numbers(x.dtype())?.to_device(x.device())?)?))
     }
+}
+
+/// Of what [`Weight::beside`] leaves where it was, which it never does.
+pub(super) fn still<T>() -> Result<T> {
+    candle_core::bail!("a weight was used before it was brought")
 }

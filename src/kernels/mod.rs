@@ -3,24 +3,31 @@
 //! implementation is tested against it.
 //!
 //! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Weights may be kept in a narrower dtype than the
-//! activations (f32 activations with f16 or bf16 weights): each weight is widened exactly where it is used.
+//! activations (f32 activations with f16 or bf16 weights), in eight-bit floats or in blocks of still fewer bits: on the CPU
+//! each weight is widened exactly where it is used, and rounded there to the dtype in which the network computes.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
 mod away;
+mod coding;
 mod cpu;
+mod growing;
 pub mod plain;
 mod quantising;
 mod shapes;
 pub mod sharing;
+mod stored;
 mod tally;
 
 pub use away::away;
+pub use coding::Coding;
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
 pub use cpu::amx_probe;
 pub use cpu::simd;
+pub use growing::growing;
 pub use quantising::{Chosen, quantising};
+pub use stored::{StoredWeight, WELCOME, welcomes};
 
 use std::sync::Arc;
 
@@ -67,18 +74,31 @@ enum Weight {
     Packed(Arc<cpu::Packed>),
     /// `[O, I]` or `[O, K, K, C]`.
     Tensor(Tensor),
-    /// `[O, I]` or `[O, C, K, K]`, as the file has it, on the host; [`Weight::beside`] brings it.
-    Away(Tensor),
+    /// As the file has it, on the host; [`Weight::beside`] brings it.
+    Away(away::Away),
 }
 
 impl Weight {
-    /// `weight` is `[O, I]` or `[O, C, K, K]`.
-    fn new(weight: &Tensor) -> Result<Self> {
+    /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` the shape of its convolution.
+    fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
         match weight.device().is_cpu() {
-            true if away::is_chosen() => Ok(Self::Away(weight.clone())),
-            true => Ok(Self::Packed(Arc::new(cpu::Packed::new(weight)?))),
-            false => Self::on_device(weight),
+            true if away::is_chosen() => Ok(Self::Away(away::Away { weight: weight.clone(), compute, conv })),
+            true => {
+                let packed = Self::packed(weight, compute, conv)?;
+                growing::count(weight, packed.bytes());
+                Ok(Self::Packed(Arc::new(packed)))
+            }
+            false => Self::on_device(weight.tensor()),
         }
+    }
+
+    fn on_host(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
+        Ok(Self::Packed(Arc::new(Self::packed(weight, compute, conv)?)))
+    }
+
+    fn packed(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<cpu::Packed> {
+        let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
+        cpu::Packed::new(weight, compute, by_filters)
     }
 
     /// As [`Self::new`], of one that is on a GPU.
@@ -98,13 +118,13 @@ impl Weight {
     }
 
     /// Of the layer `vb`: in bytes where [`quantising`] has it so.
-    fn load(weight: &Tensor, vb: &VarBuilder) -> Result<Self> {
+    fn load(weight: &StoredWeight, vb: &VarBuilder, conv: Option<ConvShape>) -> Result<Self> {
         if !weight.device().is_cpu() || !quantising::is_chosen(&vb.prefix(), weight.dims()) {
-            return Self::new(weight);
+            return Self::new(weight, vb.dtype(), conv);
         }
-        let packed = cpu::Packed::int8(weight)?;
-        let wide = weight.elem_count() * weight.dtype().size_in_bytes();
-        quantising::count(wide.saturating_sub(packed.bytes()));
+        let packed = cpu::Packed::int8(&weight.used(vb.dtype())?)?;
+        quantising::count(weight.bytes().saturating_sub(packed.bytes()));
+        growing::count(weight, packed.bytes());
         Ok(Self::Packed(Arc::new(packed)))
     }
 }
@@ -125,7 +145,8 @@ impl Linear {
     /// # Errors
     /// Those of the cast of the bias to f32.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(weight.dims2()?, Weight::new(&weight)?, bias)
+        let (size, dtype) = (weight.dims2()?, weight.dtype());
+        Self::of(size, Weight::new(&StoredWeight::of(weight)?, dtype, None)?, bias)
     }
 
     /// Keeps each output's weights as signed bytes and a scale, and makes bytes of each row of its inputs, so that
@@ -143,20 +164,15 @@ impl Linear {
         Ok(Self { weight, outputs, inputs, bias })
     }
 
-    /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
-    ///
-    /// # Errors
-    /// Those of the cast of the bias to f32.
-    pub fn named(vb: &VarBuilder, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(weight.dims2()?, Weight::load(weight, vb)?, bias)
-    }
-
-    /// Reads `weight` and `bias`.
+    /// Reads `weight`, which may be that of a convolution of one tap, and `bias`.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, Some(vb.get(outputs, "bias")?)))
+        sharing::layer(vb, || {
+            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+            Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
+        })
     }
 
     /// Reads `weight` alone.
@@ -164,7 +180,18 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        sharing::layer(vb, || Self::named(vb, &vb.get((outputs, inputs), "weight")?, None))
+        sharing::layer(vb, || {
+            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
+            Self::of((outputs, inputs), weight, None)
+        })
+    }
+
+    /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
+    ///
+    /// # Errors
+    /// Those of the cast of the bias to f32.
+    pub fn named(vb: &VarBuilder, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
+        Self::of(weight.dims2()?, Weight::load(&StoredWeight::of(weight.clone())?, vb, None)?, bias)
     }
 
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
@@ -186,7 +213,8 @@ impl Linear {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
-            Weight::Tensor(weight) | Weight::Away(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
+            Weight::Tensor(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
+            Weight::Away(_) => away::still(),
         }
     }
 
@@ -202,9 +230,8 @@ impl Linear {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(weight) | Weight::Away(weight) => {
-                plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
-            }
+            Weight::Tensor(weight) => plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?),
+            Weight::Away(_) => away::still(),
         }
     }
 }
@@ -251,8 +278,8 @@ impl Conv2d {
     /// # Errors
     /// Those of the re-layout.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        shapes::kernel(weight, shape)?;
-        Self::of(Weight::new(weight)?, bias, shape)
+        shapes::kernel(weight.dims(), shape)?;
+        Self::of(Weight::new(&StoredWeight::of(weight.clone())?, weight.dtype(), Some(shape))?, bias, shape)
     }
 
     /// As [`Linear::int8`]; bytes are made of each sample's whole feature map, or, where the kernel is one pixel, of each
@@ -261,7 +288,7 @@ impl Conv2d {
     /// # Errors
     /// A weight of another shape, or on a GPU.
     pub fn int8(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        shapes::kernel(weight, shape)?;
+        shapes::kernel(weight.dims(), shape)?;
         Self::of(Weight::int8(weight)?, bias, shape)
     }
 
@@ -276,9 +303,9 @@ impl Conv2d {
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
         sharing::layer(vb, || {
-            let weight = vb.get((shape.outputs, shape.inputs, shape.kernel, shape.kernel), "weight")?;
-            shapes::kernel(&weight, shape)?;
-            Self::of(Weight::load(&weight, vb)?, Some(vb.get(shape.outputs, "bias")?), shape)
+            let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
+            shapes::kernel(weight.dims(), shape)?;
+            Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
         })
     }
 
@@ -301,9 +328,8 @@ impl Conv2d {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
-            Weight::Tensor(weight) | Weight::Away(weight) => {
-                plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue)
-            }
+            Weight::Tensor(weight) => plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
+            Weight::Away(_) => away::still(),
         }
     }
 }
@@ -446,6 +472,31 @@ impl LayerNorm {
         } else {
             plain::layer_norm(x, &self.weight, &self.bias, self.eps)
         }
+    }
+}
+
+/// Whether convolutions on the CPU read weights of this shape, `[O, C, K, K]`, in the order of the file, and lay none
+/// beside them, in a network that computes in `compute`; most convolutions have a stride of 1.
+#[must_use]
+pub fn stays_as_stored(weight: &[usize], compute: DType) -> bool {
+    let &[outputs, inputs, kernel, _] = weight else { return false };
+    let padding = Padding::same(kernel / 2);
+    cpu::by_filters(ConvShape { inputs, outputs, kernel, stride: 1, padding }, compute)
+}
+
+/// Bytes that a layer on the CPU keeps of a weight of this shape in `coding`, in a network that computes in `compute`;
+/// `None` for parts of a block.
+#[must_use]
+pub fn bytes_held(weight: &[usize], coding: Coding, compute: DType) -> Option<usize> {
+    let count = weight.iter().product();
+    let depth = weight.iter().skip(1).product::<usize>();
+    let taps = weight.iter().skip(2).product::<usize>();
+    let is_read = weight.len() > 1 && (taps == 1 || stays_as_stored(weight, compute));
+    match coding.dtype() {
+        None if !is_read || !depth.is_multiple_of(coding.grain()) => {
+            coding.bytes(count).map(|_| count * coding.widened(compute).size_in_bytes())
+        }
+        _ => coding.bytes(count),
     }
 }
 

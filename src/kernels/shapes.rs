@@ -51,10 +51,10 @@ pub(super) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> 
 }
 
 /// The kernel as files have it.
-pub(super) fn kernel(weight: &Tensor, shape: ConvShape) -> Result<()> {
+pub(super) fn kernel(weight: &[usize], shape: ConvShape) -> Result<()> {
     let ConvShape { inputs, outputs, kernel, .. } = shape;
-    if weight.dims() != [outputs, inputs, kernel, kernel] {
-        bail!("the kernel must be [{outputs}, {inputs}, {kernel}, {kernel}], got {:?}", weight.dims());
+    if weight != [outputs, inputs, kernel, kernel] {
+        bail!("the kernel must be [{outputs}, {inputs}, {kernel}, {kernel}], got {weight:?}");
     }
     Ok(())
 }

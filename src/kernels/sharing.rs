@@ -4,27 +4,55 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::{Conv2d, GroupNorm, LayerNorm, Linear};
+use super::{Conv2d, GroupNorm, LayerNorm, Linear, Weight};
 
 /// Layers by name.
 #[derive(Clone, Debug, Default)]
 pub struct Layers(HashMap<String, Layer>);
 
-/// A layer of one of the kinds that networks are made of.
+/// A layer of one of the kinds that networks are made of. Clones are the same layer.
 #[derive(Clone, Debug)]
-pub struct Layer(Kind);
+pub struct Layer(Arc<Kind>);
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Kind {
     Linear(Linear),
     Conv2d(Conv2d),
     GroupNorm(GroupNorm),
     LayerNorm(LayerNorm),
     Table(Tensor),
+}
+
+impl Layer {
+    /// Tells the layer from all others that are in memory at the same time.
+    #[must_use]
+    pub fn id(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
+
+    /// Bytes of its weights.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let tensor = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let weight = |weight: &Weight| match weight {
+            Weight::Packed(packed) => packed.bytes(),
+            Weight::Tensor(weight) => tensor(weight),
+            Weight::Away(away) => away.weight.bytes(),
+        };
+        let bias = |bias: &Option<Tensor>| bias.as_ref().map_or(0, tensor);
+        match &*self.0 {
+            Kind::Linear(layer) => weight(&layer.weight) + bias(&layer.bias),
+            Kind::Conv2d(layer) => weight(&layer.weight) + bias(&layer.bias),
+            Kind::GroupNorm(layer) => tensor(&layer.weight) + tensor(&layer.bias),
+            Kind::LayerNorm(layer) => tensor(&layer.weight) + tensor(&layer.bias),
+            Kind::Table(table) => tensor(table),
+        }
+    }
 }
 
 impl Layers {
@@ -83,11 +111,11 @@ macro_rules! shared {
     ($($kind:ident $type:ty),*) => {$(
         impl Shared for $type {
             fn kept(&self) -> Layer {
-                Layer(Kind::$kind(self.clone()))
+                Layer(Arc::new(Kind::$kind(self.clone())))
             }
 
             fn given(layer: &Layer) -> Option<Self> {
-                match &layer.0 {
+                match &*layer.0 {
                     Kind::$kind(layer) => Some(layer.clone()),
                     _ => None,
                 }
@@ -104,22 +132,24 @@ pub(super) fn layer<T: Shared>(vb: &VarBuilder, load: impl FnOnce() -> Result<T>
         return load();
     }
     let name = vb.prefix();
-    let given = SCOPE.with_borrow(|scope| scope.as_ref().and_then(|scope| T::given(scope.given.get(&name)?)));
-    let layer = given.map_or_else(load, Ok)?;
+    let given = SCOPE.with_borrow(|scope| {
+        let kept = scope.as_ref()?.given.get(&name)?;
+        Some((T::given(kept)?, kept.clone()))
+    });
+    let (layer, kept) = match given {
+        Some(given) => given,
+        None => {
+            let layer = load()?;
+            let kept = layer.kept();
+            (layer, kept)
+        }
+    };
     SCOPE.with_borrow_mut(|scope| {
         if let Some(scope) = scope {
-            scope.made.0.insert(name, layer.kept());
+            scope.made.0.insert(name, kept);
         }
     });
     Ok(layer)
-}
-
-/// The linear layer `vb`, whose tensors `load` reads in a way of its own.
-///
-/// # Errors
-/// Those of `load`.
-pub fn linear(vb: &VarBuilder, load: impl FnOnce() -> Result<Linear>) -> Result<Linear> {
-    layer(vb, load)
 }
 
 /// The tensor `weight` of the layer `vb` as it is stored, for rows to be looked up in it.

@@ -1,5 +1,6 @@
 //! Finds adapter files by what people call them: a path beneath a root, or the name of the file alone.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,29 +21,20 @@ impl Catalog {
     /// # Errors
     /// `model_not_found` with the nearest name, and for a name that several files have; those of [`Self::companion`].
     pub fn lora(&self, name: &str, field: &str) -> Result<Companion> {
-        let missing = |error: &Error| matches!(error, Error::ModelNotFound { .. });
-        let mut found = self.companion(name, field);
-        for folder in FOLDERS {
-            match &found {
-                Err(error) if missing(error) && !Path::new(name).is_absolute() => {
-                    // A path of two parts may be a repository's name as well, and is none here.
-                    let beside = self.companion(&format!("{folder}/{name}"), field);
-                    found = beside.or_else(|other| match other {
-                        Error::Offline { .. } | Error::ModelNotFound { .. } => found,
-                        other => Err(other),
-                    });
-                }
-                _ => break,
-            }
-        }
         let called = |mut companion: Companion| {
             name.clone_into(&mut companion.name);
             companion
         };
-        let error = match found {
-            Err(error) if missing(&error) => error,
-            other => return other.map(called),
-        };
+        if let Some(found) = self.beneath(name, field)? {
+            return Ok(found);
+        }
+        if !Path::new(name).is_absolute() {
+            for folder in FOLDERS {
+                if let Some(found) = self.beneath(&format!("{folder}/{name}"), field)? {
+                    return Ok(called(found));
+                }
+            }
+        }
         let files = self.files();
         let wanted = name.strip_suffix(".safetensors").unwrap_or(name);
         let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
@@ -54,6 +46,11 @@ impl Catalog {
                 Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) })
             }
             (None, _) => {
+                // Nobody has it here: the name may be a repository's.
+                let error = match self.companion(name, field) {
+                    Err(error @ Error::ModelNotFound { .. }) => error,
+                    other => return other,
+                };
                 let stems: Vec<String> = files.iter().map(|path| stem(path)).collect();
                 let own = wanted.rsplit('/').next().unwrap_or(wanted);
                 match nearest(own, stems.iter().map(String::as_str)) {
@@ -69,11 +66,13 @@ impl Catalog {
 
     /// Files of weights beneath the roots that are no parts of models.
     fn files(&self) -> Vec<PathBuf> {
-        let mut found = Vec::new();
+        let (mut found, mut seen) = (Vec::new(), 0);
+        // A root may lie in another, and a link may lead to what was seen.
+        let mut known = HashSet::new();
         let mut waiting: Vec<(PathBuf, usize)> = self.real_roots().into_iter().map(|root| (root, 0)).collect();
-        let mut seen = 0;
         while let Some((folder, depth)) = waiting.pop() {
-            if folder.join("model_index.json").is_file() {
+            let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+            if folder.join("model_index.json").is_file() || !known.insert(real(&folder)) {
                 continue;
             }
             for path in fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
@@ -83,7 +82,7 @@ impl Catalog {
                 }
                 if path.is_dir() && depth < DEPTH {
                     waiting.push((path, depth + 1));
-                } else if path.extension().is_some_and(|end| end == END) {
+                } else if path.extension().is_some_and(|end| end == END) && known.insert(real(&path)) {
                     found.push(path);
                 }
             }

@@ -249,6 +249,23 @@ impl Catalog {
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found`, `unsafe_format`, `model_unsupported` and
     /// `model_corrupt` for what is found but cannot be used.
     pub fn companion(&self, name: &str, field: &str) -> Result<Companion> {
+        if let Some(found) = self.beneath(name, field)? {
+            return Ok(found);
+        }
+        match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
+            Some(reference) => self.cached_companion(name, &reference),
+            None => {
+                let hint = "give the path of a safetensors file or a folder beneath the configured model roots";
+                Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
+            }
+        }
+    }
+
+    /// [`Self::companion`] of what lies beneath a root; `None` where nothing of this name does, whatever the hub may have.
+    ///
+    /// # Errors
+    /// Those of [`Self::companion`], but for `model_not_found`.
+    pub fn beneath(&self, name: &str, field: &str) -> Result<Option<Companion>> {
         let path = sound(name, field)?;
         let (mut refused, mut folder) = (None, None);
         let ended = path.with_added_extension("safetensors");
@@ -259,26 +276,15 @@ impl Catalog {
                     folder.get_or_insert(candidate);
                 }
                 // By the name that was given: what a link leads to need not end as a file of weights does.
-                Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap),
+                Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap).map(Some),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
-        match (folder, refused) {
-            (Some(folder), _) if Companion::is_hollow(&folder, &self.roots) => {
-                let hint = format!("`{}` is a folder, and holds no network of this kind", folder.display());
-                return Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) });
-            }
-            (Some(folder), _) => return Companion::find(name, &folder, &self.roots, self.mmap),
-            (None, Some(error)) => return Err(error),
-            (None, None) => {}
-        }
-        match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
-            Some(reference) => self.cached_companion(name, &reference),
-            None => {
-                let hint = "give the path of a safetensors file or a folder beneath the configured model roots";
-                Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
-            }
+        match folder {
+            Some(folder) if Companion::is_hollow(&folder, &self.roots) => Ok(None),
+            Some(folder) => Companion::find(name, &folder, &self.roots, self.mmap).map(Some),
+            None => refused.map_or(Ok(None), Err),
         }
     }
 

@@ -44,6 +44,12 @@ impl CheckpointKey {
         what.hash(&mut hasher);
         Self(hasher.finish())
     }
+
+    /// Whether it is what a resident says of itself.
+    #[must_use]
+    pub fn is(self, told: Option<u64>) -> bool {
+        told == Some(self.0)
+    }
 }
 
 /// The networks of a checkpoint.

@@ -14,7 +14,10 @@ use crate::roots::Roots;
 use crate::units::Bytes;
 
 /// How weight files begin: diffusers' networks, transformers', and adapters that diffusers and PEFT saved.
-const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model"];
+const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", PEFT];
+/// PEFT's files.
+const PEFT: &str = "adapter_model";
+const PEFT_CONFIG: &str = "adapter_config.json";
 
 /// A network that was found, and whose files may be read.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct Companion {
     /// Tells this state of its files from every other.
     pub key: CheckpointKey,
     config: Option<Found>,
+    /// What PEFT says of an adapter beside its weights.
+    peft: Option<Found>,
     weights: WeightFiles,
     mmap: bool,
     /// The folder that it is; none for a file.
@@ -34,28 +39,32 @@ impl Companion {
     /// What lies at `path`, which is beneath `roots`; requests call it `name`.
     ///
     /// # Errors
-    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors, `model_corrupt`
+    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors or GGUF, `model_corrupt`
     /// for a folder without weights, `path_not_allowed` for links out of the roots.
     pub(super) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
         let file = path.is_file();
         let place = if file { path.parent().unwrap_or(path) } else { path };
         let folder = Folder::Disk { path: place.to_owned(), roots: roots.clone() };
-        let (config, weights) = if file {
-            readable(name, path)?;
+        let (config, peft, weights) = if file {
+            if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
+                readable(name, path)?;
+            }
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            (None, WeightFiles::of(vec![folder.need(&own)?]))
+            // Of another file beside it PEFT's configuration says nothing.
+            let peft = if own.starts_with(PEFT) { folder.find(PEFT_CONFIG)? } else { None };
+            (None, peft, WeightFiles::of(vec![folder.need(&own)?]))
         } else {
             let names = folder.names("");
             let weights = match (stem(&names), only(&names)) {
                 (None, Some(only)) => WeightFiles::of(vec![folder.need(only)?]),
                 (stem, _) => weight_files(&folder, "", stem.unwrap_or(STEMS[0]))?,
             };
-            (folder.find("config.json")?.or(folder.find("adapter_config.json")?), weights)
+            (folder.find("config.json")?, folder.find(PEFT_CONFIG)?, weights)
         };
         let mut files = weights.files.clone();
-        files.extend(config.clone());
+        files.extend(config.iter().chain(&peft).cloned());
         let key = key(&folder, &files);
-        Ok(Self { name: name.to_owned(), key, config, weights, mmap, folder: (!file).then_some(folder) })
+        Ok(Self { name: name.to_owned(), key, config, peft, weights, mmap, folder: (!file).then_some(folder) })
     }
 
     /// Whether the folder `path` holds weights under a name that says that they are a network's.
@@ -66,7 +75,7 @@ impl Companion {
     /// Whether the folder `path` holds nothing that is, or once was, a network.
     pub(super) fn is_hollow(path: &Path, roots: &Roots) -> bool {
         let names = Folder::Disk { path: path.to_owned(), roots: roots.clone() }.names("");
-        let ends = [".safetensors", ".json", ".bin", ".ckpt", ".pt", ".pth"];
+        let ends = [".safetensors", ".gguf", ".json", ".bin", ".ckpt", ".pt", ".pth"];
         let whole = names.iter().any(|name| name == "model_index.json");
         stem(&names).is_none() && (whole || !names.iter().any(|name| ends.iter().any(|end| name.ends_with(end))))
     }
@@ -86,6 +95,14 @@ impl Companion {
     /// `model_corrupt` for what is no JSON of this form.
     pub fn config<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
+    }
+
+    /// PEFT's `adapter_config.json`, which other writers' files have not.
+    ///
+    /// # Errors
+    /// Those of [`Self::config`].
+    pub(super) fn peft<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        self.peft.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }
 
     pub(super) fn weights(&self) -> &WeightFiles {
@@ -119,7 +136,7 @@ fn stem(names: &[String]) -> Option<&'static str> {
 
 /// The only file of weights among `names`, however it is called. A whole model has none: its networks lie in folders.
 fn only(names: &[String]) -> Option<&String> {
-    let mut weights = names.iter().filter(|name| name.ends_with(".safetensors"));
+    let mut weights = names.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
     let only = weights.next().filter(|_| weights.next().is_none());
     only.filter(|_| !names.iter().any(|name| name == "model_index.json"))
 }
@@ -130,6 +147,10 @@ pub(super) fn readable(name: &str, path: &Path) -> Result<()> {
     let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
     match end.as_str() {
         "safetensors" => Ok(()),
+        "gguf" => Err(Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
+        }),
         "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
         _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),
         _ => Err(Error::ModelUnsupported {

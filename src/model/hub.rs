@@ -169,7 +169,7 @@ impl Snapshot {
     pub fn meant(&self, path: &Path) -> PathBuf {
         if path.as_os_str().is_empty() && !self.path().join("model_index.json").exists() {
             let files = self.files();
-            let mut weights = files.iter().filter(|name| name.ends_with(".safetensors"));
+            let mut weights = files.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
             let part = |name: &str| {
                 name.rsplit_once('/').is_some_and(|(_, own)| STEMS.iter().any(|stem| own.starts_with(stem)))
             };

@@ -4,18 +4,21 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::catalog::Catalog;
-use super::checkpoint::{Checkpoint, CheckpointKey};
+use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::fetching::fetch;
 use super::hub::at_revision;
 use super::interface::{
     ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
     Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
+use super::lora::Stack;
 use super::managers::{
-    AdapterManager, Budget, ControlNetManager, EncoderManager, ShelfKey, TokenizerManager, UnetManager, VaeManager,
+    AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
+    VaeManager, form,
 };
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
+use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::memory;
@@ -113,13 +116,24 @@ impl ModelCrew {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint, alone and beneath `over`, or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey]) {
-        self.encoders.shelf.claim(key, over);
-        self.unets.shelf.claim(key, over);
-        self.vaes.shelf.claim(key, over);
-        self.controlnets.shelf.claim(key, over);
+    /// The running request will use what is kept of this checkpoint as it is placed, beneath `over` and, but for the networks
+    /// that `stack` changes, alone; or of this file beside one.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], (stack, placement): (&Stack, &Placement)) {
+        let Placement { compute, vae, quantization, .. } = *placement;
+        let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
+        let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));
+        let bare = |parts: &[Part]| stack.key(parts).is_none();
+        self.encoders.shelf.claim(key, over, bare(&ENCODERS), is(compute, Quantization::None, false));
+        self.unets.shelf.claim(key, over, bare(&[Part::Unet]), |held| near(held) || afar(held));
+        self.vaes.shelf.claim(key, over, true, is(vae, Quantization::None, false));
+        self.controlnets.shelf.claim(key, over, true, near);
         self.adapters.claim(key);
+    }
+
+    /// Frees the UNets of a checkpoint that lie where this request will not have them, whole or away, unless they are pinned.
+    pub fn settled(&mut self, key: CheckpointKey, placement: &Placement) {
+        let form = form(placement.compute, placement.quantization, !placement.away);
+        self.unets.shelf.drop_form(key, &form);
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

@@ -84,8 +84,8 @@ struct Change {
     weight: Option<&'static Format>,
     bias: Option<&'static Format>,
     held: Held,
-    /// Where no tensor says it.
-    alpha: Option<f64>,
+    /// Parts that are numbers and no tensors of floats.
+    numbers: BTreeMap<String, f64>,
 }
 
 impl fmt::Debug for Stack {
@@ -190,8 +190,8 @@ impl Stack {
             for (layer, change, strength) in wanted {
                 let part = |(name, source): (&String, &Source)| Ok((name.clone(), take(&mut tensors, source)?));
                 let mut parts: Parts = change.held.iter().map(part).collect::<Result<_>>()?;
-                if let Some(alpha) = change.alpha {
-                    parts.insert(ALPHA.to_owned(), Tensor::new(alpha as f32, &Device::Cpu)?);
+                for (name, number) in &change.numbers {
+                    parts.insert(name.clone(), Tensor::new(*number as f32, &Device::Cpu)?);
                 }
                 let touch = Touch { adapter, weight: change.weight, bias: change.bias, parts, strength };
                 layers.entry(layer.clone()).or_default().push(touch);
@@ -252,16 +252,20 @@ impl Lora {
             let chosen = Chosen::of(&held, own("weight").is_some(), own("bias").is_some());
             // A header may claim what nobody can read: no format makes use of more.
             let most = own("weight").or_else(|| own("bias")).map_or(0, adapt::part_limit);
+            let mut numbers = BTreeMap::new();
             for (name, Source { key, third }) in &held {
                 seen.insert(key.clone());
                 if chosen.uses(name) {
                     let shape = stored.get(key.as_str()).map_or(&[][..], |(_, shape)| shape);
-                    let numbers = shape.iter().fold(1_usize, |product, &side| product.saturating_mul(side));
-                    if numbers > most.saturating_mul(if third.is_some() { 3 } else { 1 }) {
+                    let count = shape.iter().fold(1_usize, |product, &side| product.saturating_mul(side));
+                    if count > most.saturating_mul(if third.is_some() { 3 } else { 1 }) {
                         return Err(refuse(format!("`{key}` of shape {shape:?} does not fit `{layer}`")));
                     }
                     if let Some((dtype @ StoredDtype::Other(_), _)) = stored.get(key.as_str()) {
-                        return Err(refuse(format!("`{key}` is stored as {}, and must be a float", dtype.name())));
+                        let Some(number) = weights.whole_number(key)? else {
+                            return Err(refuse(format!("`{key}` is stored as {}, and must be a float", dtype.name())));
+                        };
+                        numbers.insert(name.clone(), number);
                     }
                     applied.insert(key.clone());
                 }
@@ -272,12 +276,14 @@ impl Lora {
                 continue;
             }
             components.insert(part);
-            let held: Held = held.into_iter().filter(|(name, _)| chosen.uses(name)).collect();
-            let rank = held.get("lora_down.weight").and_then(|down| stored.get(down.key.as_str())?.1.first().copied());
-            let rank = rank.filter(|_| !held.contains_key(ALPHA));
-            let alpha = rank.and_then(|rank| peft.alpha(part, &layer, rank));
+            if !held.contains_key(ALPHA) {
+                let shape = |part: &str| Some(stored.get(held.get(part)?.key.as_str())?.1);
+                numbers.extend(peft.alpha(part, &layer, shape).map(|alpha| (ALPHA.to_owned(), alpha)));
+            }
+            let is_read = |name: &str| chosen.uses(name) && !numbers.contains_key(name);
+            let held: Held = held.into_iter().filter(|(name, _)| is_read(name)).collect();
             let (weight, bias) = (weight.map(|(_, format)| format), bias.map(|(_, format)| format));
-            layers.insert((part, layer), Change { weight, bias, held, alpha });
+            layers.insert((part, layer), Change { weight, bias, held, numbers });
         }
         if applied.is_empty() {
             return Err(refuse(nothing(&named.unknown, seen.first(), &checkpoint.name)));
@@ -338,7 +344,9 @@ fn known_block(block: &str, choice: &LoraChoice, unet: &Table, checkpoint: &Chec
     let blocks = unet.blocks();
     let hint = nearest(block, blocks.iter().map(String::as_str)).map(|name| format!("did you mean `{name}`?"));
     let message = format!("`{block}` is no block of the UNet of `{}`", checkpoint.name);
-    Err(Error::InvalidParameter { field: format!("{}.blocks", choice.field), message, hint })
+    // A prompt that names an adapter has no field below it.
+    let field = if choice.field == "prompt" { choice.field.clone() } else { format!("{}.blocks", choice.field) };
+    Err(Error::InvalidParameter { field, message, hint })
 }
 
 /// Whether the inputs of a layer are the text.

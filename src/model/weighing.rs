@@ -2,12 +2,16 @@
 
 use super::checkpoint::{Checkpoint, Part};
 use super::companion::Companion;
+use super::lora::Stack;
 use super::networks::unet::Unet;
 use super::workers::open::{Stored, Weights};
+use super::workers::overlay::MARK;
 use super::workers::read::kept;
+use super::workers::rename::RenameControl;
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
+use crate::kernels::{bytes_held, stays_as_stored};
 use crate::units::Bytes;
 
 /// How weights will be held.
@@ -28,6 +32,40 @@ pub struct Weighed {
     pub mapped: Bytes,
     /// What is taken where the network's weights stay away, its largest layer's included.
     pub away: Bytes,
+    /// Of that, what is taken for a layer while it is used.
+    pub passing: Bytes,
+}
+
+/// Layers that adapters change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// As the checkpoint has them.
+    pub before: Weighed,
+    /// Bytes as they are changed, of which nothing stays in a file.
+    pub after: Bytes,
+}
+
+impl Touched {
+    /// What `stack` changes of a part of a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn by(stack: &Stack, checkpoint: &Checkpoint, part: Part, holding: Holding, ctx: &Context) -> Result<Self> {
+        let marks = stack.marks(part);
+        if marks.is_empty() {
+            return Ok(Self::default());
+        }
+        let quantization = if part == Part::Unet { holding.quantization } else { Quantization::None };
+        let weights = checkpoint.open(part, ctx)?;
+        let touched = |name: &str| name.rsplit_once('.').is_some_and(|(layer, _)| marks.contains_key(layer));
+        let before =
+            Weighed::sum(&weights, Holding { quantization, ..holding }, |name, one| touched(name).then_some(one));
+        // A network that computes in f32 keeps in f32 what is changed, however it was stored.
+        let wide = holding.compute == Dtype::F32 && quantization == Quantization::None;
+        let own = weights.tensors().filter(|(name, _)| wide && touched(name));
+        let wide: u64 = own.map(|(_, stored)| stored.shape.iter().map(|&side| side as u64).product::<u64>() * 4).sum();
+        Ok(Self { before, after: before.bytes.max(Bytes(wide)) })
+    }
 }
 
 impl Weighed {
@@ -48,21 +86,62 @@ impl Weighed {
         Ok(Self::of(&companion.open(ctx)?, holding))
     }
 
+    /// Of a ControlNet for the UNet of `checkpoint`, with the half of it that a Control-LoRA lies over.
+    ///
+    /// # Errors
+    /// Those of [`Companion::open`] and [`Checkpoint::open`].
+    pub fn control(companion: &Companion, checkpoint: &Checkpoint, holding: Holding, ctx: &Context) -> Result<Self> {
+        let upper = companion.open(ctx)?;
+        if !upper.has(MARK) {
+            return Ok(Self::of(&upper, holding));
+        }
+        let (upper, lower) = (ctx.perform(&RenameControl, upper)?, checkpoint.open(Part::Unet, ctx)?);
+        let own = Self::sum(&upper, holding, |name, one| {
+            // What a change is made of goes when it is made.
+            let is_change = name == MARK || name.ends_with(".up") || name.ends_with(".down");
+            (!is_change).then_some(one)
+        });
+        let copied = Self::sum(&lower, holding, |name, one| {
+            let is_used = !["up_blocks.", "conv_norm_out.", "conv_out."].iter().any(|part| name.starts_with(part));
+            let changed = || name.strip_suffix(".weight").is_some_and(|layer| upper.has(&format!("{layer}.up")));
+            let anew = Self { mapped: Bytes(0), away: one.bytes, ..one };
+            (is_used && !upper.has(name)).then(|| if changed() { anew } else { one })
+        });
+        Ok(Self {
+            bytes: own.bytes + copied.bytes,
+            mapped: own.mapped + copied.mapped,
+            away: own.away + copied.away,
+            passing: own.passing.max(copied.passing),
+        })
+    }
+
     fn of(weights: &Weights, holding: Holding) -> Self {
+        Self::sum(weights, holding, |_, one| Some(one))
+    }
+
+    /// Of those tensors that `taken` gives something for, by their names and weights.
+    fn sum(weights: &Weights, holding: Holding, taken: impl Fn(&str, Self) -> Option<Self>) -> Self {
         let (mut all, mut largest) = (Self::default(), Bytes(0));
         for (name, shard, stored) in weights.in_file_order() {
             let one = Self::tensor((name, stored), weights.stays(shard, stored), holding);
+            let Some(one) = taken(name, one) else { continue };
             let layer = if stored.shape.len() > 1 { one.bytes } else { Bytes(0) };
             largest = largest.max(layer);
-            all = Self { bytes: all.bytes + one.bytes, mapped: all.mapped + one.mapped, away: all.away + one.away };
+            all = Self {
+                bytes: all.bytes + one.bytes,
+                mapped: all.mapped + one.mapped,
+                away: all.away + one.away,
+                ..all
+            };
         }
-        Self { away: (all.away + largest).min(all.bytes), ..all }
+        let away = (all.away + largest).min(all.bytes);
+        Self { away, passing: away.saturating_sub(all.away), ..all }
     }
 
     fn tensor((name, stored): (&str, &Stored), in_file: bool, holding: Holding) -> Self {
         let Holding { compute, quantization, on_host } = holding;
         let elements: u64 = stored.shape.iter().map(|&side| side as u64).product();
-        let whole = |bytes| Self { bytes, mapped: Bytes(0), away: bytes };
+        let whole = |bytes| Self { bytes, away: bytes, ..Self::default() };
         let in_bytes = || {
             let layer = name.strip_suffix(".weight")?;
             (stored.shape.len() > 1 && Unet::bears_int8(layer, &stored.shape)).then_some(whole(Bytes(elements)))
@@ -74,8 +153,10 @@ impl Weighed {
         let (bytes, in_file, laid) = match on_host {
             true => {
                 let kept = kept(stored.dtype, compute, &candle_core::Device::Cpu);
-                let bytes = Bytes(kept.map_or(0, |dtype| elements * dtype.size_in_bytes() as u64));
-                (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), taps > 1)
+                let bytes = kept.and_then(|coding| bytes_held(&stored.shape, coding, compute.tensor()));
+                let bytes = Bytes(bytes.unwrap_or(0) as u64);
+                let laid = taps > 1 && !stays_as_stored(&stored.shape, compute.tensor());
+                (bytes, in_file && bytes == Bytes(stored.range.end - stored.range.start), laid)
             }
             false => (Bytes(elements * compute.tensor().size_in_bytes() as u64), true, true),
         };
@@ -86,6 +167,7 @@ impl Weighed {
                 bytes,
                 mapped: if in_file && !laid { bytes } else { Bytes(0) },
                 away: if in_file { Bytes(0) } else { bytes },
+                passing: Bytes(0),
             },
         }
     }

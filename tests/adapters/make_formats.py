@@ -98,7 +98,7 @@ def oft(w):
 
 
 def ia3(w):
-    p = {"weight": rand(w.shape[0], 1, scale=0.3), "on_input": torch.tensor(False).float()}
+    p = {"weight": rand(w.shape[0], 1, scale=0.3), "on_input": torch.tensor(0)}
     return p, lambda w, s: w * (1 + s * p["weight"].reshape(-1, *[1] * (w.dim() - 1)))
 
 

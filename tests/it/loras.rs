@@ -33,17 +33,17 @@ struct Mode {
     cases: BTreeMap<String, GenerateRequest>,
 }
 
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/adapters")
 }
 
-fn worker(more: &Path) -> Worker {
+pub(crate) fn worker(more: &Path) -> Worker {
     let mut config = Config::default();
     config.workers.instructors.model.roots = vec![folder().join("files"), more.to_owned()];
     Worker::with(&config)
 }
 
-fn small(loras: &[(&str, f64)]) -> GenerateRequest {
+pub(crate) fn small(loras: &[(&str, f64)]) -> GenerateRequest {
     let wish = |(name, weight): &(&str, f64)| LoraWish {
         model: Some((*name).to_owned()),
         weight: Some(*weight),
@@ -62,13 +62,13 @@ fn small(loras: &[(&str, f64)]) -> GenerateRequest {
 }
 
 /// Bytes of the pixels.
-fn pixels(worker: &mut Worker, request: &GenerateRequest) -> Vec<u8> {
+pub(crate) fn pixels(worker: &mut Worker, request: &GenerateRequest) -> Vec<u8> {
     worker.draw(request).remove(0).1.data
 }
 
-type File = HashMap<String, Tensor>;
+pub(crate) type File = HashMap<String, Tensor>;
 
-fn load(name: &str) -> File {
+pub(crate) fn load(name: &str) -> File {
     candle_core::safetensors::load(folder().join("files").join(format!("{name}.safetensors")), &Device::Cpu).unwrap()
 }
 
@@ -288,7 +288,8 @@ fn int8_weights_are_changed_before_they_are_rounded() {
     let coarse = |request: GenerateRequest| GenerateRequest { quantization: Some(Quantization::Int8), ..request };
     let plain = coarse(GenerateRequest { loras: None, ..small(&[]) });
     let before = pixels(&mut worker, &plain);
-    let changed = worker.draw(&coarse(small(&[("kohya", 1.0)]))).remove(0).0;
+    let (changed, image) = worker.draw(&coarse(small(&[("kohya", 1.0)]))).remove(0);
+    assert!(image.data != before, "the change is seen");
     let exact = worker.draw(&small(&[("kohya", 1.0)])).remove(0).0;
     let distance = distance(&changed, &exact);
     println!("int8 with a LoRA against f32 with it: {distance:.2e}");
@@ -312,11 +313,12 @@ fn what_is_not_changed_is_shared() {
     pixels(&mut worker, &small(&[("first", 1.0)]));
     let (unets, encoders) = held(&worker);
     assert_eq!(unets, unet, "of a change of the first text encoder the UNet knows nothing");
-    assert!(encoders[1] < encoder[0] / 2, "{encoders:?}");
+    let sum = |all: &[u64]| all.iter().sum::<u64>();
+    assert!(encoders.len() == 2 && sum(&encoders) < encoder[0] * 3 / 2, "{encoders:?}");
     pixels(&mut worker, &small(&[("unet", 1.0)]));
     let (unets, encoders) = held(&worker);
     // What is changed is kept in f32, and was in f16.
-    assert!(unets.len() == 2 && unets[1] < unet[0], "{unets:?}");
+    assert!(unets.len() == 2 && sum(&unets) < 2 * unet[0], "{unets:?}");
     assert_eq!(encoders.len(), 2, "the prompt was encoded before");
 }
 
@@ -398,7 +400,7 @@ fn weights_by_component_and_block_are_those_of_files_that_have_only_them() {
     assert!(pixels(&mut worker, &tagged) == pixels(&mut worker, &small(&[("only_unet", 0.6)])));
 }
 
-fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
+pub(crate) fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
     let mut whole = json!({ "seed": 3, "steps": 1, "width": 64, "height": 64, "output": { "return": "base64" } });
     whole.as_object_mut().unwrap().extend(data.as_object().unwrap().clone());
     let request = Request::Lora(Box::new(serde_json::from_value(whole).unwrap()));

@@ -252,6 +252,8 @@ fn inspection_tells_what_the_files_say() {
         bytes: Bytes(1),
         pinned: true,
         used_ms: None,
+        form: None,
+        over: None,
     }];
     let mut desk = ModelCrew::new(&Settings::default());
     desk.published = Some(published);

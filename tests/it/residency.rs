@@ -174,6 +174,11 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
         assert_eq!(rungs(&made["memory"]), expected, "{}", made["memory"]);
         assert_eq!(made["memory"]["why"].is_string(), !expected.is_empty());
         assert!(alike(&made, &plain), "{expected:?} makes another image");
+        // What is here by then is counted as what it is.
+        let again = worker.draw(&wanted);
+        let climbed: Vec<&str> = rungs(&again["memory"]).into_iter().filter(|rung| *rung != "drop").collect();
+        assert_eq!(climbed, expected, "the second time {}", again["memory"]);
+        assert!(alike(&again, &plain), "{expected:?} makes another image the second time");
         let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
         let files = rss - worker.process("anonymous");
         println!("{expected:?}: limit {limit}, peak {} beside files", peak - files);
@@ -183,6 +188,49 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
     check(taken + way(&json!("strips")) + SLACK, &["strips"]);
     check(taken + way(&json!("slice")) + SLACK, &["strips", "slice"]);
     check(taken + way(&json!("text_encoders")) + SLACK, &["strips", "slice", "text_encoders"]);
+}
+
+#[test]
+fn a_network_that_stays_away_is_drawn_with_again_in_the_same_room() {
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(&folder.path().join("copy"));
+    let wanted = with(request(256, 1), &json!({ "model": "copy", "offload": "sequential", "decode": "strips" }));
+    let mut fresh = Limited::new(Some(1 << 30), Some(folder.path()));
+    let (taken, needed) = (fresh.taken(), fresh.estimate(&wanted)["needed"].as_u64().unwrap());
+    let mut tight = Limited::new(Some(taken + needed + SLACK), Some(folder.path()));
+    let first = tight.draw(&wanted);
+    for _ in 0..2 {
+        let again = tight.draw(&wanted);
+        assert_eq!(again["memory"]["offload"], "sequential");
+        assert!(image(&again) == image(&first));
+    }
+    let open = with(wanted, &json!({ "offload": "none" }));
+    fresh.draw(&open);
+    let unets = |worker: &mut Limited| {
+        let status = worker.ask("communication", "status", &json!({}));
+        status["residents"].as_array().unwrap().iter().filter(|one| one["kind"] == "unet").count()
+    };
+    fresh.draw(&with(open.clone(), &json!({ "offload": "sequential" })));
+    assert_eq!(unets(&mut fresh), 1, "the one that was whole has gone");
+    let refused =
+        fresh.send("inference", "generate", &with(open, &json!({ "offload": "sequential", "quantization": "int8" })));
+    assert_eq!(code(&refused), "unsupported_feature");
+}
+
+#[test]
+fn what_fits_no_way_drops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    demo_folder(&folder.path().join("copy"));
+    let small = with(request(256, 1), &json!({ "model": "copy" }));
+    let mut fresh = Limited::new(Some(1 << 30), Some(folder.path()));
+    let (taken, needed) = (fresh.taken(), fresh.estimate(&small)["needed"].as_u64().unwrap());
+    let mut tight = Limited::new(Some(taken + needed + 4 * MIB), Some(folder.path()));
+    tight.draw(&small);
+    let mut held = || tight.ask("communication", "status", &json!({}))["residents"].as_array().unwrap().len();
+    let before = held();
+    assert_eq!(code(&tight.send("inference", "generate", &request(2048, 1))), "out_of_memory");
+    let mut held = || tight.ask("communication", "status", &json!({}))["residents"].as_array().unwrap().len();
+    assert_eq!(held(), before);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod amx;
 mod int8;
+mod stored;
 mod tile_emulator;
 mod unpacked;
 mod whole;

@@ -2,7 +2,7 @@
 //! from the networks' shapes, seconds from what was measured.
 
 use crate::context::Context;
-use crate::device::interface::Dtype;
+use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
 use crate::inference::controlling::is_of;
 use crate::inference::interface::DecodeExtent;
@@ -10,9 +10,11 @@ use crate::inference::memory::{Means, Offload, PartBytes};
 use crate::inference::plan::{Entry, GenerationPlan};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::lora::Stack;
+use crate::model::managers::{self, form};
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
-use crate::model::weighing::{Holding, Weighed};
+use crate::model::weighing::{Holding, Touched, Weighed};
 use crate::pace::{Pace, Work};
 use crate::units::{Bytes, ImageSize};
 
@@ -23,6 +25,10 @@ const WORKING: Bytes = Bytes(8 * Bytes::MIB);
 /// Parts that may leave.
 const ENCODERS: &str = "text_encoders";
 const UNET: &str = "unet";
+/// Parts that look at images before the text is read.
+const VAE: &str = "vae";
+const CONTROLNET: &str = "controlnet";
+const ADAPTER: &str = "adapter";
 /// What is no weights.
 const VOCABULARIES: &str = "tokenizers";
 
@@ -30,6 +36,8 @@ pub struct Appraise;
 
 pub struct AppraiseTask<'a> {
     pub plan: &'a GenerationPlan,
+    /// What lies over the networks of its model.
+    pub stack: &'a Stack,
     pub holding: Holding,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
@@ -64,6 +72,10 @@ struct Need {
     told: PartBytes,
     weighed: Weighed,
     pinned: bool,
+    /// Whether a UNet is here whose weights stay away.
+    afar: bool,
+    /// What is to be had beside of a network that is here, because adapters change it.
+    lacks: Bytes,
     /// Which of the models that follow each other it belongs to; `None` for what all use.
     turn: Option<usize>,
 }
@@ -113,7 +125,8 @@ impl Needs {
             };
             let drawing = of(&|need| need.drawing(means)) + self.activations(means).0 as i64;
             // Where text encoders leave, what comes after them is not there yet.
-            let encoding = of(&|need| need.encoding()) + self.least as i64;
+            let with_vae = self.encode[0] > 0.0;
+            let encoding = of(&|need| need.encoding(with_vae)) + self.least as i64;
             if means.offload == Offload::None { drawing } else { drawing.max(encoding) }
         });
         Bytes(most.max().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
@@ -129,26 +142,55 @@ impl Needs {
 }
 
 impl Need {
+    /// Adapters change a part of it: that is in memory anew, unless the changed network is here.
+    fn adapt(&mut self, Touched { before, after }: Touched, is_here: bool, on_host: bool) {
+        let Weighed { bytes, mapped, away, .. } = self.weighed;
+        let more = if on_host { after.saturating_sub(before.away) } else { Bytes(0) };
+        self.weighed.bytes = bytes + after.saturating_sub(before.bytes);
+        self.weighed.away = away + more;
+        self.told.bytes = self.weighed.bytes;
+        if is_here || !self.told.loaded {
+            self.weighed.mapped = mapped.saturating_sub(before.mapped);
+            self.told.mapped = self.weighed.mapped;
+        } else {
+            self.lacks = self.lacks + after.saturating_sub(before.mapped);
+        }
+    }
+
     /// Bytes that were had before. A mapped file that was read is memory that counts as free.
     fn had(&self) -> i64 {
         let Weighed { bytes, mapped, .. } = self.weighed;
         if self.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 }
     }
 
-    /// Bytes still to be had while the text is encoded.
-    fn encoding(&self) -> i64 {
-        if self.told.part == ENCODERS { self.weighed.bytes.0 as i64 - self.had() } else { 0 }
+    /// What is held of a network whose weights stay away, and is free again where it goes.
+    fn had_afar(&self) -> i64 {
+        let Weighed { away, passing, .. } = self.weighed;
+        if self.afar { away.saturating_sub(passing).0 as i64 } else { 0 }
+    }
+
+    /// Bytes still to be had while the text is encoded, before which images have been read: `with_vae` as latents.
+    fn encoding(&self, with_vae: bool) -> i64 {
+        let part = self.told.part;
+        if [ENCODERS, CONTROLNET, ADAPTER].contains(&part) || (part == VAE && with_vae) { self.whole() } else { 0 }
     }
 
     /// Bytes still to be had while the image is made; below 0 where some are given back.
     fn drawing(&self, means: Means) -> i64 {
-        let Weighed { bytes, away, .. } = self.weighed;
+        let away = self.weighed.away;
         let back = if self.pinned { 0 } else { self.had() };
         match (self.told.part, means.offload) {
             (ENCODERS, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -back,
-            (UNET, Offload::Sequential) => away.0 as i64 - back,
-            _ => bytes.0 as i64 - self.had(),
+            (UNET, Offload::Sequential) => away.0 as i64 - self.had_afar() - back,
+            // It makes place for the one that is here whole.
+            (UNET, _) if !self.pinned => self.whole() - self.had_afar(),
+            _ => self.whole(),
         }
+    }
+
+    /// Bytes still to be had of all of it.
+    fn whole(&self) -> i64 {
+        (self.weighed.bytes + self.lacks).0 as i64 - self.had()
     }
 }
 
@@ -156,7 +198,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
     type Output = Needs;
 
     fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Needs> {
-        let AppraiseTask { plan, holding, key, pace, residents } = task;
+        let AppraiseTask { plan, stack, holding, key, pace, residents } = task;
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
@@ -183,7 +225,7 @@ impl Worker<AppraiseTask<'_>> for Appraise {
             .zip(pace.expect(key, Work::Decode, last))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
         Ok(Needs {
-            parts: parts(plan, holding, residents, ctx)?,
+            parts: parts((plan, stack), holding, residents, ctx)?,
             pass: (maps + added) * element as f64,
             passes,
             text: text * (passes * element) as f64,
@@ -198,13 +240,36 @@ impl Worker<AppraiseTask<'_>> for Appraise {
 }
 
 /// Every network that the plan uses, once each.
-fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &Context) -> Result<Vec<Need>> {
-    let mut needs = Vec::new();
+fn parts(
+    (plan, stack): (&GenerationPlan, &Stack),
+    holding: Holding,
+    residents: &[Resident],
+    ctx: &Context,
+) -> Result<Vec<Need>> {
+    let mut needs: Vec<Need> = Vec::new();
     let mut add = |part: &'static str, kind: &str, name: &str, weighed: Weighed, turn: Option<usize>| {
-        let resident = residents.iter().find(|one| one.kind == kind && one.name == name && is_of(plan, one));
+        let quantization = if [UNET, CONTROLNET].contains(&part) { holding.quantization } else { Quantization::None };
+        // The VAE never computes in f16.
+        let wide = part == VAE && holding.compute == Dtype::F16;
+        let dtype = if wide { Dtype::F32 } else { holding.compute };
+        let here = |away| {
+            let form = form(dtype, quantization, away);
+            let is = move |one: &&Resident| one.kind == kind && one.form.as_ref().is_none_or(|own| *own == form);
+            let all = residents.iter().filter(is).filter(|one| one.name == name && is_of(plan, one));
+            // Alone, or beneath the adapters of this request.
+            let over = match part {
+                UNET => stack.key(&[Part::Unet]),
+                ENCODERS => stack.key(&managers::ENCODERS),
+                _ => return all.into_iter().next(),
+            };
+            all.into_iter().find(|one| one.over.is_none() || over.is_some_and(|over| over.is(one.over)))
+        };
+        let resident = here(false);
         let Weighed { bytes, mapped, .. } = weighed;
         let told = PartBytes { part, name: name.to_owned(), bytes, mapped, loaded: resident.is_some() };
-        needs.push(Need { told, weighed, pinned: resident.is_some_and(|one| one.pinned), turn });
+        let afar = part == UNET && here(true).is_some();
+        let pinned = resident.is_some_and(|one| one.pinned);
+        needs.push(Need { told, weighed, pinned, afar, lacks: Bytes(0), turn });
     };
     let mut models: Vec<&Checkpoint> = vec![&plan.checkpoint];
     for further in &plan.further {
@@ -221,35 +286,55 @@ fn parts(plan: &GenerationPlan, holding: Holding, residents: &[Resident], ctx: &
                 bytes: encoders.bytes + first.bytes,
                 mapped: encoders.mapped + first.mapped,
                 away: encoders.away + first.away,
+                passing: encoders.passing.max(first.passing),
             };
         }
         add(ENCODERS, "encoder", &model.name, encoders, Some(turn));
         add(UNET, "unet", &model.name, weigh(Part::Unet)?, Some(turn));
         if turn == 0 {
-            add("vae", "vae", &model.name, weigh(Part::Vae)?, None);
+            add(VAE, "vae", &model.name, weigh(Part::Vae)?, None);
         }
     }
     if holding.on_host {
-        let weighed = Weighed { bytes: TOKENIZERS, mapped: Bytes(0), away: TOKENIZERS };
+        let weighed = Weighed { bytes: TOKENIZERS, away: TOKENIZERS, ..Weighed::default() };
         add(VOCABULARIES, "tokenizer", &plan.checkpoint.name, weighed, None);
     }
     for (at, control) in plan.controls.iter().enumerate() {
         if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
-            add("controlnet", "controlnet", &control.net.name, Weighed::companion(&control.net, holding, ctx)?, None);
+            add(
+                CONTROLNET,
+                "controlnet",
+                &control.net.name,
+                Weighed::control(&control.net, &plan.checkpoint, holding, ctx)?,
+                None,
+            );
         }
     }
     for lora in &plan.loras {
         add("lora", "lora", &lora.file.name, Weighed::companion(&lora.file, holding, ctx)?, None);
     }
     for (kind, found) in plan.adapters.networks() {
-        add("adapter", kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
+        add(ADAPTER, kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
+    }
+    for (part, kind, networks) in [(ENCODERS, "encoder", &managers::ENCODERS[..]), (UNET, "unet", &[Part::Unet])] {
+        let Some(over) = stack.key(networks) else { continue };
+        let of_plan = |need: &&mut Need| need.told.part == part && need.told.name == plan.checkpoint.name;
+        let Some(need) = needs.iter_mut().find(of_plan) else { continue };
+        let is_here =
+            |one: &Resident| one.kind == kind && one.name == need.told.name && over.is(one.over) && need.told.loaded;
+        let is_here = residents.iter().any(is_here);
+        for &network in networks {
+            if network != Part::TextEncoder || plan.checkpoint.text_encoder.is_some() {
+                need.adapt(Touched::by(stack, &plan.checkpoint, network, holding, ctx)?, is_here, holding.on_host);
+            }
+        }
     }
     Ok(needs)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Need, Needs, PartBytes, Weighed};
+    use super::{Need, Needs, PartBytes, Touched, Weighed};
     use crate::inference::interface::DecodeExtent;
     use crate::inference::ladder::{Available, choose, next};
     use crate::inference::memory::{MemoryUse, MemoryWish, Offload, Rung};
@@ -259,9 +344,9 @@ mod tests {
     /// whole pictures and 150 for strips.
     fn needs(loaded: bool) -> Needs {
         let need = |part: &'static str, bytes, away| {
-            let weighed = Weighed { bytes: Bytes(bytes), mapped: Bytes(0), away: Bytes(away) };
+            let weighed = Weighed { bytes: Bytes(bytes), away: Bytes(away), passing: Bytes(20), ..Weighed::default() };
             let told = PartBytes { part, name: "m".into(), bytes: Bytes(bytes), mapped: Bytes(0), loaded };
-            Need { told, weighed, pinned: false, turn: Some(0) }
+            Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) }
         };
         Needs {
             parts: vec![need("text_encoders", 100, 100), need("unet", 500, 50)],
@@ -305,7 +390,12 @@ mod tests {
         let whole = MemoryWish { decode: DecodeExtent::Whole, ..MemoryWish::default() };
         // Passes do not help where the decoder is the largest moment.
         check(whole, (900, 0), &[Rung::TextEncoders], 900, true);
-        let nothing = MemoryWish { decode: DecodeExtent::Strips, slice: Some(false), offload: Offload::None };
+        let nothing = MemoryWish {
+            decode: DecodeExtent::Strips,
+            slice: Some(false),
+            offload: Offload::None,
+            ..MemoryWish::default()
+        };
         check(nothing, (1, 0), &[], 800, false);
         let sequential = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() };
         check(sequential, (500, 0), &[], 500, true);
@@ -313,9 +403,51 @@ mod tests {
 
     #[test]
     fn a_loaded_network_that_leaves_gives_its_bytes_back() {
-        let away = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), offload: Offload::TextEncoders };
+        let away = MemoryWish {
+            decode: DecodeExtent::Strips,
+            slice: Some(true),
+            offload: Offload::TextEncoders,
+            ..MemoryWish::default()
+        };
         assert_eq!(needs(true).needed(away.first()), Bytes(50));
         assert_eq!(needs(true).needed(MemoryWish { offload: Offload::None, ..away }.first()), Bytes(150));
+    }
+
+    #[test]
+    fn a_network_that_is_here_from_afar_is_not_here_whole() {
+        let mut needs = needs(false);
+        needs.parts.iter_mut().for_each(|need| need.afar = need.told.part == "unet");
+        let least = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), ..MemoryWish::default() };
+        let needed = |offload| needs.needed(MemoryWish { offload, ..least }.first());
+        // Its 30 go where it is loaded whole.
+        assert_eq!((needed(Offload::None), needed(Offload::Sequential)), (Bytes(720), Bytes(170)));
+    }
+
+    #[test]
+    fn images_are_read_beside_the_text_encoders() {
+        let mut needs = needs(false);
+        let told = PartBytes { part: "vae", ..needs.parts[0].told.clone() };
+        let weighed = Weighed { bytes: Bytes(700), ..Weighed::default() };
+        needs.parts.push(Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: None });
+        needs.encode = [1.0; 2];
+        let means = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() }.first();
+        let drawing = needs.needed(means);
+        needs.parts[0].weighed.bytes = Bytes(1000);
+        assert_eq!((drawing, needs.needed(means)), (Bytes(1150), Bytes(1700)));
+    }
+
+    #[test]
+    fn what_adapters_change_is_had_anew_unless_it_is_here() {
+        let weighed = |bytes, mapped| Weighed { bytes: Bytes(bytes), mapped: Bytes(mapped), ..Weighed::default() };
+        let touched = Touched { before: weighed(120, 100), after: Bytes(240) };
+        let needed = |loaded, is_here| {
+            let told = PartBytes { part: "unet", name: "m".into(), bytes: Bytes(500), mapped: Bytes(400), loaded };
+            let weighed = weighed(500, 400);
+            let mut need = Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) };
+            need.adapt(touched, is_here, true);
+            need.whole()
+        };
+        assert_eq!((needed(false, false), needed(true, false), needed(true, true)), (620, 540, 300));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
 use super::simd;
+use super::unpacked::as_bytes;
 
 /// A dtype that widens to f32 exactly and is rounded to from f32.
 pub(super) trait Element: WithDType + Send + Sync {
@@ -153,16 +154,6 @@ pub(super) enum Numbers<'a> {
     F16(&'a [f16]),
 }
 
-impl Numbers<'_> {
-    /// Bytes of one.
-    pub(super) const fn size(&self) -> usize {
-        match self {
-            Self::F32(_) => 4,
-            Self::Bf16(_) | Self::F16(_) => 2,
-        }
-    }
-}
-
 /// A tensor's memory, held for reading.
 pub(super) struct Held<'a> {
     /// The read lock, whose type candle does not re-export.
@@ -200,6 +191,17 @@ impl<'a> Held<'a> {
         match T::cpu_storage_as_slice(self.cpu()?)?.get(start..end) {
             Some(numbers) => Ok(numbers),
             None => bail!("a tensor ends beyond its storage"),
+        }
+    }
+
+    /// The numbers' bytes, in order. The tensor must be contiguous.
+    pub(super) fn bytes(&self) -> Result<&[u8]> {
+        match self.cpu()? {
+            CpuStorage::F32(_) => self.slice::<f32>().map(as_bytes),
+            CpuStorage::BF16(_) => self.slice::<bf16>().map(as_bytes),
+            CpuStorage::F16(_) => self.slice::<f16>().map(as_bytes),
+            CpuStorage::U8(_) => self.slice::<u8>(),
+            _ => bail!("weights must be f32, bf16, f16 or bytes"),
         }
     }
 

@@ -1,10 +1,11 @@
 //! The kernels on the CPU: many threads, f32 and bf16 activations (f16 goes through f32), sums in f32, and nothing but
-//! the result and a few MiB of blocks in memory. Weights are laid for the micro-kernels: those of convolutions once, those of
-//! large linear layers a panel at a time, when a product comes to it.
+//! the result and a few MiB of blocks in memory. Weights stay as they are stored where they are large, and are laid for the
+//! micro-kernels a panel at a time, when a product comes to it; what is small is laid once.
 //!
 //! Shapes have been checked by the caller.
 
 mod attention;
+mod decode;
 mod element;
 mod finish;
 mod micro;
@@ -36,7 +37,7 @@ use self::pool::make_rows;
 use self::product::{After, Dense, product};
 use self::quantise::Bytes;
 use super::tally::Tally;
-use super::{Activation, ConvShape, Epilogue, Mask, Padding};
+use super::{Activation, ConvShape, Epilogue, Mask, Padding, StoredWeight};
 
 /// Whether these kernels take activations like `x`.
 pub(super) fn serves(x: &Tensor) -> bool {
@@ -68,6 +69,20 @@ macro_rules! by_dtype {
 
 fn tensor<T: WithDType>(numbers: Vec<T>, shape: &[usize]) -> Result<Tensor> {
     Tensor::from_vec(numbers, shape, &candle_core::Device::Cpu)
+}
+
+/// The numbers of a weight, rounded once to `dtype`, which is f32, bf16 or f16.
+pub(super) fn numbers(weight: &StoredWeight, dtype: DType) -> Result<Tensor> {
+    match dtype {
+        DType::BF16 => tensor(decode::numbers::<bf16>(weight)?, weight.dims()),
+        DType::F16 => tensor(decode::numbers::<f16>(weight)?, weight.dims()),
+        _ => tensor(decode::numbers::<f32>(weight)?, weight.dims())?.to_dtype(dtype),
+    }
+}
+
+/// Whether the kernels read the weights of a convolution in the order of the file, for feature maps of the usual size.
+pub(super) fn by_filters(shape: ConvShape, compute: DType) -> bool {
+    winograd::fits(shape, compute == DType::BF16)
 }
 
 /// `epilogue` with tensors whose memory can be read in order.

@@ -1,20 +1,22 @@
 //! Weights as the micro-kernels read them: panels of 32 outputs, the depth down a panel. Those of convolutions, INT8 ones
-//! and small ones are laid once, when a layer is made; the rest stay as they are stored, and a panel of them is made when
-//! a product comes to it (`unpacked.rs`). One layout serves every instruction set: what differs is only how numbers of one
+//! and small ones of plain numbers are laid once, when a layer is made; the rest stay as they are stored, and a panel of
+//! them is made when a product comes to it (`unpacked.rs`). One layout serves every instruction set: what differs is only how numbers of one
 //! dtype stand beside each other.
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 use half::f16;
 
 use super::element::{Element, Held, Numbers};
 use super::micro::{Operands, PANEL};
 use super::pool::{Shared, for_each};
 use super::quantise::{Scale, greatest};
-use super::{simd, unpacked};
+use super::simd;
+use super::unpacked::Rows;
+use crate::kernels::{Coding, StoredWeight};
 
 /// The depth of a panel is filled up with zeros to a multiple of this: what the widest micro-kernel takes at once.
 const GRAIN: usize = 32;
@@ -121,13 +123,32 @@ struct Quantised {
 /// The weights of a linear layer or convolution.
 #[derive(Debug)]
 pub(in crate::kernels) struct Packed {
-    /// The panels; nothing where there is a `tensor`.
-    memory: Aligned,
-    /// `[O, I, ..]`, contiguous: the weights as they are stored.
-    tensor: Option<Tensor>,
-    stored: Stored,
+    /// As they are stored; nothing where they were laid beforehand.
+    kept: Option<Kept>,
+    /// Where nothing is kept.
+    laid: Option<Laid>,
     outputs: usize,
-    depth: usize,
+    channels: usize,
+    taps: usize,
+}
+
+/// Weights as they are stored.
+#[derive(Debug)]
+struct Kept {
+    /// `[O, C, ..]`, contiguous, or the bytes of their blocks.
+    tensor: Tensor,
+    coding: Coding,
+    /// What they are rounded to before they are used; f32 where they are not.
+    rounded: DType,
+    /// Times which they count.
+    scale: f32,
+}
+
+/// Panels.
+#[derive(Debug)]
+pub(super) struct Laid {
+    memory: Aligned,
+    stored: Stored,
     /// Numbers down a panel.
     padded: usize,
     /// Empty where the weights are no bytes.
@@ -135,30 +156,25 @@ pub(in crate::kernels) struct Packed {
 }
 
 impl Packed {
-    /// `weight` is `[O, C, ..]` with any axes behind; the depth is those axes, then `C`.
-    pub(in crate::kernels) fn new(weight: &Tensor) -> Result<Self> {
-        let weight = match weight.dtype() {
-            DType::F32 | DType::BF16 | DType::F16 => weight.contiguous()?,
-            _ => weight.to_dtype(DType::F32)?.contiguous()?,
+    /// `weight` is `[O, C, ..]` with any axes behind; the depth is those axes, then `C`. `compute` is the dtype in which the
+    /// network computes, `by_filters` whether weights of several taps will be read in the order of the file.
+    pub(in crate::kernels) fn new(weight: &StoredWeight, compute: DType, by_filters: bool) -> Result<Self> {
+        let &[outputs, channels, ref taps @ ..] = weight.dims() else {
+            bail!("weights have outputs and inputs, and these are {:?}", weight.dims());
         };
-        let outputs = weight.dim(0)?;
-        let channels = weight.dim(1)?;
-        let taps = weight.dims()[2..].iter().product();
-        if unpacked::serves(&weight) {
-            let stored = match weight.dtype() {
-                DType::BF16 => Stored::Bf16,
-                DType::F16 => Stored::F16,
-                _ => Stored::F32,
-            };
-            let (memory, quantised) = (Aligned::zeros(0), Quantised::default());
-            return Ok(Self { memory, tensor: Some(weight), stored, outputs, depth: channels, padded: 0, quantised });
+        let (taps, coding) = (taps.iter().product(), weight.coding());
+        let packed = |kept, laid| Self { kept, laid, outputs, channels, taps };
+        // What is not plain numbers grows where it is laid, however small it is.
+        let stays = coding.dtype().is_none() || weight.bytes() >= crate::memory::LARGE;
+        let read_as_stored = by_filters || (taps == 1 && stays);
+        // Blocks are read where every line begins with a part of one.
+        if read_as_stored && (channels * taps).is_multiple_of(coding.grain()) {
+            let (tensor, rounded) = (weight.tensor().contiguous()?, coding.rounding(compute));
+            let kept = Kept { tensor, coding, rounded, scale: weight.scale() };
+            return Ok(packed(Some(kept), None));
         }
-        let held = Held::new(&weight);
-        Ok(match held.numbers()? {
-            Numbers::F32(from) => Self::lay(from, Stored::F32, (outputs, channels, taps)),
-            Numbers::F16(from) => Self::lay(from, Stored::F16, (outputs, channels, taps)),
-            Numbers::Bf16(from) => Self::lay(from, Stored::Bf16, (outputs, channels, taps)),
-        })
+        let numbers = weight.numbers(coding.widened(compute))?.contiguous()?;
+        Ok(packed(None, Some(Laid::of(&numbers, (outputs, channels, taps))?)))
     }
 
     /// As [`Self::new`], the weights of each output rounded to 127 steps either side of zero, the greatest of them
@@ -166,18 +182,97 @@ impl Packed {
     pub(in crate::kernels) fn int8(weight: &Tensor) -> Result<Self> {
         let depth: usize = weight.dims()[1..].iter().product();
         if !(1..=MAX_BYTE_DEPTH).contains(&depth) {
-            return Self::new(weight);
+            return Self::new(&StoredWeight::of(weight.clone())?, weight.dtype(), false);
         }
         let weight = match weight.dtype() {
             DType::F32 | DType::BF16 | DType::F16 => weight.contiguous()?,
             _ => weight.to_dtype(DType::F32)?.contiguous()?,
         };
-        let size = (weight.dim(0)?, weight.dim(1)?, weight.dims()[2..].iter().product());
-        let held = Held::new(&weight);
+        let (outputs, channels, taps) = (weight.dim(0)?, weight.dim(1)?, weight.dims()[2..].iter().product());
+        let (held, size) = (Held::new(&weight), (outputs, channels, taps));
+        let laid = match held.numbers()? {
+            Numbers::F32(from) => Laid::lay_bytes(from, size),
+            Numbers::F16(from) => Laid::lay_bytes(from, size),
+            Numbers::Bf16(from) => Laid::lay_bytes(from, size),
+        };
+        Ok(Self { kept: None, laid: Some(laid), outputs, channels, taps })
+    }
+
+    /// Bytes of memory.
+    pub(in crate::kernels) fn bytes(&self) -> usize {
+        let kept = self.kept.as_ref().map_or(0, |kept| kept.tensor.elem_count() * kept.tensor.dtype().size_in_bytes());
+        kept + self.laid.as_ref().map_or(0, Laid::bytes)
+    }
+
+    /// The weights as they are stored, held for reading, where they were not laid beforehand.
+    pub(super) fn held(&self) -> Option<Held<'_>> {
+        self.kept.as_ref().map(|kept| Held::new(&kept.tensor))
+    }
+
+    /// What [`Self::held`] holds.
+    pub(super) fn rows<'a>(&self, held: &'a Held<'a>) -> Result<Option<Rows<'a>>> {
+        let Some(kept) = &self.kept else { return Ok(None) };
+        let (coding, rounded, scale) = (kept.coding, kept.rounded, kept.scale);
+        Ok(Some(Rows { bytes: held.bytes()?, coding, rounded, scale, outputs: self.outputs, depth: self.depth() }))
+    }
+
+    /// The panels, where they were laid beforehand.
+    pub(super) fn laid(&self) -> Option<&Laid> {
+        self.laid.as_ref()
+    }
+
+    /// Panels of what is kept, for one product.
+    pub(super) fn lay(&self) -> Result<Laid> {
+        let Some(kept) = &self.kept else { bail!("weights that are neither laid nor kept") };
+        let shape = [self.outputs, self.channels, self.taps];
+        let weight = StoredWeight::new(kept.tensor.clone(), kept.coding, kept.scale, &shape)?;
+        let numbers = weight.numbers(kept.coding.widened(kept.rounded))?;
+        Laid::of(&numbers, (self.outputs, self.channels, self.taps))
+    }
+
+    /// Whether a product reads the weights as they are stored, where they are kept so.
+    pub(super) fn is_flat(&self) -> bool {
+        self.taps == 1
+    }
+
+    /// Whether the weights are bytes, for activations that are bytes.
+    pub(super) fn is_int8(&self) -> bool {
+        self.kept.is_none() && self.laid.as_ref().is_some_and(|laid| laid.stored == Stored::Int8)
+    }
+
+    /// Scales and offsets of a panel of bytes.
+    pub(super) fn quantised(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
+        let quantised = &self.laid.as_ref()?.quantised;
+        let scales = quantised.scales.as_chunks().0.get(panel)?;
+        Some((scales, quantised.offsets.as_chunks().0.get(panel)?))
+    }
+
+    pub(in crate::kernels) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    pub(in crate::kernels) fn depth(&self) -> usize {
+        self.channels * self.taps
+    }
+
+    /// Whether bf16 operands can be multiplied: the weights are, or are rounded to, such numbers.
+    pub(super) fn is_bf16(&self) -> bool {
+        match &self.kept {
+            Some(kept) if kept.rounded == DType::F32 => kept.coding == Coding::Bf16,
+            Some(kept) => kept.rounded == DType::BF16,
+            None => self.laid.as_ref().is_some_and(|laid| laid.stored == Stored::Bf16),
+        }
+    }
+}
+
+impl Laid {
+    /// `weight` is `[outputs, channels, ..]`, contiguous.
+    fn of(weight: &Tensor, size: (usize, usize, usize)) -> Result<Self> {
+        let held = Held::new(weight);
         Ok(match held.numbers()? {
-            Numbers::F32(from) => Self::lay_bytes(from, size),
-            Numbers::F16(from) => Self::lay_bytes(from, size),
-            Numbers::Bf16(from) => Self::lay_bytes(from, size),
+            Numbers::F32(from) => Self::lay(from, Stored::F32, size),
+            Numbers::F16(from) => Self::lay(from, Stored::F16, size),
+            Numbers::Bf16(from) => Self::lay(from, Stored::Bf16, size),
         })
     }
 
@@ -215,7 +310,7 @@ impl Packed {
                 (scales[n], offsets[n]) = (scale.step, sum.wrapping_mul(128));
             }
         });
-        Self { memory, tensor: None, stored: Stored::Int8, outputs, depth, padded, quantised }
+        Self { memory, stored: Stored::Int8, padded, quantised }
     }
 
     #[expect(unsafe_code, reason = "panels are written by several threads")]
@@ -271,45 +366,14 @@ impl Packed {
                 }
             }
         });
-        Self { memory, tensor: None, stored, outputs, depth, padded, quantised: Quantised::default() }
+        Self { memory, stored, padded, quantised: Quantised::default() }
     }
 
-    /// Bytes of memory.
-    pub(in crate::kernels) fn bytes(&self) -> usize {
-        let stored = self.tensor.as_ref().map_or(0, |tensor| tensor.elem_count() * self.stored.size());
-        self.memory.bytes + stored + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
+    fn bytes(&self) -> usize {
+        self.memory.bytes + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
     }
 
-    /// The weights as they are stored, held for reading, where they were not laid.
-    pub(super) fn held(&self) -> Option<Held<'_>> {
-        self.tensor.as_ref().map(Held::new)
-    }
-
-    /// Whether the weights are bytes, for activations that are bytes.
-    pub(super) fn is_int8(&self) -> bool {
-        self.stored == Stored::Int8
-    }
-
-    /// Scales and offsets of a panel of bytes.
-    pub(super) fn quantised(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
-        let scales = self.quantised.scales.as_chunks().0.get(panel)?;
-        Some((scales, self.quantised.offsets.as_chunks().0.get(panel)?))
-    }
-
-    pub(in crate::kernels) fn outputs(&self) -> usize {
-        self.outputs
-    }
-
-    pub(in crate::kernels) fn depth(&self) -> usize {
-        self.depth
-    }
-
-    /// Whether bf16 operands can be multiplied as they stand.
-    pub(super) fn is_bf16(&self) -> bool {
-        self.stored == Stored::Bf16
-    }
-
-    /// Of weights that were laid: where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
+    /// Where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
     pub(super) fn start(&self, panel: usize, depth: usize) -> *const u8 {
         self.memory.at((panel * self.padded + depth) * PANEL * self.stored.size())
     }
@@ -319,7 +383,7 @@ impl Packed {
         depth * PANEL * self.stored.size()
     }
 
-    /// Of weights that were laid: panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
+    /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
     /// stands, or widened into `scratch`.
     #[expect(unsafe_code, reason = "a panel seen as what it was stored as")]
     pub(super) fn panel(

@@ -4,43 +4,52 @@
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result};
+use half::bf16;
 
-use super::element::{Element, Held, Numbers};
+use super::decode;
+use super::element::{Element, Held};
 use super::micro::{self, Operands, PANEL};
-use super::packed::{Aligned, LINE, Packed};
+use super::packed::{Aligned, LINE, Laid, Packed};
 use super::simd;
+use crate::kernels::coding::Coding;
 
 /// Bytes of a word: what is moved as one, a pair of narrow numbers or one f32.
 pub(super) const WORD: usize = 4;
+/// Numbers that are decoded before they are rounded.
+const AT_ONCE: usize = 256;
 /// Words of a block that is turned at once: a cache line of them.
 pub(super) const BLOCK: usize = 16;
 
 /// The panels of one layer for the time of one product.
-pub(super) struct Panels<'a> {
-    packed: &'a Packed,
-    rows: Option<Rows<'a>>,
+pub(super) enum Panels<'a> {
+    Laid(&'a Laid),
+    /// Of a convolution that is seldom made so: beside the file they would take its place a second time.
+    Once(Laid),
+    Rows(Rows<'a>),
 }
 
 /// Weights as they are stored, `[outputs, depth]`.
-struct Rows<'a> {
-    numbers: Numbers<'a>,
-    bytes: &'a [u8],
+pub(super) struct Rows<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) coding: Coding,
+    /// What the numbers are rounded to; f32 where they are not.
+    pub(super) rounded: DType,
+    /// Times which they count.
+    pub(super) scale: f32,
+    pub(super) outputs: usize,
+    pub(super) depth: usize,
 }
 
 impl<'a> Panels<'a> {
-    /// `held` is the tensor of `packed`, if that has one.
+    /// `held` is what `packed` holds, if it holds something.
     pub(super) fn new(packed: &'a Packed, held: Option<&'a Held<'a>>) -> Result<Self> {
-        let rows = held.map(|held| {
-            let numbers = held.numbers()?;
-            let bytes = match numbers {
-                Numbers::F32(numbers) => as_bytes(numbers),
-                Numbers::Bf16(numbers) => as_bytes(numbers),
-                Numbers::F16(numbers) => as_bytes(numbers),
-            };
-            Ok::<_, candle_core::Error>(Rows { numbers, bytes })
-        });
-        Ok(Self { packed, rows: rows.transpose()? })
+        let rows = held.filter(|_| packed.is_flat()).map(|held| packed.rows(held)).transpose()?.flatten();
+        Ok(match (rows, packed.laid()) {
+            (Some(rows), _) => Self::Rows(rows),
+            (None, Some(laid)) => Self::Laid(laid),
+            (None, None) => Self::Once(packed.lay()?),
+        })
     }
 
     /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
@@ -52,9 +61,10 @@ impl<'a> Panels<'a> {
         depth: Range<usize>,
         scratch: &mut Aligned,
     ) -> *const u8 {
-        match &self.rows {
-            None => self.packed.panel(operands, panel, depth, scratch),
-            Some(rows) => rows.panel(operands, self.packed, panel, depth, scratch),
+        match self {
+            Self::Laid(laid) => laid.panel(operands, panel, depth, scratch),
+            Self::Once(laid) => laid.panel(operands, panel, depth, scratch),
+            Self::Rows(rows) => rows.panel(operands, panel, depth, scratch),
         }
     }
 
@@ -63,18 +73,14 @@ impl<'a> Panels<'a> {
         if depth.is_empty() {
             return Ahead { at: std::ptr::null(), stride: 0, rows: 0, across: 0, line: 0, part: 0 };
         }
-        let Some(rows) = &self.rows else {
-            let across = self.packed.stretch(depth.len()).div_ceil(LINE);
-            let (at, part) = (self.packed.start(panel, depth.start), across.div_ceil(parts));
-            return Ahead { at, stride: 0, rows: 1, across, line: 0, part };
+        let laid: &Laid = match self {
+            Self::Rows(rows) => return rows.ahead(panel, depth, parts),
+            Self::Laid(laid) => laid,
+            Self::Once(laid) => laid,
         };
-        let (size, first) = (rows.numbers.size(), panel * PANEL);
-        let at = rows.bytes.as_ptr().wrapping_add((first * self.packed.depth() + depth.start) * size);
-        let count = PANEL.min(self.packed.outputs().saturating_sub(first));
-        // A row need not begin with a cache line.
-        let across = (depth.len() * size + at.addr() % LINE).div_ceil(LINE);
-        let part = (count * across).div_ceil(parts);
-        Ahead { at, stride: self.packed.depth() * size, rows: count, across, line: 0, part }
+        let across = laid.stretch(depth.len()).div_ceil(LINE);
+        let (at, part) = (laid.start(panel, depth.start), across.div_ceil(parts));
+        Ahead { at, stride: 0, rows: 1, across, line: 0, part }
     }
 }
 
@@ -107,56 +113,106 @@ impl Ahead {
 }
 
 impl Rows<'_> {
+    /// As [`Panels::ahead`].
+    fn ahead(&self, panel: usize, depth: Range<usize>, parts: usize) -> Ahead {
+        let (numbers, size) = self.coding.block();
+        let first = panel * PANEL;
+        let at = self.bytes.as_ptr().wrapping_add((first * self.depth + depth.start) / numbers * size);
+        let count = PANEL.min(self.outputs.saturating_sub(first));
+        // A row need not begin with a cache line.
+        let across = (depth.len().div_ceil(numbers) * size + at.addr() % LINE).div_ceil(LINE);
+        let part = (count * across).div_ceil(parts);
+        Ahead { at, stride: self.depth * size / numbers, rows: count, across, line: 0, part }
+    }
+
+    /// As [`Panels::panel`]. Where numbers are written in blocks, `depth` begins with a multiple of 32 and so does every
+    /// row.
     #[expect(unsafe_code, reason = "scratch memory seen as numbers")]
-    fn panel(
+    pub(super) fn panel(
         &self,
         operands: Operands,
-        of: &Packed,
         panel: usize,
         depth: Range<usize>,
         scratch: &mut Aligned,
     ) -> *const u8 {
-        let size = self.numbers.size();
-        let (first, stride) = (panel * PANEL, of.depth() * size);
-        let words = (depth.len() * size).div_ceil(WORD);
-        let from = Lines {
-            bytes: self.bytes.get(first * stride + depth.start * size..).unwrap_or_default(),
-            stride,
-            count: PANEL.min(of.outputs().saturating_sub(first)),
-            length: depth.end.min(of.depth()).saturating_sub(depth.start) * size,
+        let first = panel * PANEL;
+        let count = PANEL.min(self.outputs.saturating_sub(first));
+        let there = depth.end.min(self.depth).saturating_sub(depth.start);
+        let is_stored = self.scale == 1.0 && self.rounded == DType::F32;
+        let decoded = match (operands, self.coding) {
+            (Operands::F32, Coding::F32 | Coding::F16 | Coding::Bf16) => !is_stored,
+            (Operands::F32, _) => true,
+            (_, coding) => !(is_stored && coding == Coding::Bf16),
         };
-        let as_is = operands != Operands::F32 || size == WORD;
-        // Narrow numbers are turned as pairs first, and widened behind them.
-        let (turned, wide) = ((words + BLOCK) * PANEL, if as_is { 0 } else { 2 * words * PANEL });
-        let to = scratch.at_least((turned + wide) * WORD);
+        let (_, stored) = self.coding.block();
+        let size = if decoded { operands.size() } else { stored };
+        let words = (depth.len() * size).div_ceil(WORD);
+        let widened = operands == Operands::F32 && size < WORD;
+        let turned = (words + BLOCK) * PANEL;
+        // Behind what is turned: numbers that were decoded wait there, or those go there that are widened.
+        let stride = words.next_multiple_of(BLOCK) + BLOCK;
+        let behind = match (decoded, widened) {
+            (true, _) => stride * PANEL,
+            (false, true) => 2 * words * PANEL,
+            (false, false) => 0,
+        };
+        let to = scratch.at_least((turned + behind) * WORD);
         // SAFETY: `scratch` has as many bytes, which have been written before, if only with zeros; it begins with a cache
         // line, and any bits are a number.
-        let (pairs, wide) = unsafe {
+        let (pairs, behind) = unsafe {
             (
                 std::slice::from_raw_parts_mut(to.cast::<u32>(), turned),
-                std::slice::from_raw_parts_mut(to.cast::<f32>().wrapping_add(turned), wide),
+                std::slice::from_raw_parts_mut(to.cast::<f32>().wrapping_add(turned), behind),
             )
         };
-        turn(from, words, pairs);
-        if as_is {
+        if decoded {
+            for (n, row) in behind.chunks_exact_mut(stride).take(count).enumerate() {
+                self.decode(operands, (first + n) * self.depth + depth.start, there, row);
+            }
+            let from = Lines { bytes: as_bytes(behind), stride: stride * WORD, count, length: there * size };
+            turn(from, words, pairs);
             return to;
         }
-        match self.numbers {
-            Numbers::F16(_) => simd::widen_half_pairs(&pairs[..words * PANEL], wide),
-            Numbers::Bf16(_) | Numbers::F32(_) => simd::widen_pairs(&pairs[..words * PANEL], wide),
+        let from = Lines {
+            bytes: self.bytes.get((first * self.depth + depth.start) * size..).unwrap_or_default(),
+            stride: self.depth * size,
+            count,
+            length: there * size,
+        };
+        turn(from, words, pairs);
+        if !widened {
+            return to;
         }
-        wide.as_ptr().cast()
+        match self.coding {
+            Coding::F16 => simd::widen_half_pairs(&pairs[..words * PANEL], behind),
+            _ => simd::widen_pairs(&pairs[..words * PANEL], behind),
+        }
+        behind.as_ptr().cast()
+    }
+
+    /// Writes `count` numbers from `first` on to the beginning of `row`, as f32 or as bf16.
+    #[expect(unsafe_code, reason = "scratch memory seen as numbers")]
+    fn decode(&self, operands: Operands, first: usize, count: usize, row: &mut [f32]) {
+        if operands == Operands::F32 {
+            return decode::rounded(self, first, &mut row[..count]);
+        }
+        assert!(count <= 2 * row.len(), "more numbers than there is memory for");
+        // SAFETY: the row has as many bytes; any bits are bf16.
+        let narrow = unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast::<bf16>(), count) };
+        if self.coding == Coding::F16 && self.scale == 1.0 {
+            return decode::f16_to_bf16(self.bytes, first, narrow);
+        }
+        let mut wide = [0.0; AT_ONCE];
+        for (i, narrow) in narrow.chunks_mut(AT_ONCE).enumerate() {
+            let wide = &mut wide[..narrow.len()];
+            decode::scaled(self, first + i * AT_ONCE, wide);
+            decode::narrow(wide, narrow);
+        }
     }
 }
 
-/// Tensors are kept as they are if they are of this kind: contiguous weights of one tap.
-pub(super) fn serves(weight: &Tensor) -> bool {
-    let bytes = weight.elem_count() * weight.dtype().size_in_bytes();
-    weight.dims()[2..].iter().all(|&side| side == 1) && bytes >= crate::memory::LARGE
-}
-
 #[expect(unsafe_code, reason = "numbers are moved as the bytes that they are")]
-fn as_bytes<T: Element>(numbers: &[T]) -> &[u8] {
+pub(super) fn as_bytes<T: Element>(numbers: &[T]) -> &[u8] {
     // SAFETY: the bytes are those of the numbers, and are borrowed as long; f32, bf16 and f16 have no padding.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use candle_core::Result;
+use candle_core::{Result, bail};
 
 use super::element::{Element, Held};
 use super::finish::{Finish, Spot, Target, finish_tile};
@@ -16,6 +16,7 @@ use super::packed::{Aligned, LINE, Packed};
 use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
 use super::product::After;
 use super::simd::{self, levels};
+use super::unpacked::Rows;
 use crate::kernels::{ConvShape, Padding};
 
 /// Products of a tile for one channel.
@@ -45,14 +46,21 @@ impl Tuning {
     }
 }
 
-/// Whether [`convolve`] takes such a convolution, and gains by it.
-pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
+/// Whether [`convolve`] takes convolutions of such a shape, and gains by it where feature maps are not small. `narrow` says
+/// whether weights and activations are bf16.
+pub(super) fn fits(shape: ConvShape, narrow: bool) -> bool {
     let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
-    let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && weight.outputs() >= 2 * PANEL;
-    let operands = Micro::new(!T::IS_F32 && weight.is_bf16()).operands;
+    let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && shape.outputs >= 2 * PANEL;
+    let operands = Micro::new(narrow).operands;
     let by_tiles = operands == Operands::Bf16 && simd::level() == simd::Level::Amx;
-    let products = !weight.is_int8() && !by_tiles;
-    same && products && wide && height * width >= Tuning::of(operands).least
+    same && wide && !by_tiles
+}
+
+/// Whether [`convolve`] takes a convolution with these weights.
+pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
+    let narrow = !T::IS_F32 && weight.is_bf16();
+    let kept = weight.held().is_some() && weight.outputs() == shape.outputs && weight.depth() == 9 * shape.inputs;
+    kept && fits(shape, narrow) && height * width >= Tuning::of(Micro::new(narrow).operands).least
 }
 
 struct Convolution<'a, T> {
@@ -93,7 +101,11 @@ pub(super) fn convolve<T: Element>(
     let micro = Micro::new(!T::IS_F32 && weight.is_bf16());
     let tuning = Tuning::of(micro.operands);
     let chain = channels.div_ceil(channels.div_ceil(tuning.chain)).next_multiple_of(GRAIN);
-    let filters = transform(weight, (channels, chain), micro.operands);
+    let held = weight.held();
+    let Some(rows) = held.as_ref().map(|held| weight.rows(held)).transpose()?.flatten() else {
+        bail!("weights that were laid beforehand");
+    };
+    let filters = transform(&rows, (channels, chain), micro.operands);
     let convolution = Convolution { numbers, height, width, channels, tiles, filters, outputs, micro, chain, finish };
 
     let panels = outputs.div_ceil(PANEL);
@@ -119,37 +131,29 @@ pub(super) fn convolve<T: Element>(
     Ok(out)
 }
 
-/// The filters at all points.
+/// The filters at all points, from weights `[outputs, channels, 9]`.
 #[expect(unsafe_code, reason = "panels are written by several threads")]
-fn transform(weight: &Packed, (channels, chain): (usize, usize), operands: Operands) -> Aligned {
-    const SOME: usize = GRAIN * PANEL;
-    let panels = weight.outputs().div_ceil(PANEL);
+fn transform(weight: &Rows, (channels, chain): (usize, usize), operands: Operands) -> Aligned {
+    let panels = weight.outputs.div_ceil(PANEL);
     let size = operands.size();
     let memory = Aligned::unwritten(panels * POINTS * channels * PANEL * size);
     for_each(panels, POINTS * panels * channels * PANEL, |panel| {
-        with_scratch(|Scratch { panel: wide, values, .. }| {
+        with_scratch(|Scratch { panel: turned, .. }| {
             for channel in (0..channels).step_by(GRAIN) {
                 let first = channel / chain * chain;
                 let depth = chain.min(channels - first);
                 let number = (panel * channels + first) * POINTS + channel - first;
                 let to = Points { start: memory.at(number * PANEL * size), between: depth * PANEL * size };
+                let taps = weight.panel(operands, panel, 9 * channel..9 * (channel + GRAIN), turned);
                 #[cfg(target_arch = "x86_64")]
                 if operands == Operands::Bf16 {
-                    let taps = std::array::from_fn(|tap| weight.start(panel, tap * channels + channel));
-                    // SAFETY: a panel has `GRAIN` channels at each of these depths, and `memory` as many at each point;
-                    // bf16 operands are chosen with AVX-512 BF16 alone.
+                    // SAFETY: a panel has 9 taps of `GRAIN` channels, and `memory` as many channels at each point; bf16
+                    // operands are chosen with AVX-512 BF16 alone.
                     unsafe { avx512::filters(taps, to) };
                     continue;
                 }
-                let taps = values.at_least(9 * SOME * 4).cast::<f32>();
-                // SAFETY: as long as it was just made.
-                let taps = unsafe { std::slice::from_raw_parts_mut(taps, 9 * SOME) };
-                for (tap, line) in taps.chunks_exact_mut(SOME).enumerate() {
-                    let start = tap * channels + channel;
-                    let from = weight.panel(Operands::F32, panel, start..start + GRAIN, wide).cast::<f32>();
-                    // SAFETY: a panel has 32 numbers at each of these depths.
-                    line.copy_from_slice(unsafe { std::slice::from_raw_parts(from, SOME) });
-                }
+                // SAFETY: a panel has 32 numbers at each of these depths.
+                let taps = unsafe { std::slice::from_raw_parts(taps.cast::<f32>(), 9 * GRAIN * PANEL) };
                 transform_filters(taps, to);
             }
         });
@@ -179,24 +183,25 @@ fn collect([a, b, c, d]: [f32; 4]) -> [f32; 2] {
 const LANES: usize = 16;
 
 levels! {
-    /// `taps` is `[9, n]`, `n` a multiple of 16.
+    /// `taps` is `[channels, 9, 32]`.
     fn transform_filters(taps: &[f32], to: Points) {
-        let count = taps.len() / 9;
-        for at in (0..count).step_by(LANES) {
-            let mut points = [[0.0; LANES]; POINTS];
-            for lane in 0..LANES {
-                let tap = |row: usize, column: usize| taps[(row * 3 + column) * count + at + lane];
-                let columns: [[f32; 4]; 3] =
-                    std::array::from_fn(|column| filter(tap(0, column), tap(1, column), tap(2, column)));
-                for row in 0..4 {
-                    let line = filter(columns[0][row], columns[1][row], columns[2][row]);
-                    for column in 0..4 {
-                        points[row * 4 + column][lane] = line[column];
+        for (channel, taps) in taps.chunks_exact(9 * PANEL).enumerate() {
+            for at in (0..PANEL).step_by(LANES) {
+                let mut points = [[0.0; LANES]; POINTS];
+                for lane in 0..LANES {
+                    let tap = |row: usize, column: usize| taps[(row * 3 + column) * PANEL + at + lane];
+                    let columns: [[f32; 4]; 3] =
+                        std::array::from_fn(|column| filter(tap(0, column), tap(1, column), tap(2, column)));
+                    for row in 0..4 {
+                        let line = filter(columns[0][row], columns[1][row], columns[2][row]);
+                        for column in 0..4 {
+                            points[row * 4 + column][lane] = line[column];
+                        }
                     }
                 }
-            }
-            for (point, numbers) in points.iter().enumerate() {
-                to.put(point, at, numbers);
+                for (point, numbers) in points.iter().enumerate() {
+                    to.put(point, channel * PANEL + at, numbers);
+                }
             }
         }
     }
@@ -403,6 +408,8 @@ mod avx512 {
 
     /// Numbers of a vector of f32.
     const WIDTH: usize = 16;
+    /// Bytes of a pair of numbers of each output of a panel.
+    const LINE_OF_PAIRS: usize = PANEL * 2 * size_of::<bf16>();
 
     /// As [`super::spread`].
     #[inline]
@@ -447,13 +454,13 @@ mod avx512 {
         }
     }
 
-    /// The points of [`GRAIN`] channels of a panel. Each of `taps` is where they begin in a panel of bf16; points are laid
-    /// likewise.
+    /// The points of [`GRAIN`] channels of a panel, whose weights `taps` has as `[channels, 9]`, in pairs of bf16. Points
+    /// are laid in pairs of channels.
     ///
     /// # Safety
-    /// Each of `taps` has [`GRAIN`] channels, and there is memory for as many at each point.
+    /// `taps` has [`GRAIN`] channels, and there is memory for as many at each point.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) unsafe fn filters(taps: [*const u8; 9], to: Points) {
+    pub(super) unsafe fn filters(taps: *const u8, to: Points) {
         /// Numbers 0 to 15 of the first half and of the second in turn.
         const PAIRS: [u16; 2 * WIDTH] = {
             let mut pairs = [0; 2 * WIDTH];
@@ -471,15 +478,20 @@ mod avx512 {
         for line in 0..GRAIN / 2 * PANEL / WIDTH {
             let at = line * size_of::<__m512i>();
             // SAFETY: a panel has as many lines.
-            let lines = taps.map(|tap| unsafe { _mm512_loadu_si512(tap.add(at).cast()) });
-            let evens = [0, 1, 2].map(|column| {
-                let even = |i: usize| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(lines[i]));
-                filter([even(column), even(3 + column), even(6 + column)])
-            });
-            let odds = [0, 1, 2].map(|column| {
-                let odd = |i: usize| _mm512_castsi512_ps(_mm512_and_si512(lines[i], high));
-                filter([odd(column), odd(3 + column), odd(6 + column)])
-            });
+            // Two channels are 18 numbers, which begin with a pair.
+            let pairs_of = taps.wrapping_add(line / 2 * 9 * LINE_OF_PAIRS + line % 2 * size_of::<__m512i>());
+            let number = |i: usize| unsafe {
+                // SAFETY: a panel has 9 lines of pairs for two channels.
+                let pair = _mm512_loadu_si512(pairs_of.add(i / 2 * LINE_OF_PAIRS).cast());
+                _mm512_castsi512_ps(if i.is_multiple_of(2) {
+                    _mm512_slli_epi32::<16>(pair)
+                } else {
+                    _mm512_and_si512(pair, high)
+                })
+            };
+            let columns =
+                |first: usize| [0, 1, 2].map(|column| filter([0, 3, 6].map(|row| number(first + row + column))));
+            let (evens, odds) = (columns(0), columns(9));
             for row in 0..4 {
                 let even = filter(evens.map(|column| column[row]));
                 let odd = filter(odds.map(|column| column[row]));

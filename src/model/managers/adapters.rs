@@ -97,9 +97,9 @@ impl AdapterManager {
 
     /// The running request will use what is kept of this file.
     pub(in crate::model) fn claim(&mut self, key: CheckpointKey) {
-        self.features.claim(key, &[]);
-        self.pictures.claim(key, &[]);
-        self.encoders.claim(key, &[]);
+        self.features.claim(key, &[], true, |_| true);
+        self.pictures.claim(key, &[], true, |_| true);
+        self.encoders.claim(key, &[], true, |_| true);
     }
 
     /// Drops everything. Gives the bytes that were held.

@@ -32,12 +32,19 @@ struct State {
 }
 
 /// When something was last used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Used {
     age: u64,
     tick: u64,
     /// Milliseconds of Unix time.
     pub(super) at: u64,
+}
+
+impl Used {
+    /// Greater the later.
+    pub(super) fn order(self) -> u64 {
+        self.tick
+    }
 }
 
 /// An entry of a shelf as the budget sees it.

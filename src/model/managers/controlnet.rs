@@ -17,12 +17,9 @@ use crate::model::companion::Companion;
 use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
 use crate::model::networks::unet::Unet;
 use crate::model::workers::open::Weights;
-use crate::model::workers::overlay::over;
+use crate::model::workers::overlay::{MARK, over};
 use crate::model::workers::rename::RenameControl;
 use crate::units::Bytes;
-
-/// The tensor that marks a Control-LoRA, which holds what it changes of its UNet.
-const LORA: &str = "lora_controlnet";
 
 pub struct ControlNetManager {
     pub(in crate::model) shelf: Shelf<ControlNet>,
@@ -49,7 +46,7 @@ impl ControlNetManager {
     ) -> Result<Arc<ControlNet>> {
         let (dtype, quantization) = (placement.compute, placement.quantization);
         let weights = companion.open(ctx)?;
-        let is_lora = weights.tensors().any(|(name, _)| name == LORA);
+        let is_lora = weights.tensors().any(|(name, _)| name == MARK);
         let weights = ctx.perform(&RenameControl, weights)?;
         let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
         let (of, laid) = if is_lora { (checkpoint.key, Some(companion.key)) } else { (companion.key, None) };

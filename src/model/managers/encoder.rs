@@ -74,18 +74,20 @@ impl EncoderManager {
             let second_changes = Adapting::new(stack, Part::TextEncoder2, &donors, |encoders| Some(&encoders.second));
             drop(donors);
             let first_bytes = first.as_ref().map_or(Bytes(0), |(_, opened)| first_changes.bytes(opened));
-            self.shelf.reserve(first_bytes + second_changes.bytes(&second));
+            let shared = first_changes.shares().clone().with(second_changes.shares().clone());
+            self.shelf.reserve_beside(first_bytes + second_changes.bytes(&second), &shared);
             let tensor = dtype.tensor();
             let first = first
                 .map(|(config, opened)| {
                     first_changes.load(&opened, ctx, |vb| ClipTextModel::load(vb, config, false, tensor))
                 })
-                .transpose()?;
-            let (first, first_bytes) = first.map_or((None, Bytes(0)), |(network, bytes)| (Some(network), bytes));
+                .transpose()?
+                .map(|first| first.kept(Bytes(0)));
             let config = &checkpoint.text_encoder_2;
-            let (second, bytes) =
-                second_changes.load(&second, ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
-            Ok(self.shelf.insert(key, &checkpoint.name, first_bytes + bytes, TextEncoders { first, second }))
+            let second = second_changes.load(&second, ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
+            let second = second.kept(Bytes(0));
+            let held = first.as_ref().map(|first| first.held().clone()).unwrap_or_default().with(second.held().clone());
+            Ok(self.shelf.insert_held(key, &checkpoint.name, held, TextEncoders { first, second }))
         })
     }
 }

@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use super::{Opened, Shelf, ShelfKey};
 use crate::context::Context;
 use crate::error::Result;
-use crate::kernels::sharing::{Layers, sharing};
+use crate::kernels::sharing::{Layer, Layers, sharing};
 use crate::model::checkpoint::Part;
 use crate::model::lora::Stack;
 use crate::model::workers::adapting::{Built, adapting};
@@ -22,6 +22,61 @@ pub struct Kept<T> {
     network: T,
     layers: Layers,
     marks: HashMap<String, u64>,
+    held: Held,
+}
+
+/// Bytes of a network: of each layer, which another network may have too, and of all else.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held {
+    /// By what tells a layer from all others in memory.
+    pub(super) layers: HashMap<usize, Bytes>,
+    pub(super) rest: Bytes,
+}
+
+impl Held {
+    /// Of two networks that are kept as one.
+    pub(super) fn with(mut self, other: Self) -> Self {
+        self.layers.extend(other.layers);
+        Self { rest: self.rest + other.rest, ..self }
+    }
+}
+
+/// A network that was built, and what was had for it beside the layers that were given.
+pub(super) struct Loaded<T> {
+    network: Kept<T>,
+    given: Held,
+    bytes: Bytes,
+}
+
+impl<T> Loaded<T> {
+    /// The network, which keeps all that was read for it but `saved`.
+    pub(super) fn kept(self, saved: Bytes) -> Kept<T> {
+        let Self { mut network, given, bytes } = self;
+        network.weigh(&given, bytes.saturating_sub(saved));
+        network
+    }
+}
+
+impl<T> Kept<T> {
+    /// Counts the layers that `given` does not, so that with all else they are the `bytes` which were had for them.
+    fn weigh(&mut self, given: &Held, bytes: Bytes) {
+        let of = |layer: &Layer| (layer.id(), Bytes(layer.bytes() as u64));
+        let fresh: Vec<_> =
+            self.layers.iter().map(|(_, layer)| of(layer)).filter(|(id, _)| !given.layers.contains_key(id)).collect();
+        // A layer may hold a little more than was read for it, as a widened bias.
+        let all = fresh.iter().map(|(_, bytes)| *bytes).sum::<Bytes>().max(Bytes(1));
+        let counted =
+            |own: Bytes| Bytes(if all > bytes { (own.0 as f64 / all.0 as f64 * bytes.0 as f64) as u64 } else { own.0 });
+        let fresh: HashMap<usize, Bytes> = fresh.into_iter().map(|(id, own)| (id, counted(own))).collect();
+        let rest = bytes.saturating_sub(fresh.values().copied().sum());
+        let taken = self.layers.iter().map(|(_, layer)| layer.id());
+        let shared = taken.filter_map(|id| Some((id, *given.layers.get(&id)?))).collect();
+        self.held = Held { layers: fresh, rest }.with(Held { layers: shared, rest: Bytes(0) });
+    }
+
+    pub(super) fn held(&self) -> &Held {
+        &self.held
+    }
 }
 
 impl<T> Deref for Kept<T> {
@@ -37,6 +92,7 @@ pub(super) struct Adapting<'a> {
     stack: &'a Stack,
     part: Part,
     given: Layers,
+    held: Held,
     marks: HashMap<String, u64>,
 }
 
@@ -49,15 +105,21 @@ impl<'a> Adapting<'a> {
         of: impl Fn(&D) -> Option<&Kept<T>>,
     ) -> Self {
         let marks = stack.marks(part);
-        let mut given = Layers::default();
+        let (mut given, mut held) = (Layers::default(), Held::default());
         for donor in donors.iter().filter_map(|donor| of(donor)) {
             for (name, layer) in donor.layers.iter() {
                 if donor.marks.get(name) == marks.get(name) && given.get(name).is_none() {
                     given.insert(name, layer.clone());
+                    held.layers.extend(donor.held.layers.get(&layer.id()).map(|bytes| (layer.id(), *bytes)));
                 }
             }
         }
-        Self { stack, part, given, marks }
+        Self { stack, part, given, held, marks }
+    }
+
+    /// What it shares.
+    pub(super) fn shares(&self) -> &Held {
+        &self.held
     }
 
     /// Bytes that the weights will take which are not shared.
@@ -65,14 +127,14 @@ impl<'a> Adapting<'a> {
         opened.bytes_of(|tensor| tensor.rsplit_once('.').is_none_or(|(layer, _)| self.given.get(layer).is_none()))
     }
 
-    /// Builds the network. Gives it with the bytes that it holds alone.
+    /// Builds the network.
     pub(super) fn load<T>(
         self,
         opened: &Opened,
         ctx: &Context,
         load: impl FnOnce(&VarBuilder) -> Result<T>,
-    ) -> Result<(Kept<T>, Bytes)> {
-        let Self { stack, part, given, marks } = self;
+    ) -> Result<Loaded<T>> {
+        let Self { stack, part, given, held, marks } = self;
         let known: HashSet<&str> = given.names().collect();
         let touches = stack.touches(part, &known, ctx)?;
         drop(known);
@@ -84,7 +146,8 @@ impl<'a> Adapting<'a> {
         });
         let (Built { network, spent, more }, bytes) = loaded?;
         spent.into_iter().enumerate().for_each(|(adapter, time)| stack.took(adapter, time));
-        Ok((Kept { network, layers, marks }, bytes + more))
+        let network = Kept { network, layers, marks, held: Held::default() };
+        Ok(Loaded { network, given: held, bytes: bytes + more })
     }
 }
 

@@ -10,6 +10,7 @@ mod unet;
 mod vae;
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
 
 use self::budget::{Line, Rack, Used, give_back};
+use self::lora::Held;
 use super::checkpoint::{Checkpoint, CheckpointKey, Part};
 use super::workers::open::Weights;
 use super::workers::read::{Read, ReadTask, kept_bytes};
@@ -52,6 +54,19 @@ impl ShelfKey {
         let device = placement.name.clone();
         Self { checkpoint: checkpoint.key, over: None, dtype, quantization: Quantization::None, device }
     }
+
+    fn form(&self) -> String {
+        form(self.dtype, self.quantization, self.device.ends_with(AFAR))
+    }
+}
+
+/// What follows the device of networks whose weights stay away from it.
+const AFAR: &str = " from afar";
+
+/// The [`Resident::form`] of a network.
+#[must_use]
+pub fn form(dtype: Dtype, quantization: Quantization, away: bool) -> String {
+    format!("{} {}{}", dtype.name(), quantization.name(), if away { AFAR } else { "" })
 }
 
 /// Networks of one kind, least recently used first. The one that is wanted now is always kept, however large; others
@@ -64,12 +79,14 @@ pub struct Shelf<T> {
 struct Entries<T> {
     kind: &'static str,
     list: RefCell<Vec<Entry<T>>>,
+    /// Layers of a network that is about to be loaded: they stay, whichever network gives them.
+    coming: RefCell<Held>,
 }
 
 struct Entry<T> {
     key: ShelfKey,
     name: String,
-    bytes: Bytes,
+    held: Held,
     pinned: bool,
     used: Used,
     item: Arc<T>,
@@ -78,7 +95,7 @@ struct Entry<T> {
 impl<T: 'static> Shelf<T> {
     #[must_use]
     pub fn new(kind: &'static str, budget: &Budget) -> Self {
-        let entries = Rc::new(Entries { kind, list: RefCell::default() });
+        let entries = Rc::new(Entries { kind, list: RefCell::default(), coming: RefCell::default() });
         budget.join(Rc::<Entries<T>>::clone(&entries));
         Self { entries, budget: budget.clone() }
     }
@@ -110,13 +127,26 @@ impl<T: 'static> Shelf<T> {
         self.budget.reserve(bytes);
     }
 
+    /// [`Self::reserve`] for an item that shares layers with others, which may go, but not what it shares.
+    fn reserve_beside(&mut self, bytes: Bytes, shared: &Held) {
+        self.entries.coming.replace(shared.clone());
+        self.reserve(bytes);
+        self.entries.coming.take();
+    }
+
     /// Keeps the item as the most recently used, and drops others while all do not fit the budget.
     pub fn insert(&mut self, key: ShelfKey, name: &str, bytes: Bytes, item: T) -> Arc<T> {
+        self.insert_held(key, name, Held { rest: bytes, ..Held::default() }, item)
+    }
+
+    /// [`Self::insert`] of an item that may share layers with others.
+    fn insert_held(&mut self, key: ShelfKey, name: &str, held: Held, item: T) -> Arc<T> {
         self.entries.retain(|entry| entry.key != key);
-        self.reserve(bytes);
         let (item, used) = (Arc::new(item), self.budget.used());
-        let entry = Entry { key, name: name.to_owned(), bytes, pinned: false, used, item: Arc::clone(&item) };
+        let entry = Entry { key, name: name.to_owned(), held, pinned: false, used, item: Arc::clone(&item) };
         self.entries.list.borrow_mut().push(entry);
+        // It stays, as it is held here, and what it shares is counted with it.
+        self.reserve(Bytes(0));
         item
     }
 
@@ -132,10 +162,23 @@ impl<T: 'static> Shelf<T> {
         give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
-    /// The running request will use the items of a checkpoint as it is, and those over whose files `over` lies.
-    pub(in crate::model) fn claim(&mut self, checkpoint: CheckpointKey, over: &[CheckpointKey]) {
-        let wanted =
-            |key: &ShelfKey| key.checkpoint == checkpoint && key.over.is_none_or(|above| over.contains(&above));
+    /// Drops the items of a checkpoint that are of this form, unless they are pinned.
+    pub(in crate::model) fn drop_form(&mut self, checkpoint: CheckpointKey, form: &str) {
+        let stays = |key: &ShelfKey| key.checkpoint != checkpoint || key.form() != form;
+        give_back(self.entries.retain(|entry| entry.pinned || stays(&entry.key)));
+    }
+
+    /// The running request will use the items of a checkpoint over whose files `over` lies, and if `bare` those over whose
+    /// files nothing does, of those forms that it uses.
+    pub(in crate::model) fn claim(
+        &mut self,
+        checkpoint: CheckpointKey,
+        over: &[CheckpointKey],
+        bare: bool,
+        is_used: impl Fn(&str) -> bool,
+    ) {
+        let over = |key: &ShelfKey| key.over.map_or(bare, |above| over.contains(&above));
+        let wanted = |key: &ShelfKey| key.checkpoint == checkpoint && over(key) && is_used(&key.form());
         for entry in self.entries.list.borrow_mut().iter_mut().filter(|entry| wanted(&entry.key)) {
             entry.used = self.budget.used();
         }
@@ -152,7 +195,8 @@ impl<T: 'static> Shelf<T> {
     /// Bytes that are held for one item; `None` if it is not here.
     #[must_use]
     pub fn bytes_at(&self, key: &ShelfKey) -> Option<Bytes> {
-        self.entries.list.borrow().iter().find(|entry| entry.key == *key).map(|entry| entry.bytes)
+        let place = self.entries.list.borrow().iter().position(|entry| entry.key == *key)?;
+        self.entries.counted().get(place).copied()
     }
 
     /// Bytes that are held for one checkpoint.
@@ -170,15 +214,51 @@ impl<T: 'static> Shelf<T> {
 
 impl<T> Entries<T> {
     fn bytes(&self, wanted: impl Fn(&Entry<T>) -> bool) -> Bytes {
-        self.list.borrow().iter().filter(|entry| wanted(entry)).map(|entry| entry.bytes).sum()
+        let list = self.list.borrow();
+        list.iter().zip(self.counted()).filter(|(entry, _)| wanted(entry)).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Bytes of each entry. A layer that several have is counted with the one that goes last, so that each frees what is
+    /// counted with it when it is its turn to go.
+    fn counted(&self) -> Vec<Bytes> {
+        let list = self.list.borrow();
+        let mut order: Vec<(usize, &Entry<T>)> = list.iter().enumerate().collect();
+        order.sort_by_key(|(_, entry)| (entry.pinned || entry.is_busy(), entry.used.order()));
+        let coming = self.coming.borrow();
+        let mut known: HashSet<usize> = coming.layers.keys().copied().collect();
+        let mut all = vec![Bytes(0); list.len()];
+        for (place, Entry { held, .. }) in order.into_iter().rev() {
+            let own = held.layers.iter().filter(|(id, _)| known.insert(**id)).map(|(_, bytes)| *bytes).sum::<Bytes>();
+            if let Some(bytes) = all.get_mut(place) {
+                *bytes = own + held.rest;
+            }
+        }
+        all
+    }
+
+    fn all_bytes(&self) -> Bytes {
+        self.counted().into_iter().sum::<Bytes>() + self.coming_bytes()
+    }
+
+    fn coming_bytes(&self) -> Bytes {
+        self.coming.borrow().layers.values().copied().sum()
     }
 
     /// Drops what does not stay, once the list is whole again. Gives its bytes.
     fn retain(&self, mut stays: impl FnMut(&Entry<T>) -> bool) -> Bytes {
+        let before = self.all_bytes();
         let all = self.list.take();
         let (kept, gone): (Vec<_>, Vec<_>) = all.into_iter().partition(|entry| stays(entry));
         *self.list.borrow_mut() = kept;
-        gone.iter().map(|entry| entry.bytes).sum()
+        drop(gone);
+        before.saturating_sub(self.all_bytes())
+    }
+}
+
+impl<T> Entry<T> {
+    /// Whether somebody else holds it.
+    fn is_busy(&self) -> bool {
+        Arc::strong_count(&self.item) > 1
     }
 }
 
@@ -188,52 +268,43 @@ impl<T> Rack for Entries<T> {
     }
 
     fn lines(&self) -> Vec<Line> {
-        let line = |entry: &Entry<T>| Line {
+        let line = |(entry, bytes): (&Entry<T>, Bytes)| Line {
             used: entry.used,
-            bytes: entry.bytes,
+            bytes,
             pinned: entry.pinned,
-            busy: Arc::strong_count(&entry.item) > 1,
+            busy: entry.is_busy(),
         };
-        self.list.borrow().iter().map(line).collect()
+        let coming = Line { used: Used::default(), bytes: self.coming_bytes(), pinned: false, busy: true };
+        let coming = Some(coming).filter(|coming| coming.bytes > Bytes(0));
+        self.list.borrow().iter().zip(self.counted()).map(line).chain(coming).collect()
     }
 
     fn discard(&self, used: Used) -> Bytes {
-        let mut list = self.list.borrow_mut();
-        let Some(at) = list.iter().position(|entry| entry.used == used) else { return Bytes(0) };
-        let gone = list.remove(at);
-        // Networks that differ in what lies over their files share the rest, which is counted with one of them: what the
-        // others share with it stays as long as they do.
-        let shares = ["unet", "encoder"].contains(&self.kind);
-        let like = |key: &ShelfKey| shares && *key == ShelfKey { over: key.over, ..gone.key.clone() };
-        let heir = list.iter_mut().rev().find(|entry| like(&entry.key));
-        let Some(heir) = heir else { return gone.bytes };
-        let (less, more) = (heir.bytes.min(gone.bytes), heir.bytes.max(gone.bytes));
-        heir.bytes = more;
-        less
+        self.retain(|entry| entry.used != used)
     }
 }
 
 impl<T> Manager for Shelf<T> {
     fn resident(&self) -> Vec<Resident> {
-        let resident = |entry: &Entry<T>| Resident {
+        let resident = |(entry, bytes): (&Entry<T>, Bytes)| Resident {
             kind: self.entries.kind,
             name: entry.name.clone(),
-            bytes: entry.bytes,
+            bytes,
             pinned: entry.pinned,
             used_ms: Some(entry.used.at),
+            form: Some(entry.key.form()),
+            over: entry.key.over.map(|over| over.0),
         };
-        self.entries.list.borrow().iter().map(resident).collect()
+        self.entries.list.borrow().iter().zip(self.entries.counted()).map(resident).collect()
     }
 
     fn evict(&mut self, want: Bytes) -> Bytes {
         let mut freed = Bytes(0);
-        let freed = self.entries.retain(|entry| {
-            let stays = entry.pinned || freed >= want;
-            if !stays {
-                freed = freed + entry.bytes;
-            }
-            stays
-        });
+        while freed < want {
+            let next = self.entries.list.borrow().iter().find(|entry| !entry.pinned).map(|entry| entry.used);
+            let Some(used) = next else { break };
+            freed = freed + self.entries.discard(used);
+        }
         give_back(freed);
         freed
     }
@@ -276,5 +347,57 @@ impl<'a> Opened<'a> {
             }
             other => other,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Budget, Bytes, CheckpointKey, Dtype, Held, Manager, Quantization, Shelf, ShelfKey};
+
+    fn key(over: u64) -> ShelfKey {
+        let over = Some(CheckpointKey::of(&over)).filter(|_| over > 0);
+        let (dtype, quantization) = (Dtype::F32, Quantization::None);
+        ShelfKey { checkpoint: CheckpointKey::of(&1), over, dtype, quantization, device: "cpu".into() }
+    }
+
+    /// Layers of 10 bytes, and 1 beside.
+    fn held(layers: &[usize]) -> Held {
+        Held { layers: layers.iter().map(|&id| (id, Bytes(10))).collect(), rest: Bytes(1) }
+    }
+
+    fn three(capacity: u64) -> Shelf<u8> {
+        let mut shelf = Shelf::new("unet", &Budget::new(Bytes(capacity)));
+        for (over, layers) in [(0, [1, 2, 3]), (1, [1, 2, 4]), (2, [1, 5, 6])] {
+            shelf.insert_held(key(over), "m", held(&layers), 0);
+        }
+        shelf
+    }
+
+    fn each(shelf: &Shelf<u8>) -> Vec<u64> {
+        shelf.resident().iter().map(|one| one.bytes.0).collect()
+    }
+
+    #[test]
+    fn what_networks_share_is_counted_once_and_goes_with_the_last() {
+        let mut shelf = three(1000);
+        assert_eq!(each(&shelf), [11, 21, 31]);
+        assert_eq!(shelf.evict(Bytes(1)), Bytes(11));
+        assert_eq!(shelf.evict(Bytes(1)), Bytes(21), "the second alone has what it shared with the first");
+        assert_eq!((shelf.remove(None), shelf.bytes()), (Bytes(31), Bytes(0)));
+        let mut shelf = three(1000);
+        shelf.get(&key(0));
+        assert_eq!(each(&shelf), [11, 21, 31], "the one that was used last has what is shared");
+        assert_eq!((shelf.remove(None), shelf.bytes()), (Bytes(63), Bytes(0)));
+    }
+
+    #[test]
+    fn a_network_whose_layers_are_taken_over_gives_only_the_others_back() {
+        assert_eq!(each(&three(60)), [21, 31], "the first went for the third");
+        let mut shelf = three(63);
+        // The fourth has the layers of the third and one more.
+        shelf.reserve_beside(Bytes(11), &Held { rest: Bytes(0), ..held(&[1, 5, 6]) });
+        assert_eq!(each(&shelf), [21, 31]);
+        shelf.insert_held(key(3), "m", held(&[1, 5, 6, 7]), 0);
+        assert_eq!((each(&shelf), shelf.bytes()), (vec![21, 1, 41], Bytes(63)));
     }
 }

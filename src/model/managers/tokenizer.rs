@@ -113,6 +113,8 @@ impl Manager for TokenizerManager {
             bytes: tokenizers.bytes,
             pinned: false,
             used_ms: None,
+            form: None,
+            over: None,
         };
         self.entries.iter().map(resident).collect()
     }

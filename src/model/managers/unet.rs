@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use super::lora::{Adapting, Kept, donors};
-use super::{Budget, Opened, Shelf, ShelfKey};
+use super::{AFAR, Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
@@ -30,7 +30,7 @@ impl UnetManager {
     /// Under which key a UNet is kept.
     pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
         let quantization = placement.quantization;
-        let device = if placement.away { format!("{} from afar", placement.name) } else { placement.name.clone() };
+        let device = if placement.away { format!("{}{AFAR}", placement.name) } else { placement.name.clone() };
         ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
     }
 
@@ -68,16 +68,15 @@ impl UnetManager {
             let lies = if placement.away { &host } else { placement };
             let opened = Opened::new(checkpoint, Part::Unet, lies, dtype, ctx)?;
             let adapting = Adapting::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
-            self.shelf.reserve(adapting.bytes(&opened));
+            self.shelf.reserve_beside(adapting.bytes(&opened), adapting.shares());
             let load = || adapting.load(&opened, ctx, |vb| Unet::load(vb, &checkpoint.unet));
             let (loaded, saved) = match placement.quantization {
                 Quantization::None if placement.away => (away(&placement.device, load), 0),
                 Quantization::None => (load(), 0),
                 Quantization::Int8 => quantising(Unet::bears_int8, load),
             };
-            let (unet, bytes) = loaded?;
-            let bytes = bytes.saturating_sub(Bytes(saved as u64));
-            Ok(self.shelf.insert(key, &checkpoint.name, bytes, unet))
+            let unet = loaded?.kept(Bytes(saved as u64));
+            Ok(self.shelf.insert_held(key, &checkpoint.name, unet.held().clone(), unet))
         })
     }
 }

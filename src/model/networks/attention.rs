@@ -5,36 +5,18 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use candle_core::{Error as CandleError, Result as CandleResult, Shape, Tensor};
+use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Check;
 use super::steering::{Change, Perturbed, SelfAttention};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention, sharing};
+use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
 
 const STAGE: &str = "unet";
 /// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
 const GROUP_NORM_EPS: f64 = 1e-6;
 const LAYER_NORM_EPS: f64 = 1e-5;
-
-/// A linear layer over channels, with bias, whose weight may be stored as that of a 1×1 convolution.
-///
-/// # Errors
-/// A missing tensor, or one of another shape.
-pub(super) fn load_projection(vb: &VarBuilder, inputs: usize, outputs: usize) -> CandleResult<Linear> {
-    sharing::linear(vb, || {
-        // Asked for by name alone: a file's reader keeps the first refusal of a shape, and reports it whatever comes after.
-        let weight = vb.get_unchecked("weight")?;
-        let expected = Shape::from((outputs, inputs));
-        if weight.shape() != &expected && weight.dims() != [outputs, inputs, 1, 1] {
-            let msg = format!("`{}.weight`", vb.prefix());
-            return Err(CandleError::UnexpectedShape { msg, expected, got: weight.shape().clone() });
-        }
-        let weight = weight.reshape(expected)?;
-        Linear::named(vb, &weight, Some(vb.get(outputs, "bias")?))
-    })
-}
 
 /// Sizes of one attention layer or transformer.
 #[derive(Clone, Copy, Debug)]
@@ -287,9 +269,9 @@ impl SpatialTransformer {
         let blocks = vb.pp("transformer_blocks");
         Ok(Self {
             norm: GroupNorm::load(&vb.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,
-            proj_in: load_projection(&vb.pp("proj_in"), shape.channels, shape.channels)?,
+            proj_in: Linear::load(&vb.pp("proj_in"), shape.channels, shape.channels)?,
             blocks: (0..depth).map(|i| TransformerBlock::load(&blocks.pp(i), shape)).collect::<CandleResult<_>>()?,
-            proj_out: load_projection(&vb.pp("proj_out"), shape.channels, shape.channels)?,
+            proj_out: Linear::load(&vb.pp("proj_out"), shape.channels, shape.channels)?,
         })
     }
 

@@ -8,7 +8,6 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::attention::load_projection;
 use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
 use super::strips::{Strips, cut};
 use super::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock, loading};
@@ -222,7 +221,7 @@ impl Attention {
         let projection = |name: &str, old: &str| {
             let now = vb.pp(name);
             let vb = if now.contains_tensor("weight") { now } else { vb.pp(old) };
-            load_projection(&vb, channels, channels)
+            Linear::load(&vb, channels, channels)
         };
         Ok(Self {
             group_norm: GroupNorm::load(&vb.pp("group_norm"), groups, channels, EPS)?,

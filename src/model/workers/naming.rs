@@ -5,6 +5,7 @@
 
 use super::open::{Stored, Weights};
 use super::rename::{UnetNames, number};
+use super::scales::{MARK, check, scaled_by};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
@@ -66,7 +67,7 @@ impl Worker<Weights> for NamePart {
     type Output = Weights;
 
     /// # Errors
-    /// `model_corrupt` where two tensors would have one name.
+    /// `model_corrupt` where two tensors would have one name; `model_unsupported` for scales that no weight takes.
     fn run(&self, weights: Weights, _: &Context) -> Result<Weights> {
         named(&weights, self.0).unwrap_or(Ok(weights))
     }
@@ -81,7 +82,8 @@ pub(in crate::model) fn named(weights: &Weights, part: Part) -> Option<Result<We
     };
     let (prefix, names) = marks(part).iter().find_map(found)?;
     let own = || weights.tensors().filter_map(|(name, _)| name.strip_prefix(prefix));
-    Some(match names {
+    let marked = own().any(|name| name == MARK);
+    let renamed = match names {
         Names::Own => weights.renamed(|name| name.strip_prefix(prefix).map(str::to_owned)),
         Names::Unet => {
             let names = UnetNames::of(own());
@@ -95,7 +97,8 @@ pub(in crate::model) fn named(weights: &Weights, part: Part) -> Option<Result<We
         Names::OpenClip => {
             weights.relaid(|name, stored| name.strip_prefix(prefix).map_or(Vec::new(), |name| open_clip(name, stored)))
         }
-    })
+    };
+    Some(renamed.and_then(|renamed| check(&renamed, marked).map(|()| renamed)))
 }
 
 /// A name of the autoencoder, whose way up ends at level `last` as it begins: single files count it from the picture.
@@ -144,6 +147,22 @@ fn vae(name: &str, last: usize) -> Option<String> {
 
 /// The tensors that transformers makes of one of OpenCLIP's.
 fn open_clip(name: &str, stored: &Stored) -> Vec<(String, Stored)> {
+    let named = name.replace("in_proj.", "in_proj_");
+    if let Some((weight, ending)) = scaled_by(&named) {
+        // One number, which is that of each part of its weight.
+        let names = open_clip_names(&weight).into_iter();
+        let scale = |name: String| Some((format!("{}{ending}", name.strip_suffix("weight")?), stored.clone()));
+        return names.filter_map(scale).collect();
+    }
+    let names = open_clip_names(name);
+    match names.len() {
+        1 => names.into_iter().map(|name| (name, stored.clone())).collect(),
+        _ => names.into_iter().zip(thirds(stored)).collect(),
+    }
+}
+
+/// The names of these tensors: one, or three of its parts.
+fn open_clip_names(name: &str) -> Vec<String> {
     let simple = [
         ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
         ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
@@ -154,15 +173,14 @@ fn open_clip(name: &str, stored: &Stored) -> Vec<(String, Stored)> {
         ("text_projection.weight", "text_projection.weight"),
     ];
     if let Some((_, new)) = simple.iter().find(|(old, _)| *old == name) {
-        return vec![((*new).to_owned(), stored.clone())];
+        return vec![(*new).to_owned()];
     }
     let Some((layer, rest)) = name.strip_prefix("transformer.resblocks.").and_then(number) else { return Vec::new() };
     let place = |rest: &str| format!("text_model.encoder.layers.{layer}.{rest}");
     // One matrix for queries, keys and values, one below the other.
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
-        let projections = ["q_proj", "k_proj", "v_proj"];
         let name = |projection: &str| place(&format!("self_attn.{projection}.{kind}"));
-        return thirds(stored).into_iter().zip(projections).map(|(part, p)| (name(p), part)).collect();
+        return ["q_proj", "k_proj", "v_proj"].map(name).into();
     }
     let parts = [
         ("ln_1.", "layer_norm1."),
@@ -172,7 +190,7 @@ fn open_clip(name: &str, stored: &Stored) -> Vec<(String, Stored)> {
         ("mlp.c_proj.", "mlp.fc2."),
     ];
     let renamed = parts.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|rest| place(&format!("{new}{rest}"))));
-    renamed.map(|name| (name, stored.clone())).into_iter().collect()
+    renamed.into_iter().collect()
 }
 
 /// A tensor's rows in three parts; none if they are no multiple of three.
@@ -189,4 +207,34 @@ fn thirds(stored: &Stored) -> Vec<Stored> {
         Stored { dtype: stored.dtype, shape, range: start..start + bytes / 3 }
     };
     (0..3).map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Stored, open_clip};
+    use crate::model::workers::open::StoredDtype;
+
+    #[test]
+    fn queries_keys_and_values_share_the_scale_of_their_matrix() {
+        let scale = Stored { dtype: StoredDtype::F32, shape: vec![], range: 8..12 };
+        let q = |ending: &str| format!("text_model.encoder.layers.3.self_attn.q_proj.{ending}");
+        for (name, ending) in [
+            ("attn.in_proj_scale_weight", "scale_weight"),
+            ("attn.in_proj.scale_weight", "scale_weight"),
+            ("attn.in_proj_weight_scale", "weight_scale"),
+        ] {
+            let made = open_clip(&format!("transformer.resblocks.3.{name}"), &scale);
+            let expected = ["q_proj", "k_proj", "v_proj"].map(|part| q(ending).replace("q_proj", part));
+            assert!(made.iter().map(|(name, _)| name).eq(&expected), "{made:?}");
+            assert!(made.iter().all(|(_, stored)| stored.range == scale.range), "{made:?}");
+        }
+        let one = open_clip("transformer.resblocks.3.mlp.c_fc.scale_weight", &scale);
+        assert_eq!(
+            one.first().map(|(name, _)| name.as_str()),
+            Some("text_model.encoder.layers.3.mlp.fc1.scale_weight")
+        );
+        let matrix = Stored { shape: vec![6, 2], range: 0..48, ..scale };
+        let parts = open_clip("transformer.resblocks.3.attn.in_proj_weight", &matrix);
+        assert!(parts.iter().map(|(_, part)| part.range.clone()).eq([0..16, 16..32, 32..48]), "{parts:?}");
+    }
 }

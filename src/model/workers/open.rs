@@ -14,16 +14,20 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+pub(in crate::model) use super::dtype::StoredDtype;
+use super::gguf;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::memory::{self, FromBits};
 use crate::model::folder::Found;
+use crate::units::Bytes;
 
-/// Longest header that is read, as the format's own library has it.
-const HEADER_LIMIT: u64 = 100_000_000;
+/// Longest header that is read, so that no file takes much memory before it is known. Those of whole SDXL models are
+/// below 1 MB.
+const HEADER_LIMIT: u64 = 16 * Bytes::MIB;
 /// More axes than any weight has.
-const RANK_LIMIT: usize = 8;
+pub(super) const RANK_LIMIT: usize = 8;
 
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
@@ -42,19 +46,6 @@ pub struct Stored {
     pub range: Range<u64>,
 }
 
-/// Number formats that files have and this worker can tell apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum StoredDtype {
-    F64,
-    F32,
-    F16,
-    Bf16,
-    /// Eight-bit floats, named as in the file.
-    F8(&'static str),
-    /// Integers and booleans, named as in the file; no weight is one.
-    Other(&'static str),
-}
-
 struct Shard {
     path: PathBuf,
     source: Source,
@@ -65,42 +56,15 @@ enum Source {
     Embedded(&'static [u8]),
 }
 
-impl StoredDtype {
-    const KNOWN: &'static [(&'static str, Self, u64)] = &[
-        ("F64", Self::F64, 8),
-        ("F32", Self::F32, 4),
-        ("F16", Self::F16, 2),
-        ("BF16", Self::Bf16, 2),
-        ("F8_E4M3", Self::F8("f8_e4m3"), 1),
-        ("F8_E5M2", Self::F8("f8_e5m2"), 1),
-        ("I64", Self::Other("i64"), 8),
-        ("U64", Self::Other("u64"), 8),
-        ("I32", Self::Other("i32"), 4),
-        ("U32", Self::Other("u32"), 4),
-        ("I16", Self::Other("i16"), 2),
-        ("U16", Self::Other("u16"), 2),
-        ("I8", Self::Other("i8"), 1),
-        ("U8", Self::Other("u8"), 1),
-        ("BOOL", Self::Other("bool"), 1),
-    ];
-
-    /// The name of the wire.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F64 => "f64",
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::F8(name) | Self::Other(name) => name,
-        }
-    }
-}
-
 impl Weights {
     /// Tensors by name, in the order of their names.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Stored)> {
         self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
+    }
+
+    /// One tensor and its file.
+    pub(in crate::model) fn tensor(&self, name: &str) -> Option<(usize, &Stored)> {
+        self.tensors.get(name).map(|(shard, stored)| (*shard, stored))
     }
 
     /// A text of the files' `__metadata__`.
@@ -150,7 +114,7 @@ impl Weights {
             StoredDtype::F64 => 8,
             StoredDtype::F32 => 4,
             StoredDtype::F16 | StoredDtype::Bf16 => 2,
-            StoredDtype::F8(_) | StoredDtype::Other(_) => return Ok(None),
+            StoredDtype::Coded(_) | StoredDtype::Other(_) => return Ok(None),
         };
         let bytes = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
         if bytes > most * width {
@@ -166,6 +130,30 @@ impl Weights {
             _ => f64::NAN,
         };
         Ok(Some(all.chunks_exact(width).map(number).collect()))
+    }
+
+    /// A tensor of one whole number, or of a truth as 0 or 1; `None` if it is none.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(in crate::model) fn whole_number(&self, name: &str) -> Result<Option<f64>> {
+        let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
+        let StoredDtype::Other(dtype) = stored.dtype else { return Ok(None) };
+        let width = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        if width > 8 || stored.shape.iter().any(|&side| side != 1) {
+            return Ok(None);
+        }
+        let mut bytes = [0; 8];
+        let Some(own) = bytes.get_mut(..width) else { return Ok(None) };
+        self.read(*shard, stored.range.start, own)?;
+        let unsigned = u64::from_le_bytes(bytes);
+        // A narrower number's sign is moved to the highest bit and back.
+        let unused = 64 - 8 * width as u32;
+        Ok(Some(if dtype.starts_with('i') {
+            ((unsigned << unused).cast_signed() >> unused) as f64
+        } else {
+            unsigned as f64
+        }))
     }
 
     /// The tensors in the order in which they lie in their files, each with its shard.
@@ -312,6 +300,17 @@ fn open(found: &Found) -> Result<(Shard, Header<Stored>)> {
         }
         Found::Disk(path) => {
             let (mut file, length) = Found::open(path)?;
+            let mut start = [0; 4];
+            if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
+                let read = gguf::header(&mut std::io::BufReader::new(&file), length);
+                let gguf::Gguf { tensors: entries, texts: metadata } = read.map_err(|refusal| match refusal {
+                    gguf::Refusal::Corrupt(message) => Error::ModelCorrupt { path: path.clone(), message },
+                    gguf::Refusal::Unsupported(message) => {
+                        Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
+                    }
+                })?;
+                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, Header { entries, metadata }));
+            }
             if is_pickle(&file) {
                 return Err(Error::UnsafeFormat { path: path.clone() });
             }
@@ -353,13 +352,14 @@ fn header(file: &mut impl Read, length: u64) -> Result<Header<Stored>, String> {
     if header_length > length - 8 {
         return Err(format!("is cut off: its header claims {header_length} bytes, and {} follow", length - 8));
     }
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(usize::try_from(header_length).unwrap_or_default());
     file.take(header_length).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
     if text.len() as u64 != header_length || text.first() != Some(&b'{') {
         return Err("is not a safetensors file: its header must be a JSON object".to_owned());
     }
     let Header { entries, metadata } =
         serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
+    drop(text);
     Ok(Header { entries: place(entries, 8 + header_length, length)?, metadata })
 }
 
@@ -428,6 +428,8 @@ struct Header<T> {
 
 /// Longest text of the metadata that is kept: trainers write down every word they met.
 const TEXT_LIMIT: usize = 64 << 10;
+/// The one that is kept however long it is: what diffusers says of an adapter, with numbers for every layer.
+pub(in crate::model) const ADAPTER: &str = "lora_adapter_metadata";
 
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -455,21 +457,28 @@ impl<'de> Deserialize<'de> for Header<Entry> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let (mut entries, mut metadata) = (Vec::new(), BTreeMap::new());
-                let mut known = std::collections::HashSet::new();
+                let mut described = false;
                 while let Some(name) = map.next_key::<String>()? {
-                    if !known.insert(name.clone()) {
-                        return Err(A::Error::custom(format!("`{name}` comes twice")));
-                    }
                     if name == "__metadata__" {
+                        if std::mem::replace(&mut described, true) {
+                            return Err(A::Error::custom("`__metadata__` comes twice"));
+                        }
                         for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
                             match value {
-                                Metadata::Text(text) if text.len() <= TEXT_LIMIT => drop(metadata.insert(key, text)),
+                                Metadata::Text(text) if text.len() <= TEXT_LIMIT || key == ADAPTER => {
+                                    drop(metadata.insert(key, text));
+                                }
                                 Metadata::Text(_) | Metadata::Other(_) => {}
                             }
                         }
                     } else {
                         entries.push((name, map.next_value()?));
                     }
+                }
+                let mut names: Vec<&str> = entries.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
+                names.sort_unstable();
+                if let Some([name, _]) = names.array_windows().find(|[one, next]| one == next) {
+                    return Err(A::Error::custom(format!("`{name}` comes twice")));
                 }
                 Ok(Header { entries, metadata })
             }

@@ -11,7 +11,11 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 
 use crate::error::Result;
+use crate::kernels::growing;
 use crate::units::Bytes;
+
+/// The tensor that marks a Control-LoRA, which holds what it changes of its UNet.
+pub(in crate::model) const MARK: &str = "lora_controlnet";
 
 /// Builds a network from `upper` over `lower`. Gives it with the bytes of the tensors that it took.
 ///
@@ -24,8 +28,8 @@ pub(in crate::model) fn over<T>(
 ) -> Result<(T, Bytes)> {
     let taken = AtomicU64::new(0);
     let backend: Box<dyn SimpleBackend + '_> = Box::new(Over { upper, lower, taken: &taken });
-    let network = load(&VarBuilder::from_backend(backend, lower.dtype(), lower.device().clone()))?;
-    Ok((network, Bytes(taken.load(Ordering::Relaxed))))
+    let (network, grown) = growing(|| load(&VarBuilder::from_backend(backend, lower.dtype(), lower.device().clone())));
+    Ok((network?, Bytes(taken.load(Ordering::Relaxed) + grown as u64)))
 }
 
 struct Over<'a> {
@@ -35,17 +39,18 @@ struct Over<'a> {
 }
 
 impl Over<'_> {
-    fn take(&self, name: &str, shape: Option<Shape>) -> CandleResult<Tensor> {
-        let from = |source: &VarBuilder| match &shape {
-            Some(shape) => source.get(shape.clone(), name),
+    /// A tensor that is not changed is given as its file gives it to whoever says `hint`.
+    fn take(&self, name: &str, shape: Option<Shape>, hint: Init) -> CandleResult<Tensor> {
+        let from = |source: &VarBuilder, hint| match &shape {
+            Some(shape) => source.get_with_hints(shape.clone(), name, hint),
             None => source.get_unchecked(name),
         };
         let tensor = match (self.upper.contains_tensor(name), name.strip_suffix(".weight")) {
-            (true, _) => from(self.upper)?,
+            (true, _) => from(self.upper, hint)?,
             (false, Some(layer)) if self.upper.contains_tensor(&format!("{layer}.up")) => {
-                self.changed(&from(self.lower)?, layer)?
+                self.changed(&from(self.lower, Init::Const(0.0))?, layer)?
             }
-            (false, _) => from(self.lower)?,
+            (false, _) => from(self.lower, hint)?,
         };
         let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
         self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -85,12 +90,12 @@ fn sides(tensor: &Tensor) -> Option<(usize, usize)> {
 }
 
 impl SimpleBackend for Over<'_> {
-    fn get(&self, shape: Shape, name: &str, _: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, Some(shape))
+    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
+        self.take(name, Some(shape), hint)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, None)
+        self.take(name, None, Init::Const(0.0))
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

@@ -8,16 +8,18 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::open::{Stored, StoredDtype, Weights};
+use super::scales::{is_in_eight_bits, scales_of};
 use crate::context::{Context, Progress};
 use crate::device::interface::Dtype;
 use crate::error::{Error, Result};
+use crate::kernels::{Coding, StoredWeight, bytes_held, growing, welcomes};
 use crate::layers::Worker;
 use crate::units::Bytes;
 
@@ -28,21 +30,22 @@ const CHUNK: usize = 4 << 20;
 /// Threads that read, however few cores there are: a disk is fast only while several reads are waiting for it.
 const READERS: usize = 4;
 
-/// The dtype in which a tensor is kept that is stored as `stored`, for a network that computes in `compute`: what is
-/// narrower stays as it is, as kernels widen weights where they use them; anything else becomes the compute dtype. On a
-/// GPU kernels take weights in the compute dtype only. `None` if the tensor is not a weight.
+/// How the numbers of a tensor are kept that is stored as `stored`, for a network that computes in `compute`: what is as
+/// narrow stays as it is, as kernels widen and round weights where they use them; anything else becomes the compute dtype.
+/// On a GPU kernels take weights in the compute dtype only. `None` if the tensor is not a weight.
 #[must_use]
-pub(in crate::model) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<DType> {
-    let stored = match stored {
-        StoredDtype::F64 => DType::F64,
-        StoredDtype::F32 => DType::F32,
-        StoredDtype::F16 => DType::F16,
-        StoredDtype::Bf16 => DType::BF16,
-        StoredDtype::F8(_) | StoredDtype::Other(_) => return None,
+pub(in crate::model) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<Coding> {
+    let stays = match stored {
+        StoredDtype::Other(_) => return None,
+        StoredDtype::F64 => None,
+        StoredDtype::F32 => Some(Coding::F32).filter(|_| compute == Dtype::F32),
+        StoredDtype::F16 | StoredDtype::Bf16 | StoredDtype::Coded(_) => stored.coding(),
     };
-    let compute = compute.tensor();
-    let narrower = stored.size_in_bytes() < compute.size_in_bytes();
-    Some(if narrower && device.is_cpu() { stored } else { compute })
+    stays.filter(|_| device.is_cpu()).or(match compute.tensor() {
+        DType::F16 => Some(Coding::F16),
+        DType::BF16 => Some(Coding::Bf16),
+        _ => Some(Coding::F32),
+    })
 }
 
 /// Bytes that those weights take on the device whose names are `wanted`.
@@ -58,8 +61,14 @@ pub(in crate::model) fn kept_bytes(
 }
 
 fn tensor_bytes(stored: &Stored, compute: Dtype, device: &Device) -> Bytes {
-    let elements: u64 = stored.shape.iter().map(|&side| side as u64).product();
-    Bytes(kept(stored.dtype, compute, device).map_or(0, |dtype| elements * dtype.size_in_bytes() as u64))
+    let elements = stored.shape.iter().product();
+    let held = |coding: Coding| match device.is_cpu() {
+        true => bytes_held(&stored.shape, coding, compute.tensor()),
+        false => coding.bytes(elements),
+    };
+    let bytes = kept(stored.dtype, compute, device).and_then(held);
+    // Where blocks do not come out even, the file's reader has said so.
+    Bytes(bytes.unwrap_or(0) as u64)
 }
 
 /// Finds every tensor of a network.
@@ -85,20 +94,10 @@ impl<'a> Worker<ReadTask<'a>> for Read {
     type Output = Tensors<'a>;
 
     /// # Errors
-    /// `model_unsupported` for eight-bit weights.
+    /// None.
     fn run(&self, task: ReadTask<'a>, _: &Context) -> Result<Tensors<'a>> {
-        let order = task.weights.in_file_order();
-        if let Some((name, shard, stored)) = order.iter().find(|(.., s)| matches!(s.dtype, StoredDtype::F8(_))) {
-            return Err(Error::ModelUnsupported {
-                name: task.weights.path(*shard).display().to_string(),
-                message: format!(
-                    "tensor `{name}` is stored as {}, and weights must be f32, f16 or bf16",
-                    stored.dtype.name()
-                ),
-            });
-        }
         let is_weight = |(.., stored): &Wanted| kept(stored.dtype, task.compute, task.device).is_some();
-        let wanted = order.into_iter().filter(is_weight).collect();
+        let wanted = task.weights.in_file_order().into_iter().filter(is_weight).collect();
         Ok(Tensors { task, wanted })
     }
 }
@@ -155,19 +154,22 @@ enum Numbers {
     F32(Vec<f32>),
     /// f16 or bf16
     Half(Vec<u16>),
+    Coded(Vec<u8>),
 }
 
 impl Numbers {
     /// Those of a tensor that is kept as it is stored, on the CPU, where they lie.
     fn mapped(task: &ReadTask, &(_, shard, stored): &Wanted) -> Option<Self> {
         let kept = kept(stored.dtype, task.compute, task.device).filter(|_| task.device.is_cpu())?;
+        if stored.dtype.coding() != Some(kept) {
+            return None;
+        }
         let (offset, count) = (stored.range.start, stored.shape.iter().product());
-        match (stored.dtype, kept) {
-            (StoredDtype::F32, DType::F32) => task.weights.map(shard, offset, count).map(Self::F32),
-            (StoredDtype::F16, DType::F16) | (StoredDtype::Bf16, DType::BF16) => {
-                task.weights.map(shard, offset, count).map(Self::Half)
-            }
-            _ => None,
+        match stored.dtype {
+            StoredDtype::F32 => task.weights.map(shard, offset, count).map(Self::F32),
+            StoredDtype::F16 | StoredDtype::Bf16 => task.weights.map(shard, offset, count).map(Self::Half),
+            StoredDtype::Coded(_) => task.weights.map(shard, offset, size_of_stored(stored)).map(Self::Coded),
+            StoredDtype::F64 | StoredDtype::Other(_) => None,
         }
     }
 
@@ -177,9 +179,8 @@ impl Numbers {
         match stored.dtype {
             StoredDtype::F64 => Self::F64(vec![0.0; count]),
             StoredDtype::F32 => Self::F32(vec![0.0; count]),
-            StoredDtype::F16 | StoredDtype::Bf16 | StoredDtype::F8(_) | StoredDtype::Other(_) => {
-                Self::Half(vec![0; count])
-            }
+            StoredDtype::F16 | StoredDtype::Bf16 => Self::Half(vec![0; count]),
+            StoredDtype::Coded(_) | StoredDtype::Other(_) => Self::Coded(vec![0; size_of_stored(stored)]),
         }
     }
 
@@ -188,6 +189,7 @@ impl Numbers {
             Self::F64(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
             Self::F32(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
             Self::Half(numbers) => (numbers.as_mut_ptr().cast(), size_of_val(numbers.as_slice())),
+            Self::Coded(bytes) => return bytes,
         };
         #[expect(unsafe_code, reason = "numbers are read as the bytes that they are")]
         // SAFETY: the bytes are those of the vector's elements, borrowed as long as `self` is. Every bit pattern is a valid
@@ -197,19 +199,34 @@ impl Numbers {
         }
     }
 
-    /// The tensor on `device`, in the dtype in which it is kept.
-    fn tensor(self, stored: &Stored, compute: Dtype, device: &Device) -> candle_core::Result<Tensor> {
+    /// The weight on `device`, as it is kept there.
+    fn weight(self, stored: &Stored, task: &ReadTask, scale: f32) -> candle_core::Result<StoredWeight> {
         let (shape, cpu) = (stored.shape.as_slice(), &Device::Cpu);
         let here = match (self, stored.dtype) {
-            (Self::F64(numbers), _) => Tensor::from_vec(numbers, shape, cpu),
-            (Self::F32(numbers), _) => Tensor::from_vec(numbers, shape, cpu),
-            (Self::Half(bits), StoredDtype::F16) => Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, cpu),
-            (Self::Half(bits), _) => Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, cpu),
-        }?;
+            (Self::Coded(bytes), dtype) => {
+                let coding = dtype.coding().ok_or_else(|| candle_core::Error::Msg("no weight".to_owned()))?;
+                let count = bytes.len();
+                StoredWeight::new(Tensor::from_vec(bytes, count, cpu)?, coding, scale, shape)?
+            }
+            (Self::F64(numbers), _) => StoredWeight::of(Tensor::from_vec(numbers, shape, cpu)?)?,
+            (Self::F32(numbers), _) => StoredWeight::of(Tensor::from_vec(numbers, shape, cpu)?)?,
+            (Self::Half(bits), StoredDtype::F16) => {
+                StoredWeight::of(Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, cpu)?)?
+            }
+            (Self::Half(bits), _) => StoredWeight::of(Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, cpu)?)?,
+        };
+        if task.device.is_cpu() && kept(stored.dtype, task.compute, task.device) == stored.dtype.coding() {
+            return Ok(here);
+        }
         // The cast is made where the bytes are, so that the wider copy never reaches the device.
-        let here = kept(stored.dtype, compute, device).map_or(Ok(here.clone()), |dtype| here.to_dtype(dtype))?;
-        if device.is_cpu() { Ok(here) } else { here.to_device(device) }
+        let cast = here.numbers(task.compute.tensor())?;
+        StoredWeight::of(if task.device.is_cpu() { cast } else { cast.to_device(task.device)? })
     }
+}
+
+/// Bytes of a tensor in its file.
+fn size_of_stored(stored: &Stored) -> usize {
+    usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX)
 }
 
 /// What has been read, what is still to be, and what went wrong: candle's own error names neither file nor both shapes.
@@ -218,7 +235,7 @@ struct Source<'a> {
     ctx: &'a Context,
     /// Place of each tensor in `tensors.wanted`, until it is read.
     unread: HashMap<&'a str, usize>,
-    read: HashMap<&'a str, Tensor>,
+    read: HashMap<&'a str, StoredWeight>,
     bytes_done: u64,
     /// Of the tensors that the network took.
     bytes_taken: u64,
@@ -248,10 +265,10 @@ impl Tensors<'_> {
             bytes_taken: 0,
             failure: None,
         });
-        let built = {
+        let (built, grown) = growing(|| {
             let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&source));
             load(&VarBuilder::from_backend(backend, compute.tensor(), device.clone()))
-        };
+        });
         let source = source.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = source.failure {
             return Err(failure);
@@ -265,7 +282,7 @@ impl Tensors<'_> {
             let path = weights.path(0).display();
             tracing::debug!("{left} tensors of {path} belong to no part of the network, the first is {name}");
         }
-        Ok((network, Bytes(source.bytes_taken)))
+        Ok((network, Bytes(source.bytes_taken + grown as u64)))
     }
 }
 
@@ -273,7 +290,8 @@ impl Source<'_> {
     /// Reads the tensor at `first` and those after it that are not read yet, up to a batch.
     fn fetch(&mut self, first: usize) -> Result<()> {
         self.ctx.checkpoint()?;
-        let ReadTask { component, compute, device, .. } = self.tensors.task;
+        let task = self.tensors.task;
+        let ReadTask { component, device, .. } = task;
         let mut size = 0;
         let rest = self.tensors.wanted[first..].iter().filter(|(name, ..)| self.unread.contains_key(name));
         let batch: Vec<Wanted> = rest
@@ -285,12 +303,13 @@ impl Source<'_> {
             .copied()
             .collect();
         let numbers = numbers(&self.tensors.task, &batch)?;
-        let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, Numbers)| -> Result<Tensor> {
-            let tensor = numbers.tensor(stored, compute, device);
-            tensor.map_err(|source| {
+        let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, Numbers)| -> Result<StoredWeight> {
+            let scale = scale(&task, name, stored)?;
+            let compute = |source| {
                 tracing::debug!("tensor {name} could not be made");
                 Error::of_tensors("load", source)
-            })
+            };
+            numbers.weight(stored, &task, scale).map_err(compute)
         };
         // A GPU's stream belongs to this thread; only the CPU's casts may be shared out.
         let loaded: Vec<_> = match device.is_cpu() {
@@ -307,41 +326,74 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn take(&mut self, name: &str, shape: Option<&Shape>) -> Result<Tensor> {
+    /// A tensor, or, where they are `welcome`, the bytes that it is stored as.
+    fn take(&mut self, name: &str, shape: Option<&Shape>, welcome: bool) -> Result<Tensor> {
         let corrupt =
             |message: String| Error::ModelCorrupt { path: self.tensors.task.weights.path(0).to_owned(), message };
         let wanted = || shape.map_or(&[][..], Shape::dims);
+        let fits = |stored: &[usize]| shape.is_none_or(|shape| is_as(shape.dims(), stored));
+        let misfit = |stored: &[usize]| {
+            corrupt(format!("tensor `{name}` must be of shape {:?}, and is of shape {stored:?}", wanted()))
+        };
         if let Some(&at) = self.unread.get(name) {
             // Before it is read: a hostile shape costs nothing.
             let stored = &self.tensors.wanted[at].2.shape;
-            if shape.is_some_and(|shape| shape.dims() != stored.as_slice()) {
-                let wanted = wanted();
-                return Err(corrupt(format!(
-                    "tensor `{name}` must be of shape {wanted:?}, and is of shape {stored:?}"
-                )));
+            if !fits(stored) {
+                return Err(misfit(stored));
             }
             self.fetch(at)?;
         }
-        match self.read.remove(name) {
-            Some(tensor) if shape.is_none_or(|shape| shape == tensor.shape()) => {
-                self.bytes_taken += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-                Ok(tensor)
-            }
-            Some(tensor) => {
-                let (wanted, got) = (wanted(), tensor.dims());
-                Err(corrupt(format!("tensor `{name}` must be of shape {wanted:?}, and is of shape {got:?}")))
-            }
-            None => Err(corrupt(format!("tensor `{name}` of shape {:?} is missing", wanted()))),
+        let weight = match self.read.remove(name) {
+            Some(weight) if fits(weight.dims()) => weight,
+            Some(weight) => return Err(misfit(weight.dims())),
+            None => return Err(corrupt(format!("tensor `{name}` of shape {:?} is missing", wanted()))),
+        };
+        let compute = |source| Error::of_tensors("load", source);
+        let shape = shape.map_or_else(|| weight.dims().to_vec(), |shape| shape.dims().to_vec());
+        let weight = weight.reshape(&shape).map_err(compute)?;
+        if welcome {
+            self.bytes_taken += weight.bytes() as u64;
+            return Ok(weight.give());
         }
+        let tensor = weight.used(self.tensors.task.compute.tensor()).map_err(compute)?;
+        self.bytes_taken += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+        Ok(tensor)
     }
+}
+
+/// Whether a tensor of shape `stored` can be had as `wanted`: real files keep some matrices as convolutions of one tap.
+fn is_as(wanted: &[usize], stored: &[usize]) -> bool {
+    wanted == stored || matches!(stored, [rows, columns, 1, 1] if wanted == [*rows, *columns])
+}
+
+/// Times which the numbers of a tensor of eight-bit floats count.
+fn scale(task: &ReadTask, name: &str, stored: &Stored) -> Result<f32> {
+    if !is_in_eight_bits(stored) {
+        return Ok(1.0);
+    }
+    let mut found = scales_of(name).filter_map(|name| task.weights.tensor(&name).map(|found| (name, found)));
+    let Some((name, (shard, scale))) = found.next() else { return Ok(1.0) };
+    if scale.dtype != StoredDtype::F32 || scale.shape.iter().any(|&side| side != 1) {
+        return Err(Error::ModelUnsupported {
+            name: task.weights.path(shard).display().to_string(),
+            message: format!(
+                "tensor `{name}` must be one number in f32, and is of shape {:?} in {}",
+                scale.shape,
+                scale.dtype.name()
+            ),
+        });
+    }
+    let mut bytes = [0; 4];
+    task.weights.read(shard, scale.range.start, &mut bytes)?;
+    Ok(f32::from_le_bytes(bytes))
 }
 
 struct Backend<'m, 'a>(&'m Mutex<Source<'a>>);
 
 impl Backend<'_, '_> {
-    fn take(&self, name: &str, shape: Option<&Shape>) -> candle_core::Result<Tensor> {
+    fn take(&self, name: &str, shape: Option<&Shape>, welcome: bool) -> candle_core::Result<Tensor> {
         let mut source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        source.take(name, shape).map_err(|error| {
+        source.take(name, shape, welcome).map_err(|error| {
             let told = candle_core::Error::Msg(error.to_string());
             source.failure.get_or_insert(error);
             told
@@ -350,12 +402,12 @@ impl Backend<'_, '_> {
 }
 
 impl SimpleBackend for Backend<'_, '_> {
-    fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        self.take(name, Some(&shape))
+    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        self.take(name, Some(&shape), welcomes(hint))
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        self.take(name, None)
+        self.take(name, None, false)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

@@ -110,6 +110,15 @@ fn all() -> Vec<(&'static str, Vec<u8>)> {
             file([2, 0], &[], &same, 256)
         }),
         ("a name of a megabyte", one(tensor(&"a".repeat(1 << 20), &[32, 2], F16, 0), 128)),
+        ("names of a megabyte together", {
+            let name = |i: u64| format!("{i}{}", "a".repeat(1 << 10));
+            let all: Vec<_> = (0..1 << 10).map(|i| tensor(&name(i), &[], F32, 32 * i)).collect();
+            file([1 << 10, 0], &[], &all, 32 << 10)
+        }),
+        ("2^17 properties", {
+            let all: Vec<_> = (0..1 << 17).map(|i: u32| entry(&i.to_string(), U32, &[0; 4])).collect();
+            file([0, 1 << 17], &all, &[], 0)
+        }),
         ("no name", one(tensor("", &[32, 2], F16, 0), 128)),
         ("one sound tensor", one(sound(), 128)),
         ("a safetensors file", crate::model::headers::safetensors("{}", 0)),

@@ -2,8 +2,9 @@
 //! <https://arxiv.org/abs/2402.09353>, equation 5.
 //!
 //! The norm is over everything that belongs to one output, or to one input, whichever `m` has a number for. At strength
-//! 1 PEFT, LyCORIS and ComfyUI agree; between, they do not: PEFT scales `Δ`, LyCORIS `m / ‖W + Δ‖ − 1`, and ComfyUI and
-//! A1111 the whole change. This is the last, the only one that leaves `W` as it is at strength 0.
+//! 1 PEFT and LyCORIS agree, and ComfyUI with them where `m` is of inputs; where it is of outputs ComfyUI divides by the
+//! norm of `W` alone, which is not followed here. Between 0 and 1 they differ: PEFT scales `Δ`, LyCORIS `m / ‖W + Δ‖ − 1`,
+//! and ComfyUI and A1111 the whole change. This is the last, the only one that leaves `W` as it is at strength 0.
 
 use candle_core::Tensor;
 

@@ -15,6 +15,9 @@ use crate::error::Result;
 use crate::layers::Worker;
 use crate::model::checkpoint::Part;
 
+/// DoRA's parts, which have a number for each output.
+const MAGNITUDES: [&str; 2] = ["dora_scale", "lora_magnitude_vector"];
+
 /// Names the layers of an adapter's keys.
 pub(in crate::model) struct Name;
 
@@ -98,7 +101,8 @@ impl Worker<NameTask<'_>> for Name {
 
     fn run(&self, task: NameTask, _: &Context) -> Result<Named> {
         let mut named = Named::default();
-        for (key, _) in task.adapter.tensors() {
+        let mut whole = BTreeSet::new();
+        for (key, stored) in task.adapter.tensors() {
             let found = split(key).map(|key| (task.find(&key), key)).filter(|(found, _)| !found.is_empty());
             let Some((found, Key { part, .. })) = found else {
                 named.unknown.push(key.to_owned());
@@ -106,9 +110,13 @@ impl Worker<NameTask<'_>> for Name {
             };
             let mut taken = false;
             for (network, layer, third) in found {
+                // A magnitude of each input is one of all three: they cannot be told apart.
+                if third.is_some() && part == "dora_scale" && stored.shape.first() == Some(&1) {
+                    whole.insert((network, layer.clone()));
+                }
                 let held = named.layers.entry((network, layer)).or_default();
                 // What is common to the three is so whole.
-                let third = third.filter(|_| part.starts_with("lora_up"));
+                let third = third.filter(|_| part.starts_with("lora_up") || MAGNITUDES.contains(&part.as_str()));
                 // A second key of the same part changes nothing.
                 if !held.contains_key(&part) {
                     held.insert(part.clone(), Source { key: key.to_owned(), third });
@@ -119,6 +127,12 @@ impl Worker<NameTask<'_>> for Name {
                 named.unknown.push(key.to_owned());
             }
         }
+        for layer in whole {
+            let held = named.layers.remove(&layer).unwrap_or_default();
+            named.unknown.extend(held.into_values().map(|source| source.key));
+        }
+        named.unknown.sort();
+        named.unknown.dedup();
         Ok(named)
     }
 }
@@ -234,7 +248,7 @@ fn of_text<'t>(table: &'t Table, flat: &str, part: &str) -> Option<Vec<(&'t str,
         return Some(vec![(layer(&own)?, None)]);
     }
     // Products have rows that can be told apart; of other changes a third is not a change.
-    let divides = matches!(part, "lora_up.weight" | "lora_down.weight" | "alpha");
+    let divides = matches!(part, "lora_up.weight" | "lora_down.weight" | "alpha") || MAGNITUDES.contains(&part);
     let thirds = ["q_proj", "k_proj", "v_proj"].iter().enumerate();
     let thirds = thirds.map(|(third, name)| Some((layer(&format!("{own}_{name}"))?, Some(third))));
     divides.then(|| thirds.collect::<Option<Vec<_>>>()).flatten()

@@ -1,0 +1,161 @@
+//! Weights in every coding: the numbers that torch and gguf's own library read, and layers that give the bits which those
+//! numbers give when they are rounded beforehand.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use sdxl_worker::kernels::{Coding, Conv2d, ConvShape, Linear, Padding, StoredWeight, bytes_held, growing, welcomes};
+
+use crate::whole::{Dice, at_every_level, numbers};
+
+fn goldens() -> HashMap<String, Tensor> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/codings.safetensors");
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn codings_are_read_as_their_makers_read_them() {
+    let goldens = goldens();
+    at_every_level("codings", |_, _| {
+        for coding in &Coding::ALL[3..] {
+            let of = |part: &str| goldens[&format!("{}.{part}", coding.name())].clone();
+            let (bytes, expected) = (of("bytes"), numbers(&of("numbers")));
+            let weight = StoredWeight::new(bytes, *coding, 1.0, &[expected.len()]).unwrap();
+            let got = numbers(&weight.numbers(DType::F32).unwrap());
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let same = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());
+                // Sums of a product and a minimum may be made with one rounding or with two.
+                let close = (got - expected).abs() <= 1e-6 * expected.abs().max(1e-2);
+                let blocks = coding.block().0 > 1;
+                assert!(same || (blocks && close), "{} number {i}: {got}, expected {expected}", coding.name());
+            }
+        }
+    });
+}
+
+/// Gives one weight as it is stored to whoever welcomes that.
+struct One(StoredWeight);
+
+impl SimpleBackend for One {
+    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> Result<Tensor> {
+        if name == "bias" {
+            return Tensor::zeros(shape, DType::F32, &Device::Cpu);
+        }
+        assert_eq!((shape.dims(), name, welcomes(hint)), (self.0.dims(), "weight", true));
+        Ok(self.0.clone().give())
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("{name} is not asked for without a shape")
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        name == "weight"
+    }
+}
+
+/// As many numbers as `shape` has, in a coding. Those of blocks are the goldens' over and over.
+fn weight(dice: &mut Dice, coding: Coding, scale: f32, shape: &[usize]) -> StoredWeight {
+    if let Coding::F32 | Coding::F16 | Coding::Bf16 = coding {
+        let dtype = match coding {
+            Coding::F16 => DType::F16,
+            Coding::Bf16 => DType::BF16,
+            _ => DType::F32,
+        };
+        return StoredWeight::of(dice.weight(shape, dtype)).unwrap().times(scale);
+    }
+    let golden = goldens()[&format!("{}.bytes", coding.name())].to_vec1::<u8>().unwrap();
+    let bytes = coding.bytes(shape.iter().product()).unwrap();
+    // No infinities and NaN of eight-bit floats.
+    let finite = |byte: u8| if coding.block().0 == 1 && byte & 0x7f > 0x70 { byte & 0x8f } else { byte };
+    let all: Vec<u8> = golden.into_iter().cycle().take(bytes).map(finite).collect();
+    let tensor = Tensor::from_vec(all, bytes, &Device::Cpu).unwrap();
+    StoredWeight::new(tensor, coding, scale, shape).unwrap()
+}
+
+fn source(weight: &StoredWeight, compute: DType) -> VarBuilder<'static> {
+    VarBuilder::from_backend(Box::new(One(weight.clone())), compute, Device::Cpu)
+}
+
+/// Bits, so that NaN equals NaN.
+fn bits(t: &Tensor) -> Vec<u32> {
+    numbers(t).into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn stored_weights_give_the_bits_of_numbers_rounded_beforehand() {
+    at_every_level("stored weights", |level, brief| {
+        let mut dice = Dice(41);
+        let codings = if brief { &Coding::ALL[1..4] } else { &Coding::ALL[..] };
+        for (i, &coding) in codings.iter().enumerate() {
+            for compute in [DType::F32, DType::BF16, DType::F16] {
+                let scale = if coding == Coding::E4m3 { 0.37 } else { 1.0 };
+                // Large enough to stay as they are in every coding.
+                let (outputs, inputs) = if i % 2 == 0 { (4099, 512) } else { (1300, 1600) };
+                let stored = weight(&mut dice, coding, scale, &[outputs, inputs]);
+                let x = dice.tensor(&[17, inputs], compute);
+                let layer = Linear::load_no_bias(&source(&stored, compute), inputs, outputs).unwrap();
+                let cast = stored.numbers(compute).unwrap();
+                let cast = if coding == Coding::F32 { stored.used(compute).unwrap() } else { cast };
+                let expected = Linear::new(cast, None).unwrap().forward(&x).unwrap();
+                let got = layer.forward(&x).unwrap();
+                assert!(bits(&got) == bits(&expected), "linear {coding:?} under {compute:?} at {level:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn stored_convolutions_give_the_bits_of_numbers_rounded_beforehand() {
+    at_every_level("stored convolutions", |level, brief| {
+        let mut dice = Dice(42);
+        let codings = if brief { &Coding::ALL[1..3] } else { &Coding::ALL[..] };
+        // By filtering, too small a feature map for it, with a stride, and with channels for which there is none.
+        let cases = [(96, 70, 1, 17), (64, 64, 1, 9), (64, 96, 2, 18), (12, 64, 1, 17)];
+        for &coding in codings {
+            for compute in [DType::F32, DType::BF16, DType::F16] {
+                for (inputs, outputs, stride, side) in cases.into_iter().take(if brief { 1 } else { 4 }) {
+                    let shape = ConvShape { inputs, outputs, kernel: 3, stride, padding: Padding::same(1) };
+                    if coding.bytes(outputs * inputs * 9).is_none() {
+                        continue;
+                    }
+                    let stored = weight(&mut dice, coding, 1.0, &[outputs, inputs, 3, 3]);
+                    let vb = source(&stored, compute);
+                    let none = Tensor::zeros(outputs, DType::F32, &Device::Cpu).unwrap();
+                    let layer = Conv2d::load(&vb, shape).unwrap();
+                    let cast = stored.numbers(compute).unwrap();
+                    let cast = if coding == Coding::F32 { stored.used(compute).unwrap() } else { cast };
+                    let x = dice.tensor(&[1, side, side, inputs], compute);
+                    let expected = Conv2d::new(&cast, Some(none.clone()), shape).unwrap().forward(&x).unwrap();
+                    let got = layer.forward(&x).unwrap();
+                    assert!(bits(&got) == bits(&expected), "{shape:?} {coding:?} under {compute:?} at {level:?}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn what_layers_outgrow_their_codes_by_is_known_beforehand() {
+    let mut dice = Dice(43);
+    let shape = ConvShape { inputs: 16, outputs: 64, kernel: 3, stride: 1, padding: Padding::same(1) };
+    for coding in [Coding::E4m3, Coding::Q4_0, Coding::Q8_0, Coding::Q4K] {
+        for compute in [DType::F32, DType::BF16] {
+            // Of SDXL's attention.
+            let matrix = weight(&mut dice, coding, 1.0, &[1280, 1280]);
+            let (_, grown) = growing(|| Linear::load_no_bias(&source(&matrix, compute), 1280, 1280).unwrap());
+            assert_eq!(grown, 0, "{coding:?} under {compute:?}");
+            assert_eq!(bytes_held(&[1280, 1280], coding, compute), coding.bytes(1280 * 1280));
+            let narrow = weight(&mut dice, coding, 1.0, &[64, 16, 3, 3]);
+            let (_, grown) = growing(|| Conv2d::load(&source(&narrow, compute), shape).unwrap());
+            let expected = 64 * 16 * 9 * compute.size_in_bytes();
+            // A panel is filled up.
+            assert!((expected..=expected * 10 / 9).contains(&(narrow.bytes() + grown)), "{coding:?} under {compute:?}");
+            assert_eq!(bytes_held(&[64, 16, 3, 3], coding, compute), Some(expected));
+        }
+    }
+}
