@@ -199,6 +199,7 @@ impl Floor {
             accepted: now,
             started: None,
             deadline: head.timeout_ms.and_then(|timeout| now.checked_add(Duration::from_millis(timeout))),
+            priority: head.priority,
             cancel: CancelToken::default(),
             events: head.events,
             shorthand: head.shorthand,
@@ -300,7 +301,7 @@ impl Floor {
                 if station.running.as_deref() == Some(done.request_id.as_str()) {
                     station.running = None;
                 }
-                if !self.park(&mut done) && !self.unpark(&done) {
+                if !self.park(&mut done) && !self.unpark(&mut done) {
                     self.parked.forget(&done.request_id);
                     self.finish(*done);
                 }

@@ -28,6 +28,7 @@ pub struct Open {
     pub accepted: Instant,
     pub started: Option<Instant>,
     pub deadline: Option<Instant>,
+    pub priority: i64,
     pub cancel: CancelToken,
     pub events: Option<EventWish>,
     pub shorthand: bool,

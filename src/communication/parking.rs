@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use super::floor::{Floor, Post};
+use crate::error::Error;
 use crate::instructors::Call;
 use crate::lane::{Done, Job};
 use crate::model::interface::{FetchWish, Request};
@@ -41,6 +42,10 @@ impl Floor {
     /// downloaded already.
     pub(super) fn park(&mut self, done: &mut Done) -> bool {
         let Some((job, name)) = done.unfetched.take() else { return false };
+        if job.cancel.is_cancelled() {
+            done.result = Err(Error::Cancelled);
+            return false;
+        }
         let id = done.request_id.clone();
         let parked = self.parked.waiting.entry(id).or_insert_with(|| Parked { job: None, fetched: Vec::new() });
         if parked.fetched.contains(&name) || parked.fetched.len() >= MOST {
@@ -55,20 +60,26 @@ impl Floor {
     }
 
     /// Has a request take its turn again whose download has succeeded; `false` if there is none.
-    pub(super) fn unpark(&mut self, done: &Done) -> bool {
+    pub(super) fn unpark(&mut self, done: &mut Done) -> bool {
         let parked = self.parked.waiting.get_mut(&done.request_id).filter(|_| done.result.is_ok());
         let Some(job) = parked.and_then(|parked| parked.job.take()) else { return false };
+        if job.cancel.is_cancelled() {
+            done.result = Err(Error::Cancelled);
+            return false;
+        }
         self.take_turn(Post::Compute, job);
         true
     }
 
     /// Queues a job whose request was accepted before.
     fn take_turn(&mut self, post: Post, job: Job) {
+        let mut priority = 0;
         // Until then it can be cancelled and can expire as whatever waits.
         if let Some(open) = self.ledger.get_mut(&job.request_id) {
             open.started = None;
+            priority = open.priority;
         }
-        self.station(post).queue.put_back(job, 0, Instant::now());
+        self.station(post).queue.put_back(job, priority, Instant::now());
         self.pump(post);
     }
 }

@@ -173,7 +173,7 @@ impl InferenceInstructor {
         let Start { x, mut masking } = start;
         let start = Start { x, masking: masking.as_ref() };
         let mut latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
-        let mut before = plan.sampling.steps();
+        let (mut before, mut took_mask) = (plan.sampling.steps(), plan.checkpoint.takes_mask());
         let mut walked = before;
         for (index, further) in plan.further.iter().enumerate() {
             pass = match further.entry {
@@ -216,12 +216,13 @@ impl InferenceInstructor {
             let takes_mask = further.checkpoint.takes_mask();
             match (further.entry, &masking) {
                 // What is masked stays so, and what the other was told the refiner is told too.
-                (Entry::Carried, Some(held)) if held.outside.is_some() || takes_mask => {}
+                (Entry::Carried, Some(held)) if held.outside.is_some() || (took_mask && takes_mask) => {}
                 _ if takes_mask => {
                     masking = Some(self.unmasked(plan, further.size, (placement, &mut *crew, ctx))?);
                 }
                 _ => masking = None,
             }
+            took_mask = takes_mask;
             let start = Start { x, masking: masking.as_ref() };
             latents = self.run(plan, run, start, &mut noise, shared, (placement, &mut *crew, ctx))?;
         }

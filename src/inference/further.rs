@@ -12,6 +12,7 @@ use super::workers::latents::Between;
 use crate::error::{Error, Result, nearest};
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::networks::vae::VaeConfig;
 use crate::resample::Filter;
 use crate::scheduler::interface::SamplingWish;
 use crate::scheduler::schedule::SamplingPlan;
@@ -80,7 +81,7 @@ impl InferenceInstructor {
             let message = format!("takes {} channels, and the model that it follows {}", channels.1, channels.0);
             return Err(Error::invalid("refiner.model", message));
         }
-        if model.vae.latent_channels != checkpoint.vae.latent_channels {
+        if !same_latents(&model.vae, &checkpoint.vae) {
             let message =
                 format!("names `{}`, whose latents are others than those of `{}`", model.name, checkpoint.name);
             return Err(Error::invalid("refiner.model", message));
@@ -196,4 +197,18 @@ impl InferenceInstructor {
             guidance: guidance(&mut request.clone(), checkpoint)?,
         })
     }
+}
+
+/// Whether the latents of one model are those of the other: as many channels, scaled and shifted by as much.
+fn same_latents(one: &VaeConfig, other: &VaeConfig) -> bool {
+    let near = |one: f64, other: f64| (one - other).abs() <= 1e-6 * other.abs();
+    let all = |one: &Option<Vec<f64>>, other: &Option<Vec<f64>>| match (one, other) {
+        (None, None) => true,
+        (Some(one), Some(other)) => one.len() == other.len() && one.iter().zip(other).all(|(a, b)| near(*a, *b)),
+        _ => false,
+    };
+    one.latent_channels == other.latent_channels
+        && near(one.scaling_factor, other.scaling_factor)
+        && all(&one.latents_mean, &other.latents_mean)
+        && all(&one.latents_std, &other.latents_std)
 }

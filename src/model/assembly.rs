@@ -3,11 +3,12 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use super::checkpoint::{Checkpoint, CheckpointKey, Part, TokenizerFiles, WeightFiles};
+use super::checkpoint::{CONFIG_LIMIT, Checkpoint, CheckpointKey, Part, TokenizerFiles, WeightFiles};
 use super::companion::Companion;
 use super::derive;
 use super::families::variants::Variant;
 use super::families::{FAMILIES, Family};
+use super::folder::{Folder, Found};
 use super::foreign;
 use super::networks::clip::ClipConfig;
 use super::networks::unet::UnetConfig;
@@ -67,7 +68,8 @@ impl Marks {
         if marked.is_none() && says_v {
             scheduler.prediction_type = Prediction::VPrediction;
         }
-        if weights.has("ztsnr") && !scheduler.is_edm() {
+        // The mark alone says nothing: noise cannot be predicted where there is no signal.
+        if weights.has("ztsnr") && !scheduler.is_edm() && scheduler.prediction_type == Prediction::VPrediction {
             scheduler.rescale_betas_zero_snr = Some(true);
             // Lin et al. 2023, section 3.3: a run must start where the signal ends.
             scheduler.timestep_spacing = Some(crate::scheduler::schedule::TimestepSpacing::Trailing);
@@ -87,7 +89,7 @@ impl Marks {
             scheduler = config;
         }
         let variant = variant.or_else(|| Variant::scheduled(&scheduler));
-        Ok(Self { told: own || variant.is_some() || weights.has("ztsnr"), variant, scheduler })
+        Ok(Self { told: own || variant.is_some(), variant, scheduler })
     }
 }
 
@@ -118,6 +120,53 @@ struct Index {
     #[serde(rename = "_class_name")]
     class_name: Option<String>,
     force_zeros_for_empty_prompt: Option<bool>,
+    #[serde(default)]
+    is_cosxl_edit: bool,
+}
+
+/// Scale, mean and deviation of the latents of a file that was looked into.
+fn latents(weights: &Weights, variant: Option<&Variant>) -> Result<VaeConfig> {
+    let scaling_factor = variant.and_then(|variant| variant.scaling_factor).unwrap_or(derive::SCALING);
+    let mut latents = VaeConfig { scaling_factor, ..VaeConfig::default() };
+    moments(weights, &mut latents)?;
+    Ok(latents)
+}
+
+/// How a UNet was trained, as far as what brought it says so.
+struct Training {
+    scales_image: bool,
+    scheduler: SchedulerConfig,
+    variant: Option<&'static Variant>,
+    /// `None` where nothing tells them from those of the model.
+    latents: Option<VaeConfig>,
+}
+
+impl Training {
+    /// Read off a single file for a model of the variant `other`; `None` if the file says nothing.
+    fn of_file(weights: &Weights, other: Option<&Variant>) -> Result<Option<Self>> {
+        let Marks { variant, scheduler, told } = Marks::of(weights)?;
+        if !told {
+            return Ok(None);
+        }
+        let scaled = variant.is_some() || other.is_some_and(|other| other.scaling_factor.is_some());
+        let latents = match declared(weights, Part::Vae.name())? {
+            None if scaled => Some(latents(weights, variant)?),
+            declared => declared,
+        };
+        Ok(Some(Self { scales_image: scheduler.is_edm(), scheduler, variant, latents }))
+    }
+
+    /// Of the whole model in diffusers' layout whose UNet it is, with the files that say so.
+    fn of_folder(folder: &Folder) -> Result<(Self, Vec<Found>)> {
+        let index = folder.need("model_index.json")?;
+        let scheduler = folder.need("scheduler/scheduler_config.json")?;
+        let vae = folder.find("vae/config.json")?;
+        let scales_image = index.json::<Index>(CONFIG_LIMIT)?.is_cosxl_edit;
+        let latents = vae.as_ref().map(|vae| vae.json(CONFIG_LIMIT)).transpose()?;
+        let files = [index, scheduler.clone()].into_iter().chain(vae).collect();
+        let scheduler = scheduler.json(CONFIG_LIMIT)?;
+        Ok((Self { scales_image, variant: Variant::scheduled(&scheduler), scheduler, latents }, files))
+    }
 }
 
 /// One network of a file that was looked into; `None` if it has none such.
@@ -152,9 +201,7 @@ impl Draft {
             return Err(Error::ModelUnsupported { name: name.to_owned(), message: foreign::describe(&weights) });
         }
         let Marks { variant, scheduler, .. } = Marks::of(&weights)?;
-        let mut latents = VaeConfig { scaling_factor: derive::SCALING, ..VaeConfig::default() };
-        latents.scaling_factor = variant.and_then(|variant| variant.scaling_factor).unwrap_or(latents.scaling_factor);
-        moments(&weights, &mut latents)?;
+        let latents = latents(&weights, variant)?;
         let index: Option<Index> = declared(&weights, "model_index")?;
         let (pipeline, force_zeros) =
             index.map_or((None, None), |index| (index.class_name, index.force_zeros_for_empty_prompt));
@@ -197,6 +244,7 @@ impl Draft {
         if let Some(kind) = foreign::kind(&weights) {
             return Err(refuse(format!("it is {kind}, and no `{}`", part.name())));
         }
+        let mut said = Vec::new();
         match part {
             Part::TextEncoder => self.text_encoder = Some(taken(&weights, part, other, derive::clip)?),
             Part::TextEncoder2 => self.text_encoder_2 = Some(taken(&weights, part, other, derive::clip)?),
@@ -207,17 +255,33 @@ impl Draft {
             }
             Part::Unet => {
                 self.unet = Some(taken(&weights, part, other, derive::unet)?);
-                let marks = Marks::of(&weights)?;
-                if marks.told {
-                    self.scales_image = marks.scheduler.is_edm();
-                    (self.variant, self.scheduler) = (marks.variant, marks.scheduler);
+                let (training, files) = match other.whole(part) {
+                    Some(whole) => Training::of_folder(&whole).map(|(training, files)| (Some(training), files))?,
+                    None => (Training::of_file(&weights, self.variant)?, Vec::new()),
+                };
+                said = files;
+                if let Some(training) = training {
+                    self.take(training);
                 }
             }
         }
         let mut hasher = DefaultHasher::new();
+        said.iter().for_each(|found| (found.path(), found.stamp()).hash(&mut hasher));
         (self.key, part, other.key).hash(&mut hasher);
         self.key = CheckpointKey(hasher.finish());
         Ok(())
+    }
+
+    fn take(&mut self, training: Training) {
+        let Training { scales_image, scheduler, variant, latents } = training;
+        (self.scales_image, self.variant, self.scheduler) = (scales_image, variant, scheduler);
+        if let Some(latents) = latents {
+            // The autoencoder stays, and reads latents of the UNet's scale.
+            if let Some(vae) = &mut self.vae {
+                vae.config = scaled_as(std::mem::take(&mut vae.config), &latents);
+            }
+            self.latents = latents;
+        }
     }
 
     /// The checkpoint, if it is whole and its parts fit together.

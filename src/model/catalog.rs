@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use super::assembly::Draft;
 use super::checkpoint::{Checkpoint, CheckpointKey, Part, WeightFiles, key};
-use super::companion::Companion;
+use super::companion::{Companion, readable};
 use super::demo;
 use super::folder::{Folder, Found, admit};
 use super::foreign::is_sdxl;
 use super::hub::{Cache, Reference, Snapshot};
 use super::interface::Settings;
-use super::workers::open::{is_pickle, look};
+use super::workers::open::look;
 use crate::error::{Error, Result, nearest};
 use crate::roots::Roots;
 
@@ -51,16 +51,10 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// Whether a repository of the cache lacks files that a model has.
+    /// Whether a repository of the cache lacks files that a model has. One of which a single file is here may be any.
     fn is_incomplete(&self) -> bool {
-        let whole = self.cached.as_ref().map(Snapshot::path).filter(|whole| self.path.as_ref() == Some(whole));
-        whole.is_some_and(|path| Checkpoint::lacks_files(&path))
-    }
-
-    /// Whether a repository of the cache says that it is SDXL.
-    fn is_cached_sdxl(&self) -> bool {
-        let path = self.path.as_ref().filter(|_| self.cached.is_some());
-        path.is_some_and(|path| Checkpoint::claims_sdxl(path))
+        let repository = matches!(Reference::parse(&self.name, "model"), Ok(Some(known)) if known.is_whole());
+        self.cached.as_ref().is_some_and(|snapshot| repository && Checkpoint::lacks_files(&snapshot.path()))
     }
 }
 
@@ -102,7 +96,9 @@ impl Catalog {
         let name = name.unwrap_or(self.default_name()).to_owned();
         let listed = self.locate(&name)?;
         let given = separate.iter().filter_map(|(part, name)| Some((*part, (*name)?)));
-        let others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
+        let mut others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
+        // The scale of the latents is the UNet's, unless the autoencoder that is named says another.
+        others.sort_by_key(|(part, _)| *part);
         self.assembled(&listed, &others).map_err(|error| match listed.is_incomplete() {
             true if self.hub.download => Error::Unfetched { name: listed.name, otherwise: Some(Box::new(error)) },
             _ => error,
@@ -134,7 +130,7 @@ impl Catalog {
                         let path = entry.path();
                         if path.is_dir() {
                             waiting.push((path, depth + 1));
-                        } else if seen.len() < FOLDERS && self.is_model(&path) {
+                        } else if seen.len() < FOLDERS && self.is_model(&path, &self.roots.clone()) {
                             // A link may lead to a file that was found already.
                             let Ok(Some(real)) = admit(&self.roots, &path) else { continue };
                             if seen.insert(real) {
@@ -208,11 +204,11 @@ impl Catalog {
     }
 
     /// Whether a file is a model, by its header.
-    fn is_model(&mut self, path: &Path) -> bool {
+    fn is_model(&mut self, path: &Path, roots: &Roots) -> bool {
         if path.extension().is_none_or(|end| end != "safetensors") {
             return false;
         }
-        let Ok((key, files)) = self.single(path, &self.roots) else { return false };
+        let Ok((key, files)) = self.single(path, roots) else { return false };
         if let Some(known) = self.looked.get(&key) {
             return *known;
         }
@@ -230,8 +226,20 @@ impl Catalog {
         let path = sound(name, part.name())?;
         let own = path.join(part.name());
         let whole = |candidate: PathBuf| candidate.join("model_index.json").is_file();
-        let name = if self.candidates(path).into_iter().any(whole) { &own } else { path };
+        let whole = self.candidates(path).into_iter().any(whole) || self.is_cached_whole(path, part)?;
+        let name = if whole { &own } else { path };
         self.companion(&name.to_string_lossy(), part.name())
+    }
+
+    /// Whether a name that leads to nothing beneath a root is that of a whole model in the cache of the hub.
+    fn is_cached_whole(&self, path: &Path, part: Part) -> Result<bool> {
+        let ended = path.with_added_extension("safetensors");
+        if self.candidates(path).into_iter().chain(self.candidates(&ended)).any(|candidate| candidate.exists()) {
+            return Ok(false);
+        }
+        let Some(reference) = Reference::parse(&path.to_string_lossy(), part.name())? else { return Ok(false) };
+        let Ok(Some(snapshot)) = self.hub.find(&reference) else { return Ok(false) };
+        Ok(snapshot.path().join(&reference.path).join("model_index.json").is_file())
     }
 
     /// What `name` stands for beside a checkpoint: a safetensors file, with its ending or without, or a folder, beneath
@@ -259,17 +267,25 @@ impl Catalog {
     /// Those of [`Self::companion`], but for `model_not_found`.
     pub fn beneath(&self, name: &str, field: &str) -> Result<Option<Companion>> {
         let path = sound(name, field)?;
-        let mut refused = None;
+        let (mut refused, mut folder) = (None, None);
         let ended = path.with_added_extension("safetensors");
         for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
             match admit(&self.roots, &candidate) {
+                // A file of the same name may be meant.
+                Ok(Some(real)) if real.is_dir() && !Companion::is_network(&candidate, &self.roots) => {
+                    folder.get_or_insert(candidate);
+                }
                 // By the name that was given: what a link leads to need not end as a file of weights does.
                 Ok(Some(_)) => return Companion::find(name, &candidate, &self.roots, self.mmap).map(Some),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
-        refused.map_or(Ok(None), Err)
+        match folder {
+            Some(folder) if Companion::is_hollow(&folder, &self.roots) => Ok(None),
+            Some(folder) => Companion::find(name, &folder, &self.roots, self.mmap).map(Some),
+            None => refused.map_or(Ok(None), Err),
+        }
     }
 
     fn locate(&mut self, name: &str) -> Result<Listed> {
@@ -318,7 +334,7 @@ impl Catalog {
     fn locate_cached(&self, reference: &Reference) -> Result<Listed> {
         let name = reference.to_string();
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
-        let path = snapshot.path().join(&reference.path);
+        let path = snapshot.path().join(snapshot.meant(&reference.path));
         let ended = path.with_added_extension("safetensors");
         for path in [path, ended] {
             let Some(real) = admit(&snapshot.roots(), &path)? else { continue };
@@ -332,7 +348,12 @@ impl Catalog {
 
     fn cached_companion(&self, name: &str, reference: &Reference) -> Result<Companion> {
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
-        let path = snapshot.path().join(&reference.path);
+        let whole = snapshot.path().join(&reference.path);
+        // A folder brings its configuration along, so the file alone goes second.
+        let path = match Companion::find(name, &whole, &snapshot.roots(), self.mmap) {
+            Err(_) if reference.is_whole() => snapshot.path().join(snapshot.meant(&reference.path)),
+            _ => whole,
+        };
         let ended = path.with_added_extension("safetensors");
         for candidate in [path, ended] {
             if admit(&snapshot.roots(), &candidate)?.is_some() {
@@ -346,7 +367,12 @@ impl Catalog {
     fn list_cached(&mut self) -> Vec<Listed> {
         let references = self.hub.references().into_iter();
         let located = references.filter_map(|reference| self.locate(&reference.to_string()).ok());
-        located.filter(|listed| listed.is_cached_sdxl()).collect()
+        let located: Vec<Listed> = located.collect();
+        let is_sdxl = |listed: &Listed| match (&listed.path, &listed.cached) {
+            (Some(path), Some(snapshot)) => Checkpoint::claims_sdxl(path) || self.is_model(path, &snapshot.roots()),
+            _ => false,
+        };
+        located.into_iter().filter(is_sdxl).collect()
     }
 
     /// The roots that exist, with every link resolved.
@@ -408,23 +434,4 @@ fn sound<'a>(name: &'a str, field: &str) -> Result<&'a Path> {
         return Err(Error::PathNotAllowed { path: path.to_owned() });
     }
     Ok(path)
-}
-
-/// Refuses what is no safetensors file, by its name and by how it begins.
-fn readable(name: &str, path: &Path) -> Result<()> {
-    let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
-    match end.as_str() {
-        "safetensors" => Ok(()),
-        "gguf" => Err(Error::ModelUnsupported {
-            name: name.to_owned(),
-            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
-        }),
-        "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
-        _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),
-        _ => Err(Error::ModelUnsupported {
-            name: name.to_owned(),
-            message: "it is neither a safetensors file nor a folder in the diffusers layout".to_owned(),
-        }),
-    }
 }

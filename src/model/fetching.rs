@@ -8,10 +8,10 @@ use std::time::Instant;
 use super::catalog::Catalog;
 use super::checkpoint::Checkpoint;
 use super::companion::Companion;
-use super::hub::{Reference, Snapshot, at_revision, home};
+use super::hub::{Reference, at_revision, home};
 use super::interface::{FetchWish, Fetched, FetchedFile, HubSettings, Pins};
 use super::workers::digest::Digest;
-use super::workers::fetch::{Downloaded, Fetch, FetchTask, Hub, mismatch, pinned, select};
+use super::workers::fetch::{Downloaded, Fetch, FetchTask, Hub, is_weights, mismatch, pinned, select};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::OneOrMany;
@@ -20,10 +20,6 @@ use crate::units::Bytes;
 /// Most paths and patterns of one request, and the longest of them in bytes.
 const MOST: usize = 256;
 const LONGEST: usize = 1024;
-/// Files of a snapshot that are looked at.
-const MOST_FILES: usize = 10_000;
-/// Folders in folders of a repository.
-const DEPTH: usize = 8;
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// Downloads what a request names, unless it is in the cache already and cannot have changed.
@@ -37,6 +33,7 @@ pub(super) fn fetch(wish: &FetchWish, settings: &HubSettings, catalog: &Catalog,
     let Some(mut reference) = Reference::parse(&name, "model")? else {
         return Err(Error::invalid("model", "must be `owner/name` of a repository of the hub"));
     };
+    let named = reference.clone();
     let files = files(wish, &mut reference)?;
     let asked = Asked { reference: &reference, files: &files, pins: wish.sha256.as_ref() };
     let exact = !files.iter().any(|file| file.contains(['*', '?']));
@@ -58,13 +55,21 @@ pub(super) fn fetch(wish: &FetchWish, settings: &HubSettings, catalog: &Catalog,
     let Downloaded { commit, files } = downloaded;
     let sum = |wanted: &dyn Fn(&FetchedFile) -> bool| files.iter().filter(|file| wanted(file)).map(|f| f.bytes).sum();
     Ok(Fetched {
-        model: reference.to_string(),
+        model: called(&named, &files).to_string(),
         revision: commit,
         bytes: sum(&|_| true),
         downloaded: sum(&|file| !file.cached),
         files,
         ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
     })
+}
+
+/// What requests call what was downloaded: the repository, or the one file that was wanted of it.
+fn called(named: &Reference, files: &[FetchedFile]) -> Reference {
+    match files {
+        [only] if is_weights(&only.name) => Reference { path: PathBuf::from(&only.name), ..named.clone() },
+        _ => named.clone(),
+    }
 }
 
 /// The paths and patterns of a request; a path behind the name of the repository is one.
@@ -106,12 +111,15 @@ impl Asked<'_> {
         let (path, roots) = (snapshot.path(), snapshot.roots());
         let whole = || {
             let name = self.reference.to_string();
-            Checkpoint::open_folder(&name, &path, &roots).is_ok() || Companion::find(&name, &path, &roots, true).is_ok()
+            let meant = path.join(snapshot.meant(Path::new("")));
+            Checkpoint::open_folder(&name, &path, &roots).is_ok()
+                || Companion::find(&name, &path, &roots, true).is_ok()
+                || Companion::find(&name, &meant, &roots, true).is_ok()
         };
         if self.files.is_empty() && !whole() {
             return Ok(None);
         }
-        let names = names(&snapshot);
+        let names = snapshot.files();
         let Ok(chosen) = select(&self.reference.repository, &names, self.files) else { return Ok(None) };
         let pinned = pinned(self.pins, &chosen)?;
         let mut files = Vec::with_capacity(chosen.len());
@@ -129,25 +137,6 @@ impl Asked<'_> {
         }
         Ok(Some(Downloaded { commit: snapshot.commit, files }))
     }
-}
-
-/// The files of a snapshot that are there, by their paths.
-fn names(snapshot: &Snapshot) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut waiting = vec![(String::new(), 0)];
-    while let Some((folder, depth)) = waiting.pop() {
-        for entry in fs::read_dir(snapshot.path().join(&folder)).into_iter().flatten().flatten() {
-            let Ok(own) = entry.file_name().into_string() else { continue };
-            let name = if folder.is_empty() { own } else { format!("{folder}/{own}") };
-            match fs::metadata(entry.path()) {
-                Ok(meta) if meta.is_dir() && depth < DEPTH => waiting.push((name, depth + 1)),
-                Ok(meta) if meta.is_file() && names.len() < MOST_FILES => names.push(name),
-                _ => {}
-            }
-        }
-    }
-    names.sort();
-    names
 }
 
 fn hub(settings: &HubSettings, catalog: &Catalog) -> Result<Hub> {

@@ -1,6 +1,6 @@
 //! What a file is that is no SDXL checkpoint, by the names of its tensors.
 
-use super::workers::open::Weights;
+use super::workers::open::{Stored, Weights};
 
 /// Whether a file holds a UNet of SDXL: one that is told sizes and the pooled text.
 pub(super) fn is_sdxl(weights: &Weights) -> bool {
@@ -35,6 +35,10 @@ pub(super) fn kind(weights: &Weights) -> Option<&'static str> {
     if holds(&["time_stack.", "time_mixer"]) {
         return Some("a Stable Video Diffusion model");
     }
+    // A name that was left behind weighs less than the shapes of the UNet.
+    if reads_sdxl(weights) {
+        return None;
+    }
     if starts(&["cond_stage_model.transformer."]) {
         return Some("a Stable Diffusion 1 model");
     }
@@ -42,6 +46,14 @@ pub(super) fn kind(weights: &Weights) -> Option<&'static str> {
         return Some("a Stable Diffusion 2 model");
     }
     None
+}
+
+/// Whether there is a UNet that is told sizes, and that reads a text as wide as SDXL's encoders make it.
+fn reads_sdxl(weights: &Weights) -> bool {
+    let read = |(name, stored): (&str, &Stored)| {
+        name.ends_with("attn2.to_k.weight") && matches!(stored.shape.get(1), Some(2048 | 1280))
+    };
+    weights.tensors().any(read) && weights.tensors().any(|(name, _)| name.ends_with("label_emb.0.0.weight"))
 }
 
 /// What a file without an SDXL UNet is, for the message of its refusal.

@@ -17,6 +17,11 @@ const MAIN: &str = "main";
 const LONGEST: usize = 128;
 /// Longest file that holds a commit.
 const REF_LIMIT: u64 = 256;
+/// Files of a snapshot that are looked at, and how far below its root they lie.
+const MOST_FILES: usize = 10_000;
+const DEPTH: usize = 8;
+/// How the weights of a network begin, which is a part of something in a folder of its own.
+const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 /// Repositories that one look into the cache considers.
 const MOST: usize = 10_000;
 
@@ -64,6 +69,12 @@ impl Reference {
     #[must_use]
     pub fn wanted(&self) -> &str {
         self.revision.as_deref().unwrap_or(MAIN)
+    }
+
+    /// Whether the repository is meant, and no file or folder of it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.path.as_os_str().is_empty()
     }
 
     /// Whether the revision is a commit, which never comes to mean something else.
@@ -150,6 +161,45 @@ impl Snapshot {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.folder.join("snapshots").join(&self.commit)
+    }
+
+    /// The path in the repository that is meant by `path`: a repository that is no model in diffusers' layout, and of
+    /// which one file of weights is here, stands for that file.
+    #[must_use]
+    pub fn meant(&self, path: &Path) -> PathBuf {
+        if path.as_os_str().is_empty() && !self.path().join("model_index.json").exists() {
+            let files = self.files();
+            let mut weights = files.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
+            let part = |name: &str| {
+                name.rsplit_once('/').is_some_and(|(_, own)| STEMS.iter().any(|stem| own.starts_with(stem)))
+            };
+            if let (Some(only), None) = (weights.next(), weights.next())
+                && !part(only)
+            {
+                return PathBuf::from(only);
+            }
+        }
+        path.to_owned()
+    }
+
+    /// The files that are here, by their paths in the repository.
+    #[must_use]
+    pub fn files(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        let mut waiting = vec![(String::new(), 0)];
+        while let Some((folder, depth)) = waiting.pop() {
+            for entry in fs::read_dir(self.path().join(&folder)).into_iter().flatten().flatten() {
+                let Ok(own) = entry.file_name().into_string() else { continue };
+                let name = if folder.is_empty() { own } else { format!("{folder}/{own}") };
+                match fs::metadata(entry.path()) {
+                    Ok(meta) if meta.is_dir() && depth < DEPTH => waiting.push((name, depth + 1)),
+                    Ok(meta) if meta.is_file() && names.len() < MOST_FILES => names.push(name),
+                    _ => {}
+                }
+            }
+        }
+        names.sort();
+        names
     }
 
     /// The files of this repository, and nothing else of the cache.

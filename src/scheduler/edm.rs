@@ -2,7 +2,7 @@
 //! CosXL were trained with: σ alone says how noisy a sample is, there are no numbered timesteps, and the network is told
 //! c_noise = ¼ ln σ.
 
-use super::schedule::SchedulerConfig;
+use super::schedule::{Prediction, SchedulerConfig};
 use crate::error::{Error, Result};
 
 /// What a network trained so needs, decided.
@@ -45,6 +45,9 @@ impl Edm {
         }
         if !(data > 0.0 && data <= 1e3) {
             return Err(unusable(format!("`sigma_data` must be above 0 and at most 1000, got {data}")));
+        }
+        if config.prediction_type == Prediction::Sample {
+            return Err(unusable("`prediction_type` must be `epsilon` or `v_prediction`, got `sample`".to_owned()));
         }
         if config.rho.is_some_and(|rho| rho != RHO) {
             return Err(unusable(format!("`rho` must be {RHO}, got {:?}", config.rho)));

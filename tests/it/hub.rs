@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use sdxl_worker::context::Context;
 use sdxl_worker::error::Result;
 use sdxl_worker::layers::{Instructor, Nothing};
+use sdxl_worker::model::checkpoint::Part;
 use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
 use sdxl_worker::model::interface::{HubSettings, ModelWish, Request, Response, Settings};
 use serde_json::{Value, json};
@@ -313,6 +314,8 @@ fn a_download_goes_on_where_it_was_cut_off() {
     let place = Place::new();
     let size = bytes_of(UNET).len();
     let half = size / 2;
+    let most = size - 1;
+    assert!(most > 1 << 20, "{most}");
     for (direct, whole) in [(false, false), (true, false), (false, true)] {
         let _ = fs::remove_dir_all(place.cache());
         place.hub.fail(Faults { cut: Some((half, 1)), direct, whole, ..Faults::default() });
@@ -323,6 +326,11 @@ fn a_download_goes_on_where_it_was_cut_off() {
         assert!(ranges.contains(&format!("bytes={half}-")), "{ranges:?}");
         assert_eq!(fs::read(place.snapshot(UNET)).unwrap(), bytes_of(UNET));
     }
+    // The same beginning over and over is no progress.
+    let _ = fs::remove_dir_all(place.cache());
+    place.hub.fail(Faults { cut: Some((most, 99)), whole: true, ..Faults::default() });
+    let mut worker = place.worker(true);
+    assert_eq!(refused(&mut worker, &json!({ "model": "owner/demo", "files": UNET })).0, "download_failed");
     // What another process has begun, and begun wrongly.
     for (begun, downloaded) in
         [(bytes_of(UNET)[..half].to_vec(), size), (vec![7; half], size), (vec![7; size + 9], size)]
@@ -465,10 +473,14 @@ fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
     worker.send(&line("second"));
     worker.until(|line| line["request_id"] == "second" && line["event"] == "fetching");
     worker.send(&line("third"));
+    place.hub.fail(Faults {
+        status: Some(("/api/".to_owned(), 404)),
+        slow: Some(Duration::from_millis(60)),
+        ..Faults::default()
+    });
     assert_eq!(worker.ask("cancel", "cancel", &json!({ "request_id": "second" }))["found"], "running");
     assert_eq!(code(&worker.answer("second")), "cancelled");
-    place.hub.fail(Faults { status: Some(("/api/".to_owned(), 404)), ..Faults::default() });
-    worker.answer("third");
+    assert_eq!(code(&worker.answer("third")), "model_not_found");
     let _ = fs::remove_dir_all(place.cache());
     worker.send(&line("fourth"));
     assert_eq!(code(&worker.answer("fourth")), "model_not_found");
@@ -559,8 +571,12 @@ fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
 fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
     let cache = tempfile::tempdir().unwrap();
     cached(cache.path());
-    let hub = HubSettings { cache: Some(cache.path().to_owned()), ..HubSettings::default() };
-    let crew = ModelCrew::new(&Settings { roots: Vec::new(), hub, ..Settings::default() });
+    let mut crew = offline_crew(cache.path());
+    // A whole model stands for its part.
+    for part in Part::ALL {
+        let model = crew.catalog.resolve_with(Some("demo"), &[(part, Some("owner/demo"))]);
+        assert!(model.is_ok(), "{part:?}: {model:?}");
+    }
     let find = |name: &str| crew.catalog.companion(name, "model").map(|found| found.file_bytes().0);
     let bytes = bytes_of(UNET).len() as u64;
     assert_eq!(find(&format!("owner/demo/{UNET}")).unwrap(), bytes);
@@ -589,6 +605,29 @@ fn a_single_file_of_a_repository_is_a_model() {
     assert_eq!(drawn, own);
     assert_eq!((&parameters["model"], &parameters["revision"]), (&json!("owner/big/big.safetensors"), &json!(SECOND)));
     assert_eq!(image(&mut worker, "owner/big/big", Some(SECOND)).0, own);
+    // The repository stands for its only file.
+    fs::remove_dir_all(place.cache()).unwrap();
+    let (drawn, parameters) = image(&mut worker, "owner/big", None);
+    assert_eq!((drawn, &parameters["model"]), (own.clone(), &json!("owner/big")));
+    let mut offline = place.worker(false);
+    let data = fetched(&mut offline, &json!({ "model": "owner/big" }));
+    assert_eq!((&data["downloaded"], &data["revision"]), (&json!(0), &json!(SECOND)));
+    let name = data["model"].as_str().unwrap();
+    assert_eq!(name, "owner/big/big.safetensors");
+    for name in ["owner/big", name] {
+        assert_eq!(image(&mut offline, name, None).0, own, "{name}");
+    }
+    let list = ask(&mut offline, "list", &json!({}));
+    let names = list["data"]["models"].as_array().unwrap().iter().map(|model| model["name"].clone());
+    assert_eq!(names.collect::<Vec<_>>(), ["demo", "owner/big"]);
+    // Beside a model as well.
+    let crew = offline_crew(&place.cache());
+    assert!(crew.catalog.companion("owner/big", "loras").is_ok());
+}
+
+fn offline_crew(cache: &Path) -> ModelCrew {
+    let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
+    ModelCrew::new(&Settings { roots: Vec::new(), hub, ..Settings::default() })
 }
 
 #[test]

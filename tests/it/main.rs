@@ -33,6 +33,7 @@ mod random_networks;
 mod residency;
 mod single;
 mod single_file;
+mod single_facts;
 mod single_layouts;
 mod steer;
 mod stored;

@@ -109,7 +109,7 @@ impl Session<'_> {
                 }
                 file.write_all(&bytes).map_err(failed)?;
                 sum.update(&bytes);
-                tally.received += bytes.len() as u64;
+                tally.kept = have;
                 tally.add(bytes.len() as u64);
             }
         }

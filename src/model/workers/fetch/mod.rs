@@ -15,7 +15,7 @@ use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 
-pub(in crate::model) use select::select;
+pub(in crate::model) use select::{is_weights, select};
 
 use self::wire::{Ask, Trouble, ask, pause};
 use crate::context::{Context, Progress};
@@ -225,10 +225,10 @@ impl<'a> Session<'a> {
         }
         let begun = tally.done;
         let mut pause_for = PAUSE;
-        let mut failures = 0;
+        let (mut failures, mut most) = (0, 0);
+        tally.kept = 0;
         loop {
             tally.done = begun;
-            let before = tally.received;
             match self.blob(name, pin, tally) {
                 Ok(blob) => {
                     self.link(&blob.path, &place)?;
@@ -236,9 +236,11 @@ impl<'a> Session<'a> {
                 }
                 Err(Trouble::End(error)) => return Err(error),
                 Err(Trouble::Again(message)) => {
-                    if tally.received - before >= Bytes::MIB {
+                    // Only what stays is progress: a server may send the same beginning for ever.
+                    if tally.kept >= most + Bytes::MIB {
                         (failures, pause_for) = (0, PAUSE);
                     }
+                    most = most.max(tally.kept);
                     failures += 1;
                     if failures >= TRIES {
                         return Err(Error::DownloadFailed { message: format!("`{name}`: {message}") });
@@ -358,15 +360,15 @@ struct Tally<'a> {
     total: u64,
     /// Whether the total holds the file that is being downloaded.
     counted: bool,
-    /// Bytes that came over the network.
-    received: u64,
+    /// Bytes of the file that the last attempt left in the cache.
+    kept: u64,
     told: Option<Instant>,
     ctx: &'a Context,
 }
 
 impl<'a> Tally<'a> {
     fn new(total: u64, ctx: &'a Context) -> Self {
-        Self { name: String::new(), done: 0, total, counted: true, received: 0, told: None, ctx }
+        Self { name: String::new(), done: 0, total, counted: true, kept: 0, told: None, ctx }
     }
 
     fn begin(&mut self, name: &str, size: Option<u64>) {

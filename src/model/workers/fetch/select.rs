@@ -29,7 +29,7 @@ pub(in crate::model) fn select(repository: &str, files: &[String], wanted: &[Str
 }
 
 /// Whether `name` is a file of weights.
-pub(super) fn is_weights(name: &str) -> bool {
+pub(in crate::model) fn is_weights(name: &str) -> bool {
     matches!(ending(name).as_str(), "safetensors" | "gguf")
 }
 
