@@ -133,14 +133,23 @@ impl InferenceInstructor {
         let mut free = room.map(|room| room.free);
         let mut dropped = None;
         // Nothing is dropped for what would not fit even so, nor more than the way needs that is gone then.
-        let planned = free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew) }));
-        if let (Some(Choice { needed, fits: false, .. }), Some(free)) = (&planned, free) {
-            return Err(self.refused(plan, &needs, ("planning", *needed, free), crew));
+        let planned = free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew, Reach::Others) }));
+        if let (Some(Choice { needed, fits: false, .. }), Some(now)) = (&planned, free) {
+            // Text encoders that leave may not fit beside the networks for which they left.
+            let pinned: Vec<Resident> = crew.resident().into_iter().filter(|one| one.pinned).collect();
+            let anew = self.appraise((plan, stack), holding, &pinned, crew, ctx)?;
+            let idle = Available { free: now, droppable: droppable(crew, Reach::Idle) };
+            if !choose(&anew, plan.memory, idle).fits {
+                return Err(self.refused(plan, &needs, ("planning", *needed, now), crew));
+            }
+            crew.make_room(Bytes(u64::MAX), Reach::Idle);
+            (dropped, free) = (free, self.device.free(&crew.device));
+            needs = self.appraise((plan, stack), holding, &crew.resident(), crew, ctx)?;
         }
         let means = planned.map_or(first, |planned| planned.told.means);
         for _ in 0..TRIES {
             let Some(short) = free.map(|free| needs.needed(means).saturating_sub(free)) else { break };
-            if short == Bytes(0) || droppable(crew) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
+            if short == Bytes(0) || droppable(crew, Reach::Others) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
                 break;
             }
             dropped = dropped.or(free);
@@ -213,7 +222,7 @@ impl InferenceInstructor {
         let residents = crew.resident();
         let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
         let mut hints = Vec::new();
-        let available = Available { free, droppable: droppable(crew) };
+        let available = Available { free, droppable: droppable(crew, Reach::Others) };
         if let Some(Largest { width, height }) = self.largest(plan, needs, available) {
             hints.push(format!("an image of about {width}×{height} would fit"));
         }
@@ -241,10 +250,10 @@ impl InferenceInstructor {
     }
 }
 
-/// Bytes that the running request does not use, and that can go.
-fn droppable(crew: &Managers) -> Bytes {
+/// Bytes that can go.
+fn droppable(crew: &Managers, reach: Reach) -> Bytes {
     let caches = crew.conditioning.embeddings.resident().into_iter().chain(crew.conditioning.hints.resident());
-    caches.map(|one| one.bytes).sum::<Bytes>() + crew.conditioning.model.budget.evictable(Reach::Others)
+    caches.map(|one| one.bytes).sum::<Bytes>() + crew.conditioning.model.budget.evictable(reach)
 }
 
 fn apply(means: Means, plan: &mut GenerationPlan, placement: &mut Placement) {

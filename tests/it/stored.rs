@@ -361,7 +361,7 @@ fn gguf_files_that_lie_are_refused_by_what_is_wrong() {
 fn scales_that_no_weight_takes_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let mut worker = worker(root.path());
-    let path = root.path().join("odd.safetensors");
+    let mut count = 0;
     let number = |x: f32| ("F32", vec![], x.to_le_bytes().to_vec());
     let mark = || ("F8_E4M3", vec![0], vec![]);
     let mut told = |more: &[(&str, Entry)]| {
@@ -371,10 +371,14 @@ fn scales_that_no_weight_takes_are_refused() {
                 if coded { ("F8_E4M3", vec![0; tensor.elem_count()]) } else { in_f32(numbers(&tensor).into_iter()) };
             (name, (dtype, tensor.dims().to_vec(), bytes))
         };
+        count += 1;
+        let name = format!("odd {count}");
+        demo_folder(&root.path().join(&name));
+        let path = root.path().join(&name).join("unet/diffusion_pytorch_model.safetensors");
         let all = demo("unet", "diffusion_pytorch_model.safetensors").into_iter().map(entry);
         write(&path, &all.chain(more.iter().map(|(name, entry)| ((*name).to_owned(), entry.clone()))).collect());
-        let separate = [(Part::Unet, Some("odd.safetensors"))];
-        worker.managers.model().catalog.resolve_with(None, &separate).map(drop)
+        let odd = worker.managers.model().catalog.resolve(Some(&name))?;
+        odd.open(Part::Unet, &sdxl_worker::context::Context::detached()).map(drop)
     };
     told(&[]).unwrap();
     told(&[("scaled_fp8", mark()), ("conv_in.scale_weight", number(0.5))]).unwrap();

@@ -381,8 +381,8 @@ mod tests {
         check(open, (799, 0), &[Rung::Strips, Rung::Slice], 750, true);
         check(open, (749, 0), &[Rung::Strips, Rung::Slice, Rung::TextEncoders], 650, true);
         let all = [Rung::Strips, Rung::Slice, Rung::TextEncoders, Rung::Sequential];
-        check(open, (649, 0), &all, 250, true);
-        check(open, (249, 0), &all, 250, false);
+        check(open, (649, 0), &all, 200, true);
+        check(open, (199, 0), &all, 200, false);
     }
 
     #[test]
@@ -398,7 +398,7 @@ mod tests {
         };
         check(nothing, (1, 0), &[], 800, false);
         let sequential = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() };
-        check(sequential, (500, 0), &[], 500, true);
+        check(sequential, (450, 0), &[], 450, true);
     }
 
     #[test]
