@@ -67,11 +67,10 @@ impl Peft {
     ) -> Option<f64> {
         let rank = RANKS.iter().find_map(|name| shape(name)?.first().copied())?;
         let of_part = self.0.iter().filter(|(own, _)| own.is_none_or(|own| own == part));
-        of_part.rev().find_map(|(_, config)| {
-            let ends = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-            let own = config.alpha_pattern.iter().flatten().find(|(end, _)| ends(end)).map(|(_, alpha)| *alpha);
-            let alpha = own.or(config.lora_alpha).unwrap_or(ALPHA);
-            Some(if config.use_rslora == Some(true) { alpha * (rank as f64).sqrt() } else { alpha })
-        })
+        let (_, config) = of_part.last()?;
+        let ends = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        let own = config.alpha_pattern.iter().flatten().find(|(end, _)| ends(end)).map(|(_, alpha)| *alpha);
+        let alpha = own.or(config.lora_alpha).unwrap_or(ALPHA);
+        Some(if config.use_rslora == Some(true) { alpha * (rank as f64).sqrt() } else { alpha })
     }
 }
