@@ -66,8 +66,8 @@ impl Peft {
         shape: impl Fn(&str) -> Option<&'s [usize]>,
     ) -> Option<f64> {
         let rank = RANKS.iter().find_map(|name| shape(name)?.first().copied())?;
-        let of_part = self.0.iter().filter(|(own, _)| own.is_none_or(|own| own == part));
-        let (_, config) = of_part.last()?;
+        let mut of_part = self.0.iter().filter(|(own, _)| own.is_none_or(|own| own == part));
+        let (_, config) = of_part.next_back()?;
         let ends = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
         let own = config.alpha_pattern.iter().flatten().find(|(end, _)| ends(end)).map(|(_, alpha)| *alpha);
         let alpha = own.or(config.lora_alpha).unwrap_or(ALPHA);

@@ -1,8 +1,6 @@
 //! What single files and named parts say of themselves: configurations from shapes against the published ones, how a
 //! UNet was trained, and what stands for what.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;

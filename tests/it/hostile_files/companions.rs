@@ -10,6 +10,11 @@ use crate::random_networks::Layout;
 const REFUSED: &[&str] = &["model_corrupt", "model_unsupported", "unsupported_feature"];
 const PICKLED: &[&str] = &["unsafe_format", "model_unsupported"];
 
+/// A request that names a file.
+type Wish = fn(&str) -> Value;
+/// A tensor's name and shape, and the value of all its elements.
+type Filled = (&'static str, &'static [usize], f32);
+
 fn control(name: &str) -> Value {
     json!({ "controlnet": [{ "model": name, "image": "edges.png" }] })
 }
@@ -30,7 +35,7 @@ pub(super) fn add(corpus: &mut Corpus) {
     files(corpus);
     configs(corpus);
     controlnets(corpus);
-    let vectors: &[(&str, &[(&str, &[usize], f32)])] = &[
+    let vectors: &[(&str, &[Filled])] = &[
         ("no tensors", &[]),
         ("one encoder's", &[("clip_g", &[1, 64], 0.1)]),
         ("another width", &[("clip_l", &[1, 768], 0.1), ("clip_g", &[1, 1280], 0.1)]),
@@ -51,7 +56,7 @@ pub(super) fn add(corpus: &mut Corpus) {
 
 /// Files of other kinds, given for each.
 fn files(corpus: &mut Corpus) {
-    let kinds: [(&str, fn(&str) -> Value); 4] =
+    let kinds: [(&str, Wish); 4] =
         [("ControlNet", control), ("T2I-Adapter", t2i), ("IP-Adapter", ip), ("embedding", embedding)];
     for (kind, fields) in kinds {
         for end in ["ckpt", "pt", "pth", "bin"] {
@@ -84,7 +89,7 @@ fn files(corpus: &mut Corpus) {
 /// Folders whose `config.json` lies.
 fn configs(corpus: &mut Corpus) {
     let texts = ["", "null", "[]", "{", "{}", &"[".repeat(100_000), r#"{"_class_name":5}"#, r#"{"channels":"a"}"#];
-    let kinds: [(&'static str, fn(&str) -> Value); 3] =
+    let kinds: [(&'static str, Wish); 3] =
         [("config, ControlNet", control), ("config, T2I-Adapter", t2i), ("config, IP-Adapter", ip)];
     for (kind, fields) in kinds {
         for text in texts {

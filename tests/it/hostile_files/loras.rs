@@ -95,7 +95,7 @@ fn named<'a>(layer: &str, held: impl Iterator<Item = (&'a str, Vec<usize>, f32)>
 /// The formats' own test cases, which are for layers of 16×12.
 fn of_other_layers(corpus: &mut Corpus) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/adapters/formulas.safetensors");
-    let mut cases: BTreeMap<(String, String), Vec<(String, Vec<usize>)>> = BTreeMap::new();
+    let mut cases: BTreeMap<_, Vec<(String, Vec<usize>)>> = BTreeMap::new();
     for (name, tensor) in candle_core::safetensors::load(path, &Device::Cpu).unwrap() {
         if let [case, kind, "part", part] = name.split('/').collect::<Vec<_>>()[..] {
             let held = cases.entry((case.to_owned(), kind.to_owned())).or_default();

@@ -42,6 +42,7 @@ fn error(got: &Tensor, want: &Tensor) -> f32 {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test tells what it measured")]
 fn every_format_is_its_formula() {
     let goldens = Goldens::read();
     let (mut table, mut worst, mut formats) = (String::new(), 0.0_f32, std::collections::BTreeSet::new());

@@ -29,6 +29,7 @@ fn check(goldens: &Goldens, kind: &str, parts: &Parts, what: &str) -> Option<Str
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test tells what it measured")]
 fn parts_of_every_wrong_shape_are_misfits() {
     let goldens = Goldens::read();
     let shapes: &[&[usize]] = &[
