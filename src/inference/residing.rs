@@ -133,7 +133,8 @@ impl InferenceInstructor {
         let mut free = room.map(|room| room.free);
         let mut dropped = None;
         // Nothing is dropped for what would not fit even so, nor more than the way needs that is gone then.
-        let planned = free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew, Reach::Others) }));
+        let planned =
+            free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew, Reach::Others) }));
         if let (Some(Choice { needed, fits: false, .. }), Some(now)) = (&planned, free) {
             // Text encoders that leave may not fit beside the networks for which they left.
             let pinned: Vec<Resident> = crew.resident().into_iter().filter(|one| one.pinned).collect();
@@ -149,7 +150,10 @@ impl InferenceInstructor {
         let means = planned.map_or(first, |planned| planned.told.means);
         for _ in 0..TRIES {
             let Some(short) = free.map(|free| needs.needed(means).saturating_sub(free)) else { break };
-            if short == Bytes(0) || droppable(crew, Reach::Others) == Bytes(0) || crew.make_room(short, Reach::Others) == Bytes(0) {
+            if short == Bytes(0)
+                || droppable(crew, Reach::Others) == Bytes(0)
+                || crew.make_room(short, Reach::Others) == Bytes(0)
+            {
                 break;
             }
             dropped = dropped.or(free);
