@@ -369,19 +369,6 @@ fn a_shelf_drops_what_was_used_least_recently() {
 }
 
 #[test]
-fn what_networks_share_is_counted_for_as_long_as_one_of_them_is_there() {
-    let budget = Budget::new(Bytes(1000));
-    let mut shelf = Shelf::new("unet", &budget);
-    let plain = keys(1).remove(0);
-    let other = ShelfKey { over: Some(Checkpoint::demo().unwrap().key), ..plain.clone() };
-    shelf.insert(plain, "plain", Bytes(90), ());
-    shelf.insert(other, "changed", Bytes(7), ());
-    assert_eq!(budget.evict(Bytes(1), Reach::Others), Bytes(7));
-    assert_eq!((names(&shelf), shelf.bytes()), (vec!["changed".to_owned()], Bytes(90)));
-    assert_eq!((budget.evict(Bytes(1), Reach::Others), shelf.bytes()), (Bytes(90), Bytes(0)));
-}
-
-#[test]
 fn shelves_share_a_budget_and_give_way_in_a_written_order() {
     let budget = Budget::new(Bytes(100));
     let (mut unets, mut vaes) = (Shelf::new("unet", &budget), Shelf::new("vae", &budget));
