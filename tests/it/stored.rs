@@ -311,8 +311,8 @@ fn gguf_files_that_lie_are_refused_by_what_is_wrong() {
     let (_, layouts) = layouts();
     let whole = gguf(&layouts.config, &layouts.cases["q8_0"]);
     let cases = [
-        ("as many tensors as can be counted", hostile((u64::MAX, 0), &[], &[], 0), "corrupt", "is cut off"),
-        ("as many properties", hostile((0, u64::MAX), &[], &[], 0), "corrupt", "is cut off"),
+        ("as many tensors as can be counted", hostile((u64::MAX, 0), &[], &[], 0), "corrupt", "are the most"),
+        ("as many properties", hostile((0, u64::MAX), &[], &[], 0), "corrupt", "are the most"),
         ("a name without an end", hostile((1, 0), &[], &many, 0), "corrupt", "is cut off"),
         ("an endless list", hostile((0, 1), &property("a", 9, &endless), &[], 64), "corrupt", ""),
         ("endless texts", hostile((0, 1), &property("a", 9, &texts), &[], 64), "corrupt", "is cut off"),
