@@ -137,8 +137,9 @@ impl InferenceInstructor {
             free.map(|free| choose(&needs, plan.memory, Available { free, droppable: droppable(crew, Reach::Others) }));
         if let (Some(Choice { needed, fits: false, .. }), Some(now)) = (&planned, free) {
             // Text encoders that leave may not fit beside the networks for which they left.
-            let pinned: Vec<Resident> = crew.resident().into_iter().filter(|one| one.pinned).collect();
-            let anew = self.appraise((plan, stack), holding, &pinned, crew, ctx)?;
+            let stays: Vec<Resident> =
+                crew.resident().into_iter().filter(|one| one.pinned || one.used_ms.is_none()).collect();
+            let anew = self.appraise((plan, stack), holding, &stays, crew, ctx)?;
             let idle = Available { free: now, droppable: droppable(crew, Reach::Idle) };
             if !choose(&anew, plan.memory, idle).fits {
                 return Err(self.refused(plan, &needs, ("planning", *needed, now), crew));

@@ -15,6 +15,8 @@ use crate::wire::{Worker, code};
 const MIB: u64 = 1 << 20;
 /// How far what a process takes differs from one start to the next.
 const SLACK: u64 = 3 * MIB / 2;
+/// What threads and caches keep of a first image beside networks, at most.
+const KEPT: u64 = 40 * MIB;
 /// Enough passes that the UNet's feature maps, not the decoder's, are the largest moment.
 const PARTS: usize = 16;
 
@@ -174,11 +176,6 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
         assert_eq!(rungs(&made["memory"]), expected, "{}", made["memory"]);
         assert_eq!(made["memory"]["why"].is_string(), !expected.is_empty());
         assert!(alike(&made, &plain), "{expected:?} makes another image");
-        // What is here by then is counted as what it is.
-        let again = worker.draw(&wanted);
-        let climbed: Vec<&str> = rungs(&again["memory"]).into_iter().filter(|rung| *rung != "drop").collect();
-        assert_eq!(climbed, expected, "the second time {}", again["memory"]);
-        assert!(alike(&again, &plain), "{expected:?} makes another image the second time");
         let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
         let files = rss - worker.process("anonymous");
         println!("{expected:?}: limit {limit}, peak {} beside files", peak - files);
@@ -188,6 +185,12 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
     check(taken + way(&json!("strips")) + SLACK, &["strips"]);
     check(taken + way(&json!("slice")) + SLACK, &["strips", "slice"]);
     check(taken + way(&json!("text_encoders")) + SLACK, &["strips", "slice", "text_encoders"]);
+    // What is here already is not to be had again.
+    let mut worker = Limited::new(Some(taken + way(&Value::Null) + KEPT), None);
+    for time in 1..=3 {
+        let made = worker.draw(&wanted);
+        assert_eq!(rungs(&made["memory"]), [""; 0], "time {time}: {}", made["memory"]);
+    }
 }
 
 #[test]
@@ -197,7 +200,7 @@ fn a_network_that_stays_away_is_drawn_with_again_in_the_same_room() {
     let wanted = with(request(256, 1), &json!({ "model": "copy", "offload": "sequential", "decode": "strips" }));
     let mut fresh = Limited::new(Some(1 << 30), Some(folder.path()));
     let (taken, needed) = (fresh.taken(), fresh.estimate(&wanted)["needed"].as_u64().unwrap());
-    let mut tight = Limited::new(Some(taken + needed + SLACK), Some(folder.path()));
+    let mut tight = Limited::new(Some(taken + needed + KEPT / 2), Some(folder.path()));
     let first = tight.draw(&wanted);
     for _ in 0..2 {
         let again = tight.draw(&wanted);
