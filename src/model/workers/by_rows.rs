@@ -1,8 +1,14 @@
-//! Plain LoRA on the CPU, as many rows at a time as stay in the cache. What the format's own worker gives is the same to
-//! f32's rounding; this takes one pass through the memory where that takes several, and a network has gigabytes of it.
+//! Plain LoRA on the CPU, as many rows at a time as stay in the cache, on all threads. What the format's own worker gives
+//! is the same to f32's rounding; this takes one pass through the memory where that takes several, and a network has
+//! gigabytes of it.
 
-use candle_core::{DType, Result as CandleResult, Tensor, WithDType};
+use std::ops::Range;
+
+use candle_core::{CpuStorage, DType, Result as CandleResult, Storage, Tensor};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::adapt::Parts;
 use crate::error::Result;
@@ -32,10 +38,30 @@ pub(super) fn changed<'a>(
             None => return Ok(None),
         }
     }
+    let base = base.contiguous()?;
+    let (storage, layout) = base.storage_and_layout();
+    let (Storage::Cpu(stored), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else { return Ok(None) };
+    let Some(numbers) = Numbers::of(stored, start..end) else { return Ok(None) };
+    let factors = factors.iter().map(|(up, down)| Factor::of(up, down)).collect::<CandleResult<Vec<_>>>()?;
+    let (shape, device, count) = (base.shape(), base.device(), end - start);
+    let sums = Sums { numbers, columns, factors: &factors };
+    // Zeroed memory is first touched by the thread that fills it.
     Ok(match dtype {
-        DType::BF16 => Some(sum::<bf16>(base, columns, &factors)?),
-        DType::F16 => Some(sum::<f16>(base, columns, &factors)?),
-        DType::F32 => Some(sum::<f32>(base, columns, &factors)?),
+        DType::BF16 => {
+            let mut all = vec![0_u16; count];
+            sums.fill(&mut all, |wide, part| part.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(wide));
+            Some(Tensor::from_vec(all.reinterpret_into::<bf16>(), shape, device)?)
+        }
+        DType::F16 => {
+            let mut all = vec![0_u16; count];
+            sums.fill(&mut all, |wide, part| part.reinterpret_cast_mut::<f16>().convert_from_f32_slice(wide));
+            Some(Tensor::from_vec(all.reinterpret_into::<f16>(), shape, device)?)
+        }
+        DType::F32 => {
+            let mut all = vec![0.0_f32; count];
+            sums.fill(&mut all, |wide, part| part.copy_from_slice(wide));
+            Some(Tensor::from_vec(all, shape, device)?)
+        }
         _ => None,
     })
 }
@@ -64,19 +90,103 @@ fn plain(parts: &Parts, (rows, columns): (usize, usize), strength: f64) -> Candl
     Ok(Some(((up * scale)?, down)))
 }
 
-fn sum<T: WithDType>(base: &Tensor, columns: usize, factors: &[(Tensor, Tensor)]) -> CandleResult<Tensor> {
-    let rows = base.dim(0)?;
-    let at_once = (BLOCK / columns).max(1);
-    let mut all: Vec<T> = Vec::with_capacity(rows * columns);
-    for first in (0..rows).step_by(at_once) {
-        let count = at_once.min(rows - first);
-        let mut wide = base.narrow(0, first, count)?.flatten_from(1)?.to_dtype(DType::F32)?;
-        for (up, down) in factors {
-            wide = (wide + up.narrow(0, first, count)?.matmul(down)?)?;
+/// A tensor's numbers as they are kept.
+#[derive(Clone, Copy)]
+enum Numbers<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Numbers<'a> {
+    fn of(stored: &'a CpuStorage, range: Range<usize>) -> Option<Self> {
+        match stored {
+            CpuStorage::F32(numbers) => numbers.get(range).map(Self::F32),
+            CpuStorage::F16(numbers) => numbers.get(range).map(Self::F16),
+            CpuStorage::BF16(numbers) => numbers.get(range).map(Self::Bf16),
+            _ => None,
         }
-        all.extend(wide.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()?);
     }
-    Tensor::from_vec(all, base.shape(), base.device())
+
+    /// Those from `first` on, as many as `wide` takes.
+    fn widen(self, first: usize, wide: &mut [f32]) {
+        let range = first..first + wide.len();
+        match self {
+            Self::F32(numbers) => wide.copy_from_slice(&numbers[range]),
+            Self::F16(numbers) => numbers[range].convert_to_f32_slice(wide),
+            Self::Bf16(numbers) => numbers[range].convert_to_f32_slice(wide),
+        }
+    }
+}
+
+/// `up`, `[rows, rank]`, and `down`, `[rank, columns]`.
+struct Factor {
+    up: Vec<f32>,
+    down: Vec<f32>,
+    rank: usize,
+}
+
+impl Factor {
+    fn of(up: &Tensor, down: &Tensor) -> CandleResult<Self> {
+        let flat = |part: &Tensor| part.flatten_all()?.to_vec1::<f32>();
+        Ok(Self { up: flat(up)?, down: flat(down)?, rank: up.dim(1)? })
+    }
+
+    /// Adds `up · down` of the rows from `first` on to `wide`, whole rows of `columns`.
+    fn add(&self, first: usize, columns: usize, wide: &mut [f32]) {
+        let (rank, rows) = (self.rank, wide.len() / columns);
+        let up = &self.up[first * rank..(first + rows) * rank];
+        let down = &self.down[..rank * columns];
+        let (across, depth) = (columns.cast_signed(), rank.cast_signed());
+        #[expect(unsafe_code, reason = "the product is given as pointers and strides")]
+        // SAFETY: `wide` has `rows · columns` numbers, `up` `rows · rank` and `down` `rank · columns`, as the slices above
+        // have been cut; all are in row order, as the strides say, and `wide` is borrowed alone.
+        unsafe {
+            gemm::gemm(
+                rows,
+                columns,
+                rank,
+                wide.as_mut_ptr(),
+                1,
+                across,
+                true,
+                up.as_ptr(),
+                1,
+                depth,
+                down.as_ptr(),
+                1,
+                across,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    }
+}
+
+/// What is summed.
+struct Sums<'a> {
+    numbers: Numbers<'a>,
+    columns: usize,
+    factors: &'a [Factor],
+}
+
+impl Sums<'_> {
+    /// Makes every number of `all` by `narrow`, which writes f32 as they shall be kept.
+    fn fill<T: Send>(&self, all: &mut [T], narrow: impl Fn(&[f32], &mut [T]) + Sync) {
+        let rows = (BLOCK / self.columns).max(1);
+        let parts = all.par_chunks_mut(rows * self.columns).enumerate();
+        parts.for_each_init(Vec::new, |wide: &mut Vec<f32>, (at, part)| {
+            wide.resize(part.len(), 0.0);
+            let first = at * rows;
+            self.numbers.widen(first * self.columns, wide);
+            self.factors.iter().for_each(|factor| factor.add(first, self.columns, wide));
+            narrow(wide, part);
+        });
+    }
 }
 
 #[cfg(test)]
