@@ -12,6 +12,7 @@ mod drawing;
 mod edits;
 mod hints;
 mod hub;
+mod hub_cache;
 mod hub_server;
 mod hostile_files;
 mod image_files;

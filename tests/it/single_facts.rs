@@ -6,6 +6,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use sdxl_worker::config::Config;
 use sdxl_worker::error::Result;
 use sdxl_worker::inference::interface::{GenerateRequest, RefinerWish};
@@ -245,4 +246,25 @@ fn a_folder_hides_no_file_of_its_name() {
     assert_eq!(bytes("style").unwrap(), only);
     let own = write("style.safetensors", 2);
     assert_eq!(bytes("style").unwrap(), own);
+}
+
+#[test]
+fn latents_with_mean_and_deviation_are_scaled_as_diffusers_scales_them() {
+    let mut vae = Checkpoint::demo().unwrap().vae;
+    vae.scaling_factor = 0.5;
+    // Playground v2.5's own.
+    vae.latents_mean = Some(vec![-1.6574, 1.886, -1.383, 2.5155]);
+    vae.latents_std = Some(vec![8.4927, 5.9022, 6.5498, 5.2299]);
+    let latents = [0.25_f32, -1.0, 2.0, 0.5];
+    let z = Tensor::new(&latents, &Device::Cpu).unwrap().reshape((1, 1, 1, 4)).unwrap();
+    let scaled = vae.from_model(&z).unwrap();
+    let got = scaled.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    // `latents * latents_std / scaling_factor + latents_mean`
+    for (got, wanted) in got.iter().zip([2.588_95_f32, -9.9184, 24.8162, 7.7454]) {
+        assert!((got - wanted).abs() < 1e-5, "{got}, and {wanted} is wanted");
+    }
+    let back = vae.to_model(&scaled).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (back, own) in back.iter().zip(latents) {
+        assert!((back - own).abs() < 1e-6, "{back}, and {own} is wanted");
+    }
 }
