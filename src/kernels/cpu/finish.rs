@@ -48,44 +48,105 @@ impl<T> Finish<'_, T> {
     }
 }
 
-/// Adds as many numbers as there are; 32 of them in one go.
-#[inline(always)]
-fn add<T: Element>(line: &mut [f32; PANEL], from: &[T]) {
-    if let Ok(from) = <&[T; PANEL]>::try_from(from) {
-        for (to, from) in line.iter_mut().zip(from) {
-            *to += from.widen();
-        }
-    } else {
-        for (to, from) in line.iter_mut().zip(from) {
-            *to += from.widen();
-        }
-    }
-}
+/// Columns of a tile that are finished at once. They are handed on by value, so that they stay in a register.
+const LANES: usize = 16;
+type Lanes = [f32; LANES];
 
 #[inline(always)]
-fn put<T: Element>(line: &[f32; PANEL], to: &mut [T]) {
-    if to.len() == PANEL {
-        for (to, from) in to.as_chunks_mut::<16>().0.iter_mut().zip(line.as_chunks::<16>().0) {
-            T::round_block(from, to);
-        }
-    } else {
-        for (to, from) in to.iter_mut().zip(line) {
-            *to = T::round(*from);
-        }
+fn add<T: Element>(lanes: Lanes, from: &[T; LANES]) -> Lanes {
+    let mut sums = [0.0; LANES];
+    for i in 0..LANES {
+        sums[i] = lanes[i] + from[i].widen();
     }
+    sums
+}
+
+/// `value` of each.
+#[inline(always)]
+fn each(lanes: Lanes, value: impl Fn(f32) -> f32) -> Lanes {
+    let mut values = [0.0; LANES];
+    for i in 0..LANES {
+        values[i] = value(lanes[i]);
+    }
+    values
 }
 
 /// `value · gelu(gate)`, as exact as the results' dtype can show.
 #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "a function compiled for more than the baseline"))]
 #[inline(always)]
-fn gate_line<T: Element>(value: &mut [f32; PANEL], gate: &[f32; PANEL]) {
+fn gate<T: Element>(value: Lanes, gate: Lanes) -> Lanes {
     #[cfg(target_arch = "x86_64")]
     if !T::IS_F32 && rounds_bf16() {
         // SAFETY: where the processor rounds to bf16, AVX-512 F is here.
-        return unsafe { avx512::gate_line(value, gate) };
+        return unsafe { avx512::gate(value, gate) };
     }
-    for (value, gate) in value.iter_mut().zip(gate) {
-        *value *= gelu(*gate);
+    let mut gated = [0.0; LANES];
+    for i in 0..LANES {
+        gated[i] = value[i] * gelu(gate[i]);
+    }
+    gated
+}
+
+/// The columns of `from` that begin with `first`, and nothing where it has no 16 of them.
+#[inline(always)]
+fn block<T>(from: Option<&[T]>, first: usize) -> Option<&[T; LANES]> {
+    from.and_then(|from| from.get(first..)?.first_chunk())
+}
+
+/// All rows, 16 columns at a time; `activate` is the activation.
+#[inline(always)]
+fn finish_whole<T: Element>(
+    finish: &Finish<T>,
+    tile: &[[f32; PANEL]],
+    spot: Spot,
+    to: Target<T>,
+    activate: impl Fn(f32) -> f32,
+) {
+    let biases = [block(finish.bias, spot.column), block(finish.bias, spot.column + LANES)];
+    for (row, line) in (spot.row..spot.row + spot.rows).zip(tile) {
+        for (at, bias) in [0, LANES].into_iter().zip(biases) {
+            let column = spot.column + at;
+            let Some(mut lanes) = line[at..].first_chunk::<LANES>().copied() else { return };
+            if let Some(bias) = bias {
+                lanes = add(lanes, bias);
+            }
+            if finish.per_sample.is_some()
+                && let Some(shift) = block(finish.per_sample, row / finish.sample * finish.outputs + column)
+            {
+                lanes = add(lanes, shift);
+            }
+            lanes = each(lanes, &activate);
+            let start = row * finish.outputs + column;
+            if let Some(residual) = block(finish.residual, start) {
+                lanes = add(lanes, residual);
+            }
+            if let Some(to) = to.line(start, LANES).first_chunk_mut() {
+                T::round_block(&lanes, to);
+            }
+        }
+    }
+}
+
+/// As [`finish_whole`], for as many columns as there are.
+#[inline(always)]
+fn finish_part<T: Element>(finish: &Finish<T>, tile: &[[f32; PANEL]], spot: Spot, to: Target<T>) {
+    let Spot { row, rows, column, columns } = spot;
+    for (row, line) in (row..row + rows).zip(tile) {
+        let start = row * finish.outputs + column;
+        let of_sample = row / finish.sample * finish.outputs + column;
+        for (i, (to, sum)) in to.line(start, columns).iter_mut().zip(line).enumerate() {
+            let mut sum = *sum;
+            sum += finish.bias.map_or(0.0, |bias| bias[column + i]);
+            sum += finish.per_sample.map_or(0.0, |shift| shift[of_sample + i]);
+            sum = match finish.activation {
+                None => sum,
+                Some(Activation::Silu) => silu(sum),
+                Some(Activation::Gelu) => gelu(sum),
+                Some(Activation::QuickGelu) => quick_gelu(sum),
+            };
+            sum += finish.residual.map_or(0.0, |residual| residual[start + i].widen());
+            *to = T::round(sum);
+        }
     }
 }
 
@@ -97,41 +158,41 @@ mod avx512 {
         _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
     };
 
-    use super::PANEL;
+    use super::{LANES, Lanes};
 
     /// As [`super::gelu`] has it, with a shorter `P` and an approximate reciprocal: right to 2e-4, a tenth of what bf16
     /// tells apart.
     #[expect(unsafe_code, reason = "vector instructions on pointers")]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) fn gate_line(value: &mut [f32; PANEL], gate: &[f32; PANEL]) {
+    pub(super) fn gate(value: Lanes, gate: Lanes) -> Lanes {
         const P: [f32; 6] = [9.599_125e-2, 9.214_285e-2, 1.082_969_4e-1, 4.406_779_6e-2, 7.460_913e-2, 8.491_585e-2];
         /// Of `2^r` within half of 0.
         const POWER: [f32; 5] = [9.999_993e-1, 6.931_218e-1, 2.402_474_4e-1, 5.591_786e-2, 9.570_102e-3];
         /// Beyond it nothing of the tail is left.
         const FAR: f32 = 20.0;
-        for (value, gate) in value.as_chunks_mut::<16>().0.iter_mut().zip(gate.as_chunks::<16>().0) {
-            // SAFETY: 16 numbers are there.
-            let (v, x) = unsafe { (_mm512_loadu_ps(value.as_ptr()), _mm512_loadu_ps(gate.as_ptr())) };
-            // Of a number and a NaN, `min` gives its second operand.
-            let z = _mm512_min_ps(_mm512_set1_ps(FAR), _mm512_abs_ps(x));
-            let one = _mm512_set1_ps(1.0);
-            let t = _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.24), one));
-            let series = |terms: &[f32], at| {
-                let first = terms.iter().rev().take(1).fold(_mm512_setzero_ps(), |_, term| _mm512_set1_ps(*term));
-                terms.iter().rev().skip(1).fold(first, |p, term| _mm512_fmadd_ps(p, at, _mm512_set1_ps(*term)))
-            };
-            // e^(-z²/2)
-            let exponent = _mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-0.5 * std::f32::consts::LOG2_E));
-            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(exponent);
-            let power = _mm512_scalef_ps(series(&POWER, _mm512_sub_ps(exponent, n)), n);
-            let tail = _mm512_mul_ps(_mm512_mul_ps(series(&P, t), t), power);
-            let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps());
-            let phi = _mm512_mask_sub_ps(tail, !negative, one, tail);
-            let y = _mm512_mul_ps(v, _mm512_mul_ps(x, phi));
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(value.as_mut_ptr(), y) }
-        }
+        // SAFETY: 16 numbers are there.
+        let (v, x) = unsafe { (_mm512_loadu_ps(value.as_ptr()), _mm512_loadu_ps(gate.as_ptr())) };
+        // Of a number and a NaN, `min` gives its second operand.
+        let z = _mm512_min_ps(_mm512_set1_ps(FAR), _mm512_abs_ps(x));
+        let one = _mm512_set1_ps(1.0);
+        let t = _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.24), one));
+        let series = |terms: &[f32], at| {
+            let first = terms.iter().rev().take(1).fold(_mm512_setzero_ps(), |_, term| _mm512_set1_ps(*term));
+            terms.iter().rev().skip(1).fold(first, |p, term| _mm512_fmadd_ps(p, at, _mm512_set1_ps(*term)))
+        };
+        // e^(-z²/2)
+        let exponent = _mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-0.5 * std::f32::consts::LOG2_E));
+        let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(exponent);
+        let power = _mm512_scalef_ps(series(&POWER, _mm512_sub_ps(exponent, n)), n);
+        let tail = _mm512_mul_ps(_mm512_mul_ps(series(&P, t), t), power);
+        let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps());
+        let phi = _mm512_mask_sub_ps(tail, !negative, one, tail);
+        let y = _mm512_mul_ps(v, _mm512_mul_ps(x, phi));
+        let mut gated = [0.0; LANES];
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(gated.as_mut_ptr(), y) }
+        gated
     }
 }
 
@@ -146,44 +207,37 @@ levels! {
         }
     }
 
-    /// `tile` is `[rows, 32]`; line `i` of the result is written by `to(i)`.
+    /// `tile` is `[rows, 32]`.
     fn finish_tile<T>(finish: &Finish<T>, tile: &[f32], spot: Spot, to: Target<T>) {
-        let Spot { row, rows, column, columns } = spot;
-        for (i, line) in tile.as_chunks::<PANEL>().0.iter().take(rows).enumerate() {
-            let mut line = *line;
-            if let Some(bias) = finish.bias {
-                add(&mut line, &bias[column..column + columns]);
-            }
-            if let Some(per_sample) = finish.per_sample {
-                let start = (row + i) / finish.sample * finish.outputs + column;
-                add(&mut line, &per_sample[start..start + columns]);
-            }
-            match finish.activation {
-                None => {}
-                Some(Activation::Silu) => line = line.map(silu),
-                Some(Activation::Gelu) => line = line.map(gelu),
-                Some(Activation::QuickGelu) => line = line.map(quick_gelu),
-            }
-            if let Some(residual) = finish.residual {
-                let start = (row + i) * finish.outputs + column;
-                add(&mut line, &residual[start..start + columns]);
-            }
-            put(&line, to.line((row + i) * finish.outputs + column, columns));
+        let lines = tile.as_chunks().0;
+        if spot.columns < PANEL {
+            return finish_part(finish, lines, spot, to);
+        }
+        match finish.activation {
+            None => finish_whole(finish, lines, spot, to, |sum| sum),
+            Some(Activation::Silu) => finish_whole(finish, lines, spot, to, silu),
+            Some(Activation::Gelu) => finish_whole(finish, lines, spot, to, gelu),
+            Some(Activation::QuickGelu) => finish_whole(finish, lines, spot, to, quick_gelu),
         }
     }
 
-    /// `value · gelu(gate)`; the bias of the gates stands `outputs` after that of the values.
-    fn finish_gated<T>(finish: &Finish<T>, value: &[f32], gate: &[f32], spot: Spot, to: Target<T>) {
-        let Spot { row, rows, column, columns } = spot;
-        let lines = value.as_chunks::<PANEL>().0.iter().zip(gate.as_chunks::<PANEL>().0);
-        for (i, (value, gate)) in lines.take(rows).enumerate() {
-            let (mut value, mut gate) = (*value, *gate);
-            if let Some(bias) = finish.bias {
-                add(&mut value, &bias[column..column + columns]);
-                add(&mut gate, &bias[finish.outputs + column..finish.outputs + column + columns]);
+    /// `value · gelu(gate)`, all 32 columns; the bias of the gates stands `outputs` after that of the values.
+    fn finish_gated<T>(finish: &Finish<T>, value: &[f32], gates: &[f32], spot: Spot, to: Target<T>) {
+        let at = |column| [block(finish.bias, column), block(finish.bias, column + LANES)];
+        let (biases, of_gates) = (at(spot.column), at(finish.outputs + spot.column));
+        let lines = value.as_chunks::<PANEL>().0.iter().zip(gates.as_chunks::<PANEL>().0);
+        for (row, (value, line)) in (spot.row..spot.row + spot.rows).zip(lines) {
+            for (at, (bias, of_gates)) in [0, LANES].into_iter().zip(biases.into_iter().zip(of_gates)) {
+                let (Some(value), Some(line)) = (value[at..].first_chunk(), line[at..].first_chunk()) else { return };
+                let (mut value, mut line): (Lanes, Lanes) = (*value, *line);
+                if let (Some(bias), Some(of_gates)) = (bias, of_gates) {
+                    (value, line) = (add(value, bias), add(line, of_gates));
+                }
+                let start = row * finish.outputs + spot.column + at;
+                if let Some(to) = to.line(start, LANES).first_chunk_mut() {
+                    T::round_block(&gate::<T>(value, line), to);
+                }
             }
-            gate_line::<T>(&mut value, &gate);
-            put(&value, to.line((row + i) * finish.outputs + column, columns));
         }
     }
 }
