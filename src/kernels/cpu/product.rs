@@ -180,7 +180,7 @@ pub(super) fn product<T: Element, R: Rows>(left: &R, weight: &Packed, rows: usiz
 /// Rows and panels of a task, so that every thread has some and none waits long for the last.
 fn blocks((rows, depth, panels): (usize, usize, usize), most: usize, at_once: usize) -> (usize, usize) {
     let threads = threads();
-    let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 3 * threads);
+    let worth = (rows * depth * panels * PANEL / TASK).clamp(1, 2 * threads);
     let mut across = panels.div_ceil(most);
     let mut down = rows.div_ceil(ROWS);
     // Rows are gathered again for each part of the outputs, weights read again for each part of the rows.
@@ -195,8 +195,16 @@ fn blocks((rows, depth, panels): (usize, usize, usize), most: usize, at_once: us
     }
     if down > 1 && across % threads != 0 {
         down = down.next_multiple_of(threads);
+    } else if down == 1 {
+        across = evenly(panels, across, threads);
     }
     (rows.div_ceil(down).next_multiple_of(at_once), panels.div_ceil(across).max(1))
+}
+
+/// At least `parts` parts of `panels`, of which no thread has more than need be.
+fn evenly(panels: usize, parts: usize, threads: usize) -> usize {
+    let longest = |parts: usize| panels.div_ceil(parts.max(1)) * parts.div_ceil(threads);
+    (parts..=(parts + threads).min(panels.max(parts))).min_by_key(|parts| longest(*parts)).unwrap_or(parts)
 }
 
 impl<R: Rows, T: Element> Product<'_, R, T> {
@@ -243,6 +251,9 @@ impl<R: Rows, T: Element> Product<'_, R, T> {
                             let c = sums.wrapping_add(lane * tile + first * PANEL);
                             let a = block.wrapping_add(first * A_STRIDE);
                             ahead.fetch();
+                            if start > 0 {
+                                micro::prefetch(c.cast::<u8>().cast_const(), count * PANEL * 4);
+                            }
                             if end == depth {
                                 let spot = Spot { row: rows.start + first, rows: count, column, columns };
                                 self.finish.fetch(spot, out.at(0));
