@@ -223,7 +223,8 @@ impl Allocator {
 
 impl State {
     /// A block of exactly `bytes`. If there is none and a fresh one would raise the peak, first one that is a little
-    /// larger, cut to size; else what has waited longest is unmapped to make place.
+    /// larger, cut to size; else what has waited longest makes place: if it is large enough the block is a part of it,
+    /// which need not be zeroed and mapped anew, and else it is unmapped.
     fn find(&mut self, bytes: usize) -> Option<usize> {
         let fits = |block: &Block, most: usize| (bytes..=most).contains(&block.bytes);
         let within = |state: &Self, most: usize| {
@@ -241,8 +242,30 @@ impl State {
             pages::unmap(block.start + bytes, block.bytes - bytes);
             return Some(block.start);
         }
-        while over(self) && self.drop_oldest() {}
+        while over(self) {
+            let block = self.oldest().and_then(|at| self.remove(at))?;
+            if block.bytes >= bytes {
+                self.cut(block, bytes);
+                return Some(block.start);
+            }
+            pages::unmap(block.start, block.bytes);
+        }
         None
+    }
+
+    /// Keeps of `block` what follows its first `bytes`, as a block that has waited as long.
+    fn cut(&mut self, block: Block, bytes: usize) {
+        let next = bytes.next_multiple_of(HUGE);
+        let rest = block.bytes.saturating_sub(next);
+        match self.blocks.get_mut(self.count) {
+            Some(place) if rest >= LARGE => {
+                pages::unmap(block.start + bytes, next - bytes);
+                *place = Block { start: block.start + next, bytes: rest, turn: block.turn };
+                self.count += 1;
+                self.kept += rest;
+            }
+            _ => pages::unmap(block.start + bytes, block.bytes - bytes),
+        }
     }
 
     fn remove(&mut self, at: usize) -> Option<Block> {
@@ -254,10 +277,14 @@ impl State {
         Some(block)
     }
 
+    fn oldest(&self) -> Option<usize> {
+        let blocks = self.blocks.iter().take(self.count).enumerate();
+        blocks.min_by_key(|(_, block)| block.turn).map(|(at, _)| at)
+    }
+
     /// Unmaps the block that has waited longest. `false` if none waits.
     fn drop_oldest(&mut self) -> bool {
-        let oldest = self.blocks.iter().take(self.count).enumerate().min_by_key(|(_, block)| block.turn);
-        let Some(block) = oldest.map(|(at, _)| at).and_then(|at| self.remove(at)) else { return false };
+        let Some(block) = self.oldest().and_then(|at| self.remove(at)) else { return false };
         pages::unmap(block.start, block.bytes);
         true
     }
