@@ -24,6 +24,10 @@ const POINTS: usize = 16;
 /// Channels of which filters are transformed at a time; the channels are a multiple of it.
 const GRAIN: usize = 32;
 
+/// Bytes of filters that are made at a time, about: the last cache has room for them, and no filters of a whole layer,
+/// which are 16/9 of its weights, ever take memory.
+const FILTERS: usize = 16 << 20;
+
 /// Sizes that were found fastest.
 #[derive(Clone, Copy)]
 struct Tuning {
@@ -71,9 +75,11 @@ struct Convolution<'a, T> {
     channels: usize,
     /// Tiles of a column and of a row.
     tiles: (usize, usize),
-    /// `[panels, C / chain, 16, chain, 32]`, the last of the chains shorter where `C` is no multiple; bf16 in pairs of
-    /// channels, as in a panel of weights.
+    /// Of some panels, `[panels, C / chain, 16, chain, 32]`, the last of the chains shorter where `C` is no multiple; bf16
+    /// in pairs of channels, as in a panel of weights.
     filters: Aligned,
+    /// Those panels.
+    made: Range<usize>,
     outputs: usize,
     micro: Micro,
     chain: usize,
@@ -105,44 +111,57 @@ pub(super) fn convolve<T: Element>(
     let Some(rows) = held.as_ref().map(|held| weight.rows(held)).transpose()?.flatten() else {
         bail!("weights that were laid beforehand");
     };
-    let filters = transform(&rows, (channels, chain), micro.operands);
-    let convolution = Convolution { numbers, height, width, channels, tiles, filters, outputs, micro, chain, finish };
 
     let panels = outputs.div_ceil(PANEL);
-    let across = panels.div_ceil(tuning.panels);
-    let panel_block = panels.div_ceil(across);
+    let panel_block = panels.div_ceil(panels.div_ceil(tuning.panels));
+    let of_panel = POINTS * channels * PANEL * micro.operands.size();
+    let at_a_time = (FILTERS / (panel_block * of_panel)).max(1) * panel_block;
     // A tile's share of the second cache: its pixels' sums, and its points' sums of every panel that waits for more.
     let kept = if chain < channels { panel_block } else { 1 };
     let bytes = POINTS * (chain * micro.operands.size() + kept * PANEL * 4);
     let at_once = micro.rows;
-    let most = (tuning.cache / bytes / at_once).max(1) * at_once;
-    let down = all.div_ceil(most).next_multiple_of(threads());
-    let tile_block = all.div_ceil(down).next_multiple_of(at_once).min(most);
-    let down = all.div_ceil(tile_block);
+    let most = (tuning.cache / bytes / at_once).max(1);
+    let units = all.div_ceil(at_once);
+    let down = units.div_ceil(most).next_multiple_of(threads()).min(units).max(1);
+    // Parts of the tiles that are as even as can be.
+    let until = |part: usize| (part * units / down * at_once).min(all);
 
     let mut out = T::unwritten(batch * height * width * outputs);
     let shared = Shared::new(&mut out);
-    for_each(down * across, all * channels * outputs, |task| {
-        let (tile, panel) = ((task % down) * tile_block, (task / down) * panel_block);
-        let tiles = tile..(tile + tile_block).min(all);
-        let panels = panel..(panel + panel_block).min(panels);
-        with_scratch(|scratch| convolution.task(tiles, panels, &shared, scratch));
-    });
+    let filters = Aligned::unwritten(at_a_time.min(panels) * of_panel);
+    let mut convolution =
+        Convolution { numbers, height, width, channels, tiles, filters, made: 0..0, outputs, micro, chain, finish };
+    for first in (0..panels).step_by(at_a_time) {
+        convolution.made = first..(first + at_a_time).min(panels);
+        transform(&rows, (channels, chain), micro.operands, &convolution.made, &convolution.filters);
+        let across = convolution.made.len().div_ceil(panel_block);
+        for_each(down * across, all * channels * convolution.made.len() * PANEL, |task| {
+            let (part, panel) = (task % down, first + (task / down) * panel_block);
+            let tiles = until(part)..until(part + 1);
+            let panels = panel..(panel + panel_block).min(convolution.made.end);
+            with_scratch(|scratch| convolution.task(tiles, panels, &shared, scratch));
+        });
+    }
     Ok(out)
 }
 
-/// The filters at all points, from weights `[outputs, channels, 9]`.
+/// Writes the filters of `panels` at all points to `memory`, from weights `[outputs, channels, 9]`.
 #[expect(unsafe_code, reason = "panels are written by several threads")]
-fn transform(weight: &Rows, (channels, chain): (usize, usize), operands: Operands) -> Aligned {
-    let panels = weight.outputs.div_ceil(PANEL);
+fn transform(
+    weight: &Rows,
+    (channels, chain): (usize, usize),
+    operands: Operands,
+    panels: &Range<usize>,
+    memory: &Aligned,
+) {
     let size = operands.size();
-    let memory = Aligned::unwritten(panels * POINTS * channels * PANEL * size);
-    for_each(panels, POINTS * panels * channels * PANEL, |panel| {
+    for_each(panels.len(), POINTS * panels.len() * channels * PANEL, |place| {
+        let panel = panels.start + place;
         with_scratch(|Scratch { panel: turned, .. }| {
             for channel in (0..channels).step_by(GRAIN) {
                 let first = channel / chain * chain;
                 let depth = chain.min(channels - first);
-                let number = (panel * channels + first) * POINTS + channel - first;
+                let number = (place * channels + first) * POINTS + channel - first;
                 let to = Points { start: memory.at(number * PANEL * size), between: depth * PANEL * size };
                 let taps = weight.panel(operands, panel, 9 * channel..9 * (channel + GRAIN), turned);
                 #[cfg(target_arch = "x86_64")]
@@ -158,7 +177,6 @@ fn transform(weight: &Rows, (channels, chain): (usize, usize), operands: Operand
             }
         });
     });
-    memory
 }
 
 /// Of one column of three weights, all four points.
@@ -333,7 +351,8 @@ impl<T: Element> Convolution<'_, T> {
                 self.fill(tiles.clone(), channels, block, between);
                 for (i, panel) in panels.clone().enumerate() {
                     let sums = sums.wrapping_add((i % kept) * POINTS * tile_sums);
-                    let filters = (panel * self.channels + start) * POINTS * PANEL * size;
+                    let place = panel - self.made.start;
+                    let filters = (place * self.channels + start) * POINTS * PANEL * size;
                     for point in 0..POINTS {
                         let b = self.filters.at(filters + point * depth * PANEL * size).cast_const();
                         // What comes after this point is fetched meanwhile, a part with each tile.
