@@ -203,6 +203,21 @@ fn what_is_kept_never_raises_the_peak() {
 }
 
 #[test]
+fn a_smaller_request_is_served_by_a_part_of_what_waits() {
+    let allocator = Allocator::new(AMPLE);
+    drop(Memory::new(&allocator, 40 * MIB));
+    let held = Memory::new(&allocator, 9 * MIB);
+    let usage = allocator.usage();
+    assert_eq!((usage.live, usage.peak), (Bytes(9 * Bytes::MIB), Bytes(40 * Bytes::MIB)));
+    // The rest begins with a huge page.
+    assert_eq!(usage.kept, Bytes(30 * Bytes::MIB));
+    let rest = Memory::new(&allocator, 30 * MIB);
+    assert_eq!(allocator.usage().kept, Bytes(0));
+    drop((held, rest));
+    assert_eq!(allocator.usage().kept, Bytes(39 * Bytes::MIB));
+}
+
+#[test]
 fn little_is_lost_to_rounding() {
     let allocator = Allocator::new(0);
     for size in (0..400).map(|step| LARGE + step * 123_457) {
