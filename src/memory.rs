@@ -226,10 +226,9 @@ impl State {
     /// larger, cut to size; else what has waited longest makes place: if it is large enough the block is a part of it,
     /// which need not be zeroed and mapped anew, and else it is unmapped.
     fn find(&mut self, bytes: usize) -> Option<usize> {
-        let fits = |block: &Block, most: usize| (bytes..=most).contains(&block.bytes);
         let within = |state: &Self, most: usize| {
             let blocks = state.blocks.iter().take(state.count).enumerate();
-            let best = blocks.filter(|(_, block)| fits(block, most));
+            let best = blocks.filter(|(_, block)| (bytes..=most).contains(&block.bytes));
             best.min_by_key(|(_, block)| (block.bytes, u64::MAX - block.turn)).map(|(at, _)| at)
         };
         if let Some(at) = within(self, bytes) {
@@ -284,9 +283,8 @@ impl State {
 
     /// Unmaps the block that has waited longest. `false` if none waits.
     fn drop_oldest(&mut self) -> bool {
-        let Some(block) = self.oldest().and_then(|at| self.remove(at)) else { return false };
-        pages::unmap(block.start, block.bytes);
-        true
+        let block = self.oldest().and_then(|at| self.remove(at));
+        block.map(|block| pages::unmap(block.start, block.bytes)).is_some()
     }
 }
 
