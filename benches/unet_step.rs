@@ -1,8 +1,8 @@
 //! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
 //! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16] [--int8]`
 //! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
-//! peak memory. `--negative TEXT` has the text encoders read a second text. With `--load` the model is only loaded, and
-//! then loaded anew; `--release` frees the text encoders once they have encoded, `--no-mmap` reads weights rather than mapping them.
+//! peak memory. With `--load` the model is only loaded, and then loaded anew; `--negative TEXT` has the text encoders read
+//! a second text, `--release` frees them once they have encoded, `--no-mmap` reads weights rather than mapping them.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};

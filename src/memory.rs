@@ -283,8 +283,9 @@ impl State {
 
     /// Unmaps the block that has waited longest. `false` if none waits.
     fn drop_oldest(&mut self) -> bool {
-        let block = self.oldest().and_then(|at| self.remove(at));
-        block.map(|block| pages::unmap(block.start, block.bytes)).is_some()
+        let Some(block) = self.oldest().and_then(|at| self.remove(at)) else { return false };
+        pages::unmap(block.start, block.bytes);
+        true
     }
 }
 
@@ -423,14 +424,11 @@ mod pages {
                 _ => Err(io::Error::last_os_error()),
             }
         };
-        let done = if length == 0 { Ok(()) } else { advise(libc::MADV_POPULATE_READ) };
-        match done {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EIO | libc::EHWPOISON)) => {
-                Err(error)
-            }
+        let Err(error) = advise(libc::MADV_POPULATE_READ) else { return Ok(()) };
+        match error.raw_os_error() {
+            Some(libc::EFAULT | libc::EIO | libc::EHWPOISON) => Err(error),
             // A kernel of before 5.14.
-            Err(_) => advise(libc::MADV_WILLNEED).or(Ok(())),
-            Ok(()) => Ok(()),
+            _ => advise(libc::MADV_WILLNEED).or(Ok(())),
         }
     }
 
