@@ -7,7 +7,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use sdxl_worker::context::Context;
 use sdxl_worker::noise::{NoiseSource, RngKind};
 use sdxl_worker::scheduler::instructor::SchedulerInstructor;
-use sdxl_worker::scheduler::interface::{SamplingWish, Settings};
+use sdxl_worker::scheduler::interface::{SamplingOptions, Settings};
 use sdxl_worker::scheduler::schedule::SchedulerConfig;
 use sdxl_worker::scheduler::workers::{SAMPLERS, SampleTask};
 
@@ -17,8 +17,9 @@ fn samplers(c: &mut Criterion) {
     let instructor = SchedulerInstructor::new(Settings::default()).expect("the settings as shipped");
     let ctx = Context::detached();
     for (name, sampler) in SAMPLERS.iter() {
-        let wish = SamplingWish { sampler_name: Some(name.to_owned()), steps: Some(20), ..SamplingWish::default() };
-        let plan = instructor.plan(&wish, &SchedulerConfig::sdxl()).expect("a plan");
+        let options =
+            SamplingOptions { sampler_name: Some(name.to_owned()), steps: Some(20), ..SamplingOptions::default() };
+        let plan = instructor.plan(&options, &SchedulerConfig::sdxl()).expect("a plan");
         group.bench_function(name, |b| {
             b.iter(|| {
                 let mut noise = NoiseSource::new(RngKind::Cpu, &[1], 4, 128, 128, &Device::Cpu);

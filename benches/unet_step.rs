@@ -8,17 +8,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use sdxl_worker::config::Config;
+use sdxl_worker::allocator;
 use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::inference::interface::GenerateRequest;
-use sdxl_worker::instructors::Instructors;
 use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
-use sdxl_worker::memory;
 use sdxl_worker::model::instructor::ModelInstructor;
-use sdxl_worker::model::interface::{EncoderPolicy, ModelWish, Request, Response};
+use sdxl_worker::model::interface::{EncoderPolicy, ModelRequest, Request, Response};
+use sdxl_worker::runtime::config::Config;
+use sdxl_worker::runtime::dispatch::Instructors;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -61,7 +61,7 @@ fn main() {
     let inference = Instructors::new(settings).expect("the settings as shipped").inference;
     let plan = inference.plan(&request, &mut managers).expect("a plan");
     let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
-    let placement = placement.quantised(plan.quantization).expect("a device that has it");
+    let placement = placement.quantized(plan.quantization).expect("a device that has it");
     if arguments.iter().any(|argument| argument == "--load") {
         managers.model().placement = Some(placement);
         for run in 0..3 {
@@ -69,14 +69,14 @@ fn main() {
                 let ctx = Context::detached();
                 ModelInstructor.instruct(request, managers.model(), &ctx).expect("a model that loads")
             };
-            let wish = ModelWish { model: request.model.clone(), ..ModelWish::default() };
-            if let Response::Load(loaded) = ask(Request::Load(wish.clone()), &mut managers) {
+            let options = ModelRequest { model: request.model.clone(), ..ModelRequest::default() };
+            if let Response::Load(loaded) = ask(Request::Load(options.clone()), &mut managers) {
                 let speed = loaded.bytes.0 as f64 / loaded.ms.max(1) as f64 / 1e6;
                 eprintln!("load {run}: {} in {} ms, {speed:.2} GB/s: {:?}", loaded.bytes, loaded.ms, loaded.components);
             }
             print_memory();
-            ask(Request::Unload(wish), &mut managers);
-            eprintln!("unloaded: {:?}", memory::usage());
+            ask(Request::Unload(options), &mut managers);
+            eprintln!("unloaded: {:?}", allocator::usage());
             print_memory();
         }
         return;
@@ -103,7 +103,7 @@ fn main() {
         let spans: Vec<f64> = ended.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
         eprintln!("run {run}: seconds between what it said of itself: {spans:.3?}");
     }
-    eprintln!("blocks: {:?}", memory::usage());
+    eprintln!("blocks: {:?}", allocator::usage());
     print_memory();
 }
 

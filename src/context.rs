@@ -86,7 +86,7 @@ pub enum Progress {
 
 /// How often a running request shows a picture of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PreviewWish {
+pub struct PreviewOptions {
     pub every: usize,
     pub max_side: usize,
 }
@@ -96,7 +96,7 @@ pub struct Context {
     request_id: String,
     cancel: CancelToken,
     deadline: Option<Instant>,
-    preview: Option<PreviewWish>,
+    preview: Option<PreviewOptions>,
     sink: Box<dyn Fn(Progress) + Send + Sync>,
     timings: Mutex<Vec<(Stage, Duration)>>,
     warnings: Mutex<Vec<String>>,
@@ -120,7 +120,7 @@ impl Context {
         request_id: String,
         cancel: CancelToken,
         deadline: Option<Instant>,
-        preview: Option<PreviewWish>,
+        preview: Option<PreviewOptions>,
         sink: Box<dyn Fn(Progress) + Send + Sync>,
     ) -> Self {
         Self {
@@ -147,7 +147,7 @@ impl Context {
     }
 
     #[must_use]
-    pub fn preview(&self) -> Option<PreviewWish> {
+    pub fn preview(&self) -> Option<PreviewOptions> {
         self.preview
     }
 

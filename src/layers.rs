@@ -1,4 +1,4 @@
-//! The four layers as traits. Each has a generic caller: the codec, the dispatcher, `make_room`, `Context::perform`.
+//! The four layers as traits. Each has a generic caller: the codec, the dispatcher, `free_memory`, `Context::perform`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -131,11 +131,16 @@ pub type ResponseOf<I> = <<I as Instructor>::Interface as Interface>::Response;
 pub trait Instructor {
     type Interface: Interface;
     /// What the instructor may draw on.
-    type Crew;
+    type Resources;
 
     /// # Errors
     /// Whatever the request's own fault or the work's failure is, with a stable code.
-    fn instruct(&self, request: RequestOf<Self>, crew: &mut Self::Crew, ctx: &Context) -> Result<ResponseOf<Self>>;
+    fn instruct(
+        &self,
+        request: RequestOf<Self>,
+        resources: &mut Self::Resources,
+        ctx: &Context,
+    ) -> Result<ResponseOf<Self>>;
 }
 
 /// One thing that a manager keeps in memory.

@@ -27,20 +27,20 @@
 //! | where | what |
 //! |---|---|
 //! | [`units`] [`error`] [`context`] [`layers`] [`registry`] | the ground: quantities, the one error type, what travels with a request, the four traits, open sets by name |
-//! | [`memory`] | the allocator: large blocks on huge pages, kept for reuse; vectors that are parts of files |
+//! | [`allocator`] | the allocator: large blocks on huge pages, kept for reuse; vectors that are parts of files |
 //! | [`roots`] | the folders beneath which requests may name files |
 //! | [`noise`] | Gaussian noise equal to torch's CPU generator, and to CUDA's Philox |
-//! | [`resample`] [`pixels`] [`image_source`] | pictures at another size, RGB images and tensors, and images that requests bring |
-//! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/plain.rs` everywhere, the measure of the other |
+//! | [`image`] | pictures at another size, RGB images and tensors, and images that requests bring |
+//! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/reference.rs` everywhere, the measure of the other |
 //! | [`device`] | which device, which dtype, how much memory |
 //! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
-//! | [`model`] | checkpoints in folders and single files, the hub, weights, adapters (`workers/adapt/`), the shelves on which networks are kept and their one budget (`managers/budget.rs`), and the networks (`networks/`) |
+//! | [`model`] | checkpoints in folders and single files, the hub, weights, adapters (`lora/formats/`), the shelves on which networks are kept and their one budget (`managers/budget.rs`), and the networks (`networks/`) |
 //! | [`postprocessing`] | image files, their metadata and names; above conditioning, which delivers hints as images |
 //! | [`conditioning`] | prompts to embeddings, images to hints |
-//! | [`pace`] [`managers`] | how long work took; every manager as a plain field |
-//! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers; `ladder.rs` is what is done where memory is short |
-//! | [`config`] [`arguments`] | `configs/workers_config.json`, and the flags over it |
-//! | [`instructors`] [`lane`] [`communication`] | the one match over domains, the compute thread, the wire |
+//! | [`throughput`] [`managers`] | how long work took; every manager as a plain field |
+//! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers; `plan/memory_policy.rs` is what is done where memory is short |
+//! | [`runtime`] | `configs/workers_config.json` and the flags over it, the compute thread, the one match over domains |
+//! | [`communication`] | the wire |
 //!
 //! # Invariants
 //!
@@ -68,23 +68,18 @@ pub mod error;
 pub mod context;
 pub mod layers;
 pub mod registry;
-pub mod memory;
+pub mod allocator;
 pub mod roots;
 pub mod noise;
-pub mod resample;
-pub mod pixels;
-pub mod image_source;
+pub mod image;
 pub mod kernels;
 pub mod device;
 pub mod scheduler;
 pub mod model;
 pub mod postprocessing;
 pub mod conditioning;
-pub mod pace;
+pub mod throughput;
 pub mod managers;
 pub mod inference;
-pub mod config;
-pub mod arguments;
-pub mod instructors;
-pub mod lane;
+pub mod runtime;
 pub mod communication;

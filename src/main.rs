@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser as _;
-use sdxl_worker::arguments::Arguments;
 use sdxl_worker::communication::instructor::CommunicationInstructor;
 use sdxl_worker::communication::schema;
 use sdxl_worker::communication::serve::{Setup, serve};
 use sdxl_worker::communication::workers::{descriptor, log};
 use sdxl_worker::device::instructor::choose_cpu_features;
-use sdxl_worker::instructors::Instructors;
-use sdxl_worker::lane::Build;
 use sdxl_worker::managers::{Managers, Published};
+use sdxl_worker::runtime::arguments::Arguments;
+use sdxl_worker::runtime::dispatch::Instructors;
+use sdxl_worker::runtime::lane::Build;
 
 const USAGE: u8 = 64;
 const BAD_CONFIG: u8 = 65;

@@ -2,22 +2,22 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::conditioning::instructor::ConditioningCrew;
+use crate::allocator;
+use crate::conditioning::instructor::ConditioningResources;
 use crate::conditioning::manager::{EmbeddingManager, HintManager};
 use crate::device::instructor::Room;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
-use crate::memory;
-use crate::model::instructor::ModelCrew;
+use crate::model::instructor::ModelResources;
 use crate::model::interface::Settings as ModelSettings;
 use crate::model::managers::Reach;
-use crate::pace::Pace;
+use crate::throughput::Throughput;
 use crate::units::Bytes;
 
 /// What the compute thread lets the desk thread see.
 #[derive(Debug, Default)]
 pub struct Published {
-    pub pace: Pace,
+    pub throughput: Throughput,
     residents: Mutex<Vec<Resident>>,
     room: Mutex<Option<(Room, bool)>>,
 }
@@ -39,7 +39,7 @@ impl Published {
 pub struct Managers {
     pub device: DeviceManager,
     /// Embeddings and hints, and the networks that they and everything else are made with.
-    pub conditioning: ConditioningCrew,
+    pub conditioning: ConditioningResources,
     pub published: Arc<Published>,
 }
 
@@ -48,8 +48,8 @@ impl Managers {
     pub fn new(model: &ModelSettings, published: Arc<Published>) -> Self {
         Self {
             device: DeviceManager::default(),
-            conditioning: ConditioningCrew {
-                model: ModelCrew::new(model),
+            conditioning: ConditioningResources {
+                model: ModelResources::new(model),
                 embeddings: EmbeddingManager::default(),
                 hints: HintManager::default(),
             },
@@ -58,7 +58,7 @@ impl Managers {
     }
 
     /// The networks.
-    pub fn model(&mut self) -> &mut ModelCrew {
+    pub fn model(&mut self) -> &mut ModelResources {
         &mut self.conditioning.model
     }
 
@@ -80,8 +80,8 @@ impl Managers {
 
     /// Frees at least `want` if it can, and says how much it freed. What is cheapest to have again goes first: hints,
     /// embeddings, tokenizers, then networks in the order of [`Budget`](crate::model::managers::Budget).
-    pub fn make_room(&mut self, want: Bytes, reach: Reach) -> Bytes {
-        let ConditioningCrew { model, embeddings, hints } = &mut self.conditioning;
+    pub fn free_memory(&mut self, want: Bytes, reach: Reach) -> Bytes {
+        let ConditioningResources { model, embeddings, hints } = &mut self.conditioning;
         let caches: [&mut dyn Manager; 3] = [hints, embeddings, &mut model.tokenizers];
         let mut freed = Bytes(0);
         for manager in caches {
@@ -93,7 +93,7 @@ impl Managers {
         if freed < want {
             freed = freed + model.budget.evict(want.saturating_sub(freed), reach);
         }
-        memory::release();
+        allocator::release();
         freed
     }
 }

@@ -3,16 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::floor::{Floor, Station};
-use super::interface::{
+use crate::communication::dispatcher::{Floor, Station};
+use crate::communication::interface::{
     Cancelled, CancelledAll, Capabilities, Communication, Compute, Ending, Health, Hello, Limits, MAX_DEPTH,
     MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, Metrics, PROTOCOL, Pong, Request, Response, Running, Status, Waiting,
 };
-use super::lines::Event;
-use super::manager::ms;
-use super::schema;
+use crate::communication::ledger::ms;
+use crate::communication::responses::Event;
+use crate::communication::schema;
 use crate::conditioning::interface::Conditioning;
-use crate::config::{LogLevel, OnEof};
 use crate::context::Context;
 use crate::device::interface::{Device, Dtype, Quantization};
 use crate::error::{Error, Result};
@@ -22,6 +21,7 @@ use crate::layers::{Instructor, Interface};
 use crate::model::interface::Model;
 use crate::postprocessing::FORMATS;
 use crate::postprocessing::interface::Postprocessing;
+use crate::runtime::config::{LogLevel, OnEof};
 use crate::scheduler::interface::Scheduler;
 use crate::scheduler::workers::SAMPLERS;
 use crate::scheduler::workers::SPACINGS;
@@ -37,7 +37,7 @@ pub struct CommunicationInstructor {
 
 impl Instructor for CommunicationInstructor {
     type Interface = Communication;
-    type Crew = Floor;
+    type Resources = Floor;
 
     fn instruct(&self, request: Request, floor: &mut Floor, _ctx: &Context) -> Result<Response> {
         Ok(match request {

@@ -6,9 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::config::{LogLevel, OnEof};
 use crate::inference::interface::GenerateRequest;
 use crate::layers::{Domain, Interface, Nothing, Resident};
+use crate::runtime::config::{LogLevel, OnEof};
 
 /// Version of the protocol. Additions raise the minor number.
 pub const PROTOCOL: &str = "1.3";
@@ -41,7 +41,7 @@ pub struct Head {
     pub priority: i64,
     pub timeout_ms: Option<u64>,
     pub idempotency_key: Option<String>,
-    pub events: Option<EventWish>,
+    pub events: Option<EventOptions>,
     pub strict: bool,
     /// The fields of `data` stood at the top of the line.
     pub shorthand: bool,
@@ -67,7 +67,7 @@ pub struct HeadKeys {
     #[schemars(length(min = 1, max = 256))]
     pub idempotency_key: Option<String>,
     /// Events wanted. Default: none.
-    pub events: Option<EventWish>,
+    pub events: Option<EventOptions>,
     /// `false` turns an unknown key into a warning. Default: true.
     pub strict: Option<bool>,
 }
@@ -76,7 +76,7 @@ pub struct HeadKeys {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
-pub struct EventWish {
+pub struct EventOptions {
     /// Emit `progress`. Default: false.
     pub progress: bool,
     /// Emit `preview`. Default: none.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
-use crate::lane::Job;
+use crate::runtime::lane::Job;
 
 /// Waiting this long weighs as much as one step of priority, so that nothing starves.
 const AGEING: Duration = Duration::from_secs(5);

@@ -5,10 +5,10 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 
-use super::interface::{Communication, HeadKeys, PROTOCOL};
-use super::lines::{ErrorLine, EventLine, ResultLine};
-use super::workers::codec::Step;
-use super::workers::codec::probe::{self, Shape};
+use crate::communication::interface::{Communication, HeadKeys, PROTOCOL};
+use crate::communication::responses::{ErrorLine, EventLine, ResultLine};
+use crate::communication::workers::codec::Step;
+use crate::communication::workers::codec::probe::{self, Shape};
 use crate::conditioning::interface::Conditioning;
 use crate::device::interface::Device;
 use crate::error::{Error, Result};

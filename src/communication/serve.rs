@@ -9,20 +9,20 @@ use serde_json::value::to_raw_value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::floor::{Floor, Parts, Post};
-use super::instructor::{CommunicationInstructor, queue_depth};
-use super::interface::PROTOCOL;
-use super::lines::{Engine, Event, Timings};
-use super::manager::{Ledger, Terminal};
-use super::workers::codec::{Ask, Decoded, Fault};
-use super::workers::reader::{self, Input};
-use super::workers::writer::{self, Note, Outbox};
-use crate::config::{MainInterface, OnEof};
+use crate::communication::dispatcher::{Floor, Parts, Post};
+use crate::communication::instructor::{CommunicationInstructor, queue_depth};
+use crate::communication::interface::PROTOCOL;
+use crate::communication::ledger::{Ledger, Terminal};
+use crate::communication::responses::{Engine, Event, Timings};
+use crate::communication::workers::codec::{Ask, Decoded, Fault};
+use crate::communication::workers::reader::{self, Input};
+use crate::communication::workers::writer::{self, Note, Outbox};
 use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
-use crate::lane::{self, Build, Lane};
 use crate::layers::Instructor;
 use crate::managers::Published;
+use crate::runtime::config::{MainInterface, OnEof};
+use crate::runtime::lane::{self, Build, Lane};
 
 /// How the process ends; the numbers are the protocol's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +102,7 @@ async fn run(setup: Setup) -> io::Result<Exit> {
         ledger: Ledger::new(outbox.clone()),
         compute: lane("compute", Post::Compute, compute)?,
         hub: lane("hub", Post::Hub, Build::clone(&desk))?,
-        desk: lane("desk", Post::Desk, desk)?,
+        desk: lane("desk", Post::QueryLane, desk)?,
         published,
         settings,
     });
@@ -254,7 +254,7 @@ fn control(floor: &mut Floor, instructor: &CommunicationInstructor, decoded: Dec
     });
     match answer {
         Ok(data) => {
-            let timings = Timings { total: super::manager::ms(begun.elapsed()), ..Timings::default() };
+            let timings = Timings { total: crate::communication::ledger::ms(begun.elapsed()), ..Timings::default() };
             let engine = Engine { version: env!("CARGO_PKG_VERSION"), device: None, dtype: None, quantization: None };
             floor.ledger.answer(&head.request_id, &Terminal::Result { data, warnings, timings, engine });
         }

@@ -3,26 +3,28 @@
 
 use std::sync::Arc;
 
-use super::canvas::{Cut, ResizeMode};
-use super::instructor::{ConditioningCrew, ConditioningInstructor};
-use super::interface::{HintParameters, ParameterEntry, PreprocessWish, PreprocessedImage, PreprocessorEntry};
-use super::manager::HintKey;
-use super::workers::fit::{Fit, FitTask};
-use super::workers::preprocess::{HintTask, PREPROCESSORS, Parameters, Preprocessor};
+use crate::conditioning::init_image::{Cut, ResizeMode};
+use crate::conditioning::instructor::{ConditioningInstructor, ConditioningResources};
+use crate::conditioning::interface::{
+    ParameterEntry, PreprocessRequest, PreprocessedImage, PreprocessorEntry, PreprocessorParameters,
+};
+use crate::conditioning::manager::HintKey;
+use crate::conditioning::workers::preprocess::{HintTask, PREPROCESSORS, Parameters, Preprocessor};
+use crate::conditioning::workers::resize::{Fit, FitTask};
 use crate::context::{Context, Stage};
 use crate::error::{Error, Result};
-use crate::image_source::{ImageFile, ImageSource};
-use crate::pixels::Rgb8;
+use crate::image::pixels::Rgb8;
+use crate::image::source::{ImageFile, ImageSource};
 use crate::postprocessing::instructor::Delivery;
 use crate::units::ImageSize;
 
 /// An image for a ControlNet, as a request says it.
 #[derive(Clone, Debug)]
-pub struct HintWish<'a> {
+pub struct HintOptions<'a> {
     pub image: &'a ImageSource,
     /// Default: `none`, the image is the hint.
     pub preprocessor: Option<&'a str>,
-    pub parameters: &'a HintParameters,
+    pub parameters: &'a PreprocessorParameters,
     pub resize: ResizeMode,
     /// The name of each field in the request, for errors: image, preprocessor, parameters.
     pub fields: [&'a str; 3],
@@ -34,7 +36,7 @@ pub struct HintPlan {
     pub image: ImageFile,
     pub preprocessor: &'static str,
     /// Every number used, as a request says them.
-    pub parameters: HintParameters,
+    pub parameters: PreprocessorParameters,
     pub resize: ResizeMode,
     method: &'static Preprocessor,
     told: Parameters,
@@ -53,18 +55,18 @@ impl ConditioningInstructor {
     ///
     /// # Errors
     /// `unknown_name`, `invalid_parameter`, and those of [`ImageSource::read`].
-    pub fn plan_hint(&self, wish: &HintWish) -> Result<HintPlan> {
-        let [image, preprocessor, parameters] = wish.fields;
-        let name = wish.preprocessor.unwrap_or("none");
+    pub fn plan_hint(&self, options: &HintOptions) -> Result<HintPlan> {
+        let [image, preprocessor, parameters] = options.fields;
+        let name = options.preprocessor.unwrap_or("none");
         let known = PREPROCESSORS.iter().find(|(known, _)| *known == name);
         let (name, method) = match known {
             Some(entry) => entry,
             None => return Err(unknown(name).at(preprocessor)),
         };
-        let told = Parameters::resolve(name, method.dials(), wish.parameters, parameters)?;
-        let parameters = told.said(method.dials());
-        let image = wish.image.read(&self.roots, image)?;
-        Ok(HintPlan { image, preprocessor: name, parameters, resize: wish.resize, method, told })
+        let told = Parameters::resolve(name, method.parameters(), options.parameters, parameters)?;
+        let parameters = told.said(method.parameters());
+        let image = options.image.read(&self.roots, image)?;
+        Ok(HintPlan { image, preprocessor: name, parameters, resize: options.resize, method, told })
     }
 
     /// The hint of `size`, made or kept; of a part of the image where only that is worked on.
@@ -75,34 +77,34 @@ impl ConditioningInstructor {
         &self,
         plan: &HintPlan,
         (size, cut): (ImageSize, Option<Cut>),
-        crew: &mut ConditioningCrew,
+        resources: &mut ConditioningResources,
         ctx: &Context,
     ) -> Result<Hint> {
         ctx.stage(Stage::Encode, || {
-            let content = crew.hints.content(&plan.image.bytes);
+            let content = resources.hints.content(&plan.image.bytes);
             let key =
                 HintKey { content, preprocessor: plan.preprocessor, told: plan.told, resize: plan.resize, size, cut };
-            if let Some(image) = crew.hints.get(&key).filter(|_| self.settings.cache_hints) {
+            if let Some(image) = resources.hints.get(&key).filter(|_| self.settings.cache_hints) {
                 return Ok(Hint { image, cached: true });
             }
             let image = Arc::new(plan.make(size, cut, ctx)?);
             if self.settings.cache_hints {
-                crew.hints.insert(key, &image);
+                resources.hints.insert(key, &image);
             }
             Ok(Hint { image, cached: false })
         })
     }
 
     /// Answers `conditioning.preprocess`. Nothing is kept: it runs beside the thread that has the cache.
-    pub(super) fn preprocess(&self, wish: &PreprocessWish, ctx: &Context) -> Result<PreprocessedImage> {
-        let plan = self.plan_hint(&HintWish {
-            image: &wish.image,
-            preprocessor: Some(&wish.preprocessor),
-            parameters: &wish.parameters.unwrap_or_default(),
-            resize: wish.resize_mode.unwrap_or_default(),
+    pub(crate) fn preprocess(&self, options: &PreprocessRequest, ctx: &Context) -> Result<PreprocessedImage> {
+        let plan = self.plan_hint(&HintOptions {
+            image: &options.image,
+            preprocessor: Some(&options.preprocessor),
+            parameters: &options.parameters.unwrap_or_default(),
+            resize: options.resize_mode.unwrap_or_default(),
             fields: ["image", "preprocessor", "parameters"],
         })?;
-        let side = |field: &str, wish: Option<i64>, own: usize| match wish {
+        let side = |field: &str, options: Option<i64>, own: usize| match options {
             None => Ok(own),
             Some(side) => usize::try_from(side)
                 .ok()
@@ -110,10 +112,10 @@ impl ConditioningInstructor {
                 .ok_or_else(|| Error::invalid(field, format!("must be 1 to {MAX_SIDE}, got {side}"))),
         };
         let size = ImageSize {
-            width: side("width", wish.width, plan.image.width)?,
-            height: side("height", wish.height, plan.image.height)?,
+            width: side("width", options.width, plan.image.width)?,
+            height: side("height", options.height, plan.image.height)?,
         };
-        let output = self.delivery.resolve(&wish.output.clone().unwrap_or_default())?;
+        let output = self.delivery.resolve(&options.output.clone().unwrap_or_default())?;
         let image = ctx.stage(Stage::Encode, || plan.make(size, None, ctx))?;
         let delivery = Delivery { plan: &output, image: &image, index: 0, text: None };
         let delivered = ctx.stage(Stage::Write, || self.delivery.deliver(delivery, ctx))?;
@@ -194,15 +196,15 @@ fn unknown(name: &str) -> Error {
     }
 }
 
-pub(super) fn list() -> Vec<PreprocessorEntry> {
+pub(crate) fn list() -> Vec<PreprocessorEntry> {
     let entry = |(name, method): (&'static str, &'static Preprocessor)| {
-        let dial = |dial: &super::workers::preprocess::Dial| ParameterEntry {
-            name: dial.name,
-            default: dial.default,
-            least: dial.least,
-            most: dial.most,
+        let parameter = |parameter: &crate::conditioning::workers::preprocess::Parameter| ParameterEntry {
+            name: parameter.name,
+            default: parameter.default,
+            least: parameter.least,
+            most: parameter.most,
         };
-        PreprocessorEntry { name, parameters: method.dials().iter().map(dial).collect() }
+        PreprocessorEntry { name, parameters: method.parameters().iter().map(parameter).collect() }
     };
     PREPROCESSORS.iter().map(entry).collect()
 }

@@ -10,32 +10,32 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::hints;
-use super::interface::{
-    AppliedEmbedding, CacheCount, Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts, EmbeddingWish,
-    EncodedPrompt, PromptWeighting, Request, Response, Settings, TokenList, Tokenized,
+use crate::conditioning::hints;
+use crate::conditioning::interface::{
+    AppliedEmbedding, CacheCount, Conditioning as ConditioningDomain, ConditioningList, EmbeddingFacts,
+    EmbeddingRequest, EncodedPrompt, PromptWeighting, Request, Response, Settings, TokenList, Tokenized,
 };
-use super::manager::{EmbeddingKey, EmbeddingManager, HintManager};
-use super::reading::{Reading, Telling, Text, read};
-use super::script::Span;
-pub use super::script::{Conditioning, Positive, Script};
-use super::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
-use super::workers::prompt::{
+use crate::conditioning::manager::{EmbeddingKey, EmbeddingManager, HintManager};
+use crate::conditioning::prompt_plan::{Reading, Telling, Text, read};
+use crate::conditioning::prompt_schedule::Span;
+pub use crate::conditioning::prompt_schedule::{Conditioning, Positive, PromptSchedule};
+use crate::conditioning::workers::encode::{Embeddings, Encode, EncodeTask, EncodeText};
+use crate::conditioning::workers::prompt::{
     LONGEST, Lay, LayTask, MOST_CHUNKS, Side, Tokenize, TokenizeTask, Word, chunks, empty, stands_in,
 };
-use super::workers::syntax::unescaped;
+use crate::conditioning::workers::syntax::unescaped;
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage};
 use crate::layers::Instructor;
 use crate::model::catalog::Catalog;
+use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::companion::Companion;
-use crate::model::instructor::ModelCrew;
-use crate::model::inversion::Inversion;
+use crate::model::instructor::ModelResources;
 use crate::model::lora::Stack;
 use crate::model::managers::{ClipTokenizer, ENCODERS, Tokenizers};
 use crate::model::networks::clip::FIRST_VECTOR;
+use crate::model::textual_inversion::Inversion;
 use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::roots::Roots;
 
@@ -55,7 +55,7 @@ const SYNTAX: [&str; 9] =
 
 /// What a request says of its prompts.
 #[derive(Clone, Debug, Default)]
-pub struct PromptWish {
+pub struct PromptOptions {
     pub prompt: String,
     /// Of the second encoder; the first prompt if missing or empty.
     pub prompt_2: Option<String>,
@@ -80,21 +80,21 @@ pub struct PromptWish {
 /// A textual inversion that was found.
 #[derive(Clone, Debug)]
 pub struct EmbeddingChoice {
-    pub file: Arc<Companion>,
+    pub file: Arc<ComponentFile>,
     pub token: String,
 }
 
 impl EmbeddingChoice {
     /// As a request that chooses the same.
     #[must_use]
-    pub fn wish(&self) -> EmbeddingWish {
-        EmbeddingWish { name: self.file.name.clone(), token: Some(self.token.clone()) }
+    pub fn options(&self) -> EmbeddingRequest {
+        EmbeddingRequest { name: self.file.name.clone(), token: Some(self.token.clone()) }
     }
 }
 
 /// What the conditioning domain draws on.
-pub struct ConditioningCrew {
-    pub model: ModelCrew,
+pub struct ConditioningResources {
+    pub model: ModelResources,
     pub embeddings: EmbeddingManager,
     pub hints: HintManager,
 }
@@ -111,21 +111,21 @@ impl ConditioningInstructor {
     /// Finds the textual inversions of a request.
     ///
     /// # Errors
-    /// `invalid_parameter` for tokens that are empty, too long or the same; those of [`Catalog::companion`].
-    pub fn embeddings(&self, wishes: &[EmbeddingWish], catalog: &Catalog) -> Result<Vec<EmbeddingChoice>> {
-        if wishes.len() > MOST_EMBEDDINGS {
-            let got = wishes.len();
+    /// `invalid_parameter` for tokens that are empty, too long or the same; those of [`Catalog::component_file`].
+    pub fn embeddings(&self, entries: &[EmbeddingRequest], catalog: &Catalog) -> Result<Vec<EmbeddingChoice>> {
+        if entries.len() > MOST_EMBEDDINGS {
+            let got = entries.len();
             return Err(Error::invalid("embeddings", format!("must be at most {MOST_EMBEDDINGS}, got {got}")));
         }
-        let mut choices: Vec<EmbeddingChoice> = Vec::with_capacity(wishes.len());
-        for (index, EmbeddingWish { name, token }) in wishes.iter().enumerate() {
+        let mut choices: Vec<EmbeddingChoice> = Vec::with_capacity(entries.len());
+        for (index, EmbeddingRequest { name, token }) in entries.iter().enumerate() {
             let field = |name: &str| format!("embeddings.{index}.{name}");
             // By itself, or in a folder of embeddings beside the models.
             let mut found = catalog.beneath(name, &field("name"))?;
             if found.is_none() && !name.starts_with('/') {
                 found = catalog.beneath(&format!("embeddings/{name}"), &field("name"))?;
             }
-            let file = found.map_or_else(|| catalog.companion(name, &field("name")), Ok)?;
+            let file = found.map_or_else(|| catalog.component_file(name, &field("name")), Ok)?;
             let own = name.rsplit('/').next().unwrap_or(name);
             let token = token.as_deref().unwrap_or(own.strip_suffix(".safetensors").unwrap_or(own));
             // White space would have it compared with stretches of text where it is compared with words.
@@ -146,17 +146,17 @@ impl ConditioningInstructor {
     ///
     /// # Errors
     /// `invalid_parameter`, with the field and the character; for an embedding whose word stands in no prompt.
-    pub fn check(&self, wish: &PromptWish, checkpoint: &Checkpoint) -> Result<usize> {
-        let reading = read(wish, checkpoint, zeros(wish, checkpoint))?;
-        let written = if wish.embeddings.is_empty() { Vec::new() } else { written(wish)? };
-        for (index, choice) in wish.embeddings.iter().enumerate() {
+    pub fn check(&self, options: &PromptOptions, checkpoint: &Checkpoint) -> Result<usize> {
+        let reading = read(options, checkpoint, zeros(options, checkpoint))?;
+        let written = if options.embeddings.is_empty() { Vec::new() } else { written(options)? };
+        for (index, choice) in options.embeddings.iter().enumerate() {
             if !written.iter().any(|text| stands_in(text, &choice.token)) {
                 let message = format!("`{}` stands in none of the prompts", choice.token);
                 return Err(Error::invalid(format!("embeddings.{index}.token"), message));
             }
         }
         let parts = reading.tellings.iter().map(|telling| telling.positive.len()).max().unwrap_or(1);
-        Ok(parts + usize::from(wish.guided || parts > 1))
+        Ok(parts + usize::from(options.guided || parts > 1))
     }
 
     /// The embeddings of a request's prompts, in the placement's compute dtype. All have the same number of tokens.
@@ -166,21 +166,21 @@ impl ConditioningInstructor {
     /// those of loading; those of the device.
     pub fn condition(
         &self,
-        wish: &PromptWish,
+        options: &PromptOptions,
         checkpoint: &Checkpoint,
-        crew: &mut ConditioningCrew,
+        resources: &mut ConditioningResources,
         placement: &Placement,
         ctx: &Context,
-    ) -> Result<Script> {
-        let zeros = zeros(wish, checkpoint);
-        if zeros && wish.guided && wish.negative_prompt_2.is_some() {
+    ) -> Result<PromptSchedule> {
+        let zeros = zeros(options, checkpoint);
+        if zeros && options.guided && options.negative_prompt_2.is_some() {
             ctx.warn("`negative_prompt_2` has no effect without `negative_prompt`");
         }
-        let Reading { texts, tellings } = read(wish, checkpoint, zeros)?;
+        let Reading { texts, tellings } = read(options, checkpoint, zeros)?;
         let positions = positions(checkpoint)?;
-        let inversions = Inversions::read(wish, checkpoint, placement, ctx)?;
-        let tokenizers = crew.model.tokenizers.acquire(checkpoint)?;
-        let laid = |text| lay(text, &tokenizers, &inversions.words, (positions, wish.backtrack), ctx);
+        let inversions = Inversions::read(options, checkpoint, placement, ctx)?;
+        let tokenizers = resources.model.tokenizers.acquire(checkpoint)?;
+        let laid = |text| lay(text, &tokenizers, &inversions.words, (positions, options.backtrack), ctx);
         let mut encoded = texts.iter().map(laid).collect::<Result<Vec<EncodeText>>>()?;
         let count = encoded.iter().flat_map(|text| &text.sides).map(|side| side.rows.len()).max().unwrap_or(1);
         if encoded.len() * count > MOST_TOLD {
@@ -198,7 +198,7 @@ impl ConditioningInstructor {
         }
 
         let unchanged = Stack::default();
-        let stack = wish.adapters.as_deref().unwrap_or(&unchanged);
+        let stack = options.adapters.as_deref().unwrap_or(&unchanged);
         let adapters = stack.key(&ENCODERS);
         let key = |(text, encoded): (&Text, &EncodeText)| {
             let weighted = encoded.sides.iter().any(Side::is_weighted);
@@ -211,22 +211,22 @@ impl ConditioningInstructor {
                 adapters,
                 text: encoded.clone(),
                 skip: text.skip,
-                weighting: if weighted { wish.weighting } else { PromptWeighting::None },
+                weighting: if weighted { options.weighting } else { PromptWeighting::None },
                 embeddings: if vectors {
-                    wish.embeddings.iter().map(|choice| choice.file.key).collect()
+                    options.embeddings.iter().map(|choice| choice.file.key).collect()
                 } else {
                     Vec::new()
                 },
             }
         };
         let keys: Vec<EmbeddingKey> = texts.iter().zip(&encoded).map(key).collect();
-        let cached = |key: &EmbeddingKey| crew.embeddings.get(key).filter(|_| self.settings.cache_embeddings);
+        let cached = |key: &EmbeddingKey| resources.embeddings.get(key).filter(|_| self.settings.cache_embeddings);
         let mut embeddings: Vec<Option<Embeddings>> = keys.iter().map(cached).collect();
         let hits = embeddings.iter().flatten().count();
         let cache = CacheCount { hits, misses: texts.len() - hits };
 
         if cache.misses > 0 {
-            let encoders = crew.model.encoders.adapted(checkpoint, stack, placement, ctx)?;
+            let encoders = resources.model.encoders.adapted(checkpoint, stack, placement, ctx)?;
             let first = tokenizers.first.as_ref().map(|tokenizer| empty(tokenizer, positions));
             let empties = [first.unwrap_or_default(), empty(&tokenizers.second, positions)];
             ctx.stage(Part::Encode, || {
@@ -242,7 +242,7 @@ impl ConditioningInstructor {
                             device: &placement.device,
                             texts: &texts,
                             skip,
-                            weighting: wish.weighting,
+                            weighting: options.weighting,
                             empty: &empties,
                             vectors: &inversions.vectors,
                         };
@@ -254,17 +254,17 @@ impl ConditioningInstructor {
                 Ok(())
             })?;
             drop(encoders);
-            crew.model.encoded(checkpoint);
+            resources.model.encoded(checkpoint);
             if self.settings.cache_embeddings {
                 for (key, made) in keys.into_iter().zip(embeddings.iter().flatten()) {
-                    if crew.embeddings.get(&key).is_none() {
-                        crew.embeddings.insert(key, made);
+                    if resources.embeddings.get(&key).is_none() {
+                        resources.embeddings.insert(key, made);
                     }
                 }
             }
         }
         let made: Vec<Embeddings> = embeddings.into_iter().flatten().collect();
-        script(&tellings, &made, zeros && wish.guided).map(|(told, spans)| Script {
+        script(&tellings, &made, zeros && options.guided).map(|(told, spans)| PromptSchedule {
             told,
             spans,
             applied: inversions.applied,
@@ -274,21 +274,21 @@ impl ConditioningInstructor {
 }
 
 /// Whether no negative prompt means zeros.
-fn zeros(wish: &PromptWish, checkpoint: &Checkpoint) -> bool {
-    wish.negative_prompt.is_none() && checkpoint.force_zeros_for_empty_prompt
+fn zeros(options: &PromptOptions, checkpoint: &Checkpoint) -> bool {
+    options.negative_prompt.is_none() && checkpoint.force_zeros_for_empty_prompt
 }
 
 /// The four prompts as they are written, and those with escapes without them too. A word counts as standing there whether
 /// or not it is ever told, as that depends on the guidance and the steps.
-fn written(wish: &PromptWish) -> Result<Vec<String>> {
+fn written(options: &PromptOptions) -> Result<Vec<String>> {
     let others = [
-        ("prompt_2", &wish.prompt_2),
-        ("negative_prompt", &wish.negative_prompt),
-        ("negative_prompt_2", &wish.negative_prompt_2),
+        ("prompt_2", &options.prompt_2),
+        ("negative_prompt", &options.negative_prompt),
+        ("negative_prompt_2", &options.negative_prompt_2),
     ];
     let others = others.into_iter().filter_map(|(field, text)| Some((field, text.as_ref()?)));
     let mut all = Vec::new();
-    for (field, text) in others.chain([("prompt", &wish.prompt)]) {
+    for (field, text) in others.chain([("prompt", &options.prompt)]) {
         if text.len() > LONGEST {
             return Err(Error::invalid(field, format!("must be at most {LONGEST} bytes, got {}", text.len())));
         }
@@ -337,10 +337,10 @@ struct Inversions {
 }
 
 impl Inversions {
-    fn read(wish: &PromptWish, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Self> {
+    fn read(options: &PromptOptions, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Self> {
         let (mut words, mut applied, mut next) = (Vec::new(), Vec::new(), FIRST_VECTOR);
         let (mut firsts, mut seconds) = (Vec::new(), Vec::new());
-        for EmbeddingChoice { file, token } in &wish.embeddings {
+        for EmbeddingChoice { file, token } in &options.embeddings {
             let Inversion { first, second, count } = Inversion::read(file, checkpoint, &placement.device, ctx)?;
             let names = first.as_ref().map(|_| "text_encoder").into_iter().chain(["text_encoder_2"]);
             applied.push(AppliedEmbedding {
@@ -362,9 +362,9 @@ impl Inversions {
 
 impl Instructor for ConditioningInstructor {
     type Interface = ConditioningDomain;
-    type Crew = ConditioningCrew;
+    type Resources = ConditioningResources;
 
-    fn instruct(&self, request: Request, crew: &mut ConditioningCrew, ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, resources: &mut ConditioningResources, ctx: &Context) -> Result<Response> {
         match request {
             Request::List(_) => Ok(Response::List(ConditioningList {
                 prompt_syntax: SYNTAX.to_vec(),
@@ -377,14 +377,15 @@ impl Instructor for ConditioningInstructor {
                 preprocessors: hints::list(),
                 max_tokens: MOST_CHUNKS * 75,
             })),
-            Request::Preprocess(wish) => self.preprocess(&wish, ctx).map(Response::Preprocess),
-            Request::Tokenize(wish) => {
-                let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
+            Request::Preprocess(options) => self.preprocess(&options, ctx).map(Response::Preprocess),
+            Request::Tokenize(options) => {
+                let checkpoint = resources.model.catalog.resolve(options.model.as_deref())?;
                 let positions = positions(&checkpoint)?;
-                let tokenizers = crew.model.tokenizers.acquire(&checkpoint)?;
+                let tokenizers = resources.model.tokenizers.acquire(&checkpoint)?;
                 let first = tokenizers.first.as_ref().map(|first| ("tokenizer", first));
                 let list = |(name, tokenizer): (&'static str, &ClipTokenizer)| {
-                    let tokens = ctx.perform(&Tokenize, TokenizeTask { tokenizer, text: &wish.text, field: "text" })?;
+                    let tokens =
+                        ctx.perform(&Tokenize, TokenizeTask { tokenizer, text: &options.text, field: "text" })?;
                     let chunks = chunks(tokens.len(), positions);
                     let ids = tokens.iter().map(|token| token.id).collect();
                     let count = tokens.len();
@@ -394,29 +395,29 @@ impl Instructor for ConditioningInstructor {
                 let tokenizers = both.map(list).collect::<Result<_>>()?;
                 Ok(Response::Tokenize(Tokenized { model: checkpoint.name.clone(), tokenizers }))
             }
-            Request::EncodePrompt(wish) => {
-                let checkpoint = crew.model.catalog.resolve(wish.model.as_deref())?;
-                let placement = crew.model.placement.clone();
+            Request::EncodePrompt(options) => {
+                let checkpoint = resources.model.catalog.resolve(options.model.as_deref())?;
+                let placement = resources.model.placement.clone();
                 let placement =
                     placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
-                let embeddings = wish.embeddings.as_deref().unwrap_or_default();
-                let embeddings = self.embeddings(embeddings, &crew.model.catalog)?;
-                let mut wish = PromptWish {
-                    prompt: wish.prompt,
-                    prompt_2: wish.prompt_2,
-                    negative_prompt: wish.negative_prompt,
-                    negative_prompt_2: wish.negative_prompt_2,
-                    clip_skip: wish.clip_skip,
+                let embeddings = options.embeddings.as_deref().unwrap_or_default();
+                let embeddings = self.embeddings(embeddings, &resources.model.catalog)?;
+                let mut options = PromptOptions {
+                    prompt: options.prompt,
+                    prompt_2: options.prompt_2,
+                    negative_prompt: options.negative_prompt,
+                    negative_prompt_2: options.negative_prompt_2,
+                    clip_skip: options.clip_skip,
                     guided: true,
-                    weighting: wish.prompt_weighting.unwrap_or_default(),
+                    weighting: options.prompt_weighting.unwrap_or_default(),
                     steps: STEPS,
                     backtrack: 0,
                     embeddings,
                     passes: 0,
                     adapters: None,
                 };
-                wish.passes = self.check(&wish, &checkpoint)?;
-                let made = self.condition(&wish, &checkpoint, crew, &placement, ctx)?;
+                options.passes = self.check(&options, &checkpoint)?;
+                let made = self.condition(&options, &checkpoint, resources, &placement, ctx)?;
                 let told = made.told.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
                 let first = told.positive.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
                 let negative = told.negative.ok_or_else(|| Error::bug("a negative prompt was not encoded"))?;

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::canvas::ResizeMode;
-use crate::image_source::ImageSource;
+use crate::conditioning::init_image::ResizeMode;
+use crate::image::source::ImageSource;
 use crate::layers::{Domain, Interface, Nothing};
-use crate::postprocessing::interface::OutputWish;
+use crate::postprocessing::interface::OutputOptions;
 
 /// The section `workers.instructors.conditioning` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
@@ -41,7 +41,7 @@ pub enum PromptWeighting {
 /// A textual inversion: a safetensors file for SDXL, whose vectors stand in for a word of the prompts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct EmbeddingWish {
+pub struct EmbeddingRequest {
     /// The file beneath a model root, or in a folder `embeddings` there; with its ending or without.
     #[serde(alias = "path")]
     pub name: String,
@@ -72,11 +72,11 @@ pub struct CacheCount {
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// What a prompt is to the UNet: its embeddings, as shapes and statistics.
-    EncodePrompt(EncodeWish),
+    EncodePrompt(EncodeRequest),
     /// The tokens of a text.
-    Tokenize(TokenizeWish),
+    Tokenize(TokenizeRequest),
     /// The hint that a preprocessor makes of an image.
-    Preprocess(Box<PreprocessWish>),
+    Preprocess(Box<PreprocessRequest>),
     /// Which conditioning there is.
     List(Nothing),
 }
@@ -94,7 +94,7 @@ impl Request {
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct EncodeWish {
+pub struct EncodeRequest {
     /// At most 2400 tokens; beyond 75 it is encoded in chunks of 75. Of one that changes from step to step, or has
     /// parts joined by `AND`, the first step's first part is encoded, of 25 steps.
     pub prompt: String,
@@ -115,7 +115,7 @@ pub struct EncodeWish {
     pub prompt_weighting: Option<PromptWeighting>,
     /// Textual inversions for words of the prompts, at most 64.
     #[serde(default)]
-    pub embeddings: Option<Vec<EmbeddingWish>>,
+    pub embeddings: Option<Vec<EmbeddingRequest>>,
     /// A name that `model.list` gives. Default: the default model.
     #[serde(default)]
     pub model: Option<String>,
@@ -123,7 +123,7 @@ pub struct EncodeWish {
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct TokenizeWish {
+pub struct TokenizeRequest {
     /// At most 64 KiB.
     pub text: String,
     /// A name that `model.list` gives. Default: the default model.
@@ -134,14 +134,14 @@ pub struct TokenizeWish {
 /// An image and what to make of it.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct PreprocessWish {
+pub struct PreprocessRequest {
     /// PNG, JPEG or WebP.
     pub image: ImageSource,
     /// A name that `conditioning.list` gives.
     pub preprocessor: String,
     /// The preprocessor's numbers. Default: its own.
     #[serde(default)]
-    pub parameters: Option<HintParameters>,
+    pub parameters: Option<PreprocessorParameters>,
     /// Of the hint, 1 to 8192 pixels. Default: the image's.
     #[serde(default)]
     pub width: Option<i64>,
@@ -153,14 +153,14 @@ pub struct PreprocessWish {
     pub resize_mode: Option<ResizeMode>,
     /// Where the hint goes, and in which format.
     #[serde(default)]
-    pub output: Option<OutputWish>,
+    pub output: Option<OutputOptions>,
 }
 
 /// What a preprocessor can be told; `conditioning.list` says which has which, with range and default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
-pub struct HintParameters {
+pub struct PreprocessorParameters {
     /// `canny`: the gradient |dx| + |dy| above which an edge goes on, 0 to 2040. Default 100.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub low_threshold: Option<f64>,
@@ -178,7 +178,7 @@ pub struct HintParameters {
     pub down_sampling_rate: Option<f64>,
 }
 
-impl HintParameters {
+impl PreprocessorParameters {
     /// Each by its name.
     #[must_use]
     pub fn said(&self) -> [(&'static str, Option<f64>); 5] {
@@ -288,7 +288,7 @@ pub struct PreprocessedImage {
     pub height: usize,
     pub preprocessor: &'static str,
     /// Every number used.
-    pub parameters: HintParameters,
+    pub parameters: PreprocessorParameters,
 }
 
 pub struct Conditioning;

@@ -3,14 +3,14 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::conditioning::canvas::{Cut, ResizeMode};
+use crate::conditioning::init_image::{Cut, ResizeMode};
 use crate::conditioning::interface::PromptWeighting;
 use crate::conditioning::workers::encode::{Embeddings, EncodeText};
 use crate::conditioning::workers::preprocess::Parameters;
 use crate::device::interface::Dtype;
+use crate::image::pixels::Rgb8;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::CheckpointKey;
-use crate::pixels::Rgb8;
 use crate::units::{Bytes, ImageSize};
 
 /// About a hundred prompts of 77 tokens in f32.
@@ -18,19 +18,19 @@ const CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
 
 /// Everything that decides the embeddings of a text.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct EmbeddingKey {
-    pub(super) checkpoint: CheckpointKey,
-    pub(super) dtype: Dtype,
-    pub(super) device: String,
+pub(crate) struct EmbeddingKey {
+    pub(crate) checkpoint: CheckpointKey,
+    pub(crate) dtype: Dtype,
+    pub(crate) device: String,
     /// What is changed of the encoders.
-    pub(super) adapters: Option<CheckpointKey>,
+    pub(crate) adapters: Option<CheckpointKey>,
     /// What each encoder is given: ids and weights.
-    pub(super) text: EncodeText,
-    pub(super) skip: usize,
+    pub(crate) text: EncodeText,
+    pub(crate) skip: usize,
     /// `None` for a text without weights.
-    pub(super) weighting: PromptWeighting,
+    pub(crate) weighting: PromptWeighting,
     /// The files whose vectors the ids mean.
-    pub(super) embeddings: Vec<CheckpointKey>,
+    pub(crate) embeddings: Vec<CheckpointKey>,
 }
 
 /// Embeddings by text, least recently used first.
@@ -40,7 +40,7 @@ pub struct EmbeddingManager {
 }
 
 impl EmbeddingManager {
-    pub(super) fn get(&mut self, key: &EmbeddingKey) -> Option<Embeddings> {
+    pub(crate) fn get(&mut self, key: &EmbeddingKey) -> Option<Embeddings> {
         let place = self.entries.iter().position(|(known, ..)| known == key)?;
         let entry = self.entries.remove(place);
         let embeddings = entry.1.clone();
@@ -48,7 +48,7 @@ impl EmbeddingManager {
         Some(embeddings)
     }
 
-    pub(super) fn insert(&mut self, key: EmbeddingKey, embeddings: &Embeddings) {
+    pub(crate) fn insert(&mut self, key: EmbeddingKey, embeddings: &Embeddings) {
         let bytes = embeddings.bytes();
         if bytes > CAPACITY {
             return;
@@ -97,20 +97,20 @@ const HINT_CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
 
 /// Everything that decides a hint.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct HintKey {
+pub(crate) struct HintKey {
     /// Of the image's file.
-    pub(super) content: Content,
-    pub(super) preprocessor: &'static str,
-    pub(super) told: Parameters,
-    pub(super) resize: ResizeMode,
-    pub(super) size: ImageSize,
-    pub(super) cut: Option<Cut>,
+    pub(crate) content: Content,
+    pub(crate) preprocessor: &'static str,
+    pub(crate) told: Parameters,
+    pub(crate) resize: ResizeMode,
+    pub(crate) size: ImageSize,
+    pub(crate) cut: Option<Cut>,
 }
 
 /// The length of a file and two hashes of it under keys that were drawn when the process began: no file can be made to
 /// look like another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Content(usize, [u64; 2]);
+pub(crate) struct Content(usize, [u64; 2]);
 
 /// Hints by content, least recently used first.
 #[derive(Default)]
@@ -120,11 +120,11 @@ pub struct HintManager {
 }
 
 impl HintManager {
-    pub(super) fn content(&self, file: &[u8]) -> Content {
+    pub(crate) fn content(&self, file: &[u8]) -> Content {
         Content(file.len(), [self.keys[0].hash_one(file), self.keys[1].hash_one(file)])
     }
 
-    pub(super) fn get(&mut self, key: &HintKey) -> Option<Arc<Rgb8>> {
+    pub(crate) fn get(&mut self, key: &HintKey) -> Option<Arc<Rgb8>> {
         let place = self.entries.iter().position(|(known, _)| known == key)?;
         let entry = self.entries.remove(place);
         let image = entry.1.clone();
@@ -132,7 +132,7 @@ impl HintManager {
         Some(image)
     }
 
-    pub(super) fn insert(&mut self, key: HintKey, image: &Arc<Rgb8>) {
+    pub(crate) fn insert(&mut self, key: HintKey, image: &Arc<Rgb8>) {
         let bytes = bytes(image);
         if bytes > HINT_CAPACITY {
             return;

@@ -1,16 +1,16 @@
 //! Decides which device computes, and in which dtype.
 
-use super::interface::{
-    CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceMemory, DeviceWish, Dtype, MemoryReport,
-    Quantization, Request, Response, Settings,
-};
-use super::manager::{DeviceManager, Opened};
-use super::workers::{cuda, host, metal};
+use crate::allocator;
 use crate::context::Context;
+use crate::device::interface::{
+    CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceMemory, DeviceRequest, Dtype,
+    MemoryReport, Quantization, Request, Response, Settings,
+};
+use crate::device::manager::{DeviceManager, Opened};
+use crate::device::workers::{cuda, host, metal};
 use crate::error::{Error, Result};
 use crate::kernels::simd::{self, Level};
 use crate::layers::Instructor;
-use crate::memory;
 use crate::units::Bytes;
 
 /// Where one request computes, decided.
@@ -34,8 +34,8 @@ impl Placement {
     ///
     /// # Errors
     /// `unsupported_feature` for INT8 on a GPU.
-    pub fn quantised(self, wish: Option<Quantization>) -> Result<Self> {
-        let quantization = wish.unwrap_or(self.quantization);
+    pub fn quantized(self, options: Option<Quantization>) -> Result<Self> {
+        let quantization = options.unwrap_or(self.quantization);
         if quantization == Quantization::Int8 && !self.device.is_cpu() {
             return Err(Error::UnsupportedFeature {
                 what: format!("int8 on `{}`", self.name),
@@ -57,15 +57,15 @@ impl DeviceInstructor {
         Self { settings }
     }
 
-    /// The device of this worker, opened if it is not yet, and the dtypes for a request that wishes for `wish`.
+    /// The device of this worker, opened if it is not yet, and the dtypes for a request that wishes for `options`.
     /// Only the compute thread may call this: CUDA's stream belongs to the thread that opened it.
     ///
     /// # Errors
     /// `device_unavailable`; `unknown_name` for a device in the configuration that is none; `unsupported_feature` for
     /// a dtype or quantization the device does not have.
-    pub fn place(&self, crew: &mut DeviceManager, wish: Option<Dtype>) -> Result<Placement> {
-        let opened = self.open(crew)?;
-        let dtypes = Dtypes::choose(opened.id, opened.capability, wish.or(self.settings.dtype))?;
+    pub fn place(&self, resources: &mut DeviceManager, options: Option<Dtype>) -> Result<Placement> {
+        let opened = self.open(resources)?;
+        let dtypes = Dtypes::choose(opened.id, opened.capability, options.or(self.settings.dtype))?;
         Placement {
             device: opened.device.clone(),
             name: opened.id.to_string(),
@@ -74,13 +74,13 @@ impl DeviceInstructor {
             quantization: self.settings.quantization,
             away: false,
         }
-        .quantised(None)
+        .quantized(None)
     }
 
-    /// The quantization of a request that wishes for `wish`.
+    /// The quantization of a request that wishes for `options`.
     #[must_use]
-    pub fn quantization(&self, wish: Option<Quantization>) -> Quantization {
-        wish.unwrap_or(self.settings.quantization)
+    pub fn quantization(&self, options: Option<Quantization>) -> Quantization {
+        options.unwrap_or(self.settings.quantization)
     }
 
     /// The dtype that [`Self::place`] would choose, without opening a device.
@@ -88,31 +88,31 @@ impl DeviceInstructor {
     /// # Errors
     /// `unknown_name` for a device in the configuration that is none; `unsupported_feature` for a dtype the device
     /// does not have.
-    pub fn dtype(&self, crew: &DeviceManager, wish: Option<Dtype>) -> Result<Dtype> {
-        let (id, capability) = match (self.wish()?, crew.opened()) {
-            (DeviceWish::Exactly(id), None) => (id, None),
+    pub fn dtype(&self, resources: &DeviceManager, options: Option<Dtype>) -> Result<Dtype> {
+        let (id, capability) = match (self.options()?, resources.opened()) {
+            (DeviceRequest::Exactly(id), None) => (id, None),
             (_, Some(opened)) => (opened.id, opened.capability),
-            (DeviceWish::Auto, None) => (DeviceId::Cpu, None),
+            (DeviceRequest::Auto, None) => (DeviceId::Cpu, None),
         };
-        Ok(Dtypes::choose(id, capability, wish.or(self.settings.dtype))?.compute)
+        Ok(Dtypes::choose(id, capability, options.or(self.settings.dtype))?.compute)
     }
 
     /// Bytes free on the device, where that can be read.
     #[must_use]
-    pub fn free(&self, crew: &DeviceManager) -> Option<Bytes> {
-        self.room(crew).map(|room| room.free)
+    pub fn free(&self, resources: &DeviceManager) -> Option<Bytes> {
+        self.room(resources).map(|room| room.free)
     }
 
     /// What the device has for this process, where that can be read: the GPU's memory, or the host's, within the limits
     /// of the configuration.
     #[must_use]
-    pub fn room(&self, crew: &DeviceManager) -> Option<Room> {
-        if let Some(DeviceMemory { total, free, .. }) = crew.memory() {
+    pub fn room(&self, resources: &DeviceManager) -> Option<Room> {
+        if let Some(DeviceMemory { total, free, .. }) = resources.memory() {
             let limit = self.settings.device_memory.of(Some(total)).unwrap_or(total).min(total);
             return Some(Room { total: limit, free: free.saturating_sub(total.saturating_sub(limit)) });
         }
         let measured = host::memory();
-        let kept = memory::usage().kept;
+        let kept = allocator::usage().kept;
         let free = measured.available.map(|available| available + kept);
         match self.settings.host_memory.of(measured.total) {
             None => Some(Room { total: measured.total?, free: free? }),
@@ -128,24 +128,24 @@ impl DeviceInstructor {
         }
     }
 
-    fn wish(&self) -> Result<DeviceWish> {
+    fn options(&self) -> Result<DeviceRequest> {
         match &self.settings.device {
             Some(name) => name.parse(),
-            None if self.settings.auto_detect => Ok(DeviceWish::Auto),
-            None => Ok(DeviceWish::Exactly(DeviceId::Cpu)),
+            None if self.settings.auto_detect => Ok(DeviceRequest::Auto),
+            None => Ok(DeviceRequest::Exactly(DeviceId::Cpu)),
         }
     }
 
-    fn open<'a>(&self, crew: &'a mut DeviceManager) -> Result<&'a Opened> {
-        let id = match (self.wish()?, crew.opened()) {
-            (DeviceWish::Exactly(id), _) => id,
-            (DeviceWish::Auto, Some(opened)) => opened.id,
-            (DeviceWish::Auto, None) => first_that_opens(crew),
+    fn open<'a>(&self, resources: &'a mut DeviceManager) -> Result<&'a Opened> {
+        let id = match (self.options()?, resources.opened()) {
+            (DeviceRequest::Exactly(id), _) => id,
+            (DeviceRequest::Auto, Some(opened)) => opened.id,
+            (DeviceRequest::Auto, None) => first_that_opens(resources),
         };
-        crew.open(id)
+        resources.open(id)
     }
 
-    fn list(&self, crew: &DeviceManager) -> Result<DeviceList> {
+    fn list(&self, resources: &DeviceManager) -> Result<DeviceList> {
         let entry = |id: DeviceId, description| DeviceEntry {
             name: id.to_string(),
             description,
@@ -170,10 +170,10 @@ impl DeviceInstructor {
         });
         devices.push(entry(DeviceId::Cpu, host::cpu().model));
 
-        let chosen = match (self.wish()?, crew.opened()) {
-            (DeviceWish::Exactly(id), _) => Some(id.to_string()),
-            (DeviceWish::Auto, Some(opened)) => Some(opened.id.to_string()),
-            (DeviceWish::Auto, None) => {
+        let chosen = match (self.options()?, resources.opened()) {
+            (DeviceRequest::Exactly(id), _) => Some(id.to_string()),
+            (DeviceRequest::Auto, Some(opened)) => Some(opened.id.to_string()),
+            (DeviceRequest::Auto, None) => {
                 devices.iter().find(|device| device.available).map(|device| device.name.clone())
             }
         };
@@ -183,8 +183,8 @@ impl DeviceInstructor {
         Ok(DeviceList { devices })
     }
 
-    fn info(&self, crew: &mut DeviceManager) -> Result<DeviceInfo> {
-        let opened = self.open(crew)?;
+    fn info(&self, resources: &mut DeviceManager) -> Result<DeviceInfo> {
+        let opened = self.open(resources)?;
         let dtypes = Dtypes::choose(opened.id, opened.capability, self.settings.dtype)?;
         let cpu = host::cpu();
         let allowed = |dtype: &Dtype| Dtypes::choose(opened.id, opened.capability, Some(*dtype)).is_ok();
@@ -206,15 +206,17 @@ impl DeviceInstructor {
 
 impl Instructor for DeviceInstructor {
     type Interface = Device;
-    type Crew = DeviceManager;
+    type Resources = DeviceManager;
 
-    fn instruct(&self, request: Request, crew: &mut DeviceManager, _ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, resources: &mut DeviceManager, _ctx: &Context) -> Result<Response> {
         Ok(match request {
-            Request::List(_) => Response::List(self.list(crew)?),
-            Request::Info(_) => Response::Info(self.info(crew)?),
-            Request::Memory(_) => {
-                Response::Memory(MemoryReport { host: host::memory(), process: host::process(), device: crew.memory() })
-            }
+            Request::List(_) => Response::List(self.list(resources)?),
+            Request::Info(_) => Response::Info(self.info(resources)?),
+            Request::Memory(_) => Response::Memory(MemoryReport {
+                host: host::memory(),
+                process: host::process(),
+                device: resources.memory(),
+            }),
         })
     }
 }
@@ -223,8 +225,8 @@ impl Instructor for DeviceInstructor {
 ///
 /// # Errors
 /// `device_unavailable`, naming what the machine has, where that lacks what is wished for.
-pub fn choose_cpu_features(wish: CpuFeatures) -> Result<()> {
-    let wanted = wish.level().unwrap_or_else(simd::best);
+pub fn choose_cpu_features(options: CpuFeatures) -> Result<()> {
+    let wanted = options.level().unwrap_or_else(simd::best);
     if wanted.is_here() {
         tracing::info!(cpu_features = simd::choose(wanted).name(), "the CPU's kernels");
         return Ok(());
@@ -255,15 +257,15 @@ pub struct Dtypes {
 }
 
 impl Dtypes {
-    /// `wish`, or the fastest dtype that is safe on the device: f32 on the CPU, bf16 on CUDA from compute capability
+    /// `options`, or the fastest dtype that is safe on the device: f32 on the CPU, bf16 on CUDA from compute capability
     /// 8.0, f16 before that and on Metal. The VAE never computes in f16, in which it overflows: it takes bf16 where
     /// the GPU has it, else f32.
     ///
     /// # Errors
     /// `unsupported_feature` for bf16 on a GPU before compute capability 8.0.
-    pub fn choose(id: DeviceId, capability: Option<(u32, u32)>, wish: Option<Dtype>) -> Result<Self> {
+    pub fn choose(id: DeviceId, capability: Option<(u32, u32)>, options: Option<Dtype>) -> Result<Self> {
         let gpu_has_bf16 = matches!(id, DeviceId::Cuda(_)) && capability.is_some_and(|capability| capability >= (8, 0));
-        let compute = wish.unwrap_or(match id {
+        let compute = options.unwrap_or(match id {
             DeviceId::Cpu => Dtype::F32,
             DeviceId::Cuda(_) if gpu_has_bf16 => Dtype::Bf16,
             DeviceId::Cuda(_) | DeviceId::Metal => Dtype::F16,
@@ -285,9 +287,9 @@ impl Dtypes {
 }
 
 /// CUDA before Metal before the CPU, which always opens. A GPU that is there but does not open is logged.
-fn first_that_opens(crew: &mut DeviceManager) -> DeviceId {
+fn first_that_opens(resources: &mut DeviceManager) -> DeviceId {
     for id in [DeviceId::Cuda(0), DeviceId::Metal] {
-        match crew.open(id) {
+        match resources.open(id) {
             Ok(_) => return id,
             // A build without the device's code has a hint to say so; then there is nothing to worry about.
             Err(error) if error.hint().is_some() => tracing::debug!(%error, "auto detection passes over `{id}`"),

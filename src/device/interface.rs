@@ -84,13 +84,13 @@ impl fmt::Display for DeviceId {
 
 /// What `--device` and the configuration's `device` say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceWish {
+pub enum DeviceRequest {
     /// The first of CUDA, Metal and CPU that works.
     Auto,
     Exactly(DeviceId),
 }
 
-impl FromStr for DeviceWish {
+impl FromStr for DeviceRequest {
     type Err = Error;
 
     /// Reads `cpu`, `cuda`, `cuda:1`, `metal` and `auto`.

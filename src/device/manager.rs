@@ -1,7 +1,7 @@
 //! The open device. There is one, and it is opened once, on the thread that computes.
 
-use super::interface::{DeviceId, DeviceMemory};
-use super::workers::{cuda, metal};
+use crate::device::interface::{DeviceId, DeviceMemory};
+use crate::device::workers::{cuda, metal};
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::units::Bytes;

@@ -3,4 +3,4 @@
 pub mod instructor;
 pub mod interface;
 pub mod manager;
-mod workers;
+pub(crate) mod workers;

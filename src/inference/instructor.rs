@@ -1,18 +1,18 @@
 //! The whole recipe of an image: defaults and checks first, then condition, denoise, decode, deliver.
 
-use super::controlling::told;
-use super::interface::{
-    BatchRequest, CacheUse, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerWish, Request,
-    Response, Settings,
-};
-use super::lora::written;
-use super::plan::GenerationPlan;
-use super::workers::paste::{PasteBack, PasteTask};
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::context::{Context, Engine, Progress, Stage};
 use crate::device::instructor::DeviceInstructor;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
+use crate::inference::interface::{
+    BatchRequest, CacheUse, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerOptions, Request,
+    Response, Settings,
+};
+use crate::inference::plan::GenerationPlan;
+use crate::inference::plan::controlnet::told;
+use crate::inference::request::lora::written;
+use crate::inference::workers::paste::{PasteBack, PasteTask};
 use crate::layers::Instructor;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
@@ -35,52 +35,52 @@ pub struct InferenceInstructor {
 
 impl Instructor for InferenceInstructor {
     type Interface = Inference;
-    type Crew = Managers;
+    type Resources = Managers;
 
-    fn instruct(&self, request: Request, crew: &mut Managers, ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, resources: &mut Managers, ctx: &Context) -> Result<Response> {
         match request {
             Request::Generate(request) => {
-                let plan = self.plan(&request, crew)?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                let plan = self.plan(&request, resources)?;
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
             Request::Text2image(request) => {
                 absent(
                     "text2image",
                     &[("init_image", request.init_image.is_some()), ("mask", request.mask.is_some())],
                 )?;
-                let plan = self.plan(&request, crew)?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                let plan = self.plan(&request, resources)?;
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
             Request::Img2img(request) => {
                 present("img2img", "init_image", request.init_image.is_some())?;
                 absent("img2img", &[("mask", request.mask.is_some())])?;
-                let plan = self.plan(&request, crew)?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                let plan = self.plan(&request, resources)?;
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
             Request::Inpaint(request) => {
                 present("inpaint", "init_image", request.init_image.is_some())?;
                 present("inpaint", "mask", request.mask.is_some() || request.extend.is_some())?;
-                let plan = self.plan(&request, crew)?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                let plan = self.plan(&request, resources)?;
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
             Request::Controlnet(request) => {
-                let given = request.controlnet.as_ref().is_some_and(|wishes| !wishes.0.is_empty());
+                let given = request.controlnet.as_ref().is_some_and(|entries| !entries.0.is_empty());
                 present("controlnet", "controlnet", given)?;
-                let plan = self.plan(&request, crew)?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                let plan = self.plan(&request, resources)?;
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
             Request::Lora(request) => {
-                let plan = self.plan(&request, crew)?;
+                let plan = self.plan(&request, resources)?;
                 present("lora", "loras", !plan.loras.is_empty())?;
-                self.generate(plan, crew, ctx).map(Response::Generated)
+                self.generate(plan, resources, ctx).map(Response::Generated)
             }
-            Request::Batch(batch) => self.batch(&batch, crew, ctx).map(Response::Batch),
+            Request::Batch(batch) => self.batch(&batch, resources, ctx).map(Response::Batch),
         }
     }
 }
 
 impl InferenceInstructor {
-    fn batch(&self, batch: &BatchRequest, crew: &mut Managers, ctx: &Context) -> Result<GeneratedBatch> {
+    fn batch(&self, batch: &BatchRequest, resources: &mut Managers, ctx: &Context) -> Result<GeneratedBatch> {
         let limit = self.settings.max_batch_size as usize;
         if batch.requests.is_empty() || batch.requests.len() > limit {
             let got = batch.requests.len();
@@ -90,14 +90,16 @@ impl InferenceInstructor {
             .requests
             .iter()
             .enumerate()
-            .map(|(index, request)| self.plan(request, crew).map_err(|error| error.below(&format!("requests.{index}"))))
+            .map(|(index, request)| {
+                self.plan(request, resources).map_err(|error| error.below(&format!("requests.{index}")))
+            })
             .collect::<Result<Vec<_>>>()?;
-        let results = plans.into_iter().map(|plan| self.generate(plan, crew, ctx)).collect::<Result<Vec<_>>>()?;
+        let results = plans.into_iter().map(|plan| self.generate(plan, resources, ctx)).collect::<Result<Vec<_>>>()?;
         Ok(GeneratedBatch { results })
     }
 
-    fn generate(&self, mut plan: GenerationPlan, crew: &mut Managers, ctx: &Context) -> Result<Generated> {
-        let mut placement = self.device.place(&mut crew.device, plan.dtype)?.quantised(plan.quantization)?;
+    fn generate(&self, mut plan: GenerationPlan, resources: &mut Managers, ctx: &Context) -> Result<Generated> {
+        let mut placement = self.device.place(&mut resources.device, plan.dtype)?.quantized(plan.quantization)?;
         ctx.computed_by(Engine {
             device: placement.name.clone(),
             dtype: placement.compute.name(),
@@ -107,14 +109,14 @@ impl InferenceInstructor {
         plan.parameters.quantization = Some(placement.quantization);
         let mut images = Vec::with_capacity(plan.seeds.len());
         let mut shared = self.shared(&plan, ctx)?;
-        let mut settled = self.settle(&mut plan, &mut placement, shared.stack(), (crew, ctx))?;
+        let mut settled = self.settle(&mut plan, &mut placement, shared.stack(), (resources, ctx))?;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, seed) in plan.seeds.clone().into_iter().enumerate() {
             let mut pixels = loop {
-                let latents = self.draw(&plan, seed, &mut shared, (&placement, &mut *crew, ctx));
-                match latents.and_then(|latents| self.pixels(&plan, &latents, &placement, crew, ctx)) {
+                let latents = self.draw(&plan, seed, &mut shared, (&placement, &mut *resources, ctx));
+                match latents.and_then(|latents| self.pixels(&plan, &latents, &placement, resources, ctx)) {
                     Ok(pixels) => break pixels,
-                    Err(error) => self.climb(error, &mut settled, &mut plan, &mut placement, (crew, ctx))?,
+                    Err(error) => self.degrade(error, &mut settled, &mut plan, &mut placement, (resources, ctx))?,
                 }
             };
             if let Some(paste) = shared.paste() {
@@ -171,7 +173,7 @@ impl InferenceInstructor {
             more.push(("Hires resize", format!("{width}x{height}")));
             more.push(("Hires upscaler", upscaler.clone()));
         }
-        if let Some(RefinerWish { model, switch_at: Some(switch_at) }) = &plan.parameters.refiner {
+        if let Some(RefinerOptions { model, switch_at: Some(switch_at) }) = &plan.parameters.refiner {
             more.push(("Refiner", model.clone()));
             more.push(("Refiner switch at", switch_at.to_string()));
         }
@@ -210,7 +212,7 @@ impl InferenceInstructor {
 }
 
 /// Under which name the time of a model is remembered.
-pub(super) fn pace_key(checkpoint: &Checkpoint, compute: Dtype, quantization: Quantization) -> String {
+pub(crate) fn throughput_key(checkpoint: &Checkpoint, compute: Dtype, quantization: Quantization) -> String {
     format!("{:?} {} {}", checkpoint.key, compute.name(), quantization.name())
 }
 

@@ -2,19 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::controlnet::ControlWishes;
-use super::lora::{AppliedAdapter, LoraWishes};
-pub use super::memory::DecodeExtent;
-use super::memory::{Largest, MemoryUse, Offload, PartBytes, Way};
-use super::steering::{DynamicThresholdingWish, FreeUWish, SkipLayerWish};
-use crate::conditioning::adapters::{IpAdapterWish, T2iAdapterWish};
-use crate::conditioning::canvas::{InpaintingFill, Margins, ResizeMode};
-use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting};
+use crate::conditioning::image_adapters::{IpAdapterOptions, T2iAdapterOptions};
+use crate::conditioning::init_image::{InpaintingFill, Margins, ResizeMode};
+use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingRequest, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
-use crate::image_source::ImageSource;
+use crate::image::source::ImageSource;
+use crate::inference::request::controlnet::ControlNetList;
+use crate::inference::request::guidance::{DynamicThresholdingOptions, FreeUOptions, SkipLayerOptions};
+use crate::inference::request::lora::{AppliedAdapter, LoraList};
+pub use crate::inference::request::memory::DecodeExtent;
+use crate::inference::request::memory::{Largest, MemoryStrategy, MemoryUse, Offload, PartBytes};
 use crate::layers::{Domain, Interface, OneOrMany};
 use crate::noise::RngKind;
-use crate::postprocessing::interface::OutputWish;
+use crate::postprocessing::interface::OutputOptions;
 use crate::scheduler::schedule::Prediction;
 use crate::units::Bytes;
 
@@ -94,13 +94,13 @@ pub struct GenerateRequest {
     pub pag_applied_layers: Option<Vec<String>>,
     /// Guidance away from a network with layers skipped. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub skip_layer: Option<SkipLayerWish>,
+    pub skip_layer: Option<SkipLayerOptions>,
     /// Dynamic thresholding, for `cfg_scale` above 1. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub dynamic_thresholding: Option<DynamicThresholdingWish>,
+    pub dynamic_thresholding: Option<DynamicThresholdingOptions>,
     /// Weights of the UNet's backbone and skip connections. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub freeu: Option<FreeUWish>,
+    pub freeu: Option<FreeUOptions>,
     /// Sampler, by its own name, AUTOMATIC1111's or diffusers'. Default: the configuration's `default_scheduler`.
     #[serde(alias = "sampler", skip_serializing_if = "Option::is_none")]
     pub sampler_name: Option<String>,
@@ -190,7 +190,7 @@ pub struct GenerateRequest {
     pub denoising_end: Option<f64>,
     /// A second model for the end of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub refiner: Option<RefinerWish>,
+    pub refiner: Option<RefinerOptions>,
     /// A second pass at a larger size. Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enable_hr: Option<bool>,
@@ -234,7 +234,7 @@ pub struct GenerateRequest {
     pub comma_padding_backtrack: Option<i64>,
     /// Textual inversions for words of the prompts, at most 64.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub embeddings: Option<Vec<EmbeddingWish>>,
+    pub embeddings: Option<Vec<EmbeddingRequest>>,
     /// Size conditioning: height and width in pixels. Default: the image's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub original_size: Option<[i64; 2]>,
@@ -292,21 +292,21 @@ pub struct GenerateRequest {
     pub offload: Option<Offload>,
     /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub controlnet: Option<ControlWishes>,
+    pub controlnet: Option<ControlNetList>,
     /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
     /// one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub t2i_adapter: Option<OneOrMany<T2iAdapterWish>>,
+    pub t2i_adapter: Option<OneOrMany<T2iAdapterOptions>>,
     /// IP-Adapters, up to 8: images that the image shall be like. An object alone is a list of one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ip_adapter: Option<OneOrMany<IpAdapterWish>>,
+    pub ip_adapter: Option<OneOrMany<IpAdapterOptions>>,
     /// LoRA and its relatives, at most 32: a list, or one alone; a string is a file. They are applied in this order, then
     /// those that `prompt` names as `<lora:file:weight>`. Default: none.
     #[serde(alias = "lora", skip_serializing_if = "Option::is_none")]
-    pub loras: Option<LoraWishes>,
+    pub loras: Option<LoraList>,
     /// Where the image goes, and in which format.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub output: Option<OutputWish>,
+    pub output: Option<OutputOptions>,
 }
 
 impl GenerateRequest {
@@ -314,16 +314,17 @@ impl GenerateRequest {
     /// are left out, paths stay.
     #[must_use]
     pub fn without_carried_images(mut self) -> Self {
-        let controls = self.controlnet.iter_mut().flat_map(|wishes| &mut wishes.0).map(|wish| &mut wish.image);
+        let controls = self.controlnet.iter_mut().flat_map(|entries| &mut entries.0).map(|options| &mut options.image);
         for image in [&mut self.init_image, &mut self.mask].into_iter().chain(controls) {
             if matches!(image, Some(ImageSource::Base64(_))) {
                 *image = None;
             }
         }
         // What adapters are shown cannot be left out alone: an empty image makes the request fail rather than differ.
-        let shown = self.t2i_adapter.iter_mut().flat_map(|OneOrMany(wishes)| wishes).map(|wish| &mut wish.image);
+        let shown =
+            self.t2i_adapter.iter_mut().flat_map(|OneOrMany(entries)| entries).map(|options| &mut options.image);
         let pictures =
-            self.ip_adapter.iter_mut().flat_map(|OneOrMany(wishes)| wishes).flat_map(|wish| &mut wish.image.0);
+            self.ip_adapter.iter_mut().flat_map(|OneOrMany(entries)| entries).flat_map(|options| &mut options.image.0);
         for image in shown.chain(pictures) {
             if let ImageSource::Base64(text) = image {
                 text.clear();
@@ -336,7 +337,7 @@ impl GenerateRequest {
 /// A second model, trained for the last part of denoising.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct RefinerWish {
+pub struct RefinerOptions {
     /// A model by name or by path, such as SDXL's refiner; any other SDXL model will do.
     pub model: String,
     /// Share of the noise levels, 0 to 1, at which it takes over. Default: 0.8.
@@ -450,7 +451,7 @@ pub struct Estimate {
     /// How the image would be made now.
     pub memory: MemoryUse,
     /// Every way to make it, from the fastest to that in the least memory, as far as the request leaves them open.
-    pub ways: Vec<Way>,
+    pub ways: Vec<MemoryStrategy>,
     /// The largest image of these proportions that fits, in whichever way; null where even 64 pixels do not, or what is free
     /// cannot be read.
     pub largest: Option<Largest>,

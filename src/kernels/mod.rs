@@ -8,33 +8,33 @@
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `L` tokens, `O` output channels, `K` kernel side.
 
-mod away;
-mod coding;
-mod cpu;
-mod growing;
-pub mod plain;
-mod quantising;
-mod shapes;
-pub mod sharing;
-mod stored;
-mod tally;
+pub(crate) mod block_format;
+pub(crate) mod cpu;
+pub(crate) mod int8_policy;
+pub(crate) mod load_stats;
+pub(crate) mod offload;
+pub mod reference;
+pub(crate) mod running_stats;
+pub(crate) mod shapes;
+pub mod shared_layers;
+pub(crate) mod stored_weight;
 
-pub use away::away;
-pub use coding::Coding;
+pub use block_format::Coding;
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
 pub use cpu::amx_probe;
 pub use cpu::simd;
-pub use growing::growing;
-pub use quantising::{Chosen, quantising};
-pub use stored::{StoredWeight, WELCOME, welcomes};
+pub use int8_policy::{Chosen, quantizing};
+pub use load_stats::growing;
+pub use offload::away;
+pub use stored_weight::{StoredWeight, WELCOME, welcomes};
 
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use tally::Tally;
+use running_stats::RunningStats;
 
 /// What is applied to the result of a linear layer or convolution while it is still at hand, in this order:
 /// bias, `per_sample`, `activation`, `residual`.
@@ -63,7 +63,7 @@ impl Activation {
     /// # Errors
     /// Those of the device.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        if cpu::serves(x) { cpu::activation(self, x) } else { plain::activation(self, x) }
+        if cpu::serves(x) { cpu::activation(self, x) } else { reference::activation(self, x) }
     }
 }
 
@@ -75,17 +75,17 @@ enum Weight {
     /// `[O, I]` or `[O, K, K, C]`.
     Tensor(Tensor),
     /// As the file has it, on the host; [`Weight::beside`] brings it.
-    Away(away::Away),
+    Away(offload::Away),
 }
 
 impl Weight {
     /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` the shape of its convolution.
     fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
         match weight.device().is_cpu() {
-            true if away::is_chosen() => Ok(Self::Away(away::Away { weight: weight.clone(), compute, conv })),
+            true if offload::is_chosen() => Ok(Self::Away(offload::Away { weight: weight.clone(), compute, conv })),
             true => {
                 let packed = Self::packed(weight, compute, conv)?;
-                growing::count(weight, packed.bytes());
+                load_stats::count(weight, packed.bytes());
                 Ok(Self::Packed(Arc::new(packed)))
             }
             false => Self::on_device(weight.tensor()),
@@ -117,14 +117,14 @@ impl Weight {
         Ok(Self::Packed(Arc::new(cpu::Packed::int8(weight)?)))
     }
 
-    /// Of the layer `vb`: in bytes where [`quantising`] has it so.
+    /// Of the layer `vb`: in bytes where [`quantizing`] has it so.
     fn load(weight: &StoredWeight, vb: &VarBuilder, conv: Option<ConvShape>) -> Result<Self> {
-        if !weight.device().is_cpu() || !quantising::is_chosen(&vb.prefix(), weight.dims()) {
+        if !weight.device().is_cpu() || !int8_policy::is_chosen(&vb.prefix(), weight.dims()) {
             return Self::new(weight, vb.dtype(), conv);
         }
         let packed = cpu::Packed::int8(&weight.used(vb.dtype())?)?;
-        quantising::count(weight.bytes().saturating_sub(packed.bytes()));
-        growing::count(weight, packed.bytes());
+        int8_policy::count(weight.bytes().saturating_sub(packed.bytes()));
+        load_stats::count(weight, packed.bytes());
         Ok(Self::Packed(Arc::new(packed)))
     }
 }
@@ -160,7 +160,7 @@ impl Linear {
     }
 
     fn of((outputs, inputs): (usize, usize), weight: Weight, bias: Option<Tensor>) -> Result<Self> {
-        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
+        let bias = bias.map(|b| offload::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, outputs, inputs, bias })
     }
 
@@ -169,7 +169,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        sharing::layer(vb, || {
+        shared_layers::layer(vb, || {
             let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
             Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
         })
@@ -180,7 +180,7 @@ impl Linear {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        sharing::layer(vb, || {
+        shared_layers::layer(vb, || {
             let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
             Self::of((outputs, inputs), weight, None)
         })
@@ -213,8 +213,8 @@ impl Linear {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
-            Weight::Tensor(weight) => plain::linear(x, weight, self.bias.as_ref(), epilogue),
-            Weight::Away(_) => away::still(),
+            Weight::Tensor(weight) => reference::linear(x, weight, self.bias.as_ref(), epilogue),
+            Weight::Away(_) => offload::still(),
         }
     }
 
@@ -230,8 +230,10 @@ impl Linear {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(weight) => plain::geglu(&plain::linear(x, weight, self.bias.as_ref(), Epilogue::default())?),
-            Weight::Away(_) => away::still(),
+            Weight::Tensor(weight) => {
+                reference::geglu(&reference::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
+            }
+            Weight::Away(_) => offload::still(),
         }
     }
 }
@@ -293,7 +295,7 @@ impl Conv2d {
     }
 
     fn of(weight: Weight, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let bias = bias.map(|b| away::brought(b.to_dtype(DType::F32)?)).transpose()?;
+        let bias = bias.map(|b| offload::brought(b.to_dtype(DType::F32)?)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
 
@@ -302,7 +304,7 @@ impl Conv2d {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        sharing::layer(vb, || {
+        shared_layers::layer(vb, || {
             let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
             shapes::kernel(weight.dims(), shape)?;
             Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
@@ -328,8 +330,8 @@ impl Conv2d {
         }
         match &*self.weight.beside(x)? {
             Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
-            Weight::Tensor(weight) => plain::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
-            Weight::Away(_) => away::still(),
+            Weight::Tensor(weight) => reference::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
+            Weight::Away(_) => offload::still(),
         }
     }
 }
@@ -351,7 +353,7 @@ impl GroupNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
-        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
         Ok(Self { weight: weight?, bias: bias?, groups, eps })
     }
 
@@ -360,7 +362,7 @@ impl GroupNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
+        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
     }
 
     /// `x` is `[B, .., C]`.
@@ -385,8 +387,8 @@ impl GroupNorm {
     /// Shapes that do not fit, or the device's own.
     pub fn statistics(&self, x: &Tensor) -> Result<Statistics> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
-        let tallies = if cpu::serves(x) { cpu::tallies(x)? } else { plain::tallies(x)? };
-        Ok(Statistics(tallies))
+        let running_stats = if cpu::serves(x) { cpu::running_stats(x)? } else { reference::running_stats(x)? };
+        Ok(Statistics(running_stats))
     }
 
     /// [`Self::forward_silu`] of a part of a feature map that has `statistics`.
@@ -395,15 +397,17 @@ impl GroupNorm {
     /// Shapes that do not fit, or the device's own.
     pub fn forward_silu_by(&self, x: &Tensor, statistics: &Statistics) -> Result<Tensor> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
-        let (tallies, affine) = (&statistics.0, (&self.weight, &self.bias));
-        if tallies.len() != x.dim(0)? || tallies.iter().any(|tally| tally.mean.len() != self.weight.elem_count()) {
-            candle_core::bail!("statistics of {} samples for {:?}", tallies.len(), x.dims());
+        let (running_stats, affine) = (&statistics.0, (&self.weight, &self.bias));
+        if running_stats.len() != x.dim(0)?
+            || running_stats.iter().any(|running_stats| running_stats.mean.len() != self.weight.elem_count())
+        {
+            candle_core::bail!("statistics of {} samples for {:?}", running_stats.len(), x.dims());
         }
         if cpu::serves(x) {
-            return cpu::group_norm(x, tallies, affine, self.groups, self.eps, true);
+            return cpu::group_norm(x, running_stats, affine, self.groups, self.eps, true);
         }
-        let normal = plain::group_norm_by(x, tallies, affine, self.groups, self.eps)?;
-        plain::activation(Activation::Silu, &normal)
+        let normal = reference::group_norm_by(x, running_stats, affine, self.groups, self.eps)?;
+        reference::activation(Activation::Silu, &normal)
     }
 
     fn run(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
@@ -412,17 +416,17 @@ impl GroupNorm {
             return Ok(x.clone());
         }
         if cpu::serves(x) {
-            let tallies = cpu::tallies(x)?;
-            return cpu::group_norm(x, &tallies, (&self.weight, &self.bias), self.groups, self.eps, silu);
+            let running_stats = cpu::running_stats(x)?;
+            return cpu::group_norm(x, &running_stats, (&self.weight, &self.bias), self.groups, self.eps, silu);
         }
-        let normal = plain::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
-        if silu { plain::activation(Activation::Silu, &normal) } else { Ok(normal) }
+        let normal = reference::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
+        if silu { reference::activation(Activation::Silu, &normal) } else { Ok(normal) }
     }
 }
 
 /// Mean and spread of every channel of a feature map, or of a part of one.
 #[derive(Clone, Debug)]
-pub struct Statistics(Vec<Tally>);
+pub struct Statistics(Vec<RunningStats>);
 
 impl Statistics {
     /// Adds those of another part, of as many samples and channels.
@@ -447,7 +451,7 @@ impl LayerNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        let [weight, bias] = [weight, bias].map(|tensor| away::brought(tensor.to_dtype(DType::F32)?));
+        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
         Ok(Self { weight: weight?, bias: bias?, eps })
     }
 
@@ -456,7 +460,7 @@ impl LayerNorm {
     /// # Errors
     /// A missing tensor, or one of another shape.
     pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        sharing::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
+        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
     }
 
     /// `x` is `[.., C]`.
@@ -470,7 +474,7 @@ impl LayerNorm {
         } else if cpu::serves(x) {
             cpu::layer_norm(x, &self.weight, &self.bias, self.eps)
         } else {
-            plain::layer_norm(x, &self.weight, &self.bias, self.eps)
+            reference::layer_norm(x, &self.weight, &self.bias, self.eps)
         }
     }
 }
@@ -525,7 +529,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -
     } else if cpu::serves(q) {
         cpu::attention(q, k, v, heads, mask)
     } else {
-        plain::attention(q, k, v, heads, mask)
+        reference::attention(q, k, v, heads, mask)
     }
 }
 
@@ -540,7 +544,7 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
     } else if cpu::serves(x) {
         cpu::upsample_nearest(x, &out)
     } else {
-        plain::upsample_nearest(x, height, width)
+        reference::upsample_nearest(x, height, width)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{ConvShape, Epilogue, Padding};
+use crate::kernels::{ConvShape, Epilogue, Padding};
 
 fn epilogue(out: &[usize], bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
     let outputs = out.last().copied().unwrap_or(0);
@@ -26,7 +26,7 @@ fn epilogue(out: &[usize], bias: Option<&Tensor>, epilogue: Epilogue) -> Result<
     Ok(())
 }
 
-pub(super) fn linear(
+pub(crate) fn linear(
     x: &Tensor,
     (outputs, inputs): (usize, usize),
     bias: Option<&Tensor>,
@@ -41,7 +41,7 @@ pub(super) fn linear(
     Ok(out)
 }
 
-pub(super) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> Result<Vec<usize>> {
+pub(crate) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> Result<Vec<usize>> {
     let mut out = linear(x, size, bias, Epilogue::default())?;
     match out.last_mut() {
         Some(last) if *last % 2 == 0 => *last /= 2,
@@ -51,7 +51,7 @@ pub(super) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> 
 }
 
 /// The kernel as files have it.
-pub(super) fn kernel(weight: &[usize], shape: ConvShape) -> Result<()> {
+pub(crate) fn kernel(weight: &[usize], shape: ConvShape) -> Result<()> {
     let ConvShape { inputs, outputs, kernel, .. } = shape;
     if weight != [outputs, inputs, kernel, kernel] {
         bail!("the kernel must be [{outputs}, {inputs}, {kernel}, {kernel}], got {weight:?}");
@@ -59,7 +59,7 @@ pub(super) fn kernel(weight: &[usize], shape: ConvShape) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn conv2d(x: &Tensor, bias: Option<&Tensor>, shape: ConvShape, after: Epilogue) -> Result<Vec<usize>> {
+pub(crate) fn conv2d(x: &Tensor, bias: Option<&Tensor>, shape: ConvShape, after: Epilogue) -> Result<Vec<usize>> {
     let ConvShape { inputs, outputs, kernel, stride, padding: Padding { top, bottom, left, right } } = shape;
     if kernel == 0 || stride == 0 {
         bail!("a convolution needs a kernel and a stride of at least 1, got kernel {kernel}, stride {stride}");
@@ -77,7 +77,7 @@ pub(super) fn conv2d(x: &Tensor, bias: Option<&Tensor>, shape: ConvShape, after:
     Ok(out)
 }
 
-pub(super) fn norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<()> {
+pub(crate) fn norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<()> {
     let channels = x.dims().last().copied().unwrap_or(0);
     if weight.dims() != [channels] || bias.dims() != [channels] {
         bail!("a norm of {:?} channels wants [.., {:?}], got {:?}", weight.dims(), weight.dims(), x.dims());
@@ -88,14 +88,14 @@ pub(super) fn norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) ->
     Ok(())
 }
 
-pub(super) fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<()> {
+pub(crate) fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<()> {
     if x.rank() < 2 {
         bail!("a group norm wants [B, .., C], got {:?}", x.dims());
     }
     norm(x, weight, bias, groups)
 }
 
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Vec<usize>> {
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Vec<usize>> {
     let (batch, _, channels) = q.dims3()?;
     let (key_batch, _, key_channels) = k.dims3()?;
     if key_batch != batch || key_channels != channels || v.dims() != k.dims() {
@@ -107,7 +107,7 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Res
     Ok(q.dims().to_vec())
 }
 
-pub(super) fn upsample(x: &Tensor, height: usize, width: usize) -> Result<Vec<usize>> {
+pub(crate) fn upsample(x: &Tensor, height: usize, width: usize) -> Result<Vec<usize>> {
     let (batch, rows, columns, channels) = x.dims4()?;
     if rows * columns == 0 && height * width != 0 {
         bail!("a feature map of {rows}×{columns} cannot be scaled to {height}×{width}");
@@ -115,7 +115,7 @@ pub(super) fn upsample(x: &Tensor, height: usize, width: usize) -> Result<Vec<us
     Ok(vec![batch, height, width, channels])
 }
 
-pub(super) fn concat(a: &Tensor, b: &Tensor) -> Result<Vec<usize>> {
+pub(crate) fn concat(a: &Tensor, b: &Tensor) -> Result<Vec<usize>> {
     let (Some((last_a, front_a)), Some((last_b, front_b))) = (a.dims().split_last(), b.dims().split_last()) else {
         bail!("scalars have no channels to join");
     };

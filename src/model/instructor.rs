@@ -3,25 +3,25 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::catalog::Catalog;
-use super::checkpoint::{Checkpoint, CheckpointKey, Part};
-use super::fetching::fetch;
-use super::hub::at_revision;
-use super::interface::{
-    ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
-    Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
-};
-use super::lora::Stack;
-use super::managers::{
-    AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
-    VaeManager, form,
-};
+use crate::allocator;
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
 use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
-use crate::memory;
+use crate::model::catalog::Catalog;
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
+use crate::model::hub::at_revision;
+use crate::model::hub::download::fetch;
+use crate::model::interface::{
+    ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
+    Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
+};
+use crate::model::lora::Stack;
+use crate::model::managers::{
+    AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
+    VaeManager, form,
+};
 use crate::units::{Allowance, Bytes};
 
 /// Share of the memory, in percent, above which a model's weights leave too little for activations.
@@ -31,7 +31,7 @@ const LEFT_FREE: u64 = 4;
 
 /// What the model domain draws on. `list` and `inspect` need only the catalog; they read what is in memory from
 /// `published` where the managers are another thread's.
-pub struct ModelCrew {
+pub struct ModelResources {
     pub catalog: Catalog,
     pub tokenizers: TokenizerManager,
     pub encoders: EncoderManager,
@@ -51,7 +51,7 @@ pub struct ModelCrew {
     pub published: Option<Vec<Resident>>,
 }
 
-impl ModelCrew {
+impl ModelResources {
     #[must_use]
     pub fn new(settings: &Settings) -> Self {
         let budget = Budget::new(settings.cache_size.of(None).unwrap_or(Bytes(u64::MAX)));
@@ -87,13 +87,13 @@ impl ModelCrew {
     /// now.
     pub fn begin(&self, room: Option<Room>, on_host: bool) {
         // Mapped weights are the system's cache of the files, which it counts as available.
-        let mapped = if on_host { memory::usage().mapped } else { Bytes(0) };
+        let mapped = if on_host { allocator::usage().mapped } else { Bytes(0) };
         let taken = self.budget.bytes().saturating_sub(mapped);
         let whole = room.map(|room| room.free + taken);
         let capacity = match (self.cache_size, room, whole) {
             (Allowance::Auto, Some(room), Some(whole)) => whole.saturating_sub(Bytes(room.total.0 / LEFT_FREE)),
             (Allowance::Auto | Allowance::Share(_), ..) if room.is_none() => Bytes(0),
-            (wish, room, _) => wish.of(room.map(|room| room.total)).unwrap_or_default(),
+            (options, room, _) => options.of(room.map(|room| room.total)).unwrap_or_default(),
         };
         self.budget.begin(capacity, whole);
     }
@@ -153,19 +153,19 @@ impl ModelCrew {
 pub struct ModelInstructor;
 
 impl ModelInstructor {
-    fn list(&self, crew: &mut ModelCrew, ctx: &Context) -> Result<ModelList> {
-        let resident = crew.resident();
+    fn list(&self, resources: &mut ModelResources, ctx: &Context) -> Result<ModelList> {
+        let resident = resources.resident();
         let mut models = Vec::new();
-        for listed in crew.catalog.list() {
+        for listed in resources.catalog.list() {
             ctx.checkpoint()?;
-            let opened = crew.catalog.checkpoint(&listed);
+            let opened = resources.catalog.checkpoint(&listed);
             let here: Vec<&Resident> =
                 resident.iter().filter(|r| r.name == listed.name && r.kind != "tokenizer").collect();
             let mut loaded: Vec<&'static str> = here.iter().map(|r| r.kind).collect();
             loaded.sort_unstable();
             loaded.dedup();
             let dtype = |checkpoint: &Arc<Checkpoint>| {
-                let weights = checkpoint.open(super::checkpoint::Part::Unet, ctx)?;
+                let weights = checkpoint.open(crate::model::checkpoint::Part::Unet, ctx)?;
                 let wide = weights.tensors().map(|(_, stored)| (stored.range.end - stored.range.start, stored.dtype));
                 Ok::<_, Error>(wide.max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype.name()))
             };
@@ -185,7 +185,7 @@ impl ModelInstructor {
                 },
             });
         }
-        Ok(ModelList { models, default: crew.catalog.default_name().to_owned() })
+        Ok(ModelList { models, default: resources.catalog.default_name().to_owned() })
     }
 
     fn inspect(&self, checkpoint: &Checkpoint, ctx: &Context) -> Result<Inspection> {
@@ -207,7 +207,7 @@ impl ModelInstructor {
         }
         let encoders =
             [("text_encoder", checkpoint.text_encoder.as_ref()), ("text_encoder_2", Some(&checkpoint.text_encoder_2))];
-        let facts = |(name, config): (&'static str, Option<&super::networks::clip::ClipConfig>)| {
+        let facts = |(name, config): (&'static str, Option<&crate::model::networks::clip::ClipConfig>)| {
             config.map(|config| TextEncoderFacts { name, layers: config.num_hidden_layers, width: config.hidden_size })
         };
         let scheduler = &checkpoint.scheduler;
@@ -242,9 +242,11 @@ impl ModelInstructor {
         })
     }
 
-    fn load(&self, checkpoint: &Checkpoint, crew: &mut ModelCrew, ctx: &Context) -> Result<Loaded> {
-        let placement =
-            crew.placement.clone().ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
+    fn load(&self, checkpoint: &Checkpoint, resources: &mut ModelResources, ctx: &Context) -> Result<Loaded> {
+        let placement = resources
+            .placement
+            .clone()
+            .ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
         let start = Instant::now();
         let key = |dtype| ShelfKey::new(checkpoint, &placement, dtype);
         let (compute, vae) = (key(placement.compute), key(placement.vae));
@@ -254,33 +256,33 @@ impl ModelInstructor {
             let bytes = after.unwrap_or_default();
             components.push(LoadedComponent { name, bytes, ms: millis(begun), cached: before.is_some() });
         };
-        let (begun, before) = (Instant::now(), crew.encoders.shelf.bytes_at(&compute));
-        crew.encoders.acquire(checkpoint, &placement, ctx)?;
-        add("encoder", before, crew.encoders.shelf.bytes_at(&compute), begun);
-        let (begun, before) = (Instant::now(), crew.unets.shelf.bytes_at(&unet));
-        crew.unets.acquire(checkpoint, &placement, ctx)?;
-        add("unet", before, crew.unets.shelf.bytes_at(&unet), begun);
-        let (begun, before) = (Instant::now(), crew.vaes.shelf.bytes_at(&vae));
-        crew.vaes.acquire(checkpoint, &placement, ctx)?;
-        add("vae", before, crew.vaes.shelf.bytes_at(&vae), begun);
-        crew.tokenizers.acquire(checkpoint)?;
+        let (begun, before) = (Instant::now(), resources.encoders.shelf.bytes_at(&compute));
+        resources.encoders.acquire(checkpoint, &placement, ctx)?;
+        add("encoder", before, resources.encoders.shelf.bytes_at(&compute), begun);
+        let (begun, before) = (Instant::now(), resources.unets.shelf.bytes_at(&unet));
+        resources.unets.acquire(checkpoint, &placement, ctx)?;
+        add("unet", before, resources.unets.shelf.bytes_at(&unet), begun);
+        let (begun, before) = (Instant::now(), resources.vaes.shelf.bytes_at(&vae));
+        resources.vaes.acquire(checkpoint, &placement, ctx)?;
+        add("vae", before, resources.vaes.shelf.bytes_at(&vae), begun);
+        resources.tokenizers.acquire(checkpoint)?;
         let bytes = components.iter().map(|c| c.bytes).sum();
         Ok(Loaded { model: checkpoint.name.clone(), components, bytes, ms: millis(start) })
     }
 
-    fn unload(&self, keys: Option<&[CheckpointKey]>, crew: &mut ModelCrew) -> Unloaded {
-        let names = |crew: &ModelCrew| -> Vec<String> {
-            crew.resident().into_iter().filter(|r| r.kind != "tokenizer").map(|r| r.name).collect()
+    fn unload(&self, keys: Option<&[CheckpointKey]>, resources: &mut ModelResources) -> Unloaded {
+        let names = |resources: &ModelResources| -> Vec<String> {
+            resources.resident().into_iter().filter(|r| r.kind != "tokenizer").map(|r| r.name).collect()
         };
-        let before = names(crew);
+        let before = names(resources);
         let mut free = |key: Option<CheckpointKey>| -> Bytes {
             let freed = [
-                crew.encoders.shelf.remove(key),
-                crew.unets.shelf.remove(key),
-                crew.vaes.shelf.remove(key),
-                crew.controlnets.shelf.remove(key),
-                crew.tokenizers.remove(key),
-                if key.is_none() { crew.adapters.clear() } else { Bytes(0) },
+                resources.encoders.shelf.remove(key),
+                resources.unets.shelf.remove(key),
+                resources.vaes.shelf.remove(key),
+                resources.controlnets.shelf.remove(key),
+                resources.tokenizers.remove(key),
+                if key.is_none() { resources.adapters.clear() } else { Bytes(0) },
             ];
             freed.into_iter().sum()
         };
@@ -288,8 +290,8 @@ impl ModelInstructor {
             Some(keys) => keys.iter().map(|key| free(Some(*key))).sum(),
             None => free(None),
         };
-        memory::release();
-        let after = names(crew);
+        allocator::release();
+        let after = names(resources);
         let mut models: Vec<String> = before.into_iter().filter(|name| !after.contains(name)).collect();
         models.sort();
         models.dedup();
@@ -299,44 +301,45 @@ impl ModelInstructor {
 
 impl Instructor for ModelInstructor {
     type Interface = Model;
-    type Crew = ModelCrew;
+    type Resources = ModelResources;
 
-    fn instruct(&self, request: Request, crew: &mut ModelCrew, ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, resources: &mut ModelResources, ctx: &Context) -> Result<Response> {
         Ok(match request {
-            Request::List(_) => Response::List(self.list(crew, ctx)?),
-            Request::Inspect(wish) => {
-                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
-                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
+            Request::List(_) => Response::List(self.list(resources, ctx)?),
+            Request::Inspect(options) => {
+                let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
+                let checkpoint = resources.catalog.resolve_with(model.as_deref(), &options.separate())?;
                 Response::Inspect(Box::new(self.inspect(&checkpoint, ctx)?))
             }
-            Request::Load(wish) => {
-                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
-                let checkpoint = crew.catalog.resolve_with(model.as_deref(), &wish.separate())?;
-                Response::Load(self.load(&checkpoint, crew, ctx)?)
+            Request::Load(options) => {
+                let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
+                let checkpoint = resources.catalog.resolve_with(model.as_deref(), &options.separate())?;
+                Response::Load(self.load(&checkpoint, resources, ctx)?)
             }
-            Request::Unload(wish) => {
-                let model = at_revision(wish.model.as_deref(), wish.revision.as_deref())?;
-                let separate = wish.separate();
+            Request::Unload(options) => {
+                let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
+                let separate = options.separate();
                 let apart = separate.iter().any(|(_, name)| name.is_some());
-                let named = wish.model.is_some() || apart;
-                let find = || crew.catalog.resolve_with(model.as_deref(), &separate);
+                let named = options.model.is_some() || apart;
+                let find = || resources.catalog.resolve_with(model.as_deref(), &separate);
                 let keys = named.then(find).transpose()?.map(|checkpoint| match apart {
                     true => vec![checkpoint.key],
-                    false => crew.catalog.states(&checkpoint.name),
+                    false => resources.catalog.states(&checkpoint.name),
                 });
-                Response::Unload(self.unload(keys.as_deref(), crew))
+                Response::Unload(self.unload(keys.as_deref(), resources))
             }
-            Request::Pin(wish) => {
-                let checkpoint =
-                    crew.catalog.resolve(at_revision(wish.model.as_deref(), wish.revision.as_deref())?.as_deref())?;
-                let pinned = wish.pin.unwrap_or(true);
+            Request::Pin(options) => {
+                let checkpoint = resources
+                    .catalog
+                    .resolve(at_revision(options.model.as_deref(), options.revision.as_deref())?.as_deref())?;
+                let pinned = options.pin.unwrap_or(true);
                 if pinned {
-                    self.load(&checkpoint, crew, ctx)?;
+                    self.load(&checkpoint, resources, ctx)?;
                 }
-                crew.pin(&checkpoint, pinned);
-                Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: crew.bytes_of(&checkpoint) })
+                resources.pin(&checkpoint, pinned);
+                Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: resources.bytes_of(&checkpoint) })
             }
-            Request::Fetch(wish) => Response::Fetch(fetch(&wish, &crew.hub, &crew.catalog, ctx)?),
+            Request::Fetch(options) => Response::Fetch(fetch(&options, &resources.hub, &resources.catalog, ctx)?),
         })
     }
 }

@@ -8,8 +8,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::Part;
 use crate::layers::{Domain, Interface, Nothing, OneOrMany};
+use crate::model::checkpoint::Part;
 use crate::scheduler::schedule::Prediction;
 use crate::units::{Allowance, Bytes};
 
@@ -80,15 +80,15 @@ pub enum Request {
     /// Every model that can be named.
     List(Nothing),
     /// What a model's files say; its weights are not read.
-    Inspect(ModelWish),
+    Inspect(ModelRequest),
     /// Reads a model's weights into memory ahead of the request that needs them.
-    Load(ModelWish),
+    Load(ModelRequest),
     /// Frees a model's weights.
-    Unload(ModelWish),
+    Unload(ModelRequest),
     /// Keeps a model in memory until it is unloaded, or ends that.
-    Pin(PinWish),
+    Pin(PinRequest),
     /// Downloads a repository of the hub, or some of its files, into the local cache.
-    Fetch(FetchWish),
+    Fetch(FetchRequest),
 }
 
 impl Request {
@@ -111,7 +111,7 @@ impl Request {
 /// Names a model.
 #[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct ModelWish {
+pub struct ModelRequest {
     /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
     /// Left out: the default model; for `unload`, every model.
     #[serde(default)]
@@ -133,7 +133,7 @@ pub struct ModelWish {
     pub text_encoder_2: Option<String>,
 }
 
-impl ModelWish {
+impl ModelRequest {
     /// The parts that come from files of their own.
     #[must_use]
     pub fn separate(&self) -> [(Part, Option<&str>); 4] {
@@ -149,7 +149,7 @@ impl ModelWish {
 /// Names a model that shall stay.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct PinWish {
+pub struct PinRequest {
     /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
     /// Left out: the default model.
     #[serde(default)]
@@ -165,7 +165,7 @@ pub struct PinWish {
 /// Names what shall be downloaded.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct FetchWish {
+pub struct FetchRequest {
     /// A repository as `owner/name` or `owner/name@revision`.
     pub model: String,
     /// Branch, tag or commit. Default: `main`.

@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::interface::{
-    Delivered, FormatEntry, FormatList, ImageMetadata, MetadataRequest, OutputWish, Postprocessing, Request, Response,
-    ReturnAs, Settings,
-};
-use super::metadata::{FoundRequest, ImageText};
-use super::workers::encode::{EncodeTask, FORMATS, Format};
-use super::workers::read_text::ReadText;
-use super::workers::write::{WriteFile, WriteTask};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::image::pixels::Rgb8;
 use crate::layers::Instructor;
-use crate::pixels::Rgb8;
+use crate::postprocessing::interface::{
+    Delivered, FormatEntry, FormatList, ImageMetadata, MetadataRequest, OutputOptions, Postprocessing, Request,
+    Response, ReturnAs, Settings,
+};
+use crate::postprocessing::metadata::{FoundRequest, ImageText};
+use crate::postprocessing::workers::encode::{EncodeTask, FORMATS, Format};
+use crate::postprocessing::workers::read_text::ReadText;
+use crate::postprocessing::workers::write::{WriteFile, WriteTask};
 use crate::roots::Roots;
 
 /// Where and how the images of one request are delivered, decided.
@@ -76,12 +76,15 @@ impl PostprocessingInstructor {
     ///
     /// # Errors
     /// `unknown_name`, `invalid_parameter`, `path_not_allowed`, and `output_exists` for a named file that is there.
-    pub fn resolve(&self, wish: &OutputWish) -> Result<OutputPlan> {
-        let quality =
-            quality(wish.quality.unwrap_or(self.settings.quality)).map_err(|m| Error::invalid("output.quality", m))?;
-        let asked =
-            wish.format.as_deref().map(|name| format(name).map_err(|error| error.at("output.format"))).transpose()?;
-        let (destination, implied) = self.destination(wish, asked)?;
+    pub fn resolve(&self, options: &OutputOptions) -> Result<OutputPlan> {
+        let quality = quality(options.quality.unwrap_or(self.settings.quality))
+            .map_err(|m| Error::invalid("output.quality", m))?;
+        let asked = options
+            .format
+            .as_deref()
+            .map(|name| format(name).map_err(|error| error.at("output.format")))
+            .transpose()?;
+        let (destination, implied) = self.destination(options, asked)?;
         let format = match asked.or(implied) {
             Some(format) => format,
             None => format(&self.settings.output_format)?,
@@ -92,7 +95,7 @@ impl PostprocessingInstructor {
                 return Err(Error::OutputExists { path });
             }
         }
-        let metadata = wish.metadata.unwrap_or(self.settings.metadata);
+        let metadata = options.metadata.unwrap_or(self.settings.metadata);
         Ok(OutputPlan { format, quality, metadata, destination })
     }
 
@@ -133,11 +136,11 @@ impl PostprocessingInstructor {
     /// Where the image goes, and the format that the name's extension implies.
     fn destination(
         &self,
-        wish: &OutputWish,
+        options: &OutputOptions,
         asked: Option<&'static Format>,
     ) -> Result<(Destination, Option<&'static Format>)> {
-        if wish.return_as == Some(ReturnAs::Base64) {
-            let given = [("path", &wish.path), ("dir", &wish.dir), ("name", &wish.name)];
+        if options.return_as == Some(ReturnAs::Base64) {
+            let given = [("path", &options.path), ("dir", &options.dir), ("name", &options.name)];
             return match given.into_iter().find(|(_, value)| value.is_some()) {
                 Some((key, _)) => Err(Error::invalid(
                     format!("output.{key}"),
@@ -146,7 +149,7 @@ impl PostprocessingInstructor {
                 None => Ok((Destination::Base64, None)),
             };
         }
-        let (folder, name, field) = match (&wish.path, &wish.dir, &wish.name) {
+        let (folder, name, field) = match (&options.path, &options.dir, &options.name) {
             (Some(path), None, None) => {
                 let (folder, name) = split_path(path)?;
                 (folder, Some(name), "output.path")
@@ -159,7 +162,7 @@ impl PostprocessingInstructor {
                 (folder, name.as_deref(), "output.name")
             }
         };
-        let folder_field = if wish.dir.is_some() { "output.dir" } else { field };
+        let folder_field = if options.dir.is_some() { "output.dir" } else { field };
         self.roots.beneath(&folder, folder_field)?;
         let Some(name) = name else { return Ok((Destination::Automatic { folder }, None)) };
         check_name(name, field)?;
@@ -170,7 +173,7 @@ impl PostprocessingInstructor {
                 return Err(Error::invalid(field, message));
             }
             // A whole path with another ending wants a format that is not there; a bare name may have dots.
-            (None, None) if wish.path.is_some() => {
+            (None, None) if options.path.is_some() => {
                 if let Some((_, extension)) = name.rsplit_once('.') {
                     format(extension).map_err(|error| error.at(field))?;
                 }
@@ -209,9 +212,9 @@ impl PostprocessingInstructor {
 
 impl Instructor for PostprocessingInstructor {
     type Interface = Postprocessing;
-    type Crew = ();
+    type Resources = ();
 
-    fn instruct(&self, request: Request, _crew: &mut (), ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, _resources: &mut (), ctx: &Context) -> Result<Response> {
         Ok(match request {
             Request::List(_) => Response::List(self.list()?),
             Request::Metadata(request) => Response::Metadata(self.metadata(&request, ctx)?),

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::metadata::FoundRequest;
-use crate::image_source::ImageSource;
+use crate::image::source::ImageSource;
 use crate::layers::{Domain, Interface, Nothing};
+use crate::postprocessing::metadata::FoundRequest;
 
 /// The section `workers.instructors.postprocessing` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -40,7 +40,7 @@ impl Default for Settings {
 /// The field `output` of requests that make images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct OutputWish {
+pub struct OutputOptions {
     /// `png`, `jpeg` or `webp`. Default: as the extension of `path` or `name` says, else the configuration's
     /// `output_format`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

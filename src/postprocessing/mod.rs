@@ -3,6 +3,6 @@
 pub mod instructor;
 pub mod interface;
 pub mod metadata;
-mod workers;
+pub(crate) mod workers;
 
 pub use workers::encode::{EncodeTask, Encoder, FORMATS, Format};

@@ -2,8 +2,8 @@
 //! CosXL were trained with: σ alone says how noisy a sample is, there are no numbered timesteps, and the network is told
 //! c_noise = ¼ ln σ.
 
-use super::schedule::{Prediction, SchedulerConfig};
 use crate::error::{Error, Result};
+use crate::scheduler::schedule::{Prediction, SchedulerConfig};
 
 /// What a network trained so needs, decided.
 #[derive(Clone, Copy, Debug, PartialEq)]

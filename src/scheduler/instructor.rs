@@ -1,15 +1,17 @@
 //! Turns names and numbers of a request into a sampling plan.
 
-use super::edm::Edm;
-use super::interface::{Description, Listed, Listing, Request, Response, SamplingWish, Scheduler, Settings};
-use super::names;
-use super::route::Terrain;
-use super::schedule::{Prediction, SamplingPlan, SchedulerConfig, TimestepSpacing, Training};
-use super::workers::spacing::{Ask, Spacing, Table, at_sigmas, at_timesteps};
-use super::workers::{End, Grid, Profile, SAMPLERS, SPACINGS, Sampler};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Instructor;
+use crate::scheduler::aliases;
+use crate::scheduler::edm::Edm;
+use crate::scheduler::interface::{
+    Description, Listed, Listing, Request, Response, SamplingOptions, Scheduler, Settings,
+};
+use crate::scheduler::schedule::{Prediction, SamplingPlan, SchedulerConfig, TimestepSpacing, Training};
+use crate::scheduler::trajectory::Terrain;
+use crate::scheduler::workers::spacing::{Ask, Spacing, Table, at_sigmas, at_timesteps};
+use crate::scheduler::workers::{End, Grid, Profile, SAMPLERS, SPACINGS, Sampler};
 use crate::units::Steps;
 
 /// Steps of a request that says nothing of them.
@@ -34,7 +36,7 @@ impl SchedulerInstructor {
     /// `unknown_name` when the configured sampler is none.
     pub fn new(settings: Settings) -> Result<Self> {
         if settings.default_scheduler != AUTO {
-            names::sampler(&settings.default_scheduler).map_err(|error| error.at("default_scheduler"))?;
+            aliases::sampler(&settings.default_scheduler).map_err(|error| error.at("default_scheduler"))?;
         }
         Ok(Self { settings })
     }
@@ -43,16 +45,16 @@ impl SchedulerInstructor {
     ///
     /// # Errors
     /// `unknown_name` for a sampler or schedule, `invalid_parameter` for numbers that give no run.
-    pub fn plan(&self, wish: &SamplingWish, config: &SchedulerConfig) -> Result<SamplingPlan> {
-        let ((sampler_name, sampler), named) = self.sampler(wish, config)?;
+    pub fn plan(&self, options: &SamplingOptions, config: &SchedulerConfig) -> Result<SamplingPlan> {
+        let ((sampler_name, sampler), named) = self.sampler(options, config)?;
         let profile = sampler.profile();
-        let source = source(wish, config, named)?;
-        let steps = steps(wish, &source)?;
-        let zero_terminal_snr = wish.zero_terminal_snr.or(config.rescale_betas_zero_snr).unwrap_or(false);
+        let source = source(options, config, named)?;
+        let steps = steps(options, &source)?;
+        let zero_terminal_snr = options.zero_terminal_snr.or(config.rescale_betas_zero_snr).unwrap_or(false);
         let training = Training::new(config, zero_terminal_snr)?;
-        let eta = eta(wish, sampler_name, profile)?;
+        let eta = eta(options, sampler_name, profile)?;
         if training.edm.is_some() {
-            suits_edm(wish, &source, (sampler_name, profile), zero_terminal_snr)?;
+            suits_edm(options, &source, (sampler_name, profile), zero_terminal_snr)?;
         }
 
         let strides = match &source {
@@ -87,7 +89,7 @@ impl SchedulerInstructor {
 
         let terrain = Terrain { profile, config, training: &training, strides: strides.is_some(), end, eta };
         let path = terrain.path(&table);
-        let prediction = wish.prediction_type.unwrap_or(config.prediction_type);
+        let prediction = options.prediction_type.unwrap_or(config.prediction_type);
         if prediction == Prediction::Epsilon && path.iter().any(|step| step.at.alpha == 0.0) {
             let message = "leaves no signal at the first step, from which noise cannot be predicted";
             return Err(Error::InvalidParameter {
@@ -125,16 +127,16 @@ impl SchedulerInstructor {
         })
     }
 
-    fn sampler(&self, wish: &SamplingWish, config: &SchedulerConfig) -> Result<names::Named> {
-        let name = wish.sampler_name.as_deref().unwrap_or(&self.settings.default_scheduler);
+    fn sampler(&self, options: &SamplingOptions, config: &SchedulerConfig) -> Result<aliases::Named> {
+        let name = options.sampler_name.as_deref().unwrap_or(&self.settings.default_scheduler);
         if name != AUTO {
-            return names::sampler(name);
+            return aliases::sampler(name);
         }
         let own = config.class_name.as_deref().unwrap_or("EulerDiscreteScheduler");
         if own.ends_with("DPMSolverMultistepScheduler") && config.algorithm_type.as_deref() == Some("sde-dpmsolver++") {
-            return names::sampler("dpmpp_2m_sde");
+            return aliases::sampler("dpmpp_2m_sde");
         }
-        names::sampler(own).map_err(|_| {
+        aliases::sampler(own).map_err(|_| {
             Error::invalid("sampler_name", format!("must be given: the checkpoint's own `{own}` is not supported"))
         })
     }
@@ -142,18 +144,18 @@ impl SchedulerInstructor {
 
 /// The request's own levels, or its schedule, or the one in the sampler's name, or the checkpoint's.
 fn source<'a>(
-    wish: &'a SamplingWish,
+    options: &'a SamplingOptions,
     config: &SchedulerConfig,
     named: Option<(&'static str, &'static Spacing)>,
 ) -> Result<Source<'a>> {
-    let said = match wish.scheduler.as_deref() {
+    let said = match options.scheduler.as_deref() {
         // What a plan of the request's own levels is called, so that a result's parameters can be sent again.
-        Some("sigmas") if wish.sigmas.is_some() => None,
-        Some("timesteps") if wish.timesteps.is_some() => None,
-        said => said.map(names::schedule).transpose()?.flatten(),
+        Some("sigmas") if options.sigmas.is_some() => None,
+        Some("timesteps") if options.timesteps.is_some() => None,
+        said => said.map(aliases::schedule).transpose()?.flatten(),
     };
     let scheduled = said.is_some() || named.is_some();
-    match (&wish.sigmas, &wish.timesteps) {
+    match (&options.sigmas, &options.timesteps) {
         (Some(_), Some(_)) => return Err(Error::invalid("sigmas", "and `timesteps` must not both be given")),
         (Some(_), None) if scheduled => {
             return Err(Error::invalid("sigmas", "and `scheduler` must not both be given"));
@@ -183,15 +185,20 @@ fn source<'a>(
 }
 
 /// Refuses what goes by numbered timesteps, which such a network has none of.
-fn suits_edm(wish: &SamplingWish, source: &Source<'_>, (name, profile): (&str, &Profile), zero: bool) -> Result<()> {
+fn suits_edm(
+    options: &SamplingOptions,
+    source: &Source<'_>,
+    (name, profile): (&str, &Profile),
+    zero: bool,
+) -> Result<()> {
     let refuse = |field: &str, message: String| Err(Error::invalid(field, message));
     if profile.grid == Grid::Distilled {
         return refuse("sampler_name", format!("must be another than `{name}` for a model without numbered timesteps"));
     }
-    if zero && wish.zero_terminal_snr.is_some() {
+    if zero && options.zero_terminal_snr.is_some() {
         return refuse("zero_terminal_snr", "must be false for a model without numbered timesteps".to_owned());
     }
-    match (source, wish.prediction_type) {
+    match (source, options.prediction_type) {
         (_, Some(Prediction::Sample)) => {
             refuse("prediction_type", "must be `epsilon` or `v_prediction` for this model".to_owned())
         }
@@ -206,8 +213,8 @@ fn suits_edm(wish: &SamplingWish, source: &Source<'_>, (name, profile): (&str, &
 }
 
 /// How many steps, and whether the request's own levels are that many.
-fn steps(wish: &SamplingWish, source: &Source<'_>) -> Result<usize> {
-    let said = match wish.steps {
+fn steps(options: &SamplingOptions, source: &Source<'_>) -> Result<usize> {
+    let said = match options.steps {
         Some(said) => u32::try_from(said)
             .ok()
             .and_then(Steps::new)
@@ -231,8 +238,8 @@ fn steps(wish: &SamplingWish, source: &Source<'_>) -> Result<usize> {
     }
 }
 
-fn eta(wish: &SamplingWish, name: &str, profile: &Profile) -> Result<f64> {
-    let said = wish.eta.unwrap_or(profile.eta.unwrap_or(0.0));
+fn eta(options: &SamplingOptions, name: &str, profile: &Profile) -> Result<f64> {
+    let said = options.eta.unwrap_or(profile.eta.unwrap_or(0.0));
     if !(0.0..=1.0).contains(&said) {
         return Err(Error::invalid("eta", format!("must be 0 to 1, got {said}")));
     }
@@ -289,13 +296,13 @@ fn check(table: &Table, training: &Training, source: &Source<'_>, steps: usize) 
 
 impl Instructor for SchedulerInstructor {
     type Interface = Scheduler;
-    type Crew = ();
+    type Resources = ();
 
     fn instruct(&self, request: Request, (): &mut (), _ctx: &Context) -> Result<Response> {
         match request {
             Request::List(_) => Ok(Response::List(listing())),
-            Request::Describe(wish) => {
-                let plan = self.plan(&wish, &SchedulerConfig::sdxl())?;
+            Request::Describe(options) => {
+                let plan = self.plan(&options, &SchedulerConfig::sdxl())?;
                 Ok(Response::Describe(Description {
                     sampler_name: plan.sampler,
                     scheduler: plan.schedule,

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::schedule::Prediction;
 use crate::layers::{Domain, Interface, Nothing};
+use crate::scheduler::schedule::Prediction;
 
 /// The section `workers.instructors.scheduler` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
@@ -19,10 +19,10 @@ impl Default for Settings {
     }
 }
 
-/// What a request may say of sampling. Everything left out is decided by [`super::instructor::SchedulerInstructor`].
+/// What a request may say of sampling. Everything left out is decided by [`crate::scheduler::instructor::SchedulerInstructor`].
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct SamplingWish {
+pub struct SamplingOptions {
     /// The sampler: a name of `scheduler.list`, AUTOMATIC1111's or diffusers' ("DPM++ 2M Karras",
     /// `EulerDiscreteScheduler`). A schedule at the end of the name counts as `scheduler`. Default: the configured one.
     #[serde(default)]
@@ -56,7 +56,7 @@ pub enum Request {
     /// The samplers and schedules of this worker.
     List(Nothing),
     /// The plan that a wish leads to, with the noise schedule of SDXL base.
-    Describe(SamplingWish),
+    Describe(SamplingOptions),
 }
 
 /// A sampler or a schedule.

@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::edm::Edm;
 use crate::error::{Error, Result};
+use crate::scheduler::edm::Edm;
 
 /// Where a sample stands on the path from noise to image: `x = alpha · x₀ + sigma · ε`.
 /// `alpha` is 1 for samplers that work with k-diffusion's σ, and `alpha² + sigma² = 1` for variance-preserving ones.

@@ -12,19 +12,19 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use sdxl_worker::conditioning::clip_pixels;
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Error;
-use sdxl_worker::image_source::ImageSource;
+use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::image::resample::Filter;
+use sdxl_worker::image::source::ImageSource;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::model::networks::clip_vision::{ClipVision, ClipVisionConfig, Seen};
 use sdxl_worker::model::networks::ip_adapter::{IpAdapter, IpAdapterLayout};
 use sdxl_worker::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
 use sdxl_worker::noise::{NoiseSource, RngKind};
-use sdxl_worker::pixels::Rgb8;
-use sdxl_worker::resample::Filter;
 use sdxl_worker::roots::Roots;
+use sdxl_worker::runtime::config::Config;
 use serde_json::{Value, json};
 
 use super::drawing::{Worker, distance};
@@ -376,8 +376,8 @@ fn a_result_says_what_was_applied_and_its_parameters_make_the_same_image() {
 
     let placement = inference.device.place(&mut worker.managers.device, Some(Dtype::F32)).unwrap();
     let ctx = Context::detached();
-    let crew = &mut worker.managers.conditioning;
-    let adapted = inference.conditioning.adapt(&plan.adapters, (plan.size, true), crew, &placement, &ctx).unwrap();
+    let resources = &mut worker.managers.conditioning;
+    let adapted = inference.conditioning.adapt(&plan.adapters, (plan.size, true), resources, &placement, &ctx).unwrap();
     let counts: Vec<_> = adapted.facts.iter().map(|one| (one.kind, one.applied, one.unused)).collect();
     let all = |file: &str| candle_core::safetensors::load(networks().join(file), &Device::Cpu).unwrap().len();
     let outline = all("t2i/outline/diffusion_pytorch_model.safetensors");

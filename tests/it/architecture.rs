@@ -114,7 +114,7 @@ fn layers_point_down() {
 fn json_stays_at_the_edges() {
     let allowed = [
         "src/communication/",
-        "src/config.rs",
+        "src/runtime/config.rs",
         "src/model/",
         "src/postprocessing/metadata.rs",
         "src/postprocessing/workers/",
@@ -125,7 +125,7 @@ fn json_stays_at_the_edges() {
 
 #[test]
 fn async_stays_above_the_lane() {
-    check_absent("tokio", &["src/communication/", "src/main.rs", "src/lane.rs"], &[]);
+    check_absent("tokio", &["src/communication/", "src/main.rs", "src/runtime/lane.rs"], &[]);
 }
 
 #[test]

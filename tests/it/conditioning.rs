@@ -4,15 +4,17 @@
 
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::conditioning::Embeddings;
-use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish, Script};
-use sdxl_worker::conditioning::interface::{CacheCount, EncodeWish, Request, Response, Settings, TokenizeWish};
+use sdxl_worker::conditioning::instructor::{
+    ConditioningInstructor, ConditioningResources, PromptOptions, PromptSchedule,
+};
+use sdxl_worker::conditioning::interface::{CacheCount, EncodeRequest, Request, Response, Settings, TokenizeRequest};
 use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
-use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
+use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
 use sdxl_worker::model::interface as model;
 use sdxl_worker::model::managers::{ClipTokenizer, TokenizerManager};
 use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
@@ -49,10 +51,10 @@ fn placement() -> Placement {
     }
 }
 
-fn crew() -> ConditioningCrew {
-    let mut model = ModelCrew::new(&model::Settings::default());
+fn resources() -> ConditioningResources {
+    let mut model = ModelResources::new(&model::Settings::default());
     model.placement = Some(placement());
-    ConditioningCrew { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
+    ConditioningResources { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
 }
 
 fn instructor() -> ConditioningInstructor {
@@ -180,16 +182,17 @@ fn check_close(name: &str, got: &Tensor) {
 }
 
 /// What the first step is told.
-fn told(script: &Script) -> &Embeddings {
+fn told(script: &PromptSchedule) -> &Embeddings {
     &script.told[0].positive[0].embeddings
 }
 
 #[track_caller]
-fn check_condition(name: &str, wish: PromptWish) {
-    let mut crew = crew();
-    let checkpoint = crew.model.catalog.resolve(None).unwrap();
-    let wish = PromptWish { guided: true, ..wish };
-    let made = instructor().condition(&wish, &checkpoint, &mut crew, &placement(), &Context::detached()).unwrap();
+fn check_condition(name: &str, options: PromptOptions) {
+    let mut resources = resources();
+    let checkpoint = resources.model.catalog.resolve(None).unwrap();
+    let options = PromptOptions { guided: true, ..options };
+    let made =
+        instructor().condition(&options, &checkpoint, &mut resources, &placement(), &Context::detached()).unwrap();
     assert_eq!((made.told.len(), made.told[0].positive.len()), (1, 1), "{name}");
     let (positive, negative) = (told(&made), made.told[0].negative.as_ref().unwrap());
     check_close(&format!("{name}.context"), &positive.context);
@@ -202,70 +205,73 @@ fn check_condition(name: &str, wish: PromptWish) {
     check_close(&format!("{name}.negative.pooled"), &negative.pooled);
 }
 
-fn wish(prompt: &str) -> PromptWish {
-    PromptWish { prompt: prompt.to_owned(), ..PromptWish::default() }
+fn options(prompt: &str) -> PromptOptions {
+    PromptOptions { prompt: prompt.to_owned(), ..PromptOptions::default() }
 }
 
 #[test]
 fn a_missing_negative_prompt_is_zeros() {
-    check_condition("plain", wish("A sunset over mountains"));
+    check_condition("plain", options("A sunset over mountains"));
 }
 
 #[test]
 fn each_encoder_has_its_own_prompt() {
     check_condition(
         "both",
-        PromptWish {
+        PromptOptions {
             prompt_2: Some("a blue square, sharp!".into()),
             negative_prompt: Some("blurry".into()),
             negative_prompt_2: Some("low quality!".into()),
-            ..wish("a red circle")
+            ..options("a red circle")
         },
     );
 }
 
 #[test]
 fn an_empty_negative_prompt_is_encoded() {
-    check_condition("empty_negative", PromptWish { negative_prompt: Some(String::new()), ..wish("café 😀 123") });
+    check_condition("empty_negative", PromptOptions { negative_prompt: Some(String::new()), ..options("café 😀 123") });
 }
 
 #[test]
 fn clip_skip_is_for_the_prompt_alone() {
     check_condition(
         "skip",
-        PromptWish { negative_prompt: Some("people".into()), clip_skip: Some(1), ..wish("a lake at night") },
+        PromptOptions { negative_prompt: Some("people".into()), clip_skip: Some(1), ..options("a lake at night") },
     );
 }
 
 #[test]
 fn a_long_prompt_is_encoded_in_chunks() {
-    check_condition("chunks", PromptWish { negative_prompt: Some("blurry".into()), ..wish(&SENTENCE.repeat(12)) });
+    check_condition(
+        "chunks",
+        PromptOptions { negative_prompt: Some("blurry".into()), ..options(&SENTENCE.repeat(12)) },
+    );
 }
 
 #[test]
 fn a_prompt_that_comes_again_needs_no_encoder() {
-    let (mut crew, placement, ctx) = (crew(), placement(), Context::detached());
-    let checkpoint = crew.model.catalog.resolve(None).unwrap();
-    let wish = PromptWish { guided: true, negative_prompt: Some("b".into()), ..wish("a") };
-    let first = instructor().condition(&wish, &checkpoint, &mut crew, &placement, &ctx).unwrap();
-    crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
-    let second = instructor().condition(&wish, &checkpoint, &mut crew, &placement, &ctx).unwrap();
-    assert!(crew.model.encoders.resident().is_empty());
+    let (mut resources, placement, ctx) = (resources(), placement(), Context::detached());
+    let checkpoint = resources.model.catalog.resolve(None).unwrap();
+    let options = PromptOptions { guided: true, negative_prompt: Some("b".into()), ..options("a") };
+    let first = instructor().condition(&options, &checkpoint, &mut resources, &placement, &ctx).unwrap();
+    resources.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
+    let second = instructor().condition(&options, &checkpoint, &mut resources, &placement, &ctx).unwrap();
+    assert!(resources.model.encoders.resident().is_empty());
     assert_eq!((first.cache, second.cache), (CacheCount { hits: 0, misses: 2 }, CacheCount { hits: 2, misses: 0 }));
     let difference = (&told(&first).context - &told(&second).context).unwrap().abs().unwrap();
     assert_eq!(difference.max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
-    assert!(crew.embeddings.resident()[0].bytes.0 > 0);
+    assert!(resources.embeddings.resident()[0].bytes.0 > 0);
     // A longer negative prompt needs the prompt anew, as both have the same number of tokens.
-    let longer = PromptWish { negative_prompt: Some(SENTENCE.repeat(9)), ..wish };
-    let third = instructor().condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
+    let longer = PromptOptions { negative_prompt: Some(SENTENCE.repeat(9)), ..options };
+    let third = instructor().condition(&longer, &checkpoint, &mut resources, &placement, &ctx).unwrap();
     assert_eq!(told(&third).context.dims(), [1, 154, 96]);
 
-    crew.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
-    crew.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
+    resources.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
+    resources.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
     let settings = Settings { cache_embeddings: false, ..Settings::default() };
     let without = ConditioningInstructor { settings, ..instructor() };
-    without.condition(&longer, &checkpoint, &mut crew, &placement, &ctx).unwrap();
-    assert!(crew.embeddings.resident().is_empty());
+    without.condition(&longer, &checkpoint, &mut resources, &placement, &ctx).unwrap();
+    assert!(resources.embeddings.resident().is_empty());
 }
 
 #[test]
@@ -273,54 +279,57 @@ fn text_encoders_stay_or_go_by_policy() {
     use model::EncoderPolicy::{Keep, Release};
     let (placement, ctx) = (placement(), Context::detached());
     for (policy, pinned, stays) in [(Keep, false, true), (Release, false, false), (Release, true, true)] {
-        let mut crew = crew();
-        crew.model.text_encoders = policy;
-        let checkpoint = crew.model.catalog.resolve(None).unwrap();
+        let mut resources = resources();
+        resources.model.text_encoders = policy;
+        let checkpoint = resources.model.catalog.resolve(None).unwrap();
         if pinned {
-            let pin = model::Request::Pin(model::PinWish { model: None, revision: None, pin: None });
-            ModelInstructor.instruct(pin, &mut crew.model, &ctx).unwrap();
+            let pin = model::Request::Pin(model::PinRequest { model: None, revision: None, pin: None });
+            ModelInstructor.instruct(pin, &mut resources.model, &ctx).unwrap();
         }
-        let first = instructor().condition(&wish("a"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
-        assert_eq!(crew.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
-        let second = instructor().condition(&wish("b"), &checkpoint, &mut crew, &placement, &ctx).unwrap();
+        let first = instructor().condition(&options("a"), &checkpoint, &mut resources, &placement, &ctx).unwrap();
+        assert_eq!(resources.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
+        let second = instructor().condition(&options("b"), &checkpoint, &mut resources, &placement, &ctx).unwrap();
         assert_eq!(told(&first).context.dims(), told(&second).context.dims());
     }
 }
 
 #[track_caller]
-fn check_refused(wish: PromptWish, code: &str, pointer: &str) {
-    let mut crew = crew();
-    let checkpoint = crew.model.catalog.resolve(None).unwrap();
-    let wish = PromptWish { guided: true, ..wish };
-    let error = instructor().condition(&wish, &checkpoint, &mut crew, &placement(), &Context::detached()).unwrap_err();
+fn check_refused(options: PromptOptions, code: &str, pointer: &str) {
+    let mut resources = resources();
+    let checkpoint = resources.model.catalog.resolve(None).unwrap();
+    let options = PromptOptions { guided: true, ..options };
+    let error =
+        instructor().condition(&options, &checkpoint, &mut resources, &placement(), &Context::detached()).unwrap_err();
     assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{error}");
 }
 
 #[test]
 fn what_cannot_be_encoded_names_its_field() {
-    check_refused(wish(&"word ".repeat(2401)), "invalid_parameter", "/data/prompt");
-    check_refused(wish(&" ".repeat(70_000)), "invalid_parameter", "/data/prompt");
-    let second = PromptWish { prompt_2: Some("!".repeat(2401)), ..wish("a") };
+    check_refused(options(&"word ".repeat(2401)), "invalid_parameter", "/data/prompt");
+    check_refused(options(&" ".repeat(70_000)), "invalid_parameter", "/data/prompt");
+    let second = PromptOptions { prompt_2: Some("!".repeat(2401)), ..options("a") };
     check_refused(second, "invalid_parameter", "/data/prompt_2");
-    let negative = PromptWish { negative_prompt: Some("😀".repeat(30_000)), ..wish("a") };
+    let negative = PromptOptions { negative_prompt: Some("😀".repeat(30_000)), ..options("a") };
     check_refused(negative, "invalid_parameter", "/data/negative_prompt");
-    check_refused(PromptWish { clip_skip: Some(99), ..wish("a") }, "invalid_parameter", "/data/clip_skip");
-    check_refused(PromptWish { clip_skip: Some(u32::MAX), ..wish("a") }, "invalid_parameter", "/data/clip_skip");
+    check_refused(PromptOptions { clip_skip: Some(99), ..options("a") }, "invalid_parameter", "/data/clip_skip");
+    check_refused(PromptOptions { clip_skip: Some(u32::MAX), ..options("a") }, "invalid_parameter", "/data/clip_skip");
 }
 
 #[test]
 fn operations_answer_in_numbers() {
-    let (mut crew, ctx) = (crew(), Context::detached());
+    let (mut resources, ctx) = (resources(), Context::detached());
     let text = SENTENCE.repeat(12) + "!";
-    let request = Request::Tokenize(TokenizeWish { text, model: None });
-    let Response::Tokenize(made) = instructor().instruct(request, &mut crew, &ctx).unwrap() else { panic!("tokenize") };
+    let request = Request::Tokenize(TokenizeRequest { text, model: None });
+    let Response::Tokenize(made) = instructor().instruct(request, &mut resources, &ctx).unwrap() else {
+        panic!("tokenize")
+    };
     let names: Vec<_> = made.tokenizers.iter().map(|t| (t.name, t.count, t.chunks)).collect();
     assert_eq!((made.model.as_str(), names), ("demo", vec![("tokenizer", 121, 2), ("tokenizer_2", 121, 2)]));
     assert_eq!(made.tokenizers[0].tokens.last().unwrap(), "!</w>");
     assert_eq!(*made.tokenizers[1].ids.last().unwrap(), 0);
 
     let request: Request = serde_json::from_str(r#"{"encode_prompt":{"prompt":"a"}}"#).unwrap();
-    let Response::EncodePrompt(made) = instructor().instruct(request, &mut crew, &ctx).unwrap() else {
+    let Response::EncodePrompt(made) = instructor().instruct(request, &mut resources, &ctx).unwrap() else {
         panic!("encode")
     };
     assert_eq!(made.positive.context_shape, [1, 77, 96]);
@@ -328,7 +337,7 @@ fn operations_answer_in_numbers() {
     assert!(made.positive.context_std > 0.1, "{made:?}");
     assert_eq!((made.negative.context_mean, made.negative.context_std), (0.0, 0.0));
 
-    let Response::List(list) = instructor().instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
+    let Response::List(list) = instructor().instruct(Request::List(Nothing {}), &mut resources, &ctx).unwrap() else {
         panic!("list")
     };
     assert_eq!(list.max_tokens, 2400);
@@ -339,7 +348,7 @@ fn a_cancelled_request_is_not_encoded() {
     let cancel = CancelToken::default();
     let ctx = Context::new("r".to_owned(), cancel.clone(), None, None, Box::new(|_| ()));
     cancel.cancel();
-    let wish = EncodeWish {
+    let options = EncodeRequest {
         prompt: "a".into(),
         prompt_2: None,
         negative_prompt: None,
@@ -349,6 +358,6 @@ fn a_cancelled_request_is_not_encoded() {
         embeddings: None,
         model: None,
     };
-    let error = instructor().instruct(Request::EncodePrompt(wish), &mut crew(), &ctx).unwrap_err();
+    let error = instructor().instruct(Request::EncodePrompt(options), &mut resources(), &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
 }

@@ -1,9 +1,9 @@
 //! The configuration file: every documented key is read, everything else is an error that names its place.
 
-use sdxl_worker::config::{Config, LogLevel, OnEof};
 use sdxl_worker::device::interface::{CpuFeatures, Dtype};
 use sdxl_worker::inference::interface::DecodeExtent;
 use sdxl_worker::model::interface::EncoderPolicy;
+use sdxl_worker::runtime::config::{Config, LogLevel, OnEof};
 use sdxl_worker::units::{Allowance, Bytes};
 
 fn parse(text: &str) -> Config {

@@ -9,17 +9,17 @@ use std::path::Path;
 use serde_json::json;
 
 use candle_core::Tensor;
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
-use sdxl_worker::instructors::{Call, Reply};
 use sdxl_worker::layers::Interface;
 use sdxl_worker::model::checkpoint::Checkpoint;
-use sdxl_worker::model::interface::ModelWish;
+use sdxl_worker::model::interface::ModelRequest;
 use sdxl_worker::model::managers::Reach;
 use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile};
 use sdxl_worker::model::networks::unet::UnetConfig;
+use sdxl_worker::runtime::config::Config;
+use sdxl_worker::runtime::dispatch::{Call, Reply};
 
 use super::drawing::Worker;
 use super::random_networks::{self, Layout};
@@ -73,16 +73,16 @@ fn what_cannot_be_used_is_refused_with_its_place() {
     foreign.tensors.retain(|(name, ..)| !name.starts_with("controlnet_"));
     foreign.write(folder.path(), "foreign");
     let mut worker = worker(folder.path());
-    let mut check = |wish: serde_json::Value, code: &str, field: &str, text: &str| {
-        let error = refusal(&mut worker, wish.clone());
+    let mut check = |options: serde_json::Value, code: &str, field: &str, text: &str| {
+        let error = refusal(&mut worker, options.clone());
         let place = if field.is_empty() { None } else { Some(format!("/data/{field}")) };
-        assert_eq!((error.code(), error.pointer()), (code, place), "{wish}: {error}");
-        assert!(error.to_string().contains(text), "{wish}: {error}");
+        assert_eq!((error.code(), error.pointer()), (code, place), "{options}: {error}");
+        assert!(error.to_string().contains(text), "{options}: {error}");
     };
     let one = |more: serde_json::Value| {
-        let mut wish = json!({ "model": "control_small", "image": EDGES });
-        wish.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        json!([wish])
+        let mut options = json!({ "model": "control_small", "image": EDGES });
+        options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!([options])
     };
     let invalid = "invalid_parameter";
     check(json!([]), invalid, "controlnet", "is missing");
@@ -153,8 +153,8 @@ fn a_control_lora_is_unloaded_with_its_model() {
         resident.filter(|one| one.kind == "controlnet").map(|one| one.name).collect()
     };
     assert_eq!(kept(&worker), ["control_lora", "control_small"]);
-    let wish = ModelWish { model: Some("demo".to_owned()), ..ModelWish::default() };
-    let unload = Call::Model(sdxl_worker::model::interface::Request::Unload(wish));
+    let options = ModelRequest { model: Some("demo".to_owned()), ..ModelRequest::default() };
+    let unload = Call::Model(sdxl_worker::model::interface::Request::Unload(options));
     worker.instructors.dispatch(unload, &mut worker.managers, &Context::detached()).unwrap();
     assert_eq!(kept(&worker), ["control_small"]);
 }
@@ -253,8 +253,8 @@ fn what_was_decided_is_said_and_what_was_made_is_kept() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     let ctx = Context::detached();
-    let wish = json!({ "model": "control_small", "input_image": EDGES, "control_type": "canny", "module": "canny" });
-    let first = generate(&mut worker, Request::Controlnet(Box::new(request(wish))), &ctx).unwrap();
+    let options = json!({ "model": "control_small", "input_image": EDGES, "control_type": "canny", "module": "canny" });
+    let first = generate(&mut worker, Request::Controlnet(Box::new(request(options))), &ctx).unwrap();
     assert_eq!((first.cache.hints.hits, first.cache.hints.misses), (0, 1));
     assert!(ctx.warnings().iter().any(|text| text.contains("`controlnet.0.control_type` has no effect")));
     let said = serde_json::to_value(&first.parameters.controlnet).unwrap();
@@ -271,8 +271,8 @@ fn what_was_decided_is_said_and_what_was_made_is_kept() {
     let second = generate(&mut worker, again, &ctx).unwrap();
     assert_eq!((second.cache.hints.hits, second.cache.hints.misses), (1, 0));
     assert_eq!(second.images[0].base64, first.images[0].base64);
-    worker.managers.make_room(kept[0].bytes, Reach::Idle);
-    worker.managers.make_room(sdxl_worker::units::Bytes(u64::MAX), Reach::Idle);
+    worker.managers.free_memory(kept[0].bytes, Reach::Idle);
+    worker.managers.free_memory(sdxl_worker::units::Bytes(u64::MAX), Reach::Idle);
     assert!(worker.managers.resident().is_empty(), "{:?}", worker.managers.resident());
 }
 
@@ -380,16 +380,16 @@ fn the_schema_has_one_network_and_several() {
         json!([{ "model": "union", "image": "a.png", "control_type": "tile", "guess_mode": true, "resize_mode": "crop" }]),
         json!([{ "model": "canny", "image": "a.png", "preprocessor": "canny", "parameters": { "low_threshold": 50 } }]),
     ];
-    for wish in good {
-        assert!(requests.is_valid(&line(wish.clone())), "{wish}");
+    for options in good {
+        assert!(requests.is_valid(&line(options.clone())), "{options}");
     }
-    for wish in [
+    for options in [
         json!("canny"),
         json!([{ "modle": "canny" }]),
         json!([{ "image": "a", "input_image": "b" }]),
         json!({ "weight": "1" }),
     ] {
-        assert!(!requests.is_valid(&line(wish.clone())), "{wish}");
+        assert!(!requests.is_valid(&line(options.clone())), "{options}");
     }
 }
 

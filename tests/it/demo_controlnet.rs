@@ -7,9 +7,9 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use image::{ExtendedColorType, ImageEncoder};
-use sdxl_worker::config::Config;
+use sdxl_worker::image::pixels::Rgb8;
 use sdxl_worker::inference::interface::GenerateRequest;
-use sdxl_worker::pixels::Rgb8;
+use sdxl_worker::runtime::config::Config;
 
 use super::drawing::Worker;
 

@@ -4,7 +4,7 @@
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::{DeviceInstructor, Dtypes};
 use sdxl_worker::device::interface::{
-    CpuFeatures, DeviceId, DeviceList, DeviceWish, Dtype, Quantization, Request, Response, Settings,
+    CpuFeatures, DeviceId, DeviceList, DeviceRequest, Dtype, Quantization, Request, Response, Settings,
 };
 use sdxl_worker::device::manager::DeviceManager;
 use sdxl_worker::error::{Error, Result};
@@ -19,9 +19,9 @@ fn ask(device: &str, request: Request) -> Result<Response> {
     instructor(device).instruct(request, &mut DeviceManager::default(), &Context::detached())
 }
 
-fn check_dtypes(id: DeviceId, capability: Option<(u32, u32)>, wish: Option<Dtype>, compute: Dtype, vae: Dtype) {
-    let chosen = Dtypes::choose(id, capability, wish).unwrap();
-    assert_eq!(chosen, Dtypes { compute, vae }, "{id} {capability:?} {wish:?}");
+fn check_dtypes(id: DeviceId, capability: Option<(u32, u32)>, options: Option<Dtype>, compute: Dtype, vae: Dtype) {
+    let chosen = Dtypes::choose(id, capability, options).unwrap();
+    assert_eq!(chosen, Dtypes { compute, vae }, "{id} {capability:?} {options:?}");
 }
 
 #[test]
@@ -46,25 +46,25 @@ fn bf16_on_an_old_gpu_is_refused() {
 
 #[test]
 fn device_names_are_read() {
-    let check = |text: &str, expected| assert_eq!(text.parse::<DeviceWish>().unwrap(), expected, "{text}");
-    check("auto", DeviceWish::Auto);
-    check("cpu", DeviceWish::Exactly(DeviceId::Cpu));
-    check("cuda", DeviceWish::Exactly(DeviceId::Cuda(0)));
-    check("cuda:3", DeviceWish::Exactly(DeviceId::Cuda(3)));
-    check("metal", DeviceWish::Exactly(DeviceId::Metal));
+    let check = |text: &str, expected| assert_eq!(text.parse::<DeviceRequest>().unwrap(), expected, "{text}");
+    check("auto", DeviceRequest::Auto);
+    check("cpu", DeviceRequest::Exactly(DeviceId::Cpu));
+    check("cuda", DeviceRequest::Exactly(DeviceId::Cuda(0)));
+    check("cuda:3", DeviceRequest::Exactly(DeviceId::Cuda(3)));
+    check("metal", DeviceRequest::Exactly(DeviceId::Metal));
     for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU "] {
-        let error = text.parse::<DeviceWish>().unwrap_err();
+        let error = text.parse::<DeviceRequest>().unwrap_err();
         assert!(matches!(error, Error::UnknownName { kind: "device", .. }), "{text}: {error}");
     }
 }
 
 #[test]
 fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
-    let mut crew = DeviceManager::default();
-    let placed = instructor("cpu").place(&mut crew, None).unwrap();
+    let mut resources = DeviceManager::default();
+    let placed = instructor("cpu").place(&mut resources, None).unwrap();
     assert!(placed.device.is_cpu());
     assert_eq!((placed.name.as_str(), placed.compute, placed.vae), ("cpu", Dtype::F32, Dtype::F32));
-    assert_eq!(instructor("cpu").place(&mut crew, Some(Dtype::Bf16)).unwrap().compute, Dtype::Bf16);
+    assert_eq!(instructor("cpu").place(&mut resources, Some(Dtype::Bf16)).unwrap().compute, Dtype::Bf16);
 
     let settings = Settings { auto_detect: false, dtype: Some(Dtype::F16), ..Settings::default() };
     let placed = DeviceInstructor::new(settings).place(&mut DeviceManager::default(), None).unwrap();
@@ -75,9 +75,9 @@ fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
 fn quantization_follows_the_wish_then_the_settings() {
     use Quantization::{Int8, None as Without};
     let settings = Settings { device: Some("cpu".to_owned()), quantization: Int8, ..Settings::default() };
-    let check = |instructor: DeviceInstructor, wish, expected| {
-        let placed = instructor.place(&mut DeviceManager::default(), None).unwrap().quantised(wish).unwrap();
-        assert_eq!((placed.quantization, instructor.quantization(wish)), (expected, expected), "{wish:?}");
+    let check = |instructor: DeviceInstructor, options, expected| {
+        let placed = instructor.place(&mut DeviceManager::default(), None).unwrap().quantized(options).unwrap();
+        assert_eq!((placed.quantization, instructor.quantization(options)), (expected, expected), "{options:?}");
     };
     check(instructor("cpu"), None, Without);
     check(instructor("cpu"), Some(Int8), Int8);
@@ -87,10 +87,10 @@ fn quantization_follows_the_wish_then_the_settings() {
 
 #[test]
 fn auto_detection_always_finds_a_device() {
-    let mut crew = DeviceManager::default();
-    let first = instructor("auto").place(&mut crew, None).unwrap().name;
-    assert_eq!(instructor("auto").place(&mut crew, None).unwrap().name, first);
-    assert_eq!(crew.opened().map(|open| open.id.to_string()), Some(first));
+    let mut resources = DeviceManager::default();
+    let first = instructor("auto").place(&mut resources, None).unwrap().name;
+    assert_eq!(instructor("auto").place(&mut resources, None).unwrap().name, first);
+    assert_eq!(resources.opened().map(|open| open.id.to_string()), Some(first));
 }
 
 #[test]

@@ -5,12 +5,12 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
+use sdxl_worker::image::pixels::Rgb8;
 use sdxl_worker::inference::interface::GenerateRequest;
-use sdxl_worker::instructors::Instructors;
 use sdxl_worker::managers::Managers;
-use sdxl_worker::pixels::Rgb8;
+use sdxl_worker::runtime::config::Config;
+use sdxl_worker::runtime::dispatch::Instructors;
 
 pub(crate) struct Worker {
     pub(crate) instructors: Instructors,
@@ -35,7 +35,7 @@ impl Worker {
         let inference = &self.instructors.inference;
         let plan = inference.plan(request, &mut self.managers).unwrap();
         let placement = inference.device.place(&mut self.managers.device, plan.dtype).unwrap();
-        let placement = placement.quantised(plan.quantization).unwrap();
+        let placement = placement.quantized(plan.quantization).unwrap();
         plan.seeds
             .iter()
             .map(|&seed| {

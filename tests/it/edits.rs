@@ -4,14 +4,14 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sdxl_worker::conditioning::canvas::{CanvasWish, InpaintingFill, MaskWish, ResizeMode};
+use sdxl_worker::conditioning::init_image::{InitImageOptions, InpaintingFill, MaskOptions, ResizeMode};
 use sdxl_worker::context::Context;
 use sdxl_worker::error::{Error, Result};
+use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::image::resample::{Filter, resize};
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
 use sdxl_worker::inference::workers::paste::{PasteBack, PasteTask};
-use sdxl_worker::instructors::{Call, Reply};
-use sdxl_worker::pixels::Rgb8;
-use sdxl_worker::resample::{Filter, resize};
+use sdxl_worker::runtime::dispatch::{Call, Reply};
 use sdxl_worker::units::ImageSize;
 
 use super::drawing::Worker;
@@ -90,14 +90,14 @@ fn a_region_that_the_border_cuts_comes_back_undistorted() {
         let (mut bytes, side) = (Vec::new(), |side: usize| u32::try_from(side).unwrap());
         let buffer = image::RgbImage::from_raw(side(rgb.width), side(rgb.height), rgb.data.clone()).unwrap();
         buffer.write_to(&mut std::io::Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
-        let source = sdxl_worker::image_source::ImageSource::Base64(STANDARD.encode(bytes));
+        let source = sdxl_worker::image::source::ImageSource::Base64(STANDARD.encode(bytes));
         source.read(&conditioning.roots, "init_image").unwrap()
     };
-    let wish = CanvasWish {
+    let options = InitImageOptions {
         image: file(&image),
         margins: [0; 4],
         resize: ResizeMode::Stretch,
-        mask: Some(MaskWish {
+        mask: Some(MaskOptions {
             image: Some(file(&mask)),
             invert: false,
             blur: 0.0,
@@ -107,7 +107,7 @@ fn a_region_that_the_border_cuts_comes_back_undistorted() {
         }),
     };
     let size = ImageSize { width: 128, height: 128 };
-    let canvas = conditioning.canvas(&wish, size, &ctx).unwrap();
+    let canvas = conditioning.canvas(&options, size, &ctx).unwrap();
     let paste = canvas.paste.unwrap();
     assert_eq!((paste.region.width, paste.region.height), (128, 64));
     // What was not painted over must land where it was.
@@ -123,7 +123,7 @@ fn an_extended_image_holds_the_original() {
     let made = generate(&mut worker, Request::Inpaint(Box::new(data))).unwrap();
     let image = picture(&made);
     assert_eq!((image.width, image.height), (160, 144));
-    let inner = sdxl_worker::pixels::Region { left: 32, top: 0, width: 128, height: 128 };
+    let inner = sdxl_worker::image::pixels::Region { left: 32, top: 0, width: 128, height: 128 };
     assert_eq!(image.part(inner).unwrap(), file("scene.png"));
 }
 

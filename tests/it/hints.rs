@@ -6,18 +6,18 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::conditioning::canvas::ResizeMode;
-use sdxl_worker::conditioning::hints::HintWish;
-use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor};
-use sdxl_worker::conditioning::interface::{HintParameters, Request, Response, Settings};
+use sdxl_worker::conditioning::hints::HintOptions;
+use sdxl_worker::conditioning::init_image::ResizeMode;
+use sdxl_worker::conditioning::instructor::{ConditioningInstructor, ConditioningResources};
+use sdxl_worker::conditioning::interface::{PreprocessorParameters, Request, Response, Settings};
 use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::conditioning::{HintTask, PREPROCESSORS, Parameters};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::error::Result;
-use sdxl_worker::image_source::ImageSource;
+use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::image::source::ImageSource;
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
-use sdxl_worker::model::instructor::ModelCrew;
-use sdxl_worker::pixels::Rgb8;
+use sdxl_worker::model::instructor::ModelResources;
 use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
 use sdxl_worker::roots::Roots;
 use sdxl_worker::units::{Bytes, ImageSize};
@@ -44,31 +44,31 @@ fn picture(name: &str, tensor: &Tensor) -> Rgb8 {
     Rgb8 { width, height, data: bytes(tensor) }
 }
 
-fn told(name: &str, wish: HintParameters) -> Result<Parameters> {
-    Parameters::resolve(name, PREPROCESSORS.get(name)?.dials(), &wish, "parameters")
+fn told(name: &str, options: PreprocessorParameters) -> Result<Parameters> {
+    Parameters::resolve(name, PREPROCESSORS.get(name)?.parameters(), &options, "parameters")
 }
 
-fn run(name: &str, image: &Rgb8, wish: HintParameters) -> Rgb8 {
-    let parameters = told(name, wish).unwrap();
+fn run(name: &str, image: &Rgb8, options: PreprocessorParameters) -> Rgb8 {
+    let parameters = told(name, options).unwrap();
     let task = HintTask { image, parameters: &parameters };
     Context::detached().perform(PREPROCESSORS.get(name).unwrap(), task).unwrap()
 }
 
 /// What the numbers behind a golden's name are.
-fn wish(name: &str, numbers: &str) -> HintParameters {
+fn options(name: &str, numbers: &str) -> PreprocessorParameters {
     let parts: Vec<f64> = match name {
         "canny" => numbers.split('.').filter_map(|n| n.parse().ok()).collect(),
         _ => numbers.parse().ok().into_iter().collect(),
     };
-    let mut wish = HintParameters::default();
+    let mut options = PreprocessorParameters::default();
     match (name, parts.as_slice()) {
         (_, []) => (),
-        ("canny", &[low, high]) => (wish.low_threshold, wish.high_threshold) = (Some(low), Some(high)),
-        ("threshold", &[value]) => wish.threshold = Some(value),
-        ("blur", &[value]) => wish.sigma = Some(value),
+        ("canny", &[low, high]) => (options.low_threshold, options.high_threshold) = (Some(low), Some(high)),
+        ("threshold", &[value]) => options.threshold = Some(value),
+        ("blur", &[value]) => options.sigma = Some(value),
         other => panic!("{other:?}"),
     }
-    wish
+    options
 }
 
 /// Share of bytes that differ, and by how much at most.
@@ -88,7 +88,7 @@ fn preprocessors_are_opencv_s() {
     for key in names {
         let (source, hint) = key.split_once('.').unwrap();
         let (name, numbers) = hint.split_once('.').unwrap_or((hint, ""));
-        let ours = run(name, &picture(source, &goldens[source]), wish(name, numbers));
+        let ours = run(name, &picture(source, &goldens[source]), options(name, numbers));
         let golden = &goldens[key];
         let theirs = bytes(golden);
         let theirs = if golden.rank() == 2 { theirs.iter().flat_map(|&v| [v; 3]).collect() } else { theirs };
@@ -106,18 +106,18 @@ fn preprocessors_are_opencv_s() {
 #[test]
 fn tiles_are_averaged_as_opencv_does() {
     let goldens = goldens();
-    let wish = HintParameters { down_sampling_rate: Some(4.0), ..HintParameters::default() };
+    let options = PreprocessorParameters { down_sampling_rate: Some(4.0), ..PreprocessorParameters::default() };
     for name in ["drawn", "noise", "blocks", "1x1", "9x1"] {
         let image = picture(name, &goldens[name]);
         let (height, width, _) = goldens[&format!("{name}.tile.small")].dims3().unwrap();
         let small = Rgb8 { width, height, data: bytes(&goldens[&format!("{name}.tile.small")]) };
-        let theirs = small.resized(image.width, image.height, sdxl_worker::resample::Filter::Lanczos).unwrap();
-        let (share, most) = difference(&run("tile", &image, wish).data, &theirs.data);
+        let theirs = small.resized(image.width, image.height, sdxl_worker::image::resample::Filter::Lanczos).unwrap();
+        let (share, most) = difference(&run("tile", &image, options).data, &theirs.data);
         println!("{name:<10} {:>8.4} % differ, by {most} at most", 100.0 * share);
         assert!(most <= 2, "{name} {most}");
     }
     let image = picture("drawn", &goldens["drawn"]);
-    assert_eq!(run("tile", &image, HintParameters::default()), image);
+    assert_eq!(run("tile", &image, PreprocessorParameters::default()), image);
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn every_preprocessor_takes_every_size_and_can_be_stopped() {
     cancel.cancel();
     let stopped = Context::new("x".to_owned(), cancel, None, None, Box::new(|_| ()));
     for (name, method) in PREPROCESSORS.iter() {
-        let parameters = told(name, HintParameters::default()).unwrap();
+        let parameters = told(name, PreprocessorParameters::default()).unwrap();
         for (width, height) in [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (7, 4), (64, 33)] {
             let data = (0..3 * width * height).map(|at| (at * 97 % 251) as u8).collect();
             let image = Rgb8 { width, height, data };
@@ -136,43 +136,43 @@ fn every_preprocessor_takes_every_size_and_can_be_stopped() {
             assert_eq!(stopped.perform(method, task).unwrap_err().code(), "cancelled", "{name}");
         }
         // The numbers that were used, said again, are the same; both ends of a range are taken, and nothing beyond it.
-        assert_eq!(told(name, parameters.said(method.dials())).unwrap(), parameters);
-        for dial in method.dials() {
+        assert_eq!(told(name, parameters.said(method.parameters())).unwrap(), parameters);
+        for parameter in method.parameters() {
             let set = |value: f64| {
-                let mut wish = HintParameters::default();
-                let field = match dial.name {
-                    "low_threshold" => &mut wish.low_threshold,
-                    "high_threshold" => &mut wish.high_threshold,
-                    "threshold" => &mut wish.threshold,
-                    "sigma" => &mut wish.sigma,
-                    "down_sampling_rate" => &mut wish.down_sampling_rate,
+                let mut options = PreprocessorParameters::default();
+                let field = match parameter.name {
+                    "low_threshold" => &mut options.low_threshold,
+                    "high_threshold" => &mut options.high_threshold,
+                    "threshold" => &mut options.threshold,
+                    "sigma" => &mut options.sigma,
+                    "down_sampling_rate" => &mut options.down_sampling_rate,
                     other => panic!("`{other}` is no field"),
                 };
                 *field = Some(value);
-                wish
+                options
             };
             let image = Rgb8 { width: 9, height: 5, data: (0..135).collect() };
-            for value in [dial.least, dial.most] {
+            for value in [parameter.least, parameter.most] {
                 run(name, &image, set(value));
             }
-            for value in [dial.least - 1.0, dial.most + 1.0, f64::NAN, f64::INFINITY] {
+            for value in [parameter.least - 1.0, parameter.most + 1.0, f64::NAN, f64::INFINITY] {
                 let error = told(name, set(value)).unwrap_err();
                 assert_eq!(
                     (error.code(), error.pointer().unwrap()),
-                    ("invalid_parameter", format!("/data/parameters/{}", dial.name))
+                    ("invalid_parameter", format!("/data/parameters/{}", parameter.name))
                 );
             }
         }
     }
-    let stray = HintParameters { sigma: Some(1.0), ..HintParameters::default() };
+    let stray = PreprocessorParameters { sigma: Some(1.0), ..PreprocessorParameters::default() };
     let error = told("canny", stray).unwrap_err();
     assert_eq!(error.to_string(), "`parameters.sigma` is no parameter of `canny`");
     assert_eq!(error.hint().unwrap(), "it has `low_threshold`, `high_threshold`");
 }
 
-fn crew() -> ConditioningCrew {
-    let model = ModelCrew::new(&Default::default());
-    ConditioningCrew { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
+fn resources() -> ConditioningResources {
+    let model = ModelResources::new(&Default::default());
+    ConditioningResources { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
 }
 
 /// Reads from `root` and from `tests/steer`, writes beneath `root`.
@@ -192,18 +192,18 @@ fn hints_are_kept_by_content() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("copy.png");
     std::fs::copy(steer("files/coffee.png"), &copy).unwrap();
-    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
+    let (instructor, mut resources, ctx) = (instructor(folder.path()), resources(), Context::detached());
     let size = |width, height| ImageSize { width, height };
     let mut hint = |path: &Path, name: &str, low: Option<f64>, resize: ResizeMode, size: ImageSize| {
-        let wish = HintWish {
+        let options = HintOptions {
             image: &ImageSource::Path(path.to_owned()),
             preprocessor: Some(name),
-            parameters: &HintParameters { low_threshold: low, ..HintParameters::default() },
+            parameters: &PreprocessorParameters { low_threshold: low, ..PreprocessorParameters::default() },
             resize,
             fields: ["image", "preprocessor", "parameters"],
         };
-        let plan = instructor.plan_hint(&wish).unwrap();
-        let hint = instructor.hint(&plan, (size, None), &mut crew, &ctx).unwrap();
+        let plan = instructor.plan_hint(&options).unwrap();
+        let hint = instructor.hint(&plan, (size, None), &mut resources, &ctx).unwrap();
         assert_eq!((hint.image.width, hint.image.height), (size.width, size.height));
         (hint.cached, hint.image)
     };
@@ -224,16 +224,16 @@ fn hints_are_kept_by_content() {
         assert!(!hint(path, name, low, resize, size).0);
         assert!(hint(path, name, low, resize, size).0);
     }
-    assert_eq!(crew.hints.resident()[0].bytes, Bytes(6 * 3 * 128 * 96));
-    assert_eq!(crew.hints.evict(Bytes(1)), Bytes(3 * 128 * 96));
-    crew.hints.evict(Bytes(u64::MAX));
-    assert!(crew.hints.resident().is_empty());
+    assert_eq!(resources.hints.resident()[0].bytes, Bytes(6 * 3 * 128 * 96));
+    assert_eq!(resources.hints.evict(Bytes(1)), Bytes(3 * 128 * 96));
+    resources.hints.evict(Bytes(u64::MAX));
+    assert!(resources.hints.resident().is_empty());
 
     let file = |source: &str| {
-        instructor.plan_hint(&HintWish {
+        instructor.plan_hint(&HintOptions {
             image: &ImageSource::Path(coffee.clone()),
             preprocessor: Some(source),
-            parameters: &HintParameters::default(),
+            parameters: &PreprocessorParameters::default(),
             resize: Stretch,
             fields: ["controlnet.0.image", "controlnet.0.preprocessor", "controlnet.0.parameters"],
         })
@@ -247,34 +247,34 @@ fn hints_are_kept_by_content() {
 #[test]
 fn the_cache_of_hints_is_bounded() {
     let folder = tempfile::tempdir().unwrap();
-    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
-    let wish = |low: f64| HintParameters { low_threshold: Some(low), ..HintParameters::default() };
+    let (instructor, mut resources, ctx) = (instructor(folder.path()), resources(), Context::detached());
+    let options = |low: f64| PreprocessorParameters { low_threshold: Some(low), ..PreprocessorParameters::default() };
     for low in 0..12u8 {
-        let plan = instructor.plan_hint(&HintWish {
+        let plan = instructor.plan_hint(&HintOptions {
             image: &ImageSource::Path(steer("files/coffee.png")),
             preprocessor: Some("canny"),
-            parameters: &wish(f64::from(low)),
+            parameters: &options(f64::from(low)),
             resize: ResizeMode::Stretch,
             fields: ["image", "preprocessor", "parameters"],
         });
-        instructor.hint(&plan.unwrap(), (ImageSize { width: 2048, height: 1024 }, None), &mut crew, &ctx).unwrap();
+        instructor.hint(&plan.unwrap(), (ImageSize { width: 2048, height: 1024 }, None), &mut resources, &ctx).unwrap();
     }
     // Twelve of 6 MiB each would be 72.
-    assert_eq!(crew.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));
+    assert_eq!(resources.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));
 }
 
 #[test]
 fn preprocess_writes_the_hint() {
     let folder = tempfile::tempdir().unwrap();
-    let (instructor, mut crew, ctx) = (instructor(folder.path()), crew(), Context::detached());
-    let wish = |more: serde_json::Value| -> Request {
+    let (instructor, mut resources, ctx) = (instructor(folder.path()), resources(), Context::detached());
+    let options = |more: serde_json::Value| -> Request {
         let mut data = serde_json::json!({ "image": steer("files/chelsea.png"), "preprocessor": "canny" });
         data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         serde_json::from_value(serde_json::json!({ "preprocess": data })).unwrap()
     };
-    let request = wish(serde_json::json!({ "output": { "dir": folder.path(), "name": "edges" } }));
+    let request = options(serde_json::json!({ "output": { "dir": folder.path(), "name": "edges" } }));
     assert!(!request.needs_compute());
-    let Response::Preprocess(made) = instructor.instruct(request, &mut crew, &ctx).unwrap() else { panic!() };
+    let Response::Preprocess(made) = instructor.instruct(request, &mut resources, &ctx).unwrap() else { panic!() };
     assert_eq!((made.width, made.height, made.preprocessor), (256, 192, "canny"));
     assert_eq!((made.parameters.low_threshold, made.parameters.sigma), (Some(100.0), None));
     let path = folder.path().join("edges.png");
@@ -286,11 +286,13 @@ fn preprocess_writes_the_hint() {
 
     let more =
         serde_json::json!({ "width": 64, "height": 40, "resize_mode": "crop", "output": { "return": "base64" } });
-    let Response::Preprocess(made) = instructor.instruct(wish(more), &mut crew, &ctx).unwrap() else { panic!() };
+    let Response::Preprocess(made) = instructor.instruct(options(more), &mut resources, &ctx).unwrap() else {
+        panic!()
+    };
     assert!(made.path.is_none());
     let read = ImageSource::Base64(made.base64.unwrap()).read(&Roots::new([]), "image").unwrap();
     assert_eq!((read.width, read.height), (64, 40));
-    assert!(crew.hints.resident().is_empty());
+    assert!(resources.hints.resident().is_empty());
 
     for (more, field) in [
         (serde_json::json!({ "width": 0 }), "width"),
@@ -298,20 +300,21 @@ fn preprocess_writes_the_hint() {
         (serde_json::json!({ "parameters": { "sigma": 2.0 } }), "parameters.sigma"),
         (serde_json::json!({ "output": { "quality": 0 } }), "output.quality"),
     ] {
-        let error = instructor.instruct(wish(more), &mut crew, &ctx).unwrap_err();
+        let error = instructor.instruct(options(more), &mut resources, &ctx).unwrap_err();
         assert!(error.to_string().starts_with(&format!("`{field}`")), "{error}");
     }
     let null = serde_json::json!({ "parameters": null, "resize_mode": null, "width": null, "height": null,
                                    "output": { "return": "base64" } });
-    assert!(instructor.instruct(wish(null), &mut crew, &ctx).is_ok());
+    assert!(instructor.instruct(options(null), &mut resources, &ctx).is_ok());
     for (name, code) in
         [("openpose_full", "unsupported_feature"), ("depth_anything", "unsupported_feature"), ("canyn", "unknown_name")]
     {
-        let error =
-            instructor.instruct(wish(serde_json::json!({ "preprocessor": name })), &mut crew, &ctx).unwrap_err();
+        let error = instructor
+            .instruct(options(serde_json::json!({ "preprocessor": name })), &mut resources, &ctx)
+            .unwrap_err();
         assert_eq!(error.code(), code, "{name}: {error}");
     }
-    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut crew, &ctx).unwrap() else {
+    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut resources, &ctx).unwrap() else {
         panic!()
     };
     let canny = list.preprocessors.iter().find(|entry| entry.name == "canny").unwrap();

@@ -4,7 +4,7 @@
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
-mod companions;
+mod component_files;
 mod folders;
 mod gguf;
 mod headers;
@@ -130,8 +130,9 @@ impl Corpus {
 
     /// Asks for a model in every way.
     pub(crate) fn ask_model(&mut self, kind: &'static str, what: &str, name: &str, codes: &'static [&'static str]) {
-        let wish = json!({ "model": name });
-        let requests = vec![operation("model", "inspect", &wish), operation("model", "load", &wish), generate(&wish)];
+        let options = json!({ "model": name });
+        let requests =
+            vec![operation("model", "inspect", &options), operation("model", "load", &options), generate(&options)];
         self.case(kind, what, requests, codes);
     }
 
@@ -296,7 +297,7 @@ fn hostile_files_are_typed_errors_and_leave_nothing_behind() {
     let mut corpus = Corpus::new();
     headers::add(&mut corpus);
     folders::add(&mut corpus);
-    companions::add(&mut corpus);
+    component_files::add(&mut corpus);
     places::add(&mut corpus);
     loras::add(&mut corpus);
     single::add(&mut corpus);

@@ -204,7 +204,7 @@ fn a_revision_is_a_branch_a_tag_or_a_commit() {
     assert_eq!(inspect(&mut worker, json!({ "model": "owner/demo@v1" })), SECOND);
     assert_eq!(inspect(&mut worker, json!({ "model": "owner/demo", "revision": "refs/pr/1" })), SECOND);
     assert_eq!(inspect(&mut worker, json!({ "model": format!("owner/demo@{SECOND}") })), SECOND);
-    for (wish, wanted) in [
+    for (options, wanted) in [
         (json!({ "model": "owner/demo", "revision": "../main" }), "path_not_allowed"),
         (json!({ "model": "owner/../demo" }), "path_not_allowed"),
         (json!({ "model": "owner/demo@.." }), "path_not_allowed"),
@@ -223,7 +223,7 @@ fn a_revision_is_a_branch_a_tag_or_a_commit() {
         (json!({ "model": "owner/demo", "revision": "absent" }), "model_not_found"),
         (json!({ "model": "owner/absent" }), "model_not_found"),
     ] {
-        assert_eq!(refused(&mut worker, &wish).0, wanted, "{wish}");
+        assert_eq!(refused(&mut worker, &options).0, wanted, "{options}");
     }
     assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "revision": "main" }))), "invalid_parameter");
 }
@@ -233,13 +233,13 @@ fn only_what_has_the_pinned_hash_is_kept() {
     let place = Place::new();
     let mut worker = place.worker(true);
     let right = sha256(&bytes_of(UNET));
-    let wish = |pin: Value| json!({ "model": "owner/demo", "files": UNET, "sha256": pin });
-    let (wrong, message) = refused(&mut worker, &wish(json!("0".repeat(64))));
+    let options = |pin: Value| json!({ "model": "owner/demo", "files": UNET, "sha256": pin });
+    let (wrong, message) = refused(&mut worker, &options(json!("0".repeat(64))));
     assert_eq!(wrong, "model_corrupt");
     assert!(message.contains(&right), "{message}");
     assert!(!place.snapshot(UNET).exists() && !place.blob(UNET).exists(), "it is not kept");
-    assert_eq!(fetched(&mut worker, &wish(json!(right.to_uppercase())))["files"][0]["sha256"], right);
-    assert_eq!(refused(&mut worker, &wish(json!("0".repeat(64)))).0, "model_corrupt", "of what is in the cache too");
+    assert_eq!(fetched(&mut worker, &options(json!(right.to_uppercase())))["files"][0]["sha256"], right);
+    assert_eq!(refused(&mut worker, &options(json!("0".repeat(64)))).0, "model_corrupt", "of what is in the cache too");
     assert!(place.snapshot(UNET).exists(), "what is in the cache is others' as well");
     let by_file = |name: &str, hash: &str| json!({ "model": "owner/demo", "sha256": { name: hash } });
     assert_eq!(refused(&mut worker, &by_file(UNET, "12")).0, "invalid_parameter");
@@ -292,8 +292,8 @@ fn without_downloads_what_is_missing_is_offline() {
     }
     worker.send(&json!({ "request_id": "image", "prompt": "a hill", "model": "owner/demo" }));
     assert_eq!(code(&worker.answer("image")), "offline");
-    let wish = json!({ "model": "owner/net", "image": "data:image/png;base64," });
-    worker.send(&json!({ "request_id": "control", "prompt": "a hill", "controlnet": wish }));
+    let options = json!({ "model": "owner/net", "image": "data:image/png;base64," });
+    worker.send(&json!({ "request_id": "control", "prompt": "a hill", "controlnet": options }));
     assert_eq!(code(&worker.answer("control")), "offline");
     assert_eq!(code(&ask(&mut worker, "inspect", &json!({ "model": "nobody" }))), "model_not_found");
     assert_eq!(place.hub.seen().len(), 0, "no request leaves");
@@ -510,6 +510,6 @@ fn a_single_file_of_a_repository_is_a_model() {
     let names = list["data"]["models"].as_array().unwrap().iter().map(|model| model["name"].clone());
     assert_eq!(names.collect::<Vec<_>>(), ["demo", "owner/big"]);
     // Beside a model as well.
-    let crew = offline_crew(&place.cache());
-    assert!(crew.catalog.companion("owner/big", "loras").is_ok());
+    let resources = offline_crew(&place.cache());
+    assert!(resources.catalog.component_file("owner/big", "loras").is_ok());
 }

@@ -9,8 +9,8 @@ use sdxl_worker::context::Context;
 use sdxl_worker::error::Result;
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::checkpoint::Part;
-use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{HubSettings, ModelWish, Request, Response, Settings};
+use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
+use sdxl_worker::model::interface::{HubSettings, ModelRequest, Request, Response, Settings};
 
 use crate::conditioning::demo_folder;
 use crate::hub::{FIRST, SECOND, UNET, bytes_of, demo};
@@ -36,9 +36,9 @@ fn cached(cache: &Path) -> PathBuf {
 
 fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>) {
     let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
-    let mut crew = ModelCrew::new(&Settings { roots: roots.to_vec(), hub, ..Settings::default() });
-    let wish = ModelWish { model: Some(name.to_owned()), ..ModelWish::default() };
-    let found = ModelInstructor.instruct(Request::Inspect(wish), &mut crew, &Context::detached());
+    let mut resources = ModelResources::new(&Settings { roots: roots.to_vec(), hub, ..Settings::default() });
+    let options = ModelRequest { model: Some(name.to_owned()), ..ModelRequest::default() };
+    let found = ModelInstructor.instruct(Request::Inspect(options), &mut resources, &Context::detached());
     let found = found.map(|response| match response {
         Response::Inspect(inspection) => inspection.revision.clone().unwrap_or_default(),
         other => panic!("{other:?}"),
@@ -48,7 +48,7 @@ fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>
         (Err(error), Err(wanted)) => assert_eq!(error.code(), wanted, "{name}: {error}"),
         _ => panic!("{name}: {found:?}, and {wanted:?} is wanted"),
     }
-    let list = ModelInstructor.instruct(Request::List(Nothing {}), &mut crew, &Context::detached());
+    let list = ModelInstructor.instruct(Request::List(Nothing {}), &mut resources, &Context::detached());
     assert!(matches!(list, Ok(Response::List(_))), "{name}");
 }
 
@@ -101,13 +101,13 @@ fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
 fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
     let cache = tempfile::tempdir().unwrap();
     cached(cache.path());
-    let mut crew = offline_crew(cache.path());
+    let mut resources = offline_crew(cache.path());
     // A whole model stands for its part.
     for part in Part::ALL {
-        let model = crew.catalog.resolve_with(Some("demo"), &[(part, Some("owner/demo"))]);
+        let model = resources.catalog.resolve_with(Some("demo"), &[(part, Some("owner/demo"))]);
         assert!(model.is_ok(), "{part:?}: {model:?}");
     }
-    let find = |name: &str| crew.catalog.companion(name, "model").map(|found| found.file_bytes().0);
+    let find = |name: &str| resources.catalog.component_file(name, "model").map(|found| found.file_bytes().0);
     let bytes = bytes_of(UNET).len() as u64;
     assert_eq!(find(&format!("owner/demo/{UNET}")).unwrap(), bytes);
     assert_eq!(find("owner/demo@main/unet/diffusion_pytorch_model").unwrap(), bytes);
@@ -121,9 +121,9 @@ fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
     }
 }
 
-pub(super) fn offline_crew(cache: &Path) -> ModelCrew {
+pub(super) fn offline_crew(cache: &Path) -> ModelResources {
     let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
-    ModelCrew::new(&Settings { roots: Vec::new(), hub, ..Settings::default() })
+    ModelResources::new(&Settings { roots: Vec::new(), hub, ..Settings::default() })
 }
 
 #[test]

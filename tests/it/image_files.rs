@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use image::{ExtendedColorType, ImageEncoder};
 use sdxl_worker::error::{Error, Result};
-use sdxl_worker::image_source::{ImageFile, ImageSource};
-use sdxl_worker::pixels::Rgb8;
-use sdxl_worker::resample::Filter;
+use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::image::resample::Filter;
+use sdxl_worker::image::source::{ImageFile, ImageSource};
 use sdxl_worker::roots::Roots;
 
 fn steer(name: &str) -> PathBuf {

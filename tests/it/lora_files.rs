@@ -6,9 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::config::Config;
 use sdxl_worker::error::Error;
 use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::runtime::config::Config;
 use serde_json::{Value, json};
 
 use crate::conditioning::demo_folder;
@@ -57,8 +57,8 @@ fn the_name_of_a_file_is_no_repositorys() {
         assert_eq!(error.hint(), Some("did you mean `ink`?".to_owned()));
         let error = plan(download, &tagged("owner/ghost")).unwrap_err();
         assert!(matches!(error, Error::Offline { .. } | Error::Unfetched { .. }), "{error}");
-        let wish = json!({ "prompt": "a ghost", "embeddings": [{ "name": "ghost" }] });
-        let error = plan(download, &serde_json::from_value(wish).unwrap()).unwrap_err();
+        let options = json!({ "prompt": "a ghost", "embeddings": [{ "name": "ghost" }] });
+        let error = plan(download, &serde_json::from_value(options).unwrap()).unwrap_err();
         assert!(matches!(error, Error::ModelNotFound { .. }), "{error}");
     }
 }

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Result;
-use sdxl_worker::inference::blocks::Blocks;
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
-use sdxl_worker::inference::lora::{AppliedAdapter, LoraWish, LoraWishes};
-use sdxl_worker::instructors::{Call, Reply};
+use sdxl_worker::inference::request::lora::{AppliedAdapter, LoraList, LoraOptions};
+use sdxl_worker::inference::request::lora_blocks::Blocks;
 use sdxl_worker::model::lora::LoraFacts;
+use sdxl_worker::runtime::config::Config;
+use sdxl_worker::runtime::dispatch::{Call, Reply};
 use serde_json::json;
 
 use super::drawing::{Worker, distance};
@@ -44,10 +44,10 @@ pub(crate) fn worker(more: &Path) -> Worker {
 }
 
 pub(crate) fn small(loras: &[(&str, f64)]) -> GenerateRequest {
-    let wish = |(name, weight): &(&str, f64)| LoraWish {
+    let options = |(name, weight): &(&str, f64)| LoraOptions {
         model: Some((*name).to_owned()),
         weight: Some(*weight),
-        ..LoraWish::default()
+        ..LoraOptions::default()
     };
     GenerateRequest {
         prompt: Some("a lighthouse".to_owned()),
@@ -56,7 +56,7 @@ pub(crate) fn small(loras: &[(&str, f64)]) -> GenerateRequest {
         height: Some(64),
         seed: Some(1),
         dtype: Some(Dtype::F32),
-        loras: Some(LoraWishes(loras.iter().map(wish).collect())),
+        loras: Some(LoraList(loras.iter().map(options).collect())),
         ..GenerateRequest::default()
     }
 }
@@ -379,19 +379,19 @@ fn weights_by_component_and_block_are_those_of_files_that_have_only_them() {
     part("only_second", &|key| key.starts_with("lora_te2"));
     part("only_mid", &|key| key.starts_with("lora_unet_mid_block"));
     let mut worker = worker(folder.path());
-    let whole = LoraWish { model: Some("kohya".to_owned()), ..LoraWish::default() };
-    let mut check = |wish: LoraWish, same: &[(&str, f64)]| {
-        let request = GenerateRequest { loras: Some(LoraWishes(vec![wish.clone()])), ..small(&[]) };
-        assert!(pixels(&mut worker, &request) == pixels(&mut worker, &small(same)), "{wish:?}");
+    let whole = LoraOptions { model: Some("kohya".to_owned()), ..LoraOptions::default() };
+    let mut check = |options: LoraOptions, same: &[(&str, f64)]| {
+        let request = GenerateRequest { loras: Some(LoraList(vec![options.clone()])), ..small(&[]) };
+        assert!(pixels(&mut worker, &request) == pixels(&mut worker, &small(same)), "{options:?}");
     };
-    check(LoraWish { weight: Some(0.0), unet_weight: Some(0.6), ..whole.clone() }, &[("only_unet", 0.6)]);
-    check(LoraWish { unet_weight: Some(0.0), ..whole.clone() }, &[("only_first", 1.0), ("only_second", 1.0)]);
-    let second = LoraWish { weight: Some(0.0), text_encoder_2_weight: Some(2.0), ..whole.clone() };
+    check(LoraOptions { weight: Some(0.0), unet_weight: Some(0.6), ..whole.clone() }, &[("only_unet", 0.6)]);
+    check(LoraOptions { unet_weight: Some(0.0), ..whole.clone() }, &[("only_first", 1.0), ("only_second", 1.0)]);
+    let second = LoraOptions { weight: Some(0.0), text_encoder_2_weight: Some(2.0), ..whole.clone() };
     check(second, &[("only_second", 2.0)]);
     let blocks = [("down_blocks", 0.0), ("up_blocks", 0.0), ("mid_block", 0.5)];
     let blocks = blocks.into_iter().map(|(name, weight)| (name.to_owned(), weight)).collect();
     check(
-        LoraWish { text_encoder_weight: Some(0.0), blocks: Some(Blocks::Named(blocks)), ..whole.clone() },
+        LoraOptions { text_encoder_weight: Some(0.0), blocks: Some(Blocks::Named(blocks)), ..whole.clone() },
         &[("only_mid", 0.5)],
     );
     // In the prompt: the first weight is the encoders', the second the UNet's.
@@ -475,7 +475,7 @@ fn the_result_says_what_was_applied_and_how_to_do_it_again() {
     assert_eq!(more.skipped_keys, ["lora_unet_nowhere.lora_up.weight"]);
     assert!(unet.ms > 0.0 && more.ms > 0.0);
     assert_eq!(made.parameters.prompt.as_deref(), Some("a lake "));
-    let LoraWishes(decided) = made.parameters.loras.clone().unwrap();
+    let LoraList(decided) = made.parameters.loras.clone().unwrap();
     assert_eq!(decided[1].unet_weight, Some(0.25));
     let png =
         |made: &Generated| base64::engine::general_purpose::STANDARD.decode(made.images[0].base64.as_ref().unwrap());

@@ -11,7 +11,7 @@
 use std::alloc::{GlobalAlloc, Layout};
 use std::io::Write;
 
-use sdxl_worker::memory::{Allocator, HUGE, LARGE, Usage, map_file, populate};
+use sdxl_worker::allocator::{Allocator, HUGE, LARGE, Usage, map_file, populate};
 use sdxl_worker::units::Bytes;
 
 const MIB: usize = 1 << 20;
@@ -255,7 +255,7 @@ fn released_memory_returns_to_the_system() {
 fn vectors_of_the_process_come_from_it() {
     let numbers = vec![0.0_f32; 4 * MIB];
     assert_eq!(numbers.as_ptr().addr() % HUGE, 0);
-    assert!(sdxl_worker::memory::usage().live >= Bytes(16 * Bytes::MIB));
+    assert!(sdxl_worker::allocator::usage().live >= Bytes(16 * Bytes::MIB));
 }
 
 /// A file of numbers, no two pages of which are the same.

@@ -16,19 +16,21 @@ use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
-use sdxl_worker::model::families::FAMILIES;
-use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{HubSettings, LoadedComponent, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::checkpoint::families::FAMILIES;
+use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
+use sdxl_worker::model::interface::{
+    HubSettings, LoadedComponent, ModelRequest, PinRequest, Request, Response, Settings,
+};
 use sdxl_worker::model::managers::{Budget, Reach, Shelf, ShelfKey};
 use sdxl_worker::units::Bytes;
 
 use crate::conditioning::demo_folder;
 
-fn crew(roots: Vec<PathBuf>) -> ModelCrew {
+fn resources(roots: Vec<PathBuf>) -> ModelResources {
     // What this machine's cache of the hub holds is no part of a test.
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
-    let mut crew = ModelCrew::new(&Settings { roots, hub, ..Settings::default() });
-    crew.placement = Some(Placement {
+    let mut resources = ModelResources::new(&Settings { roots, hub, ..Settings::default() });
+    resources.placement = Some(Placement {
         device: Device::Cpu,
         name: "cpu".to_owned(),
         compute: Dtype::F32,
@@ -36,15 +38,15 @@ fn crew(roots: Vec<PathBuf>) -> ModelCrew {
         quantization: Quantization::None,
         away: false,
     });
-    crew
+    resources
 }
 
-fn ask(request: Request, crew: &mut ModelCrew) -> Result<Response> {
-    ModelInstructor.instruct(request, crew, &Context::detached())
+fn ask(request: Request, resources: &mut ModelResources) -> Result<Response> {
+    ModelInstructor.instruct(request, resources, &Context::detached())
 }
 
-fn named(model: &str) -> ModelWish {
-    ModelWish { model: Some(model.to_owned()), ..ModelWish::default() }
+fn named(model: &str) -> ModelRequest {
+    ModelRequest { model: Some(model.to_owned()), ..ModelRequest::default() }
 }
 
 /// A root that holds one copy of the demonstration model, called `copy`.
@@ -63,13 +65,13 @@ impl Copy {
         self.root.path().join("copy").join(name)
     }
 
-    fn crew(&self) -> ModelCrew {
-        crew(vec![self.root.path().to_owned()])
+    fn resources(&self) -> ModelResources {
+        resources(vec![self.root.path().to_owned()])
     }
 
     #[track_caller]
     fn check(&self, what: &str, request: Request, code: &str, says: &str) {
-        let error = match ask(request, &mut self.crew()) {
+        let error = match ask(request, &mut self.resources()) {
             Ok(answer) => panic!("{what}: must be {code}, and is {answer:?}"),
             Err(error) => error,
         };
@@ -131,8 +133,8 @@ fn what_is_not_sdxl_says_what_it_is() {
 }
 
 #[track_caller]
-fn check_name(crew: &mut ModelCrew, name: &str, expected: std::result::Result<&str, &str>) -> Option<Error> {
-    let got = crew.catalog.resolve(Some(name));
+fn check_name(resources: &mut ModelResources, name: &str, expected: std::result::Result<&str, &str>) -> Option<Error> {
+    let got = resources.catalog.resolve(Some(name));
     assert_eq!(got.as_ref().map(|c| c.name.as_str()).map_err(Error::code), expected, "{name}");
     got.err()
 }
@@ -142,95 +144,104 @@ fn names_lead_nowhere_but_beneath_the_roots() {
     let (copy, outside) = (Copy::new(), tempfile::tempdir().unwrap());
     demo_folder(outside.path());
     let root = copy.root.path();
-    let mut crew = crew(vec![root.join("absent"), root.to_owned()]);
+    let mut resources = resources(vec![root.join("absent"), root.to_owned()]);
     fs::create_dir_all(root.join("family")).unwrap();
     fs::rename(root.join("copy"), root.join("family/copy")).unwrap();
     for (name, bytes) in [("a.safetensors", "x"), ("a.ckpt", "x"), ("a.txt", "x")] {
         fs::write(root.join(name), bytes).unwrap();
     }
-    check_name(&mut crew, "demo", Ok("demo"));
-    check_name(&mut crew, "family/copy", Ok("family/copy"));
-    check_name(&mut crew, "family/copy/", Ok("family/copy"));
-    check_name(&mut crew, "./family/copy", Ok("family/copy"));
-    check_name(&mut crew, root.join("family/copy").to_str().unwrap(), Ok("family/copy"));
-    check_name(&mut crew, "family/../family/copy", Err("path_not_allowed"));
-    check_name(&mut crew, "../x", Err("path_not_allowed"));
-    check_name(&mut crew, "/etc", Err("path_not_allowed"));
-    check_name(&mut crew, "/nonexistent/model", Err("path_not_allowed"));
-    check_name(&mut crew, outside.path().to_str().unwrap(), Err("path_not_allowed"));
-    check_name(&mut crew, "", Err("invalid_parameter"));
-    check_name(&mut crew, "  ", Err("invalid_parameter"));
-    check_name(&mut crew, "a\0b", Err("invalid_parameter"));
-    check_name(&mut crew, "a.safetensors", Err("model_corrupt"));
-    check_name(&mut crew, "a.ckpt", Err("unsafe_format"));
-    check_name(&mut crew, "a.txt", Err("model_unsupported"));
-    check_name(&mut crew, "family", Err("model_unsupported"));
-    check_name(&mut crew, "absent", Err("model_not_found"));
-    check_name(&mut crew, &"long/".repeat(5000), Err("invalid_parameter"));
-    let error = check_name(&mut crew, "family/cpoy", Err("model_not_found")).unwrap();
+    check_name(&mut resources, "demo", Ok("demo"));
+    check_name(&mut resources, "family/copy", Ok("family/copy"));
+    check_name(&mut resources, "family/copy/", Ok("family/copy"));
+    check_name(&mut resources, "./family/copy", Ok("family/copy"));
+    check_name(&mut resources, root.join("family/copy").to_str().unwrap(), Ok("family/copy"));
+    check_name(&mut resources, "family/../family/copy", Err("path_not_allowed"));
+    check_name(&mut resources, "../x", Err("path_not_allowed"));
+    check_name(&mut resources, "/etc", Err("path_not_allowed"));
+    check_name(&mut resources, "/nonexistent/model", Err("path_not_allowed"));
+    check_name(&mut resources, outside.path().to_str().unwrap(), Err("path_not_allowed"));
+    check_name(&mut resources, "", Err("invalid_parameter"));
+    check_name(&mut resources, "  ", Err("invalid_parameter"));
+    check_name(&mut resources, "a\0b", Err("invalid_parameter"));
+    check_name(&mut resources, "a.safetensors", Err("model_corrupt"));
+    check_name(&mut resources, "a.ckpt", Err("unsafe_format"));
+    check_name(&mut resources, "a.txt", Err("model_unsupported"));
+    check_name(&mut resources, "family", Err("model_unsupported"));
+    check_name(&mut resources, "absent", Err("model_not_found"));
+    check_name(&mut resources, &"long/".repeat(5000), Err("invalid_parameter"));
+    let error = check_name(&mut resources, "family/cpoy", Err("model_not_found")).unwrap();
     assert_eq!(error.hint().as_deref(), Some("did you mean `family/copy`?"));
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink(outside.path(), root.join("link")).unwrap();
         std::os::unix::fs::symlink(root, root.join("loop")).unwrap();
-        check_name(&mut crew, "link", Err("path_not_allowed"));
-        check_name(&mut crew, "loop/family/copy", Ok("family/copy"));
+        check_name(&mut resources, "link", Err("path_not_allowed"));
+        check_name(&mut resources, "loop/family/copy", Ok("family/copy"));
     }
-    let Response::List(list) = ask(Request::List(Nothing {}), &mut crew).unwrap() else { panic!("list") };
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut resources).unwrap() else { panic!("list") };
     assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "family/copy"]);
     assert_eq!(list.default, "demo");
 
     let settings =
         Settings { roots: vec![root.join("family/copy")], default: Some("copy".into()), ..Settings::default() };
-    let mut itself = ModelCrew::new(&settings);
+    let mut itself = ModelResources::new(&settings);
     assert_eq!(itself.catalog.resolve(None).unwrap().name, "copy");
 }
 
 #[test]
 fn a_changed_file_makes_another_checkpoint() {
     let copy = Copy::new();
-    let mut crew = copy.crew();
-    let first = crew.catalog.resolve(Some("copy")).unwrap();
-    assert!(Arc::ptr_eq(&first, &crew.catalog.resolve(Some("copy")).unwrap()));
+    let mut resources = copy.resources();
+    let first = resources.catalog.resolve(Some("copy")).unwrap();
+    assert!(Arc::ptr_eq(&first, &resources.catalog.resolve(Some("copy")).unwrap()));
     change_header(&copy, |header| drop(header.insert("__metadata__".into(), serde_json::json!({"a": "b"}))));
-    assert_ne!(first.key, crew.catalog.resolve(Some("copy")).unwrap().key);
+    assert_ne!(first.key, resources.catalog.resolve(Some("copy")).unwrap().key);
 }
 
 #[test]
 fn demo_loads_is_listed_pinned_and_freed() {
-    let mut crew = crew(Vec::new());
+    let mut resources = resources(Vec::new());
     let request: Request = serde_json::from_str(r#"{"load":{"model":"demo"}}"#).unwrap();
-    let Response::Load(loaded) = ask(request, &mut crew).unwrap() else { panic!("load") };
+    let Response::Load(loaded) = ask(request, &mut resources).unwrap() else { panic!("load") };
     println!("{loaded:?}");
     let parts: Vec<_> = loaded.components.iter().map(|c| (c.name, c.cached)).collect();
     assert_eq!(parts, [("encoder", false), ("unet", false), ("vae", false)]);
     // Stored as f16, which a CPU computing in f32 keeps.
     assert!(loaded.bytes.0 > 33_000_000 && loaded.bytes.0 < 34_500_000, "{}", loaded.bytes);
-    let Response::Load(again) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else { panic!("load") };
+    let Response::Load(again) = ask(Request::Load(ModelRequest::default()), &mut resources).unwrap() else {
+        panic!("load")
+    };
     assert!(again.components.iter().all(|c| c.cached), "{again:?}");
 
-    let pin = PinWish { model: None, revision: None, pin: Some(true) };
-    let Response::Pin(pinned) = ask(Request::Pin(pin), &mut crew).unwrap() else { panic!("pin") };
+    let pin = PinRequest { model: None, revision: None, pin: Some(true) };
+    let Response::Pin(pinned) = ask(Request::Pin(pin), &mut resources).unwrap() else { panic!("pin") };
     assert_eq!((pinned.pinned, pinned.bytes), (true, loaded.bytes));
-    assert_eq!(crew.unets.evict(Bytes(u64::MAX)), Bytes(0));
-    let Response::List(list) = ask(Request::List(Nothing {}), &mut crew).unwrap() else { panic!("list") };
+    assert_eq!(resources.unets.evict(Bytes(u64::MAX)), Bytes(0));
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut resources).unwrap() else { panic!("list") };
     let demo = &list.models[0];
     assert_eq!((demo.family, demo.dtype, demo.pinned), (Some("sdxl_base"), Some("f16"), true));
     assert_eq!(demo.loaded, ["encoder", "unet", "vae"]);
-    ask(Request::Pin(PinWish { model: None, revision: None, pin: Some(false) }), &mut crew).unwrap();
+    ask(Request::Pin(PinRequest { model: None, revision: None, pin: Some(false) }), &mut resources).unwrap();
 
-    let held = crew.unets.acquire(&Checkpoint::demo().unwrap(), crew.placement.as_ref().unwrap(), &Context::detached());
+    let held = resources.unets.acquire(
+        &Checkpoint::demo().unwrap(),
+        resources.placement.as_ref().unwrap(),
+        &Context::detached(),
+    );
     let weak = Arc::downgrade(&held.unwrap());
-    let Response::Unload(freed) = ask(Request::Unload(named("demo")), &mut crew).unwrap() else { panic!("unload") };
+    let Response::Unload(freed) = ask(Request::Unload(named("demo")), &mut resources).unwrap() else {
+        panic!("unload")
+    };
     assert_eq!(freed.models, ["demo"]);
     assert!(freed.freed >= loaded.bytes);
     assert!(weak.upgrade().is_none(), "the network outlived its unloading");
-    assert!(crew.resident().is_empty());
+    assert!(resources.resident().is_empty());
 }
 
 #[test]
 fn inspection_tells_what_the_files_say() {
-    let Response::Inspect(facts) = ask(Request::Inspect(ModelWish::default()), &mut crew(Vec::new())).unwrap() else {
+    let Response::Inspect(facts) = ask(Request::Inspect(ModelRequest::default()), &mut resources(Vec::new())).unwrap()
+    else {
         panic!("inspect")
     };
     assert_eq!((facts.model.as_str(), facts.family, facts.default_width), ("demo", "sdxl_base", 256));
@@ -255,7 +266,7 @@ fn inspection_tells_what_the_files_say() {
         form: None,
         over: None,
     }];
-    let mut desk = ModelCrew::new(&Settings::default());
+    let mut desk = ModelResources::new(&Settings::default());
     desk.published = Some(published);
     let Response::List(list) = ask(Request::List(Nothing {}), &mut desk).unwrap() else { panic!("list") };
     assert_eq!((list.models[0].loaded.clone(), list.models[0].pinned), (vec!["unet"], true));
@@ -263,9 +274,9 @@ fn inspection_tells_what_the_files_say() {
 
 #[test]
 fn wider_weights_become_the_compute_dtype() {
-    let mut crew = crew(Vec::new());
+    let mut resources = resources(Vec::new());
     for (compute, expected) in [(Dtype::F32, 2), (Dtype::Bf16, 2), (Dtype::F16, 2)] {
-        crew.placement = Some(Placement {
+        resources.placement = Some(Placement {
             device: Device::Cpu,
             name: "cpu".into(),
             compute,
@@ -273,7 +284,7 @@ fn wider_weights_become_the_compute_dtype() {
             quantization: Quantization::None,
             away: false,
         });
-        let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
+        let Response::Load(loaded) = ask(Request::Load(ModelRequest::default()), &mut resources).unwrap() else {
             panic!("load")
         };
         assert!(loaded.components[1].bytes.0 / 8_800_000 == expected, "{compute:?}: {loaded:?}");
@@ -282,12 +293,12 @@ fn wider_weights_become_the_compute_dtype() {
 
 #[test]
 fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
-    let mut crew = crew(Vec::new());
+    let mut resources = resources(Vec::new());
     let mut load = |quantization| {
         let (device, name) = (Device::Cpu, "cpu".to_owned());
-        crew.placement =
+        resources.placement =
             Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization, away: false });
-        let Response::Load(loaded) = ask(Request::Load(ModelWish::default()), &mut crew).unwrap() else {
+        let Response::Load(loaded) = ask(Request::Load(ModelRequest::default()), &mut resources).unwrap() else {
             panic!("load")
         };
         loaded.components
@@ -317,8 +328,8 @@ fn loading_reports_progress_and_can_be_cancelled() {
         }
     };
     let ctx = Context::new("r".into(), cancel, None, None, Box::new(report));
-    let mut crew = crew(Vec::new());
-    let error = ModelInstructor.instruct(Request::Load(ModelWish::default()), &mut crew, &ctx).unwrap_err();
+    let mut resources = resources(Vec::new());
+    let error = ModelInstructor.instruct(Request::Load(ModelRequest::default()), &mut resources, &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
     let seen = seen.lock().unwrap();
     // How often depends on the machine; what is read grows, and nothing follows the cancellation.
@@ -411,7 +422,7 @@ fn a_shelf_never_drops_what_is_pinned() {
 
 #[test]
 fn every_family_is_found_by_what_it_looks_like() {
-    use sdxl_worker::model::families::Family;
+    use sdxl_worker::model::checkpoint::families::Family;
     for (name, family) in FAMILIES.iter() {
         assert_eq!(name, family.name);
         let depths = family.depths.unwrap_or_default();

@@ -13,7 +13,7 @@ use candle_nn::VarBuilder;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
-use sdxl_worker::model::networks::steering::Steering;
+use sdxl_worker::model::networks::interventions::Steering;
 use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
 use sdxl_worker::model::networks::vae::{Extent, VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Value, json};

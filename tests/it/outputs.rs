@@ -8,12 +8,12 @@ use base64::engine::general_purpose::STANDARD;
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::error::Result;
-use sdxl_worker::image_source::ImageSource;
+use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::image::source::ImageSource;
 use sdxl_worker::layers::{Instructor, Nothing};
-use sdxl_worker::pixels::Rgb8;
 use sdxl_worker::postprocessing::instructor::{Delivery, PostprocessingInstructor};
 use sdxl_worker::postprocessing::interface::{
-    Delivered, ImageMetadata, MetadataRequest, OutputWish, Request, Response, ReturnAs, Settings,
+    Delivered, ImageMetadata, MetadataRequest, OutputOptions, Request, Response, ReturnAs, Settings,
 };
 use sdxl_worker::postprocessing::metadata::{FoundRequest, ImageText, Parameters};
 use sdxl_worker::postprocessing::{EncodeTask, FORMATS};
@@ -70,8 +70,8 @@ impl Place {
         self.root.path().join(name).display().to_string()
     }
 
-    fn deliver(&self, wish: &OutputWish, id: &str, index: usize) -> Result<Delivered> {
-        let plan = self.instructor.resolve(wish)?;
+    fn deliver(&self, options: &OutputOptions, id: &str, index: usize) -> Result<Delivered> {
+        let plan = self.instructor.resolve(options)?;
         let (image, text) = (picture(), text("a lighthouse"));
         let delivery = Delivery { plan: &plan, image: &image, index, text: Some(&text) };
         self.instructor.deliver(delivery, &context(id))
@@ -100,12 +100,12 @@ impl Place {
     }
 }
 
-fn wish(path: Option<&str>, dir: Option<&str>, name: Option<&str>) -> OutputWish {
-    OutputWish {
+fn options(path: Option<&str>, dir: Option<&str>, name: Option<&str>) -> OutputOptions {
+    OutputOptions {
         path: path.map(str::to_owned),
         dir: dir.map(str::to_owned),
         name: name.map(str::to_owned),
-        ..OutputWish::default()
+        ..OutputOptions::default()
     }
 }
 
@@ -244,7 +244,7 @@ fn png_text_is_read_by_a_png_decoder_of_its_own() {
 #[test]
 fn metadata_can_be_left_out() {
     let place = Place::new();
-    let bare = OutputWish { metadata: Some(false), return_as: Some(ReturnAs::Base64), ..OutputWish::default() };
+    let bare = OutputOptions { metadata: Some(false), return_as: Some(ReturnAs::Base64), ..OutputOptions::default() };
     let delivered = place.deliver(&bare, "r", 0).unwrap();
     assert_eq!(delivered.path, None);
     let base64 = delivered.base64.unwrap();
@@ -258,7 +258,7 @@ fn metadata_can_be_left_out() {
 fn automatic_names_count_up_and_nothing_else_is_left() {
     let place = Place::new();
     let names = [("r-1", 0), ("r-1", 1), ("r-1", 0), ("r-1", 0)];
-    let paths = names.map(|(id, index)| place.deliver(&OutputWish::default(), id, index).unwrap().path.unwrap());
+    let paths = names.map(|(id, index)| place.deliver(&OutputOptions::default(), id, index).unwrap().path.unwrap());
     let expected = ["r-1-0.png", "r-1-1.png", "r-1-0-1.png", "r-1-0-2.png"];
     assert_eq!(paths, expected.map(|name| place.path(&format!("outputs/{name}"))));
     let mut sorted = paths.to_vec();
@@ -269,9 +269,9 @@ fn automatic_names_count_up_and_nothing_else_is_left() {
 #[test]
 fn a_named_file_is_never_overwritten() {
     let place = Place::new();
-    let wish = wish(Some(&place.path("deep/er/a.jpg")), None, None);
+    let options = options(Some(&place.path("deep/er/a.jpg")), None, None);
     // Both requests are resolved before either is made.
-    let plan = place.instructor.resolve(&wish).unwrap();
+    let plan = place.instructor.resolve(&options).unwrap();
     assert_eq!(plan.format.name, "jpeg");
     let image = picture();
     let deliver =
@@ -279,7 +279,7 @@ fn a_named_file_is_never_overwritten() {
     assert_eq!(deliver(0).unwrap().path, Some(place.path("deep/er/a.jpg")));
     let before = std::fs::read(place.path("deep/er/a.jpg")).unwrap();
     assert_eq!(deliver(0).unwrap_err().code(), "output_exists");
-    assert_eq!(place.instructor.resolve(&wish).err().map(|e| e.code()), Some("output_exists"));
+    assert_eq!(place.instructor.resolve(&options).err().map(|e| e.code()), Some("output_exists"));
     assert_eq!(std::fs::read(place.path("deep/er/a.jpg")).unwrap(), before);
     assert_eq!(deliver(1).unwrap().path, Some(place.path("deep/er/a-1.jpg")));
     assert_eq!(place.files(), [place.path("deep/er/a-1.jpg"), place.path("deep/er/a.jpg")]);
@@ -292,7 +292,7 @@ fn hostile_request_ids_become_plain_names() {
     for id in
         ["../../etc/passwd", "..", ".hidden", "a/b\\c", "nul\0\n\u{7f}", "", "CON", "日本/語", &long, "-rf *", "~"]
     {
-        let path = place.deliver(&OutputWish::default(), id, 0).unwrap().path.unwrap();
+        let path = place.deliver(&OutputOptions::default(), id, 0).unwrap().path.unwrap();
         let path = Path::new(&path);
         assert_eq!(path.parent().unwrap(), place.root.path().join("outputs"), "{id:?}");
         let name = path.file_name().unwrap().to_str().unwrap();
@@ -314,20 +314,20 @@ fn paths_outside_the_roots_are_refused() {
         std::os::unix::fs::symlink(other.path(), place.path("link")).unwrap();
         std::os::unix::fs::symlink(outside("missing.png"), place.path("dangling.png")).unwrap();
     }
-    let check = |wish: OutputWish, code: &str| {
-        let error = place.deliver(&wish, "r", 0).expect_err(&format!("{wish:?}"));
-        assert_eq!(error.code(), code, "{wish:?}: {error}");
+    let check = |options: OutputOptions, code: &str| {
+        let error = place.deliver(&options, "r", 0).expect_err(&format!("{options:?}"));
+        assert_eq!(error.code(), code, "{options:?}: {error}");
     };
-    check(wish(Some(&outside("a.png")), None, None), "path_not_allowed");
-    check(wish(Some("/etc/a.png"), None, None), "path_not_allowed");
-    check(wish(None, Some(&outside("")), None), "path_not_allowed");
-    check(wish(Some(&place.path("outputs/../../a.png")), None, None), "path_not_allowed");
-    check(wish(Some(&place.path("..")), None, None), "path_not_allowed");
-    check(wish(Some("../a.png"), None, None), "path_not_allowed");
+    check(options(Some(&outside("a.png")), None, None), "path_not_allowed");
+    check(options(Some("/etc/a.png"), None, None), "path_not_allowed");
+    check(options(None, Some(&outside("")), None), "path_not_allowed");
+    check(options(Some(&place.path("outputs/../../a.png")), None, None), "path_not_allowed");
+    check(options(Some(&place.path("..")), None, None), "path_not_allowed");
+    check(options(Some("../a.png"), None, None), "path_not_allowed");
     if cfg!(unix) {
-        check(wish(Some(&place.path("link/a.png")), None, None), "path_not_allowed");
-        check(wish(None, Some(&place.path("link/new")), Some("a")), "path_not_allowed");
-        check(wish(Some(&place.path("dangling.png")), None, None), "output_exists");
+        check(options(Some(&place.path("link/a.png")), None, None), "path_not_allowed");
+        check(options(None, Some(&place.path("link/new")), Some("a")), "path_not_allowed");
+        check(options(Some(&place.path("dangling.png")), None, None), "output_exists");
     }
     assert_eq!(std::fs::read_dir(other.path()).unwrap().count(), 0);
     for path in ["/etc/hostname", "../Cargo.toml"] {
@@ -339,64 +339,71 @@ fn paths_outside_the_roots_are_refused() {
 #[test]
 fn wishes_that_cannot_be_are_named() {
     let place = Place::new();
-    let check = |wish: OutputWish, code: &str, pointer: &str| {
-        let error = place.instructor.resolve(&wish).err().unwrap_or_else(|| panic!("{wish:?} was accepted"));
-        assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{wish:?}: {error}");
+    let check = |options: OutputOptions, code: &str, pointer: &str| {
+        let error = place.instructor.resolve(&options).err().unwrap_or_else(|| panic!("{options:?} was accepted"));
+        assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{options:?}: {error}");
     };
-    let format = |name: &str| OutputWish { format: Some(name.to_owned()), ..OutputWish::default() };
+    let format = |name: &str| OutputOptions { format: Some(name.to_owned()), ..OutputOptions::default() };
     check(format("pngg"), "unknown_name", "/data/output/format");
     check(format(""), "unknown_name", "/data/output/format");
     for quality in [0, 101, -1, i64::MAX, i64::MIN] {
-        let wish = OutputWish { quality: Some(quality), ..OutputWish::default() };
-        check(wish, "invalid_parameter", "/data/output/quality");
+        let options = OutputOptions { quality: Some(quality), ..OutputOptions::default() };
+        check(options, "invalid_parameter", "/data/output/quality");
     }
-    let base64 = OutputWish { return_as: Some(ReturnAs::Base64), ..wish(None, None, Some("a")) };
+    let base64 = OutputOptions { return_as: Some(ReturnAs::Base64), ..options(None, None, Some("a")) };
     check(base64, "invalid_parameter", "/data/output/name");
     let path = place.path("a.png");
-    check(wish(Some(&path), Some("b"), None), "invalid_parameter", "/data/output/path");
+    check(options(Some(&path), Some("b"), None), "invalid_parameter", "/data/output/path");
     check(
-        OutputWish { format: Some("webp".to_owned()), ..wish(Some(&path), None, None) },
+        OutputOptions { format: Some("webp".to_owned()), ..options(Some(&path), None, None) },
         "invalid_parameter",
         "/data/output/path",
     );
-    check(wish(Some(&place.path("a.gif")), None, None), "unknown_name", "/data/output/path");
-    check(wish(Some(&place.path("dir/")), None, None), "invalid_parameter", "/data/output/path");
-    check(wish(Some(""), None, None), "invalid_parameter", "/data/output/path");
+    check(options(Some(&place.path("a.gif")), None, None), "unknown_name", "/data/output/path");
+    check(options(Some(&place.path("dir/")), None, None), "invalid_parameter", "/data/output/path");
+    check(options(Some(""), None, None), "invalid_parameter", "/data/output/path");
     for name in ["", "a/b", "a\\b", ".", "..", ".png", "a\nb", "a\0", &"x".repeat(300)] {
-        check(wish(None, None, Some(name)), "invalid_parameter", "/data/output/name");
+        check(options(None, None, Some(name)), "invalid_parameter", "/data/output/name");
     }
 }
 
 #[test]
 fn names_and_formats_are_read_as_meant() {
     let place = Place::new();
-    let check = |wish: OutputWish, file: &str| {
-        assert_eq!(place.deliver(&wish, "r", 0).unwrap().path.as_deref(), Some(place.path(file).as_str()), "{wish:?}");
+    let check = |options: OutputOptions, file: &str| {
+        assert_eq!(
+            place.deliver(&options, "r", 0).unwrap().path.as_deref(),
+            Some(place.path(file).as_str()),
+            "{options:?}"
+        );
     };
-    check(wish(None, None, Some("v1.2 final")), "outputs/v1.2 final.png");
-    check(wish(None, None, Some("a.JPEG")), "outputs/a.jpg");
-    check(wish(Some(&place.path("bare")), None, None), "bare.png");
-    check(OutputWish { format: Some("JPG".to_owned()), ..wish(None, Some(&place.path("d")), None) }, "d/r-0.jpg");
-    check(OutputWish { format: Some("webp".to_owned()), ..wish(Some(&place.path("v1.2")), None, None) }, "v1.2.webp");
+    check(options(None, None, Some("v1.2 final")), "outputs/v1.2 final.png");
+    check(options(None, None, Some("a.JPEG")), "outputs/a.jpg");
+    check(options(Some(&place.path("bare")), None, None), "bare.png");
+    check(OutputOptions { format: Some("JPG".to_owned()), ..options(None, Some(&place.path("d")), None) }, "d/r-0.jpg");
+    check(
+        OutputOptions { format: Some("webp".to_owned()), ..options(Some(&place.path("v1.2")), None, None) },
+        "v1.2.webp",
+    );
 }
 
 #[test]
 fn a_folder_that_cannot_be_written_is_output_write_failed() {
     let place = Place::new();
     std::fs::write(place.path("file"), "x").unwrap();
-    let error = place.deliver(&wish(None, Some(&place.path("file")), None), "r", 0).unwrap_err();
+    let error = place.deliver(&options(None, Some(&place.path("file")), None), "r", 0).unwrap_err();
     assert_eq!(error.code(), "output_write_failed", "{error}");
     assert_eq!(place.files(), [place.path("file")]);
 }
 
 #[test]
 fn a_wish_reads_its_wire_names() {
-    let wish: OutputWish = serde_json::from_str(r#"{"return":"base64","format":"webp","quality":80}"#).unwrap();
+    let options: OutputOptions = serde_json::from_str(r#"{"return":"base64","format":"webp","quality":80}"#).unwrap();
     assert_eq!(
-        (wish.return_as, wish.format.as_deref(), wish.quality),
+        (options.return_as, options.format.as_deref(), options.quality),
         (Some(ReturnAs::Base64), Some("webp"), Some(80))
     );
-    assert_eq!(serde_json::from_str::<OutputWish>("{}").unwrap(), OutputWish::default());
+    assert_eq!(serde_json::from_str::<OutputOptions>("{}").unwrap(), OutputOptions::default());
 }
 
 #[test]

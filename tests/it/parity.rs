@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::image::pixels::Rgb8;
 use sdxl_worker::inference::interface::GenerateRequest;
-use sdxl_worker::pixels::Rgb8;
 
 use super::drawing::{Worker, distance};
 

@@ -5,23 +5,25 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::conditioning::instructor::{ConditioningCrew, ConditioningInstructor, PromptWish, Script};
+use sdxl_worker::conditioning::instructor::{
+    ConditioningInstructor, ConditioningResources, PromptOptions, PromptSchedule,
+};
 use sdxl_worker::conditioning::interface::{
-    AppliedEmbedding, CacheCount, EmbeddingWish, PromptWeighting, Request, Response, Settings,
+    AppliedEmbedding, CacheCount, EmbeddingRequest, PromptWeighting, Request, Response, Settings,
 };
 use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{self as inference, GenerateRequest};
 use sdxl_worker::layers::{Instructor, Nothing};
-use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::model::instructor::ModelResources;
 use sdxl_worker::model::interface as model;
 use sdxl_worker::postprocessing::instructor::PostprocessingInstructor;
-use sdxl_worker::postprocessing::interface::{OutputWish, ReturnAs};
+use sdxl_worker::postprocessing::interface::{OutputOptions, ReturnAs};
 use sdxl_worker::roots::Roots;
+use sdxl_worker::runtime::config::Config;
 
 use super::drawing::Worker;
 
@@ -38,10 +40,10 @@ fn placement() -> Placement {
     }
 }
 
-fn crew(root: &Path) -> ConditioningCrew {
+fn resources(root: &Path) -> ConditioningResources {
     let settings = model::Settings { roots: vec![root.to_owned()], ..model::Settings::default() };
-    ConditioningCrew {
-        model: ModelCrew::new(&settings),
+    ConditioningResources {
+        model: ModelResources::new(&settings),
         embeddings: EmbeddingManager::default(),
         hints: HintManager::default(),
     }
@@ -56,18 +58,18 @@ fn instructor() -> ConditioningInstructor {
     ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
 }
 
-fn told(wish: &PromptWish, crew: &mut ConditioningCrew) -> Result<Script> {
-    let checkpoint = crew.model.catalog.resolve(None).unwrap();
-    instructor().condition(wish, &checkpoint, crew, &placement(), &Context::detached())
+fn told(options: &PromptOptions, resources: &mut ConditioningResources) -> Result<PromptSchedule> {
+    let checkpoint = resources.model.catalog.resolve(None).unwrap();
+    instructor().condition(options, &checkpoint, resources, &placement(), &Context::detached())
 }
 
-fn wish(prompt: &str) -> PromptWish {
-    PromptWish { prompt: prompt.to_owned(), guided: true, steps: 10, ..PromptWish::default() }
+fn options(prompt: &str) -> PromptOptions {
+    PromptOptions { prompt: prompt.to_owned(), guided: true, steps: 10, ..PromptOptions::default() }
 }
 
 /// Steps of `prompt` by the place of what they are told, and how many parts and samples each thing told has.
 fn check(prompt: &str, steps: &[usize], parts: &[usize]) {
-    let script = told(&wish(prompt), &mut crew(&models())).unwrap();
+    let script = told(&options(prompt), &mut resources(&models())).unwrap();
     let got: Vec<usize> = (0..10).map(|done| script.at(done)).collect();
     assert_eq!(got, steps, "{prompt}");
     let counts: Vec<usize> = script.told.iter().map(|told| told.positive.len()).collect();
@@ -83,7 +85,7 @@ fn a_prompt_is_told_in_spans() {
     check("[a|a] hill", &[0; 10], &[1]);
     check("[a|b] AND [c:d:0.2] AND e", &[0, 0, 1, 2, 3, 2, 3, 2, 3, 2], &[3, 3, 3, 3]);
     // Past the last step, as a sampler may look once more.
-    let script = told(&wish("[a:b:3]"), &mut crew(&models())).unwrap();
+    let script = told(&options("[a:b:3]"), &mut resources(&models())).unwrap();
     assert_eq!((script.at(10), script.at(999)), (1, 1));
 }
 
@@ -94,32 +96,32 @@ fn difference(a: &Tensor, b: &Tensor) -> f32 {
 
 #[test]
 fn weights_of_one_change_nothing() {
-    let context = |wish: &PromptWish| {
-        let script = told(wish, &mut crew(&models())).unwrap();
+    let context = |options: &PromptOptions| {
+        let script = told(options, &mut resources(&models())).unwrap();
         script.told[0].positive[0].embeddings.context.clone()
     };
-    let plain = context(&wish("a red hill"));
+    let plain = context(&options("a red hill"));
     for weighting in [PromptWeighting::A1111, PromptWeighting::Comfy, PromptWeighting::Compel] {
-        let weighted = PromptWish { weighting, ..wish("a (red:1.0) hill") };
+        let weighted = PromptOptions { weighting, ..options("a (red:1.0) hill") };
         assert_eq!(difference(&context(&weighted), &plain), 0.0, "{weighting:?}");
-        let weighted = PromptWish { weighting, ..wish("a (red:1.5) hill") };
+        let weighted = PromptOptions { weighting, ..options("a (red:1.5) hill") };
         assert!(difference(&context(&weighted), &plain) > 0.1, "{weighting:?}");
     }
-    let literal = context(&PromptWish { weighting: PromptWeighting::None, ..wish("a (red:1.5) hill") });
-    assert_eq!(difference(&literal, &context(&wish(r"a \(red:1.5\) hill"))), 0.0);
+    let literal = context(&PromptOptions { weighting: PromptWeighting::None, ..options("a (red:1.5) hill") });
+    assert_eq!(difference(&literal, &context(&options(r"a \(red:1.5\) hill"))), 0.0);
 }
 
 /// What the first step is told of the prompt, and of the negative prompt.
-fn contexts(wish: &PromptWish) -> [Tensor; 2] {
-    let script = told(wish, &mut crew(&models())).unwrap();
+fn contexts(options: &PromptOptions) -> [Tensor; 2] {
+    let script = told(options, &mut resources(&models())).unwrap();
     let told = &script.told[0];
     [told.positive[0].embeddings.context.clone(), told.negative.as_ref().unwrap().context.clone()]
 }
 
 #[test]
 fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
-    let blurry = |prompt: &str| PromptWish { negative_prompt: Some("blurry".to_owned()), ..wish(prompt) };
-    let [alone, _] = contexts(&wish("a hill"));
+    let blurry = |prompt: &str| PromptOptions { negative_prompt: Some("blurry".to_owned()), ..options(prompt) };
+    let [alone, _] = contexts(&options("a hill"));
     let [beside, negative] = contexts(&blurry("a hill"));
     assert_eq!(difference(&alone, &beside), 0.0);
     for prompt in ["[a hill|b|c|d|e]", "a hill AND fog :0.5 AND (rain:1.3)"] {
@@ -127,61 +129,63 @@ fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
         assert_eq!(difference(&other, &negative), 0.0, "{prompt}");
         assert!(prompt.starts_with('a') || difference(&first, &alone) == 0.0, "{prompt}");
     }
-    let weighed = PromptWish { weighting: PromptWeighting::Compel, ..blurry("a (hill:0.5) in (fog:0.2)") };
+    let weighed = PromptOptions { weighting: PromptWeighting::Compel, ..blurry("a (hill:0.5) in (fog:0.2)") };
     assert_eq!(difference(&contexts(&weighed)[1], &negative), 0.0);
-    let again = PromptWish { negative_prompt: Some("a (hill:0.5) in (fog:0.2)".to_owned()), ..weighed.clone() };
+    let again = PromptOptions { negative_prompt: Some("a (hill:0.5) in (fog:0.2)".to_owned()), ..weighed.clone() };
     assert_eq!(difference(&contexts(&weighed)[0], &contexts(&again)[1]), 0.0);
 }
 
 #[test]
 fn many_masked_fragments_change_no_other_text() {
-    let compel = |count: usize| PromptWish {
+    let compel = |count: usize| PromptOptions {
         weighting: PromptWeighting::Compel,
         negative_prompt: Some("(a:0.5)(b:0.6)".repeat(count)),
-        ..wish("a (hill:0.5) in fog")
+        ..options("a (hill:0.5) in fog")
     };
     // In one pass of the encoder, and in two.
     let (few, many) = (contexts(&compel(1)), contexts(&compel(35)));
     assert_eq!(difference(&few[0], &many[0]), 0.0);
-    let error = told(&compel(129), &mut crew(&models())).unwrap_err();
+    let error = told(&compel(129), &mut resources(&models())).unwrap_err();
     let (code, pointer) = (error.code(), error.pointer());
     assert_eq!((code, pointer.as_deref()), ("invalid_parameter", Some("/data/negative_prompt")), "{error}");
     assert!(error.to_string().contains("at most 256 fragments"), "{error}");
-    assert!(told(&PromptWish { weighting: PromptWeighting::A1111, ..compel(129) }, &mut crew(&models())).is_ok());
+    assert!(
+        told(&PromptOptions { weighting: PromptWeighting::A1111, ..compel(129) }, &mut resources(&models())).is_ok()
+    );
 }
 
 #[test]
 fn unguided_parts_have_a_negative_all_the_same() {
-    let script = told(&PromptWish { guided: false, ..wish("a AND b") }, &mut crew(&models())).unwrap();
+    let script = told(&PromptOptions { guided: false, ..options("a AND b") }, &mut resources(&models())).unwrap();
     assert!(script.told[0].negative.is_some());
-    let script = told(&PromptWish { guided: false, ..wish("a") }, &mut crew(&models())).unwrap();
+    let script = told(&PromptOptions { guided: false, ..options("a") }, &mut resources(&models())).unwrap();
     assert!(script.told[0].negative.is_none());
 }
 
 #[test]
 fn everything_that_shapes_a_text_is_in_its_key() {
-    let mut crew = crew(&models());
-    let mut count = |wish: PromptWish| told(&wish, &mut crew).unwrap().cache;
+    let mut resources = resources(&models());
+    let mut count = |options: PromptOptions| told(&options, &mut resources).unwrap().cache;
     let fresh = CacheCount { hits: 0, misses: 1 };
     let known = CacheCount { hits: 1, misses: 0 };
-    assert_eq!(count(wish("a (red:1.5) hill")), fresh);
-    assert_eq!(count(wish("a (red:1.50) hill")), known);
-    assert_eq!(count(wish("a (red:1.6) hill")), fresh);
-    assert_eq!(count(wish("a red hill")), fresh);
-    assert_eq!(count(PromptWish { weighting: PromptWeighting::Comfy, ..wish("a red hill") }), known);
-    assert_eq!(count(PromptWish { weighting: PromptWeighting::Comfy, ..wish("a (red:1.5) hill") }), fresh);
-    assert_eq!(count(wish("a red BREAK hill")), fresh);
-    assert_eq!(count(wish("[a|b] red hill")), CacheCount { hits: 1, misses: 1 });
-    assert_eq!(count(wish("[a|b] red hill")), CacheCount { hits: 2, misses: 0 });
+    assert_eq!(count(options("a (red:1.5) hill")), fresh);
+    assert_eq!(count(options("a (red:1.50) hill")), known);
+    assert_eq!(count(options("a (red:1.6) hill")), fresh);
+    assert_eq!(count(options("a red hill")), fresh);
+    assert_eq!(count(PromptOptions { weighting: PromptWeighting::Comfy, ..options("a red hill") }), known);
+    assert_eq!(count(PromptOptions { weighting: PromptWeighting::Comfy, ..options("a (red:1.5) hill") }), fresh);
+    assert_eq!(count(options("a red BREAK hill")), fresh);
+    assert_eq!(count(options("[a|b] red hill")), CacheCount { hits: 1, misses: 1 });
+    assert_eq!(count(options("[a|b] red hill")), CacheCount { hits: 2, misses: 0 });
 }
 
 #[test]
 fn a_textual_inversion_is_told_to_both_encoders() {
-    let mut crew = crew(&models());
-    let wishes = [EmbeddingWish { name: STYLE.to_owned(), token: None }];
-    let embeddings = instructor().embeddings(&wishes, &crew.model.catalog).unwrap();
-    let with = PromptWish { embeddings, ..wish("a hill, Steer-Style") };
-    let script = told(&with, &mut crew).unwrap();
+    let mut resources = resources(&models());
+    let entries = [EmbeddingRequest { name: STYLE.to_owned(), token: None }];
+    let embeddings = instructor().embeddings(&entries, &resources.model.catalog).unwrap();
+    let with = PromptOptions { embeddings, ..options("a hill, Steer-Style") };
+    let script = told(&with, &mut resources).unwrap();
     let applied = AppliedEmbedding {
         name: format!("embeddings/{STYLE}"),
         token: STYLE.to_owned(),
@@ -189,14 +193,14 @@ fn a_textual_inversion_is_told_to_both_encoders() {
         encoders: vec!["text_encoder", "text_encoder_2"],
     };
     assert_eq!(script.applied, [applied]);
-    let without = told(&wish("a hill, Steer-Style"), &mut crew).unwrap();
+    let without = told(&options("a hill, Steer-Style"), &mut resources).unwrap();
     assert_eq!((script.cache.misses, without.cache.misses), (1, 1));
-    let context = |script: &Script| script.told[0].positive[0].embeddings.context.clone();
+    let context = |script: &PromptSchedule| script.told[0].positive[0].embeddings.context.clone();
     for (from, width) in [(0, 32), (32, 64)] {
-        let part = |script: &Script| context(script).narrow(2, from, width).unwrap();
+        let part = |script: &PromptSchedule| context(script).narrow(2, from, width).unwrap();
         assert!(difference(&part(&script), &part(&without)) > 0.1, "channels from {from}");
     }
-    assert_eq!(told(&with, &mut crew).unwrap().cache, CacheCount { hits: 1, misses: 0 });
+    assert_eq!(told(&with, &mut resources).unwrap().cache, CacheCount { hits: 1, misses: 0 });
 }
 
 fn planned(request: GenerateRequest) -> Result<GenerateRequest> {
@@ -211,8 +215,8 @@ fn request(prompt: &str) -> GenerateRequest {
     GenerateRequest { prompt: Some(prompt.to_owned()), ..GenerateRequest::default() }
 }
 
-fn style(token: &str) -> Option<Vec<EmbeddingWish>> {
-    Some(vec![EmbeddingWish { name: STYLE.to_owned(), token: Some(token.to_owned()) }])
+fn style(token: &str) -> Option<Vec<EmbeddingRequest>> {
+    Some(vec![EmbeddingRequest { name: STYLE.to_owned(), token: Some(token.to_owned()) }])
 }
 
 #[track_caller]
@@ -264,11 +268,12 @@ fn the_word_of_an_embedding_may_stand_where_it_is_not_told() {
 
 #[test]
 fn what_would_fill_the_memory_is_refused() {
-    let changing = PromptWish { steps: 600, ..wish(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
-    let mut crew = crew(&models());
-    assert_eq!(told(&PromptWish { steps: 40, ..changing.clone() }, &mut crew).unwrap().told.len(), 1);
+    let changing = PromptOptions { steps: 600, ..options(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
+    let mut resources = resources(&models());
+    assert_eq!(told(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().told.len(), 1);
     let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
-    let error = told(&PromptWish { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut crew);
+    let error =
+        told(&PromptOptions { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut resources);
     assert!(error.unwrap_err().to_string().contains("prompts together must be at most 512 texts of 2 chunks"));
 }
 
@@ -278,13 +283,13 @@ fn what_is_decided_stands_in_the_parameters() {
     assert_eq!(made.prompt_weighting, Some(PromptWeighting::A1111));
     assert_eq!(made.comma_padding_backtrack, Some(0));
     let name = format!("embeddings/{STYLE}");
-    assert_eq!(made.embeddings, Some(vec![EmbeddingWish { name, token: Some("a".to_owned()) }]));
+    assert_eq!(made.embeddings, Some(vec![EmbeddingRequest { name, token: Some("a".to_owned()) }]));
 }
 
 /// The answer to `data`, as it stands on the wire.
 fn answer(worker: &mut Worker, data: &str) -> serde_json::Value {
     let request: GenerateRequest = serde_json::from_str(data).unwrap();
-    let output = OutputWish { return_as: Some(ReturnAs::Base64), ..OutputWish::default() };
+    let output = OutputOptions { return_as: Some(ReturnAs::Base64), ..OutputOptions::default() };
     let request = GenerateRequest { output: Some(output), ..request };
     let (leader, ctx) = (&worker.instructors.inference, Context::detached());
     let request = inference::Request::Generate(Box::new(request));
@@ -319,10 +324,10 @@ fn inversion(tensors: &[(&str, (usize, usize))]) -> Error {
     let tensors: std::collections::HashMap<&str, Tensor> =
         tensors.iter().map(|(name, shape)| (*name, tensor(shape))).collect();
     candle_core::safetensors::save(&tensors, root.path().join("x.safetensors")).unwrap();
-    let mut crew = crew(root.path());
-    let wishes = [EmbeddingWish { name: "x".to_owned(), token: None }];
-    let embeddings = instructor().embeddings(&wishes, &crew.model.catalog).unwrap();
-    told(&PromptWish { embeddings, ..wish("x") }, &mut crew).unwrap_err()
+    let mut resources = resources(root.path());
+    let entries = [EmbeddingRequest { name: "x".to_owned(), token: None }];
+    let embeddings = instructor().embeddings(&entries, &resources.model.catalog).unwrap();
+    told(&PromptOptions { embeddings, ..options("x") }, &mut resources).unwrap_err()
 }
 
 #[test]
@@ -338,9 +343,9 @@ fn a_file_that_is_no_inversion_of_this_model_is_refused() {
         let error = inversion(tensors);
         assert_eq!(error.code(), "model_unsupported", "{tensors:?}: {error}");
     }
-    let crew = crew(&models());
-    let wish = |name: &str| [EmbeddingWish { name: name.to_owned(), token: None }];
-    let code = |name: &str| instructor().embeddings(&wish(name), &crew.model.catalog).unwrap_err().code();
+    let resources = resources(&models());
+    let options = |name: &str| [EmbeddingRequest { name: name.to_owned(), token: None }];
+    let code = |name: &str| instructor().embeddings(&options(name), &resources.model.catalog).unwrap_err().code();
     assert_eq!(code("nothing"), "model_not_found");
     assert_eq!(code("../x"), "path_not_allowed");
     assert_eq!(code(""), "invalid_parameter");
@@ -348,8 +353,8 @@ fn a_file_that_is_no_inversion_of_this_model_is_refused() {
 
 #[test]
 fn the_list_names_what_a_prompt_may_be_written_with() {
-    let mut crew = crew(&models());
-    let made = instructor().instruct(Request::List(Nothing {}), &mut crew, &Context::detached()).unwrap();
+    let mut resources = resources(&models());
+    let made = instructor().instruct(Request::List(Nothing {}), &mut resources, &Context::detached()).unwrap();
     let Response::List(list) = made else { panic!("list") };
     assert!(list.prompt_syntax.contains(&"BREAK") && list.prompt_weightings.len() == 4);
 }

@@ -97,8 +97,8 @@ fn alike(ours: &Value, reference: &Value) -> bool {
     ours.len() == reference.len() && most <= 1 && apart * 1000 < ours.len()
 }
 
-fn rungs(memory: &Value) -> Vec<&str> {
-    memory["rungs"].as_array().unwrap().iter().map(|rung| rung.as_str().unwrap()).collect()
+fn fallbacks(memory: &Value) -> Vec<&str> {
+    memory["rungs"].as_array().unwrap().iter().map(|fallback| fallback.as_str().unwrap()).collect()
 }
 
 #[test]
@@ -164,16 +164,20 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
     let taken = fresh.taken();
     let estimate = fresh.estimate(&wanted);
     println!("{estimate}");
-    let way = |rung: &Value| {
+    let way = |fallback: &Value| {
         let ways = estimate["ways"].as_array().unwrap();
-        ways.iter().find(|way| way["rung"] == *rung).unwrap()["needed"].as_u64().unwrap()
+        ways.iter().find(|way| way["rung"] == *fallback).unwrap()["needed"].as_u64().unwrap()
     };
     let check = |limit: u64, expected: &[&str]| {
         let mut worker = Limited::new(Some(limit), None);
         let estimate = worker.estimate(&wanted);
-        assert_eq!((rungs(&estimate["memory"]), &estimate["fits"]), (expected.to_vec(), &json!(true)), "{estimate}");
+        assert_eq!(
+            (fallbacks(&estimate["memory"]), &estimate["fits"]),
+            (expected.to_vec(), &json!(true)),
+            "{estimate}"
+        );
         let made = worker.draw(&wanted);
-        assert_eq!(rungs(&made["memory"]), expected, "{}", made["memory"]);
+        assert_eq!(fallbacks(&made["memory"]), expected, "{}", made["memory"]);
         assert_eq!(made["memory"]["why"].is_string(), !expected.is_empty());
         assert!(alike(&made, &plain), "{expected:?} makes another image");
         let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
@@ -189,7 +193,7 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
     let mut worker = Limited::new(Some(taken + way(&Value::Null) + KEPT), None);
     for time in 1..=3 {
         let made = worker.draw(&wanted);
-        assert_eq!(rungs(&made["memory"]), [""; 0], "time {time}: {}", made["memory"]);
+        assert_eq!(fallbacks(&made["memory"]), [""; 0], "time {time}: {}", made["memory"]);
     }
 }
 
@@ -268,9 +272,9 @@ fn other_models_make_room_unless_they_are_pinned() {
     let least = fresh.estimate(&with(own.clone(), &json!({ "offload": "none", "slice": false })));
     println!("{needed} {}", least["ways"]);
     let mut tight = Limited::new(Some(taken + needed + 8 * MIB), Some(folder.path()));
-    assert_eq!(rungs(&tight.draw(&own)["memory"]), [""; 0]);
+    assert_eq!(fallbacks(&tight.draw(&own)["memory"]), [""; 0]);
     let made = tight.draw(&other);
-    assert_eq!(rungs(&made["memory"]).first(), Some(&"drop"), "{}", made["memory"]);
+    assert_eq!(fallbacks(&made["memory"]).first(), Some(&"drop"), "{}", made["memory"]);
     let names = |worker: &mut Limited| -> Vec<String> {
         let status = worker.ask("communication", "status", &json!({}));
         let all = status["residents"].as_array().unwrap();

@@ -10,7 +10,7 @@ use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::noise::{NoiseSource, RngKind};
 use sdxl_worker::scheduler::instructor::SchedulerInstructor;
-use sdxl_worker::scheduler::interface::{Request, Response, SamplingWish, Settings};
+use sdxl_worker::scheduler::interface::{Request, Response, SamplingOptions, Settings};
 use sdxl_worker::scheduler::schedule::{
     BetaSchedule, FinalSigmas, Prediction, SamplingPlan, SchedulerConfig, TimestepSpacing, Training,
 };
@@ -72,16 +72,16 @@ fn goldens() -> (Goldens, HashMap<String, Tensor>) {
     (serde_json::from_str(&text).unwrap(), tensors)
 }
 
-fn plan(wish: &SamplingWish) -> Result<SamplingPlan> {
-    SchedulerInstructor::new(Settings::default()).unwrap().plan(wish, &SchedulerConfig::sdxl())
+fn plan(options: &SamplingOptions) -> Result<SamplingPlan> {
+    SchedulerInstructor::new(Settings::default()).unwrap().plan(options, &SchedulerConfig::sdxl())
 }
 
-fn wish(sampler: &str, schedule: &str, steps: i64) -> SamplingWish {
-    SamplingWish {
+fn options(sampler: &str, schedule: &str, steps: i64) -> SamplingOptions {
+    SamplingOptions {
         sampler_name: Some(sampler.to_owned()),
         scheduler: Some(schedule.to_owned()),
         steps: Some(steps),
-        ..SamplingWish::default()
+        ..SamplingOptions::default()
     }
 }
 
@@ -178,7 +178,7 @@ fn sigmas_and_timesteps_equal_diffusers() {
     let mut wrong = Vec::new();
     for golden in &goldens.tables {
         let GoldenTable { sampler, schedule, steps, .. } = golden;
-        let plan = match plan(&wish(sampler, schedule, *steps as i64)) {
+        let plan = match plan(&options(sampler, schedule, *steps as i64)) {
             Ok(plan) => plan,
             Err(error) => {
                 wrong.push(format!("{sampler} {schedule} {steps}: {error}"));
@@ -222,7 +222,7 @@ fn runs_end_where_diffusers_ends() {
     let mut wrong = Vec::new();
     let mut worst: HashMap<&str, (f64, &str)> = HashMap::new();
     for golden in &goldens.runs {
-        let wish = SamplingWish {
+        let options = SamplingOptions {
             sampler_name: Some(golden.sampler.clone()),
             scheduler: golden.schedule.clone(),
             steps: golden.steps,
@@ -232,7 +232,7 @@ fn runs_end_where_diffusers_ends() {
             prediction_type: golden.prediction,
             zero_terminal_snr: golden.zero,
         };
-        let mut plan = match plan(&wish) {
+        let mut plan = match plan(&options) {
             Ok(plan) => plan,
             Err(error) => {
                 wrong.push(format!("{}: {error}", golden.name));
@@ -288,7 +288,7 @@ fn every_sampler_runs_with_every_schedule() {
         for schedule in SPACINGS.names() {
             for steps in [1, 2, 3, 10] {
                 let case = format!("{sampler} {schedule} {steps}");
-                let plan = plan(&wish(sampler, schedule, steps)).unwrap_or_else(|error| panic!("{case}: {error}"));
+                let plan = plan(&options(sampler, schedule, steps)).unwrap_or_else(|error| panic!("{case}: {error}"));
                 assert_eq!(plan.steps(), steps as usize, "{case}");
                 let mut noise = source(5);
                 let x = (noise.draw().unwrap() * plan.init_scale).unwrap();
@@ -305,7 +305,7 @@ fn every_sampler_runs_with_every_schedule() {
 #[test]
 fn a_failing_denoiser_ends_the_run() {
     for (sampler, worker) in SAMPLERS.iter() {
-        let plan = plan(&wish(sampler, "leading", 5)).unwrap();
+        let plan = plan(&options(sampler, "leading", 5)).unwrap();
         let mut noise = source(5);
         let x = noise.draw().unwrap();
         let mut calls = 0;
@@ -324,7 +324,7 @@ fn a_failing_denoiser_ends_the_run() {
 #[test]
 fn a_cancelled_request_makes_no_more_calls() {
     for (sampler, worker) in SAMPLERS.iter() {
-        let plan = plan(&wish(sampler, "leading", 5)).unwrap();
+        let plan = plan(&options(sampler, "leading", 5)).unwrap();
         let mut noise = source(5);
         let x = noise.draw().unwrap();
         let cancel = CancelToken::default();
@@ -346,8 +346,9 @@ fn a_cancelled_request_makes_no_more_calls() {
 #[test]
 fn people_find_samplers_by_the_names_they_know() {
     fn check(name: &str, sampler: &str, schedule: &str) {
-        let wish = SamplingWish { sampler_name: Some(name.to_owned()), steps: Some(4), ..SamplingWish::default() };
-        let plan = plan(&wish).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let options =
+            SamplingOptions { sampler_name: Some(name.to_owned()), steps: Some(4), ..SamplingOptions::default() };
+        let plan = plan(&options).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!((plan.sampler, plan.schedule), (sampler, schedule), "{name}");
     }
     check("DPM++ 2M Karras", "dpmpp_2m", "karras");
@@ -376,39 +377,39 @@ fn people_find_samplers_by_the_names_they_know() {
         ("normal", "linspace"),
         ("Automatic", "leading"),
     ] {
-        assert_eq!(plan(&wish("euler", label, 4)).unwrap().schedule, name, "{label}");
+        assert_eq!(plan(&options("euler", label, 4)).unwrap().schedule, name, "{label}");
     }
 }
 
 #[test]
 fn wishes_that_give_no_run_are_errors() {
-    fn check(wish: &SamplingWish, code: &str, pointer: &str, said: &str) {
-        let error = plan(wish).expect_err(said);
+    fn check(options: &SamplingOptions, code: &str, pointer: &str, said: &str) {
+        let error = plan(options).expect_err(said);
         let text = format!("{error} {}", error.hint().unwrap_or_default());
         assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{text}");
         assert!(text.contains(said), "{text}");
     }
-    let none = SamplingWish::default();
+    let none = SamplingOptions::default();
     let (number, name) = ("invalid_parameter", "unknown_name");
-    check(&wish("eular", "karras", 4), name, "/data/sampler_name", "did you mean `euler`?");
-    check(&wish("euler", "karas", 4), name, "/data/scheduler", "did you mean `karras`?");
-    check(&wish("DPM++ 2M Karras", "beta", 4), number, "/data/scheduler", "must be `karras`");
-    check(&wish("euler", "leading", 0), number, "/data/steps", "must be 1 to 1000, got 0");
-    check(&wish("euler", "leading", -3), number, "/data/steps", "got -3");
-    check(&wish("euler", "leading", 1001), number, "/data/steps", "got 1001");
-    check(&wish("lcm", "leading", 51), number, "/data/steps", "at most 50");
-    check(&wish("dpmpp_2m", "leading", 1000), number, "/data/steps", "must be fewer");
-    check(&SamplingWish { eta: Some(1.5), ..none.clone() }, number, "/data/eta", "must be 0 to 1, got 1.5");
-    check(&SamplingWish { eta: Some(f64::NAN), ..none.clone() }, number, "/data/eta", "got NaN");
-    check(&SamplingWish { eta: Some(0.5), ..wish("heun", "leading", 4) }, number, "/data/eta", "`heun`");
-    check(&SamplingWish { sigmas: Some(vec![]), ..none.clone() }, number, "/data/sigmas", "got 0");
-    check(&SamplingWish { sigmas: Some(vec![1.0, 2.0]), ..none.clone() }, number, "/data/sigmas", "fall");
-    check(&SamplingWish { sigmas: Some(vec![f64::INFINITY, 2.0]), ..none.clone() }, number, "/data/sigmas", "fall");
-    check(&SamplingWish { timesteps: Some(vec![1000.0]), ..none.clone() }, number, "/data/timesteps", "0 to 999");
-    check(&SamplingWish { timesteps: Some(vec![f64::NAN]), ..none.clone() }, number, "/data/timesteps", "0 to 999");
-    let both = SamplingWish { steps: Some(3), timesteps: Some(vec![900.0, 100.0]), ..none.clone() };
+    check(&options("eular", "karras", 4), name, "/data/sampler_name", "did you mean `euler`?");
+    check(&options("euler", "karas", 4), name, "/data/scheduler", "did you mean `karras`?");
+    check(&options("DPM++ 2M Karras", "beta", 4), number, "/data/scheduler", "must be `karras`");
+    check(&options("euler", "leading", 0), number, "/data/steps", "must be 1 to 1000, got 0");
+    check(&options("euler", "leading", -3), number, "/data/steps", "got -3");
+    check(&options("euler", "leading", 1001), number, "/data/steps", "got 1001");
+    check(&options("lcm", "leading", 51), number, "/data/steps", "at most 50");
+    check(&options("dpmpp_2m", "leading", 1000), number, "/data/steps", "must be fewer");
+    check(&SamplingOptions { eta: Some(1.5), ..none.clone() }, number, "/data/eta", "must be 0 to 1, got 1.5");
+    check(&SamplingOptions { eta: Some(f64::NAN), ..none.clone() }, number, "/data/eta", "got NaN");
+    check(&SamplingOptions { eta: Some(0.5), ..options("heun", "leading", 4) }, number, "/data/eta", "`heun`");
+    check(&SamplingOptions { sigmas: Some(vec![]), ..none.clone() }, number, "/data/sigmas", "got 0");
+    check(&SamplingOptions { sigmas: Some(vec![1.0, 2.0]), ..none.clone() }, number, "/data/sigmas", "fall");
+    check(&SamplingOptions { sigmas: Some(vec![f64::INFINITY, 2.0]), ..none.clone() }, number, "/data/sigmas", "fall");
+    check(&SamplingOptions { timesteps: Some(vec![1000.0]), ..none.clone() }, number, "/data/timesteps", "0 to 999");
+    check(&SamplingOptions { timesteps: Some(vec![f64::NAN]), ..none.clone() }, number, "/data/timesteps", "0 to 999");
+    let both = SamplingOptions { steps: Some(3), timesteps: Some(vec![900.0, 100.0]), ..none.clone() };
     check(&both, number, "/data/steps", "must be 2");
-    let zero = SamplingWish { zero_terminal_snr: Some(true), ..wish("ddim", "trailing", 4) };
+    let zero = SamplingOptions { zero_terminal_snr: Some(true), ..options("ddim", "trailing", 4) };
     check(&zero, number, "/data/zero_terminal_snr", "v_prediction");
     let settings = Settings { default_scheduler: "ddin".to_owned() };
     assert_eq!(SchedulerInstructor::new(settings).err().map(|error| error.code()), Some(name));
@@ -418,7 +419,7 @@ fn wishes_that_give_no_run_are_errors() {
 fn auto_takes_the_checkpoints_own_sampler() {
     fn check(config: &SchedulerConfig, sampler: &str, schedule: &str) {
         let settings = Settings { default_scheduler: "auto".to_owned() };
-        let plan = SchedulerInstructor::new(settings).unwrap().plan(&SamplingWish::default(), config).unwrap();
+        let plan = SchedulerInstructor::new(settings).unwrap().plan(&SamplingOptions::default(), config).unwrap();
         assert_eq!((plan.sampler, plan.schedule, plan.steps()), (sampler, schedule, 25));
     }
     check(&SchedulerConfig::sdxl(), "euler", "leading");
@@ -440,7 +441,7 @@ fn the_domain_lists_and_describes() {
     };
     assert_eq!(listing.samplers.len(), SAMPLERS.names().count());
     assert_eq!(listing.schedules.len(), SPACINGS.names().count());
-    let request = Request::Describe(wish("heun", "karras", 10));
+    let request = Request::Describe(options("heun", "karras", 10));
     let Ok(Response::Describe(plan)) = instructor.instruct(request, &mut (), &ctx) else { panic!("no plan") };
     assert_eq!((plan.sampler_name, plan.steps, plan.evaluations, plan.sigmas.len()), ("heun", 10, 19, 11));
 }

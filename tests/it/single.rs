@@ -6,15 +6,15 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Device;
-use sdxl_worker::config::Config;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::{Instructor, Nothing};
-use sdxl_worker::model::instructor::{ModelCrew, ModelInstructor};
-use sdxl_worker::model::interface::{HubSettings, Inspection, ModelWish, PinWish, Request, Response, Settings};
+use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
+use sdxl_worker::model::interface::{HubSettings, Inspection, ModelRequest, PinRequest, Request, Response, Settings};
+use sdxl_worker::runtime::config::Config;
 use sdxl_worker::scheduler::schedule::Prediction;
 
 use super::conditioning::demo_folder;
@@ -50,19 +50,19 @@ fn drawn(worker: &mut Worker, request: &GenerateRequest) -> (Vec<u32>, Vec<u8>) 
 
 fn ask(root: &Path, request: Request) -> Result<Response> {
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
-    let mut crew = ModelCrew::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() });
-    ModelInstructor.instruct(request, &mut crew, &Context::detached())
+    let mut resources = ModelResources::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() });
+    ModelInstructor.instruct(request, &mut resources, &Context::detached())
 }
 
-fn inspect(root: &Path, wish: ModelWish) -> Result<Inspection> {
-    match ask(root, Request::Inspect(wish))? {
+fn inspect(root: &Path, options: ModelRequest) -> Result<Inspection> {
+    match ask(root, Request::Inspect(options))? {
         Response::Inspect(facts) => Ok(*facts),
         other => panic!("{other:?}"),
     }
 }
 
-fn named(model: &str) -> ModelWish {
-    ModelWish { model: Some(model.to_owned()), ..ModelWish::default() }
+fn named(model: &str) -> ModelRequest {
+    ModelRequest { model: Some(model.to_owned()), ..ModelRequest::default() }
 }
 
 /// `folder` and `file.safetensors`: the demonstration model twice, in f16 or in f32.
@@ -125,8 +125,8 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
     assert_eq!(facts(&file), facts(&folder));
     assert_eq!(file.pipeline, folder.pipeline);
 
-    let mut crew = ModelCrew::new(&Settings { roots: vec![root.path().to_owned()], ..Settings::default() });
-    crew.placement = Some(Placement {
+    let mut resources = ModelResources::new(&Settings { roots: vec![root.path().to_owned()], ..Settings::default() });
+    resources.placement = Some(Placement {
         device: Device::Cpu,
         name: "cpu".to_owned(),
         compute: Dtype::F32,
@@ -134,11 +134,11 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
         quantization: Quantization::None,
         away: false,
     });
-    let mut told = |request: Request| ModelInstructor.instruct(request, &mut crew, &Context::detached()).unwrap();
+    let mut told = |request: Request| ModelInstructor.instruct(request, &mut resources, &Context::detached()).unwrap();
     let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };
     let Response::Load(same) = told(Request::Load(named("folder"))) else { panic!("load") };
     assert_eq!(loaded.bytes, same.bytes);
-    let pin = PinWish { model: Some("below/file.safetensors".to_owned()), revision: None, pin: Some(true) };
+    let pin = PinRequest { model: Some("below/file.safetensors".to_owned()), revision: None, pin: Some(true) };
     let Response::Pin(pinned) = told(Request::Pin(pin)) else { panic!("pin") };
     assert_eq!(pinned.bytes, loaded.bytes);
     let Response::Unload(freed) = told(Request::Unload(named("below/file"))) else { panic!("unload") };
@@ -336,7 +336,7 @@ fn pickles_are_refused_whatever_their_name() {
         fs::write(root.path().join(name), bytes).unwrap();
         let error = inspect(root.path(), named(name)).unwrap_err();
         assert_eq!(error.code(), "unsafe_format", "{name}: {error}");
-        let beside = ModelWish { vae: Some(name.to_owned()), ..ModelWish::default() };
+        let beside = ModelRequest { vae: Some(name.to_owned()), ..ModelRequest::default() };
         let error = inspect(root.path(), beside).unwrap_err();
         assert_eq!(error.code(), "unsafe_format", "{name}: {error}");
     }

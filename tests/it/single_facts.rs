@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use sdxl_worker::config::Config;
 use sdxl_worker::error::Result;
-use sdxl_worker::inference::interface::{GenerateRequest, RefinerWish};
+use sdxl_worker::inference::interface::{GenerateRequest, RefinerOptions};
 use sdxl_worker::model::checkpoint::{Checkpoint, Part};
-use sdxl_worker::model::instructor::ModelCrew;
+use sdxl_worker::model::instructor::ModelResources;
 use sdxl_worker::model::interface::{HubSettings, Settings};
 use sdxl_worker::model::networks::PerBlock;
+use sdxl_worker::runtime::config::Config;
 use sdxl_worker::scheduler::schedule::Prediction;
 
 use super::conditioning::demo_folder;
@@ -21,13 +21,13 @@ use super::drawing::Worker;
 use super::single::{KOALA_1B, KOALA_700M, REFINER, SSD_1B, VEGA, whole};
 use super::single_layouts::{BASE, Build, Layout, sparse};
 
-fn crew(root: &Path) -> ModelCrew {
+fn resources(root: &Path) -> ModelResources {
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
-    ModelCrew::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() })
+    ModelResources::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() })
 }
 
 fn resolved(root: &Path, name: &str, parts: &[(Part, Option<&str>)]) -> Result<Arc<Checkpoint>> {
-    crew(root).catalog.resolve_with(Some(name), parts)
+    resources(root).catalog.resolve_with(Some(name), parts)
 }
 
 /// What `unet/config.json` of a published model says.
@@ -188,7 +188,7 @@ fn a_refiner_goes_on_from_the_same_latents() {
         let request = GenerateRequest {
             prompt: Some("a hill".to_owned()),
             model: Some(model.to_owned()),
-            refiner: refiner.map(|model| RefinerWish { model: model.to_owned(), switch_at: None }),
+            refiner: refiner.map(|model| RefinerOptions { model: model.to_owned(), switch_at: None }),
             ..GenerateRequest::default()
         };
         let Err(error) = worker.instructors.inference.plan(&request, &mut worker.managers) else {
@@ -233,8 +233,8 @@ fn a_folder_hides_no_file_of_its_name() {
     };
     demo_folder(&path("anime"));
     fs::create_dir_all(path("loras")).unwrap();
-    let crew = crew(root.path());
-    let bytes = |name: &str| crew.catalog.lora(name, "loras").map(|found| found.file_bytes().0);
+    let resources = resources(root.path());
+    let bytes = |name: &str| resources.catalog.lora(name, "loras").map(|found| found.file_bytes().0);
     assert_eq!(bytes("anime").unwrap_err().code(), "model_not_found");
     let below = write("loras/anime.safetensors", 4);
     assert_eq!(bytes("anime").unwrap(), below);

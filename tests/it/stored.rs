@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use sdxl_worker::config::Config;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Error;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::kernels::{Coding, StoredWeight};
 use sdxl_worker::model::checkpoint::Part;
+use sdxl_worker::runtime::config::Config;
 use serde_json::json;
 
 use super::conditioning::demo_folder;

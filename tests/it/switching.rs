@@ -95,7 +95,7 @@ fn two_hundred_switches_leave_the_process_as_it_was() {
     let mut pool = Pool { worker, asked: 0 };
     let names = ["demo", "file", "other"];
     let loras = [json!([]), json!(["kohya"]), json!([{ "model": "peft", "weight": 0.7 }])];
-    let wish = |turn: usize| {
+    let options = |turn: usize| {
         // Every round but the last differs from the first, so that its prompt is not known from before.
         json!({ "model": names[turn % 3], "loras": loras[turn / 3 % 3], "prompt": format!("a hill {}", turn / 3 % 66), "steps": 1, "width": 64, "height": 64,
                 "seed": 5, "output": { "return": "base64", "metadata": false } })
@@ -104,7 +104,7 @@ fn two_hundred_switches_leave_the_process_as_it_was() {
     let (mut warm, mut open) = (0, 0);
     let mut evicted = 0;
     for turn in 0..SWITCHES {
-        let made = pool.ask("inference", "generate", &wish(turn));
+        let made = pool.ask("inference", "generate", &options(turn));
         let bytes = made["images"][0]["base64"].as_str().unwrap().to_owned();
         let adapters = made["adapters"].as_array().map_or(0, Vec::len);
         assert_eq!(adapters, usize::from(turn / 3 % 3 > 0), "{}", made["adapters"]);

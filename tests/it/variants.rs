@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::config::Config;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Error;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::noise::{NoiseSource, RngKind};
+use sdxl_worker::runtime::config::Config;
 
 use super::conditioning::demo_folder;
 use super::drawing::{Worker, distance};

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, plain, quantising};
+use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, quantizing, reference};
 
 use crate::whole::{Dice, Follow, LEVEL, at_every_level, close, numbers};
 
@@ -47,17 +47,17 @@ fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
 /// small enough to be exact in f64.
 fn convolution(x: &Tensor, weight: &Tensor, shape: ConvShape) -> Tensor {
     let pointwise = shape.kernel == 1 && shape.stride == 1 && shape.padding == Padding::default();
-    let quantised = |t: &Tensor, length: usize| -> (Tensor, Vec<f32>) {
+    let quantized = |t: &Tensor, length: usize| -> (Tensor, Vec<f32>) {
         let (whole, steps): (Vec<_>, Vec<_>) = rows_of(t, length).into_iter().unzip();
         let whole: Vec<f32> = whole.concat().into_iter().map(|x| x as f32).collect();
         (Tensor::from_vec(whole, t.shape(), &Device::Cpu).unwrap(), steps)
     };
     let length = if pointwise { shape.inputs } else { x.elem_count() / x.dims()[0] };
-    let (x, steps) = quantised(x, length);
-    let (weight, scales) = quantised(weight, shape.inputs * shape.kernel * shape.kernel);
+    let (x, steps) = quantized(x, length);
+    let (weight, scales) = quantized(weight, shape.inputs * shape.kernel * shape.kernel);
     let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
     // At most 1100 products of at most 127²: integers that f32 holds.
-    let sums = plain::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
+    let sums = reference::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
     let each = sums.elem_count() / shape.outputs / steps.len();
     let made: Vec<f32> = (numbers(&sums).into_iter().enumerate())
         .map(|(i, sum)| {
@@ -96,15 +96,15 @@ fn a_linear_layer_in_bytes_is_what_the_rule_says() {
             // An identity gives what follows the product.
             let one = Tensor::eye(outputs, DType::F32, &Device::Cpu).unwrap();
             let bare = linear(&x, &weight);
-            let expected = plain::linear(&bare, &one, bias.as_ref(), follow.epilogue());
+            let expected = reference::linear(&bare, &one, bias.as_ref(), follow.epilogue());
             close(&what, layer.forward_with(&x, follow.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
             if outputs % 2 == 0 {
-                let whole = plain::linear(&bare, &one, bias.as_ref(), Epilogue::default());
-                let gated = whole.and_then(|y| plain::geglu(&y)).and_then(|y| y.to_dtype(dtype));
+                let whole = reference::linear(&bare, &one, bias.as_ref(), Epilogue::default());
+                let gated = whole.and_then(|y| reference::geglu(&y)).and_then(|y| y.to_dtype(dtype));
                 close(&format!("gated {what}"), layer.forward_geglu(&x), gated);
             }
             if inputs >= 320 && dtype == DType::F32 {
-                let exact = plain::linear(&x, &weight, None, Epilogue::default()).unwrap();
+                let exact = reference::linear(&x, &weight, None, Epilogue::default()).unwrap();
                 let error = distance(&bare, &exact);
                 assert!(error < 0.02, "{what}: {error:.4} from the layer itself");
             }
@@ -140,11 +140,11 @@ fn a_convolution_in_bytes_is_what_the_rule_says() {
             let bare = convolution(&x, &weight, shape);
             let follow = Follow::roll(&mut dice, bare.dims(), dtype);
             let one = Tensor::eye(shape.outputs, DType::F32, &Device::Cpu).unwrap();
-            let expected = plain::linear(&bare, &one, bias.as_ref(), follow.epilogue());
+            let expected = reference::linear(&bare, &one, bias.as_ref(), follow.epilogue());
             close(&what, layer.forward_with(&x, follow.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
             if shape.inputs >= 64 && dtype == DType::F32 {
                 let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-                let exact = plain::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
+                let exact = reference::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
                 let error = distance(&bare, &exact);
                 assert!(error < 0.02, "{what}: {error:.4} from the layer itself");
             }
@@ -193,11 +193,11 @@ fn layers_are_quantised_where_their_load_says_so() {
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
     let load = || ["in.linear", "out.linear"].map(|name| Linear::load(&vb.pp(name), 128, 64).unwrap());
     let chosen = |layer: &str, weight: &[usize]| layer.starts_with("in.") && weight == [64, 128];
-    let (quantised, saved) = quantising(chosen, load);
+    let (quantized, saved) = quantizing(chosen, load);
     assert_eq!(saved, 64 * 128 * 4 - (64 * 128 + 64 * 8));
     let x = dice.tensor(&[5, 128], DType::F32);
     let made = |layers: &[Linear; 2]| [0, 1].map(|i| numbers(&layers[i].forward(&x).unwrap()));
-    let ([a, b], [exact_a, exact_b]) = (made(&quantised), made(&load()));
+    let ([a, b], [exact_a, exact_b]) = (made(&quantized), made(&load()));
     assert_eq!(b, exact_b);
     assert_ne!(a, exact_a);
 }

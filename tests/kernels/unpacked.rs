@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use candle_core::{DType, Tensor};
-use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, plain};
+use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, reference};
 
 use crate::whole::{Dice, Follow, at_every_level, close, numbers};
 
@@ -49,15 +49,15 @@ fn compare(dice: &mut Dice, (rows, inputs, outputs): (usize, usize, usize), (dty
     let laid = Tensor::cat(&laid.collect::<Vec<_>>(), 1).unwrap();
     assert_eq!(numbers(&whole), numbers(&laid), "{what}");
     let follow = Follow::roll(dice, &[rows, outputs], dtype);
-    let expected = plain::linear(&x, &weight, Some(&bias), follow.epilogue());
+    let expected = reference::linear(&x, &weight, Some(&bias), follow.epilogue());
     close(&what, layer.forward_with(&x, follow.epilogue()), expected);
 
     // One output is dropped where there is an odd one; halves are whole panels or not.
     let half = outputs / 2;
     let (weight, bias) = (weight.narrow(0, 0, 2 * half).unwrap(), bias.narrow(0, 0, 2 * half).unwrap());
     let gated = Linear::new(weight.clone(), Some(bias.clone())).unwrap().forward_geglu(&x);
-    let wide = plain::linear(&x.to_dtype(DType::F32).unwrap(), &weight, Some(&bias), Epilogue::default());
-    close(&format!("gated {what}"), gated, wide.and_then(|y| plain::geglu(&y)).and_then(|y| y.to_dtype(dtype)));
+    let wide = reference::linear(&x.to_dtype(DType::F32).unwrap(), &weight, Some(&bias), Epilogue::default());
+    close(&format!("gated {what}"), gated, wide.and_then(|y| reference::geglu(&y)).and_then(|y| y.to_dtype(dtype)));
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn large_convolutions_of_one_pixel_equal_the_plain_ones() {
                 let x = dice.tensor(&[2, 3, 5, inputs], dtype);
                 let weight = dice.weight(&[outputs, inputs, 1, 1], DType::BF16);
                 let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-                let expected = plain::conv2d(&x, &turned, None, shape, Epilogue::default());
+                let expected = reference::conv2d(&x, &turned, None, shape, Epilogue::default());
                 close(&format!("{shape:?}"), Conv2d::new(&weight, None, shape).unwrap().forward(&x), expected);
             }
         }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Tensor};
 use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::kernels::{
-    self, Activation, Conv2d, ConvShape, Epilogue, GroupNorm, LayerNorm, Linear, Mask, Padding, plain,
+    self, Activation, Conv2d, ConvShape, Epilogue, GroupNorm, LayerNorm, Linear, Mask, Padding, reference,
 };
 
 const WEIGHTS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
@@ -122,13 +122,13 @@ fn check_linear(cases: usize, brief: bool) {
         let follow = Follow::roll(&mut dice, &shape(outputs), dtype);
         let layer = Linear::new(weight.clone(), bias.clone()).unwrap();
         let what = format!("linear {case}: {front:?} {inputs} to {outputs}, {dtype:?} with {weights:?}");
-        let expected = plain::linear(&x, &weight, bias.as_ref(), follow.epilogue());
+        let expected = reference::linear(&x, &weight, bias.as_ref(), follow.epilogue());
         close(&what, layer.forward_with(&x, follow.epilogue()), expected);
         if outputs % 2 == 0 {
             // In f32, because the fused one does not round between its two parts.
             let wide = x.to_dtype(DType::F32).unwrap();
-            let whole = plain::linear(&wide, &weight, bias.as_ref(), Epilogue::default());
-            let expected = whole.and_then(|y| plain::geglu(&y)).and_then(|y| y.to_dtype(dtype));
+            let whole = reference::linear(&wide, &weight, bias.as_ref(), Epilogue::default());
+            let expected = whole.and_then(|y| reference::geglu(&y)).and_then(|y| y.to_dtype(dtype));
             close(&format!("gated {what}"), layer.forward_geglu(&x), expected);
         }
     }
@@ -192,10 +192,10 @@ fn compare_convolution(
     let bias = dice.coin().then(|| dice.tensor(&[shape.outputs], DType::F32));
     let layer = Conv2d::new(&weight, bias.clone(), shape).unwrap();
     let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-    let bare = plain::conv2d(&x, &turned, bias.as_ref(), shape, Epilogue::default()).unwrap();
+    let bare = reference::conv2d(&x, &turned, bias.as_ref(), shape, Epilogue::default()).unwrap();
     let what = format!("convolution {case}: [{batch}, {height}, {width}], {shape:?}, {dtype:?} with {weights:?}");
     let follow = Follow::roll(dice, bare.dims(), dtype);
-    let expected = plain::conv2d(&x, &turned, bias.as_ref(), shape, follow.epilogue());
+    let expected = reference::conv2d(&x, &turned, bias.as_ref(), shape, follow.epilogue());
     close(&what, layer.forward_with(&x, follow.epilogue()), expected);
     close(&what, layer.forward(&x), Ok(bare));
 }
@@ -263,13 +263,13 @@ fn check_attention(cases: usize, brief: bool) {
         // Large scores move the running maximum.
         let q = (q * 4.0).unwrap();
         let what = format!("attention {case}: {batch}×{heads} heads of {depth}, {queries} on {keys}, {mask:?}");
-        let expected = plain::attention(&q, &k, &v, heads, mask);
+        let expected = reference::attention(&q, &k, &v, heads, mask);
         close(&what, kernels::attention(&q, &k, &v, heads, mask), expected);
     }
     for (queries, depth) in [(700, 512), (1500, 64)].into_iter().filter(|_| !brief) {
         let mut draw = || dice.tensor(&[1, queries, depth], DType::F32);
         let (q, k, v) = (draw(), draw(), draw());
-        let expected = plain::attention(&q, &k, &v, 1, Mask::None);
+        let expected = reference::attention(&q, &k, &v, 1, Mask::None);
         close("one wide head", kernels::attention(&q, &k, &v, 1, Mask::None), expected);
     }
 }
@@ -299,7 +299,7 @@ fn norms_equal_the_exact_ones() {
         let normal = normal.to_dtype(DType::F32).unwrap().reshape(x.shape()).unwrap();
         let expected = normal.broadcast_mul(&weight).unwrap().broadcast_add(&bias).unwrap();
         close(&what, norm.forward(&x), expected.to_dtype(dtype));
-        let with_silu = plain::activation(Activation::Silu, &expected).unwrap();
+        let with_silu = reference::activation(Activation::Silu, &expected).unwrap();
         close(&what, norm.forward_silu(&x), with_silu.to_dtype(dtype));
         let rows = x.dim(1).unwrap();
         let parts = [x.narrow(1, 0, rows / 2 + rows % 2).unwrap(), x.narrow(1, rows - rows / 2, rows / 2).unwrap()];
@@ -387,7 +387,7 @@ fn copies_are_exact() {
         for (height, width) in [(4, 6), (5, 7), (13, 8), (1, 1), (40, 50)] {
             let x = dice.tensor(&[2, 3, 4, 5], dtype);
             let got = kernels::upsample_nearest(&x, height, width).unwrap();
-            assert_eq!(numbers(&got), numbers(&plain::upsample_nearest(&x, height, width).unwrap()));
+            assert_eq!(numbers(&got), numbers(&reference::upsample_nearest(&x, height, width).unwrap()));
         }
         let (a, b) = (dice.tensor(&[2, 40, 31, 7], dtype), dice.tensor(&[2, 40, 31, 12], dtype));
         let got = kernels::concat_channels(&a, &b).unwrap();

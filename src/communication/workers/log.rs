@@ -4,8 +4,8 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{filter::LevelFilter, fmt, reload};
 
-use crate::config::LogLevel;
 use crate::error::{Error, Result};
+use crate::runtime::config::LogLevel;
 
 /// Begins to log at `level`, and gives what changes the level later. Called once in a process.
 #[must_use]

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, Read};
 
-use super::descriptor;
+use crate::communication::workers::descriptor;
 
 /// What stdin gave.
 #[derive(Debug, PartialEq, Eq)]

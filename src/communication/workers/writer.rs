@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::super::lines::{Event, EventLine, EventTag};
-use super::descriptor;
+use crate::communication::responses::{Event, EventLine, EventTag};
+use crate::communication::workers::descriptor;
 
 /// Events that may wait before they are dropped.
 const MAX_EVENTS: usize = 1024;

@@ -4,9 +4,9 @@
 
 use candle_core::{D, Device, Tensor};
 
-use super::prompt::Side;
-use super::weigh::{States, masked as masked_rows, weigh};
 use crate::conditioning::interface::PromptWeighting;
+use crate::conditioning::workers::emphasis::{States, masked as masked_rows, weigh};
+use crate::conditioning::workers::prompt::Side;
 use crate::context::Context;
 use crate::error::{Error, Result, Stage};
 use crate::layers::Worker;
@@ -28,39 +28,39 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    pub(in crate::conditioning) fn bytes(&self) -> Bytes {
+    pub(crate) fn bytes(&self) -> Bytes {
         let bytes = |t: &Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
         Bytes(bytes(&self.context) + bytes(&self.pooled))
     }
 
     /// Zeros of the same shapes.
-    pub(in crate::conditioning) fn zeros(&self) -> Result<Self> {
+    pub(crate) fn zeros(&self) -> Result<Self> {
         let zeros = |t: &Tensor| t.zeros_like().stage(STAGE);
         Ok(Self { context: zeros(&self.context)?, pooled: zeros(&self.pooled)? })
     }
 }
 
 /// Runs the text encoders.
-pub(in crate::conditioning) struct Encode;
+pub(crate) struct Encode;
 
-pub(in crate::conditioning) struct EncodeTask<'a> {
-    pub(in crate::conditioning) encoders: &'a TextEncoders,
-    pub(in crate::conditioning) device: &'a Device,
+pub(crate) struct EncodeTask<'a> {
+    pub(crate) encoders: &'a TextEncoders,
+    pub(crate) device: &'a Device,
     /// All with the same number of rows.
-    pub(in crate::conditioning) texts: &'a [&'a EncodeText],
+    pub(crate) texts: &'a [&'a EncodeText],
     /// Layers left out before the penultimate one.
-    pub(in crate::conditioning) skip: usize,
-    pub(in crate::conditioning) weighting: PromptWeighting,
+    pub(crate) skip: usize,
+    pub(crate) weighting: PromptWeighting,
     /// The ids of a row without text.
-    pub(in crate::conditioning) empty: &'a [Vec<u32>; 2],
+    pub(crate) empty: &'a [Vec<u32>; 2],
     /// `[V, C]` for each encoder: what ids from `FIRST_VECTOR` on stand for.
-    pub(in crate::conditioning) vectors: &'a [Option<Tensor>; 2],
+    pub(crate) vectors: &'a [Option<Tensor>; 2],
 }
 
 /// A text for each encoder; nothing for the first where there is none.
 #[derive(Clone, Debug, PartialEq)]
-pub(in crate::conditioning) struct EncodeText {
-    pub(in crate::conditioning) sides: [Side; 2],
+pub(crate) struct EncodeText {
+    pub(crate) sides: [Side; 2],
 }
 
 /// One encoder, and what it is given.

@@ -2,18 +2,18 @@
 
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Region};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Region};
 use crate::units::ImageSize;
 
 /// Gaussian blur over a window of 2.5 deviations to each side, as AUTOMATIC1111 blurs masks; mirrored at the border
 /// without repeating it.
-pub(in crate::conditioning) struct Blur;
+pub(crate) struct Blur;
 
-pub(in crate::conditioning) struct BlurTask<'a> {
-    pub(in crate::conditioning) mask: &'a Gray8,
+pub(crate) struct BlurTask<'a> {
+    pub(crate) mask: &'a Gray8,
     /// Standard deviation in pixels.
-    pub(in crate::conditioning) sigma: f64,
+    pub(crate) sigma: f64,
 }
 
 impl Worker<BlurTask<'_>> for Blur {
@@ -66,7 +66,7 @@ fn mirrored(at: isize, length: usize) -> usize {
 
 /// The smallest part of the image with everything that is masked, grown by `padding` and then to the proportions of
 /// `size`, as far as the image reaches. All of it where nothing is masked.
-pub(in crate::conditioning) fn region(mask: &Gray8, padding: usize, size: ImageSize) -> Region {
+pub(crate) fn region(mask: &Gray8, padding: usize, size: ImageSize) -> Region {
     let (width, height) = (mask.width as i64, mask.height as i64);
     let rows: Vec<bool> = mask.data.chunks_exact(mask.width).map(|row| row.iter().any(|value| *value > 0)).collect();
     let column = |x: usize| mask.data.iter().skip(x).step_by(mask.width).any(|value| *value > 0);

@@ -1,12 +1,12 @@
 //! Workers of the conditioning domain.
 
-pub(super) mod encode;
-pub(super) mod fill;
-pub(super) mod fit;
-pub(super) mod mask;
-pub(super) mod picture;
-pub(super) mod preprocess;
-pub(super) mod prompt;
-pub(super) mod schedule;
-pub(super) mod syntax;
-mod weigh;
+pub(crate) mod emphasis;
+pub(crate) mod encode;
+pub(crate) mod image_adapters;
+pub(crate) mod inpaint_fill;
+pub(crate) mod mask;
+pub(crate) mod preprocess;
+pub(crate) mod prompt;
+pub(crate) mod prompt_editing;
+pub(crate) mod resize;
+pub(crate) mod syntax;

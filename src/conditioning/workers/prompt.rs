@@ -1,24 +1,24 @@
 //! From a text to rows of token ids, each as long as the encoder has positions.
 
-use super::syntax::Fragment;
+use crate::conditioning::workers::syntax::Fragment;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::model::managers::{ClipTokenizer, Token};
 
 /// Longest text in bytes. No prompt is near it, and what is longer would keep the worker busy for nothing.
-pub(in crate::conditioning) const LONGEST: usize = 64 * 1024;
+pub(crate) const LONGEST: usize = 64 * 1024;
 /// Most rows that a prompt may take.
-pub(in crate::conditioning) const MOST_CHUNKS: usize = 32;
+pub(crate) const MOST_CHUNKS: usize = 32;
 
 /// Splits a text into tokens.
-pub(in crate::conditioning) struct Tokenize;
+pub(crate) struct Tokenize;
 
-pub(in crate::conditioning) struct TokenizeTask<'a> {
-    pub(in crate::conditioning) tokenizer: &'a ClipTokenizer,
-    pub(in crate::conditioning) text: &'a str,
+pub(crate) struct TokenizeTask<'a> {
+    pub(crate) tokenizer: &'a ClipTokenizer,
+    pub(crate) text: &'a str,
     /// The part of the request in which the text stood.
-    pub(in crate::conditioning) field: &'static str,
+    pub(crate) field: &'static str,
 }
 
 impl Worker<TokenizeTask<'_>> for Tokenize {
@@ -36,37 +36,37 @@ impl Worker<TokenizeTask<'_>> for Tokenize {
 }
 
 /// Rows that `tokens` take, where each holds `positions` with start and end; at least one.
-pub(in crate::conditioning) fn chunks(tokens: usize, positions: usize) -> usize {
+pub(crate) fn chunks(tokens: usize, positions: usize) -> usize {
     tokens.div_ceil(positions.saturating_sub(2).max(1)).max(1)
 }
 
 /// What an encoder is given of one chunk.
 #[derive(Clone, Debug, PartialEq)]
-pub(in crate::conditioning) struct Row {
+pub(crate) struct Row {
     /// Start, tokens, end, padding.
-    pub(in crate::conditioning) ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     /// Of each position.
-    pub(in crate::conditioning) weights: Vec<f64>,
+    pub(crate) weights: Vec<f64>,
     /// For each position the fragment of less than full weight that it belongs to, from 1; 0 for none.
-    pub(in crate::conditioning) lessened: Vec<u32>,
+    pub(crate) lessened: Vec<u32>,
 }
 
 /// A text as one encoder is given it.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(in crate::conditioning) struct Side {
+pub(crate) struct Side {
     /// One a chunk.
-    pub(in crate::conditioning) rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
     /// The weights of the fragments whose weight is below 1.
-    pub(in crate::conditioning) lessened: Vec<f64>,
+    pub(crate) lessened: Vec<f64>,
 }
 
 impl Side {
-    pub(in crate::conditioning) fn is_weighted(&self) -> bool {
+    pub(crate) fn is_weighted(&self) -> bool {
         self.rows.iter().flat_map(|row| &row.weights).any(|&weight| weight != 1.0)
     }
 
     /// Adds rows without text until there are `count`.
-    pub(in crate::conditioning) fn fill(&mut self, count: usize, tokenizer: &ClipTokenizer, positions: usize) {
+    pub(crate) fn fill(&mut self, count: usize, tokenizer: &ClipTokenizer, positions: usize) {
         while self.rows.len() < count {
             self.rows.push(row(tokenizer, &[], positions));
         }
@@ -74,32 +74,32 @@ impl Side {
 }
 
 /// The ids of a row without text.
-pub(in crate::conditioning) fn empty(tokenizer: &ClipTokenizer, positions: usize) -> Vec<u32> {
+pub(crate) fn empty(tokenizer: &ClipTokenizer, positions: usize) -> Vec<u32> {
     row(tokenizer, &[], positions).ids
 }
 
 /// A token that stands for vectors.
 #[derive(Clone, Debug)]
-pub(in crate::conditioning) struct Word {
-    pub(in crate::conditioning) token: String,
+pub(crate) struct Word {
+    pub(crate) token: String,
     /// The id of the first vector; the others follow.
-    pub(in crate::conditioning) first: u32,
-    pub(in crate::conditioning) count: usize,
+    pub(crate) first: u32,
+    pub(crate) count: usize,
 }
 
 /// Lays a text out in chunks.
-pub(in crate::conditioning) struct Lay;
+pub(crate) struct Lay;
 
-pub(in crate::conditioning) struct LayTask<'a> {
-    pub(in crate::conditioning) tokenizer: &'a ClipTokenizer,
-    pub(in crate::conditioning) fragments: &'a [Fragment],
-    pub(in crate::conditioning) words: &'a [Word],
+pub(crate) struct LayTask<'a> {
+    pub(crate) tokenizer: &'a ClipTokenizer,
+    pub(crate) fragments: &'a [Fragment],
+    pub(crate) words: &'a [Word],
     /// Of the encoder, start and end included.
-    pub(in crate::conditioning) positions: usize,
+    pub(crate) positions: usize,
     /// How many tokens back a comma may stand for a chunk to end there; 0: it ends where it is full.
-    pub(in crate::conditioning) backtrack: usize,
+    pub(crate) backtrack: usize,
     /// The part of the request in which the text stood.
-    pub(in crate::conditioning) field: &'static str,
+    pub(crate) field: &'static str,
 }
 
 /// One position of a chunk.
@@ -253,7 +253,7 @@ fn pieces<'a>(text: &'a str, words: &'a [Word]) -> Vec<Piece<'a>> {
 }
 
 /// Whether a text has the word `token` by itself.
-pub(in crate::conditioning) fn stands_in(text: &str, token: &str) -> bool {
+pub(crate) fn stands_in(text: &str, token: &str) -> bool {
     text.char_indices().any(|(start, _)| word_at(text, start, token).is_some())
 }
 

@@ -7,33 +7,33 @@ use crate::error::{Error, Result};
 /// What a pair of round brackets multiplies by, and a pair of square ones divides by.
 const STEP: f64 = 1.1;
 /// How deep brackets may nest.
-pub(super) const DEPTH: usize = 64;
+pub(crate) const DEPTH: usize = 64;
 /// Largest weight, of a word as of a part.
 const MOST: f64 = 100.0;
 
 /// A character, and which one of its field it is, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::conditioning) struct Glyph {
-    pub(in crate::conditioning) c: char,
-    pub(in crate::conditioning) at: usize,
+pub(crate) struct Glyph {
+    pub(crate) c: char,
+    pub(crate) at: usize,
 }
 
 /// Every character of `text`.
-pub(in crate::conditioning) fn glyphs(text: &str) -> Vec<Glyph> {
+pub(crate) fn glyphs(text: &str) -> Vec<Glyph> {
     text.chars().enumerate().map(|(at, c)| Glyph { c, at }).collect()
 }
 
 /// One of the prompts that `AND` joins.
 #[derive(Clone, Debug, PartialEq)]
-pub(in crate::conditioning) struct Part {
-    pub(in crate::conditioning) text: Vec<Glyph>,
+pub(crate) struct Part {
+    pub(crate) text: Vec<Glyph>,
     /// Its share in the guidance; `None` where none is written, which is 1.
-    pub(in crate::conditioning) weight: Option<f64>,
+    pub(crate) weight: Option<f64>,
 }
 
 /// Text of one weight, or the end of a chunk.
 #[derive(Clone, Debug, PartialEq)]
-pub(in crate::conditioning) enum Fragment {
+pub(crate) enum Fragment {
     Text { text: String, weight: f64 },
     Break,
 }
@@ -42,7 +42,7 @@ pub(in crate::conditioning) enum Fragment {
 ///
 /// # Errors
 /// `invalid_parameter` for a weight beyond ±100.
-pub(in crate::conditioning) fn parts(text: &[Glyph], field: &str) -> Result<Vec<Part>> {
+pub(crate) fn parts(text: &[Glyph], field: &str) -> Result<Vec<Part>> {
     let places = words(text, "AND");
     if places.is_empty() {
         return Ok(vec![Part { text: text.to_vec(), weight: None }]);
@@ -77,7 +77,7 @@ fn weighted(text: &[Glyph], field: &str) -> Result<Part> {
 }
 
 /// A fault at character `at`, which people count from 1.
-pub(in crate::conditioning) fn fault(field: &str, at: usize, what: impl std::fmt::Display) -> Error {
+pub(crate) fn fault(field: &str, at: usize, what: impl std::fmt::Display) -> Error {
     Error::invalid(field, format!("has {what} at character {}", at + 1))
 }
 
@@ -145,7 +145,7 @@ impl Reader {
 /// # Errors
 /// `invalid_parameter`, with the character, for a weight that is no number or lies beyond ±100, and for brackets that
 /// nest too deep.
-pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<Vec<Fragment>> {
+pub(crate) fn attention(text: &[Glyph], field: &str) -> Result<Vec<Fragment>> {
     let mut reader = Reader::default();
     let mut i = 0;
     while let Some(&Glyph { c, at }) = text.get(i) {
@@ -205,7 +205,7 @@ pub(in crate::conditioning) fn attention(text: &[Glyph], field: &str) -> Result<
 }
 
 /// A text whose escaped characters stand for themselves.
-pub(in crate::conditioning) fn unescaped(text: &str) -> String {
+pub(crate) fn unescaped(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars().peekable();
     while let Some(c) = characters.next() {

@@ -3,14 +3,14 @@
 use crate::device::manager::Opened;
 
 /// A GPU as the driver names it; its place in the list is its ordinal.
-pub(in crate::device) struct Gpu {
-    pub(in crate::device) name: Option<String>,
+pub(crate) struct Gpu {
+    pub(crate) name: Option<String>,
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(in crate::device) const HINT: Option<&str> = Some("build the worker with `--features cuda`");
+pub(crate) const HINT: Option<&str> = Some("build the worker with `--features cuda`");
 #[cfg(feature = "cuda")]
-pub(in crate::device) const HINT: Option<&str> = None;
+pub(crate) const HINT: Option<&str> = None;
 
 #[cfg(not(feature = "cuda"))]
 mod backend {
@@ -18,15 +18,15 @@ mod backend {
 
     const ABSENT: &str = "this worker was built without CUDA";
 
-    pub(in crate::device) fn gpus() -> Result<Vec<Gpu>, String> {
+    pub(crate) fn gpus() -> Result<Vec<Gpu>, String> {
         Err(ABSENT.to_owned())
     }
 
-    pub(in crate::device) fn open(_ordinal: usize) -> Result<Opened, String> {
+    pub(crate) fn open(_ordinal: usize) -> Result<Opened, String> {
         Err(ABSENT.to_owned())
     }
 
-    pub(in crate::device) fn memory(_device: &candle_core::Device) -> Option<(u64, u64)> {
+    pub(crate) fn memory(_device: &candle_core::Device) -> Option<(u64, u64)> {
         None
     }
 }
@@ -46,7 +46,7 @@ mod backend {
     ///
     /// # Errors
     /// Why there is none, in words.
-    pub(in crate::device) fn gpus() -> Result<Vec<Gpu>, String> {
+    pub(crate) fn gpus() -> Result<Vec<Gpu>, String> {
         libraries()?;
         guarded(|| {
             let count = CudaContext::device_count().map_err(|error| format!("the driver does not start: {error}"))?;
@@ -62,7 +62,7 @@ mod backend {
     ///
     /// # Errors
     /// Why it cannot be opened, in words.
-    pub(in crate::device) fn open(ordinal: usize) -> Result<Opened, String> {
+    pub(crate) fn open(ordinal: usize) -> Result<Opened, String> {
         let count = gpus()?.len();
         if ordinal >= count {
             return Err(format!("the driver shows {count} GPU(s), counted from 0"));
@@ -77,7 +77,7 @@ mod backend {
     }
 
     /// Bytes in total and free.
-    pub(in crate::device) fn memory(device: &candle_core::Device) -> Option<(u64, u64)> {
+    pub(crate) fn memory(device: &candle_core::Device) -> Option<(u64, u64)> {
         let stream = device.as_cuda_device().ok()?.cuda_stream();
         let (free, total) = stream.context().mem_get_info().ok()?;
         Some((total as u64, free as u64))
@@ -95,4 +95,4 @@ mod backend {
     }
 }
 
-pub(in crate::device) use backend::{gpus, memory, open};
+pub(crate) use backend::{gpus, memory, open};

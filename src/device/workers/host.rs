@@ -3,9 +3,9 @@
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
+use crate::allocator::{self, Usage};
 use crate::device::interface::{CpuInfo, HostMemory, ProcessMemory};
 use crate::kernels::simd;
-use crate::memory::{self, Usage};
 use crate::units::Bytes;
 
 /// The instruction sets that the kernels have, or could have, a use for; `flags` of x86, then `Features` of ARM.
@@ -34,11 +34,11 @@ const INSTRUCTION_SETS: &[&str] = &[
 ];
 
 /// CPU threads that this process may use at once.
-pub(in crate::device) fn cores() -> usize {
+pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
-pub(in crate::device) fn cpu() -> CpuInfo {
+pub(crate) fn cpu() -> CpuInfo {
     parse_cpuinfo(&read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
 
@@ -59,15 +59,15 @@ fn parse_cpuinfo(text: &str) -> CpuInfo {
     }
 }
 
-pub(in crate::device) fn memory() -> HostMemory {
+pub(crate) fn memory() -> HostMemory {
     let info = read_to_string("/proc/meminfo").unwrap_or_default();
     let groups = group_folders(&read_to_string("/proc/self/cgroup").unwrap_or_default(), Path::new("/sys/fs/cgroup"));
     within_limits(kib_line(&info, "MemTotal"), kib_line(&info, "MemAvailable"), &groups)
 }
 
-pub(in crate::device) fn process() -> ProcessMemory {
+pub(crate) fn process() -> ProcessMemory {
     let status = read_to_string("/proc/self/status").unwrap_or_default();
-    let Usage { mapped, kept, .. } = memory::usage();
+    let Usage { mapped, kept, .. } = allocator::usage();
     let line = |key| kib_line(&status, key);
     ProcessMemory { rss: line("VmRSS"), peak_rss: line("VmHWM"), anonymous: line("RssAnon"), mapped, kept }
 }

@@ -1,8 +1,8 @@
 //! Looking at the machine: which devices it has, how much memory, what its CPU can do.
 
-pub(super) mod cuda;
-pub(super) mod host;
-pub(super) mod metal;
+pub(crate) mod cuda;
+pub(crate) mod host;
+pub(crate) mod metal;
 
 /// Runs what a driver's binding may answer with a panic, and gives the panic's text as an error.
 #[cfg(any(feature = "cuda", feature = "metal"))]

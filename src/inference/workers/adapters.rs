@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use crate::conditioning::adapters::{Adaptation, Features};
+use crate::conditioning::image_adapters::{Adaptation, Features};
 use crate::context::Context;
 use crate::error::{Error, Result, Stage as _};
 use crate::layers::Worker;
@@ -33,13 +33,13 @@ pub struct Adapters {
 }
 
 /// What one evaluation takes.
-pub(super) struct Now<'a> {
+pub(crate) struct Now<'a> {
     pictures: Vec<(Cow<'a, ReadPictures>, f64)>,
-    pub(super) features: Vec<Tensor>,
+    pub(crate) features: Vec<Tensor>,
 }
 
 impl Now<'_> {
-    pub(super) fn pictures(&self) -> Vec<Pictures<'_>> {
+    pub(crate) fn pictures(&self) -> Vec<Pictures<'_>> {
         self.pictures.iter().map(|(read, weight)| Pictures { read, weight: *weight }).collect()
     }
 }
@@ -65,7 +65,7 @@ impl Adapters {
     ///
     /// # Errors
     /// `model_unsupported` where T2I-Adapters do not go together; those of the device.
-    pub(super) fn at(&self, step: usize, steps: usize, samples: &Range<usize>) -> Result<Now<'_>> {
+    pub(crate) fn at(&self, step: usize, steps: usize, samples: &Range<usize>) -> Result<Now<'_>> {
         let (now, all) = (step as f64, steps as f64);
         let counts = |[start, end]: [f64; 2]| now / all >= start && (now + 1.0) / all <= end;
         let pictures = (self.pictures.iter())

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::denoise::Moment;
 use crate::context::Context;
 use crate::error::{Error, Result, Stage};
+use crate::inference::workers::denoise::Moment;
 use crate::model::checkpoint::CheckpointKey;
 use crate::model::networks::controlnet::{ControlInput, ControlNet, Hint, Residuals};
 use crate::model::networks::unet::ReadText;
@@ -49,17 +49,17 @@ impl Shown {
 
 /// What the UNet is evaluated with.
 #[derive(Clone, Copy)]
-pub(super) struct Evaluation<'a> {
+pub(crate) struct Evaluation<'a> {
     /// `[B, H, W, C]` in the compute dtype.
-    pub(super) sample: &'a Tensor,
+    pub(crate) sample: &'a Tensor,
     /// From [`Controls::read`], of `B` samples.
-    pub(super) texts: &'a [ReadText],
+    pub(crate) texts: &'a [ReadText],
     /// `[B, P]`
-    pub(super) pooled: &'a Tensor,
-    pub(super) time_ids: &'a [Vec<f64>],
+    pub(crate) pooled: &'a Tensor,
+    pub(crate) time_ids: &'a [Vec<f64>],
     /// How many samples, the first ones, are the negative prompt's.
-    pub(super) negative: usize,
-    pub(super) now: Moment,
+    pub(crate) negative: usize,
+    pub(crate) now: Moment,
 }
 
 impl Controls {
@@ -75,7 +75,7 @@ impl Controls {
     ///
     /// # Errors
     /// Cancellation; those of the device.
-    pub(super) fn residuals(&self, evaluation: Evaluation, ctx: &Context) -> Result<Option<Residuals>> {
+    pub(crate) fn residuals(&self, evaluation: Evaluation, ctx: &Context) -> Result<Option<Residuals>> {
         let mut sum: Option<Residuals> = None;
         for (i, control) in self.0.iter().enumerate() {
             let Some(text) = evaluation.texts.get(i) else {

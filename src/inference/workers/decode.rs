@@ -5,10 +5,10 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::Result;
+use crate::image::pixels::Rgb8;
 use crate::inference::interface::DecodeExtent;
 use crate::layers::Worker;
 use crate::model::networks::vae::{Extent, VaeConfig, VaeDecoder};
-use crate::pixels::Rgb8;
 use crate::units::Bytes;
 
 pub struct Decode;
@@ -19,7 +19,7 @@ pub struct DecodeTask<'a> {
     /// `[B, H, W, C]`, f32, in the VAE's scale.
     pub latents: &'a Tensor,
     pub placement: &'a Placement,
-    pub wish: DecodeExtent,
+    pub options: DecodeExtent,
     /// Bytes free on the device, where that can be read.
     pub free: Option<Bytes>,
 }
@@ -50,7 +50,7 @@ impl Decode {
         let pixels = task.latents.elem_count() / task.latents.dim(0).unwrap_or(1).max(1) / task.config.latent_channels
             * task.config.reduction().pow(2);
         let whole = task.config.decode_bytes(pixels, task.placement.vae.tensor().size_in_bytes(), Extent::Whole);
-        match (task.wish, task.free) {
+        match (task.options, task.free) {
             (DecodeExtent::Whole, _) | (DecodeExtent::Auto, None) => Extent::Whole,
             (DecodeExtent::Auto, Some(free)) if free.0 >= whole as u64 => Extent::Whole,
             (DecodeExtent::Auto | DecodeExtent::Strips, _) => Extent::Strips,

@@ -6,20 +6,20 @@ use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
-use super::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};
-use super::control::{Controls, Evaluation};
-use super::guidance::{Guide, GuideTask};
-use super::latents::Masking;
-use super::prompts::{PreparePrompt, Prompts};
-use crate::conditioning::adapters::Adaptation;
+use crate::conditioning::image_adapters::Adaptation;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result, Stage as _};
-use crate::inference::guidance::{Guidance, Role};
 use crate::inference::plan::TimeIds;
+use crate::inference::plan::guidance::{Guidance, Role};
+use crate::inference::workers::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};
+use crate::inference::workers::control::{Controls, Evaluation};
+use crate::inference::workers::guidance::{ApplyGuidance, GuidanceTask};
+use crate::inference::workers::latents::Masking;
+use crate::inference::workers::prompts::{PreparePrompt, Prompts};
 use crate::layers::Worker;
-use crate::model::networks::steering::{Perturbed, Steering};
+use crate::model::networks::interventions::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
 use crate::scheduler::edm::{Edm, Preconditioning};
@@ -199,16 +199,16 @@ impl Prompt {
 
 /// When an evaluation is made.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
-    pub(super) level: Level,
+pub(crate) struct Moment {
+    pub(crate) level: Level,
     /// Steps that are done, of `steps` that will be walked.
-    pub(super) step: usize,
-    pub(super) steps: usize,
+    pub(crate) step: usize,
+    pub(crate) steps: usize,
     /// Evaluations that were made, of `calls` that will be: samplers of second order make two a step.
-    pub(super) call: usize,
-    pub(super) calls: usize,
+    pub(crate) call: usize,
+    pub(crate) calls: usize,
     /// Steps that are done, of how many, in all runs of the pass.
-    pub(super) pass: (usize, usize),
+    pub(crate) pass: (usize, usize),
 }
 
 impl Moment {
@@ -321,7 +321,7 @@ impl Network<'_> {
             None => pass(first)?,
         };
         let heeded = guidance.heeds_negative(now.pass.0, now.pass.1);
-        let task = GuideTask {
+        let task = GuidanceTask {
             // Parts that are not guided are joined as they are.
             negative: negative.filter(|_| heeded).map(kind).transpose()?,
             unseen: of(Role::Unseen)?.map(kind).transpose()?,
@@ -332,7 +332,7 @@ impl Network<'_> {
             timestep: now.level.timestep,
             done: now.done(),
         };
-        let guided = ctx.perform(&Guide, task)?;
+        let guided = ctx.perform(&ApplyGuidance, task)?;
         if of_latents { Ok(guided) } else { x0(guided) }
     }
 
@@ -414,7 +414,7 @@ mod tests {
     use crate::device::instructor::Placement;
     use crate::device::interface::{Dtype, Quantization};
     use crate::model::checkpoint::Checkpoint;
-    use crate::model::instructor::ModelCrew;
+    use crate::model::instructor::ModelResources;
     use crate::model::interface::Settings;
 
     /// What the demonstration model is told at `scale`, of as many parts.
@@ -429,7 +429,7 @@ mod tests {
             away: false,
         };
         let checkpoint = Checkpoint::demo().unwrap();
-        let unet = ModelCrew::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();
+        let unet = ModelResources::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();
         let pooled = checkpoint.text_encoder_2.projection_dim.unwrap();
         let text = |value: f32| crate::conditioning::Embeddings {
             context: Tensor::full(value, (1, 77, checkpoint.unet.context_channels()), &device).unwrap(),

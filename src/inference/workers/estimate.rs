@@ -4,18 +4,18 @@
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
-use crate::inference::controlling::is_of;
 use crate::inference::interface::DecodeExtent;
-use crate::inference::memory::{Means, Offload, PartBytes};
+use crate::inference::plan::controlnet::is_of;
 use crate::inference::plan::{Entry, GenerationPlan};
+use crate::inference::request::memory::{MemoryPlan, Offload, PartBytes};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::Stack;
 use crate::model::managers::{self, form};
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
-use crate::model::weighing::{Holding, Touched, Weighed};
-use crate::pace::{Pace, Work};
+use crate::model::weights::size::{Holding, Touched, Weighed};
+use crate::throughput::{Throughput, Work};
 use crate::units::{Bytes, ImageSize};
 
 /// Vocabularies and merges of both tokenizers, which are CLIP's in every SDXL model.
@@ -32,16 +32,16 @@ const ADAPTER: &str = "adapter";
 /// What is no weights.
 const VOCABULARIES: &str = "tokenizers";
 
-pub struct Appraise;
+pub struct Estimation;
 
-pub struct AppraiseTask<'a> {
+pub struct EstimateTask<'a> {
     pub plan: &'a GenerationPlan,
     /// What lies over the networks of its model.
     pub stack: &'a Stack,
     pub holding: Holding,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
-    pub pace: &'a Pace,
+    pub throughput: &'a Throughput,
     /// What is in memory.
     pub residents: &'a [Resident],
 }
@@ -95,20 +95,20 @@ impl Needs {
 
     /// Feature maps of the UNet and the text.
     #[must_use]
-    pub fn denoise(&self, means: Means) -> Bytes {
+    pub fn denoise(&self, means: MemoryPlan) -> Bytes {
         Bytes((self.text + self.pass * if means.slice { 1.0 } else { self.passes as f64 }) as u64)
     }
 
     /// Feature maps of the decoder, beside the text.
     #[must_use]
-    pub fn decode(&self, means: Means) -> Bytes {
+    pub fn decode(&self, means: MemoryPlan) -> Bytes {
         let maps = if means.decode == DecodeExtent::Strips { self.strips } else { self.whole };
         Bytes((self.text + maps) as u64)
     }
 
     /// The largest moment of the feature maps.
     #[must_use]
-    pub fn activations(&self, means: Means) -> Bytes {
+    pub fn activations(&self, means: MemoryPlan) -> Bytes {
         let [whole, strips] = self.encode;
         let encode = if means.decode == DecodeExtent::Strips { strips } else { whole };
         self.denoise(means).max(self.decode(means)).max(Bytes(encode as u64)) + Bytes(self.least as u64)
@@ -117,7 +117,7 @@ impl Needs {
     /// Bytes still to be had, less what those weights give back that leave. A refiner takes its base's place where there is
     /// no room for both.
     #[must_use]
-    pub fn needed(&self, means: Means) -> Bytes {
+    pub fn needed(&self, means: MemoryPlan) -> Bytes {
         let turns = self.parts.iter().filter_map(|need| need.turn).max().unwrap_or(0);
         let most = (0..=turns).map(|turn| {
             let of = |bytes: &dyn Fn(&Need) -> i64| -> i64 {
@@ -176,7 +176,7 @@ impl Need {
     }
 
     /// Bytes still to be had while the image is made; below 0 where some are given back.
-    fn drawing(&self, means: Means) -> i64 {
+    fn drawing(&self, means: MemoryPlan) -> i64 {
         let away = self.weighed.away;
         let back = if self.pinned { 0 } else { self.had() };
         match (self.told.part, means.offload) {
@@ -194,11 +194,11 @@ impl Need {
     }
 }
 
-impl Worker<AppraiseTask<'_>> for Appraise {
+impl Worker<EstimateTask<'_>> for Estimation {
     type Output = Needs;
 
-    fn run(&self, task: AppraiseTask<'_>, ctx: &Context) -> Result<Needs> {
-        let AppraiseTask { plan, stack, holding, key, pace, residents } = task;
+    fn run(&self, task: EstimateTask<'_>, ctx: &Context) -> Result<Needs> {
+        let EstimateTask { plan, stack, holding, key, throughput, residents } = task;
         let of = |size: ImageSize| size.width * size.height / 64;
         let last = of(plan.last_size());
         let positions = of(plan.size).max(last);
@@ -220,9 +220,9 @@ impl Worker<AppraiseTask<'_>> for Appraise {
         };
         let units = runs().map(|(sampling, positions)| plan.guidance.evaluations(sampling) * positions).sum();
         let images = plan.seeds.len();
-        let seconds = pace
+        let seconds = throughput
             .expect(key, Work::Evaluation, units)
-            .zip(pace.expect(key, Work::Decode, last))
+            .zip(throughput.expect(key, Work::Decode, last))
             .map(|(denoise, decode)| (denoise + decode) * images as f64);
         Ok(Needs {
             parts: parts((plan, stack), holding, residents, ctx)?,
@@ -311,10 +311,10 @@ fn parts(
         }
     }
     for lora in &plan.loras {
-        add("lora", "lora", &lora.file.name, Weighed::companion(&lora.file, holding, ctx)?, None);
+        add("lora", "lora", &lora.file.name, Weighed::component_file(&lora.file, holding, ctx)?, None);
     }
     for (kind, found) in plan.adapters.networks() {
-        add(ADAPTER, kind, &found.name, Weighed::companion(found, holding, ctx)?, None);
+        add(ADAPTER, kind, &found.name, Weighed::component_file(found, holding, ctx)?, None);
     }
     for (part, kind, networks) in [(ENCODERS, "encoder", &managers::ENCODERS[..]), (UNET, "unet", &[Part::Unet])] {
         let Some(over) = stack.key(networks) else { continue };
@@ -336,8 +336,8 @@ fn parts(
 mod tests {
     use super::{Need, Needs, PartBytes, Touched, Weighed};
     use crate::inference::interface::DecodeExtent;
-    use crate::inference::ladder::{Available, choose, next};
-    use crate::inference::memory::{MemoryUse, MemoryWish, Offload, Rung};
+    use crate::inference::plan::memory_policy::{Available, choose, next};
+    use crate::inference::request::memory::{Fallback, MemoryOptions, MemoryUse, Offload};
     use crate::units::Bytes;
 
     /// 100 of text encoders, a UNet of 500 that takes 50 away from its device, and feature maps of 200 in two passes, 400 for
@@ -362,63 +362,63 @@ mod tests {
         }
     }
 
-    fn check(wish: MemoryWish, (free, droppable): (u64, u64), rungs: &[Rung], needed: u64, fits: bool) {
+    fn check(options: MemoryOptions, (free, droppable): (u64, u64), fallbacks: &[Fallback], needed: u64, fits: bool) {
         let available = Available { free: Bytes(free), droppable: Bytes(droppable) };
-        let choice = choose(&needs(false), wish, available);
+        let choice = choose(&needs(false), options, available);
         assert_eq!(
-            (choice.told.rungs.as_slice(), choice.needed, choice.fits),
-            (rungs, Bytes(needed), fits),
+            (choice.told.fallbacks.as_slice(), choice.needed, choice.fits),
+            (fallbacks, Bytes(needed), fits),
             "{free} free"
         );
     }
 
     #[test]
     fn rungs_are_taken_in_their_order_as_far_as_they_help() {
-        let open = MemoryWish::default();
+        let open = MemoryOptions::default();
         check(open, (1000, 0), &[], 1000, true);
-        check(open, (999, 1), &[Rung::Drop], 1000, true);
-        check(open, (998, 1), &[Rung::Drop, Rung::Strips], 800, true);
-        check(open, (799, 0), &[Rung::Strips, Rung::Slice], 750, true);
-        check(open, (749, 0), &[Rung::Strips, Rung::Slice, Rung::TextEncoders], 650, true);
-        let all = [Rung::Strips, Rung::Slice, Rung::TextEncoders, Rung::Sequential];
+        check(open, (999, 1), &[Fallback::Drop], 1000, true);
+        check(open, (998, 1), &[Fallback::Drop, Fallback::Strips], 800, true);
+        check(open, (799, 0), &[Fallback::Strips, Fallback::Slice], 750, true);
+        check(open, (749, 0), &[Fallback::Strips, Fallback::Slice, Fallback::TextEncoders], 650, true);
+        let all = [Fallback::Strips, Fallback::Slice, Fallback::TextEncoders, Fallback::Sequential];
         check(open, (649, 0), &all, 200, true);
         check(open, (199, 0), &all, 200, false);
     }
 
     #[test]
     fn what_is_asked_for_is_neither_climbed_to_nor_past() {
-        let whole = MemoryWish { decode: DecodeExtent::Whole, ..MemoryWish::default() };
+        let whole = MemoryOptions { decode: DecodeExtent::Whole, ..MemoryOptions::default() };
         // Passes do not help where the decoder is the largest moment.
-        check(whole, (900, 0), &[Rung::TextEncoders], 900, true);
-        let nothing = MemoryWish {
+        check(whole, (900, 0), &[Fallback::TextEncoders], 900, true);
+        let nothing = MemoryOptions {
             decode: DecodeExtent::Strips,
             slice: Some(false),
             offload: Offload::None,
-            ..MemoryWish::default()
+            ..MemoryOptions::default()
         };
         check(nothing, (1, 0), &[], 800, false);
-        let sequential = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() };
+        let sequential = MemoryOptions { offload: Offload::Sequential, ..MemoryOptions::default() };
         check(sequential, (450, 0), &[], 450, true);
     }
 
     #[test]
     fn a_loaded_network_that_leaves_gives_its_bytes_back() {
-        let away = MemoryWish {
+        let away = MemoryOptions {
             decode: DecodeExtent::Strips,
             slice: Some(true),
             offload: Offload::TextEncoders,
-            ..MemoryWish::default()
+            ..MemoryOptions::default()
         };
         assert_eq!(needs(true).needed(away.first()), Bytes(50));
-        assert_eq!(needs(true).needed(MemoryWish { offload: Offload::None, ..away }.first()), Bytes(150));
+        assert_eq!(needs(true).needed(MemoryOptions { offload: Offload::None, ..away }.first()), Bytes(150));
     }
 
     #[test]
     fn a_network_that_is_here_from_afar_is_not_here_whole() {
         let mut needs = needs(false);
         needs.parts.iter_mut().for_each(|need| need.afar = need.told.part == "unet");
-        let least = MemoryWish { decode: DecodeExtent::Strips, slice: Some(true), ..MemoryWish::default() };
-        let needed = |offload| needs.needed(MemoryWish { offload, ..least }.first());
+        let least = MemoryOptions { decode: DecodeExtent::Strips, slice: Some(true), ..MemoryOptions::default() };
+        let needed = |offload| needs.needed(MemoryOptions { offload, ..least }.first());
         // Its 30 go where it is loaded whole.
         assert_eq!((needed(Offload::None), needed(Offload::Sequential)), (Bytes(720), Bytes(170)));
     }
@@ -430,7 +430,7 @@ mod tests {
         let weighed = Weighed { bytes: Bytes(700), ..Weighed::default() };
         needs.parts.push(Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: None });
         needs.encode = [1.0; 2];
-        let means = MemoryWish { offload: Offload::Sequential, ..MemoryWish::default() }.first();
+        let means = MemoryOptions { offload: Offload::Sequential, ..MemoryOptions::default() }.first();
         let drawing = needs.needed(means);
         needs.parts[0].weighed.bytes = Bytes(1000);
         assert_eq!((drawing, needs.needed(means)), (Bytes(1150), Bytes(1700)));
@@ -452,13 +452,13 @@ mod tests {
 
     #[test]
     fn a_device_without_memory_has_every_rung_left_climbed_once() {
-        let wish = MemoryWish::default();
-        let mut told = MemoryUse { means: wish.first(), ..MemoryUse::default() };
-        while let Some((rung, means)) = next(wish, &told) {
-            told.rungs.push(rung);
+        let options = MemoryOptions::default();
+        let mut told = MemoryUse { means: options.first(), ..MemoryUse::default() };
+        while let Some((fallback, means)) = next(options, &told) {
+            told.fallbacks.push(fallback);
             told.means = means;
         }
-        assert_eq!(told.rungs, Rung::ALL);
+        assert_eq!(told.fallbacks, Fallback::ALL);
         assert_eq!(
             (told.means.decode, told.means.slice, told.means.offload),
             (DecodeExtent::Strips, true, Offload::Sequential)

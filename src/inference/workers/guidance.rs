@@ -4,17 +4,17 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::thresholding::{Threshold, ThresholdTask};
 use crate::context::Context;
 use crate::error::Result;
-use crate::inference::guidance::Guidance;
+use crate::inference::plan::guidance::Guidance;
+use crate::inference::workers::thresholding::{Threshold, ThresholdTask};
 use crate::layers::Worker;
 
 /// Joins the predictions of an evaluation's passes.
-pub struct Guide;
+pub struct ApplyGuidance;
 
 /// Predictions are `[B, H, W, C]`, f32, all of one kind; with dynamic thresholding they are x₀.
-pub struct GuideTask<'a> {
+pub struct GuidanceTask<'a> {
     /// For the negative prompt without the image, of a model that edits one.
     pub unseen: Option<Tensor>,
     /// For the negative prompt, where this step heeds it.
@@ -31,16 +31,16 @@ pub struct GuideTask<'a> {
     pub done: f64,
 }
 
-impl Worker<GuideTask<'_>> for Guide {
+impl Worker<GuidanceTask<'_>> for ApplyGuidance {
     /// `[B, H, W, C]`, f32.
     type Output = Tensor;
 
-    fn run(&self, task: GuideTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let GuideTask { unseen, negative, positive, perturbed, skipping, guidance, timestep, done } = task;
+    fn run(&self, task: GuidanceTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let GuidanceTask { unseen, negative, positive, perturbed, skipping, guidance, timestep, done } = task;
         let skipped = guidance.skipped_layers.as_ref().map_or(0.0, |skipped| skipped.scale);
         let mut guided = match (&negative, &skipping, &guidance.thresholding) {
-            (Some(negative), _, Some(wish)) => {
-                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, done, wish })?
+            (Some(negative), _, Some(options)) => {
+                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, done, options })?
             }
             (Some(negative), _, None) => from(negative, &positive, guidance.scale)?,
             // Diffusers' guider starts at the worse prediction where there is no other.
@@ -54,8 +54,8 @@ impl Worker<GuideTask<'_>> for Guide {
         if let (Some(_), Some(skipping)) = (&negative, &skipping) {
             guided = (guided + ((&positive - skipping)? * skipped)?)?;
         }
-        if let (Some(perturbed), Some(wish)) = (&perturbed, &guidance.perturbed_attention) {
-            guided = (guided + ((&positive - perturbed)? * wish.scale_at(timestep))?)?;
+        if let (Some(perturbed), Some(options)) = (&perturbed, &guidance.perturbed_attention) {
+            guided = (guided + ((&positive - perturbed)? * options.scale_at(timestep))?)?;
         }
         if guidance.rescale == 0.0 || (negative.is_none() && skipping.is_none()) {
             return Ok(guided);

@@ -5,11 +5,11 @@ use candle_core::{DType, Tensor};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
 use crate::model::managers::Vae;
 use crate::model::networks::vae::{Extent, VaeConfig};
 use crate::noise::NoiseSource;
-use crate::pixels::{Gray8, Rgb8};
 use crate::scheduler::schedule::{Level, SamplingPlan};
 
 /// Runs the encoder.

@@ -1,11 +1,11 @@
 //! Puts a repainted picture back into the original. Where nothing is masked, the original's bytes are the result's.
 
-use crate::conditioning::canvas::Paste;
+use crate::conditioning::init_image::Paste;
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Region, Rgb8};
+use crate::image::resample::Filter;
 use crate::layers::Worker;
-use crate::pixels::{Region, Rgb8};
-use crate::resample::Filter;
 
 pub struct PasteBack;
 

@@ -2,14 +2,14 @@
 
 use candle_core::Tensor;
 
-use super::decode::{Decode, DecodeTask};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
+use crate::image::pixels::Rgb8;
 use crate::inference::interface::DecodeExtent;
+use crate::inference::workers::decode::{Decode, DecodeTask};
 use crate::layers::Worker;
 use crate::model::networks::vae::{VaeConfig, VaeDecoder};
-use crate::pixels::Rgb8;
 
 pub struct Preview;
 
@@ -47,7 +47,7 @@ impl Worker<PreviewTask<'_>> for Preview {
         let PreviewTask { decoder, config, placement, .. } = task;
         let images = ctx.perform(
             &Decode,
-            DecodeTask { decoder, config, latents: &small, placement, wish: DecodeExtent::Whole, free: None },
+            DecodeTask { decoder, config, latents: &small, placement, options: DecodeExtent::Whole, free: None },
         )?;
         images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no preview"))
     }

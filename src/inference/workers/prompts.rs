@@ -4,9 +4,9 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use super::denoise::Prompt;
-use crate::conditioning::instructor::{Conditioning, Script};
+use crate::conditioning::instructor::{Conditioning, PromptSchedule};
 use crate::error::{Error, Result};
+use crate::inference::workers::denoise::Prompt;
 
 /// Prompts that stay prepared: alternatives come back in turn, and each takes up to a hundred megabytes.
 const KEPT: usize = 4;
@@ -16,14 +16,14 @@ pub type PreparePrompt<'a> = dyn Fn(&Conditioning) -> Result<Prompt> + 'a;
 
 /// A script, and what of it is prepared for one UNet.
 pub struct Prompts {
-    pub script: Script,
+    pub script: PromptSchedule,
     /// By the place among what the script tells, least recently used first.
     ready: RefCell<Vec<(usize, Rc<Prompt>)>>,
 }
 
 impl Prompts {
     #[must_use]
-    pub fn new(script: Script) -> Self {
+    pub fn new(script: PromptSchedule) -> Self {
         Self { script, ready: RefCell::default() }
     }
 

@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::inference::guidance::Thresholding;
-use crate::inference::steering::{ScalingStartpoint, VariabilityMeasure};
+use crate::inference::plan::guidance::Thresholding;
+use crate::inference::request::guidance::{ScalingStartpoint, VariabilityMeasure};
 use crate::layers::Worker;
 
 pub struct Threshold;
@@ -17,7 +17,7 @@ pub struct ThresholdTask<'a> {
     pub positive: &'a Tensor,
     /// 0 at the first step, 1 at the last.
     pub done: f64,
-    pub wish: &'a Thresholding,
+    pub options: &'a Thresholding,
 }
 
 impl Worker<ThresholdTask<'_>> for Threshold {
@@ -25,8 +25,8 @@ impl Worker<ThresholdTask<'_>> for Threshold {
     type Output = Tensor;
 
     fn run(&self, task: ThresholdTask<'_>, _ctx: &Context) -> Result<Tensor> {
-        let ThresholdTask { negative, positive, done, wish } = task;
-        let (mimic, scale) = (wish.mimic.at(done), wish.guided.at(done));
+        let ThresholdTask { negative, positive, done, options } = task;
+        let (mimic, scale) = (options.mimic.at(done), options.guided.at(done));
         let (batch, height, width, channels) = positive.dims4()?;
         // By channel, on the host: a sort is needed, and latents are small.
         let planes = |x: &Tensor| -> Result<Vec<Vec<f64>>> {
@@ -36,12 +36,12 @@ impl Worker<ThresholdTask<'_>> for Threshold {
         let (negative, positive) = (planes(negative)?, planes(positive)?);
         let mut values = Vec::with_capacity(batch * channels * height * width);
         for (negative, positive) in negative.chunks(channels).zip(positive.chunks(channels)) {
-            if wish.separate {
+            if options.separate {
                 for (negative, positive) in negative.chunks(1).zip(positive.chunks(1)) {
-                    values.extend(thresholded(negative, positive, [mimic, scale], wish)?);
+                    values.extend(thresholded(negative, positive, [mimic, scale], options)?);
                 }
             } else {
-                values.extend(thresholded(negative, positive, [mimic, scale], wish)?);
+                values.extend(thresholded(negative, positive, [mimic, scale], options)?);
             }
         }
         let host = Tensor::from_vec(values, (batch, channels, height, width), &Device::Cpu)?;
@@ -54,7 +54,7 @@ fn thresholded(
     negative: &[Vec<f64>],
     positive: &[Vec<f64>],
     [mimic, scale]: [f64; 2],
-    wish: &Thresholding,
+    options: &Thresholding,
 ) -> Result<Vec<f32>> {
     let guided = |scale: f64| -> Vec<Vec<f64>> {
         let plane = |(negative, positive): (&Vec<f64>, &Vec<f64>)| {
@@ -72,17 +72,17 @@ fn thresholded(
     };
     let guided_planes = guided(scale);
     let (model, around) = (centred(&guided(mimic)), centred(&guided_planes));
-    let (wanted, own) = match wish.measure {
+    let (wanted, own) = match options.measure {
         VariabilityMeasure::Std => (deviation(&model), deviation(&around)),
         VariabilityMeasure::Ad => {
             let wanted = model.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-            (wanted, quantile(&around, wish.percentile)?)
+            (wanted, quantile(&around, options.percentile)?)
         }
     };
-    let phi = wish.phi;
+    let phi = options.phi;
     let means = guided_planes.iter().flat_map(|plane| std::iter::repeat_n(mean(plane), plane.len()));
     let values = guided_planes.iter().flatten().zip(&around).zip(means).map(|((&guided, &around), mean)| {
-        let result = match (wish.startpoint, wish.measure) {
+        let result = match (options.startpoint, options.measure) {
             (ScalingStartpoint::Zero, _) => guided * (wanted / own),
             (ScalingStartpoint::Mean, VariabilityMeasure::Std) => around / own * wanted + mean,
             (ScalingStartpoint::Mean, VariabilityMeasure::Ad) => {

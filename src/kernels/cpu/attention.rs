@@ -2,16 +2,16 @@
 //! Scores exist one block at a time, in f32. Both products run on the micro-kernels of the linear layers, the keys and
 //! values laid as panels of weights are.
 
-use super::element::Element;
-use super::finish::Target;
-use super::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
-use super::packed::Aligned;
-use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
-use super::product::Block;
-use super::simd;
-use super::softmax::Row;
-use super::unpacked::{BLOCK, Lines, WORD, turn};
 use crate::kernels::Mask;
+use crate::kernels::cpu::element::Element;
+use crate::kernels::cpu::epilogue::Target;
+use crate::kernels::cpu::gemm::Block;
+use crate::kernels::cpu::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use crate::kernels::cpu::packed::Aligned;
+use crate::kernels::cpu::parallel::{Scratch, Shared, for_each, threads, with_scratch};
+use crate::kernels::cpu::simd;
+use crate::kernels::cpu::softmax::Row;
+use crate::kernels::cpu::streaming_pack::{BLOCK, Lines, WORD, turn};
 
 use std::ops::Range;
 
@@ -22,20 +22,20 @@ const KEYS: usize = A_BYTES / 4;
 
 /// `[B, L, heads · D]` with unit stride in the last axis.
 #[derive(Clone, Copy)]
-pub(super) struct Tokens<'a, T> {
-    pub(super) numbers: &'a [T],
-    pub(super) sample_stride: usize,
-    pub(super) token_stride: usize,
+pub(crate) struct Tokens<'a, T> {
+    pub(crate) numbers: &'a [T],
+    pub(crate) sample_stride: usize,
+    pub(crate) token_stride: usize,
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Size {
-    pub(super) batch: usize,
-    pub(super) queries: usize,
-    pub(super) keys: usize,
-    pub(super) heads: usize,
+pub(crate) struct Size {
+    pub(crate) batch: usize,
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) heads: usize,
     /// `D`
-    pub(super) depth: usize,
+    pub(crate) depth: usize,
 }
 
 struct Attention<'a, T> {
@@ -67,7 +67,7 @@ impl Laid {
 }
 
 /// Gives `[B, Lq, heads · D]`.
-pub(super) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
+pub(crate) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
     let Size { batch, queries, keys, heads, depth } = size;
     let count = batch * queries * heads * depth;
     if keys == 0 || count == 0 {
@@ -341,7 +341,7 @@ impl<T: Element> Attention<'_, T> {
 
 /// The running softmax of one query.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Mark {
+pub(crate) struct Mark {
     /// Of the scores so far, before the factor.
     greatest: f32,
     total: f32,
@@ -349,7 +349,7 @@ pub(super) struct Mark {
 
 /// Lines of 32 numbers, some distance apart.
 #[derive(Clone, Copy)]
-pub(super) struct Scores {
+pub(crate) struct Scores {
     start: *const f32,
     stride: usize,
 }
@@ -364,7 +364,7 @@ impl Scores {
 
     #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]
     #[inline(always)]
-    pub(super) fn at<'a>(self, line: usize) -> &'a [f32; PANEL] {
+    pub(crate) fn at<'a>(self, line: usize) -> &'a [f32; PANEL] {
         // SAFETY: that of `new`.
         unsafe { &*self.start.wrapping_add(line * self.stride).cast::<[f32; PANEL]>() }
     }

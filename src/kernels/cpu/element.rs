@@ -6,11 +6,11 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
-use super::simd;
-use super::unpacked::as_bytes;
+use crate::kernels::cpu::simd;
+use crate::kernels::cpu::streaming_pack::as_bytes;
 
 /// A dtype that widens to f32 exactly and is rounded to from f32.
-pub(super) trait Element: WithDType + Send + Sync {
+pub(crate) trait Element: WithDType + Send + Sync {
     /// Whether f32 results may be built up in place.
     const IS_F32: bool;
 
@@ -148,21 +148,21 @@ impl Element for f16 {
 
 /// Numbers of whichever dtype a tensor has.
 #[derive(Clone, Copy)]
-pub(super) enum Numbers<'a> {
+pub(crate) enum Numbers<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
 }
 
 /// A tensor's memory, held for reading.
-pub(super) struct Held<'a> {
+pub(crate) struct Held<'a> {
     /// The read lock, whose type candle does not re-export.
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     layout: &'a Layout,
 }
 
 impl<'a> Held<'a> {
-    pub(super) fn new(tensor: &'a Tensor) -> Self {
+    pub(crate) fn new(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
         Self { storage: Box::new(storage), layout }
     }
@@ -175,7 +175,7 @@ impl<'a> Held<'a> {
     }
 
     /// From the tensor's first number on, for tensors that are read by their strides.
-    pub(super) fn strided<T: Element>(&self) -> Result<&[T]> {
+    pub(crate) fn strided<T: Element>(&self) -> Result<&[T]> {
         let all = T::cpu_storage_as_slice(self.cpu()?)?;
         match all.get(self.layout.start_offset()..) {
             Some(rest) => Ok(rest),
@@ -184,7 +184,7 @@ impl<'a> Held<'a> {
     }
 
     /// All numbers in order. The tensor must be contiguous.
-    pub(super) fn slice<T: Element>(&self) -> Result<&[T]> {
+    pub(crate) fn slice<T: Element>(&self) -> Result<&[T]> {
         let Some((start, end)) = self.layout.contiguous_offsets() else {
             bail!("a contiguous tensor is wanted");
         };
@@ -195,7 +195,7 @@ impl<'a> Held<'a> {
     }
 
     /// The numbers' bytes, in order. The tensor must be contiguous.
-    pub(super) fn bytes(&self) -> Result<&[u8]> {
+    pub(crate) fn bytes(&self) -> Result<&[u8]> {
         match self.cpu()? {
             CpuStorage::F32(_) => self.slice::<f32>().map(as_bytes),
             CpuStorage::BF16(_) => self.slice::<bf16>().map(as_bytes),
@@ -205,7 +205,7 @@ impl<'a> Held<'a> {
         }
     }
 
-    pub(super) fn numbers(&self) -> Result<Numbers<'_>> {
+    pub(crate) fn numbers(&self) -> Result<Numbers<'_>> {
         match self.cpu()? {
             CpuStorage::F32(_) => self.slice().map(Numbers::F32),
             CpuStorage::BF16(_) => self.slice().map(Numbers::Bf16),

@@ -4,21 +4,21 @@
 //!
 //! Shapes have been checked by the caller.
 
-mod attention;
-mod decode;
-mod element;
-mod finish;
-mod micro;
-mod norm;
-mod packed;
-mod patches;
-mod pool;
-mod product;
-mod quantise;
+pub(crate) mod attention;
+pub(crate) mod dequantize;
+pub(crate) mod element;
+pub(crate) mod epilogue;
+pub(crate) mod gemm;
+pub(crate) mod im2col;
+pub(crate) mod micro;
+pub(crate) mod norm;
+pub(crate) mod packed;
+pub(crate) mod parallel;
+pub(crate) mod quantize;
 pub mod simd;
-mod softmax;
-mod unpacked;
-mod winograd;
+pub(crate) mod softmax;
+pub(crate) mod streaming_pack;
+pub(crate) mod winograd;
 
 #[cfg(target_arch = "x86_64")]
 #[doc(hidden)]
@@ -29,18 +29,18 @@ use half::{bf16, f16};
 
 use self::attention::{Size, Tokens};
 use self::element::{Element, Held};
+use self::gemm::{After, Dense, product};
+use self::im2col::Patches;
 use self::micro::PANEL;
 use self::norm::Affine;
-pub(super) use self::packed::Packed;
-use self::patches::Patches;
-use self::pool::make_rows;
-use self::product::{After, Dense, product};
-use self::quantise::Bytes;
-use super::tally::Tally;
-use super::{Activation, ConvShape, Epilogue, Mask, Padding, StoredWeight};
+pub(crate) use self::packed::Packed;
+use self::parallel::make_rows;
+use self::quantize::Bytes;
+use crate::kernels::running_stats::RunningStats;
+use crate::kernels::{Activation, ConvShape, Epilogue, Mask, Padding, StoredWeight};
 
 /// Whether these kernels take activations like `x`.
-pub(super) fn serves(x: &Tensor) -> bool {
+pub(crate) fn serves(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
@@ -72,16 +72,16 @@ fn tensor<T: WithDType>(numbers: Vec<T>, shape: &[usize]) -> Result<Tensor> {
 }
 
 /// The numbers of a weight, rounded once to `dtype`, which is f32, bf16 or f16.
-pub(super) fn numbers(weight: &StoredWeight, dtype: DType) -> Result<Tensor> {
+pub(crate) fn numbers(weight: &StoredWeight, dtype: DType) -> Result<Tensor> {
     match dtype {
-        DType::BF16 => tensor(decode::numbers::<bf16>(weight)?, weight.dims()),
-        DType::F16 => tensor(decode::numbers::<f16>(weight)?, weight.dims()),
-        _ => tensor(decode::numbers::<f32>(weight)?, weight.dims())?.to_dtype(dtype),
+        DType::BF16 => tensor(dequantize::numbers::<bf16>(weight)?, weight.dims()),
+        DType::F16 => tensor(dequantize::numbers::<f16>(weight)?, weight.dims()),
+        _ => tensor(dequantize::numbers::<f32>(weight)?, weight.dims())?.to_dtype(dtype),
     }
 }
 
 /// Whether the kernels read the weights of a convolution in the order of the file, for feature maps of the usual size.
-pub(super) fn by_filters(shape: ConvShape, compute: DType) -> bool {
+pub(crate) fn by_filters(shape: ConvShape, compute: DType) -> bool {
     winograd::fits(shape, compute == DType::BF16)
 }
 
@@ -124,7 +124,7 @@ fn positions(shape: &[usize]) -> usize {
 }
 
 /// `gated`: the first half of the outputs times GELU of the second.
-pub(super) fn linear(
+pub(crate) fn linear(
     x: &Tensor,
     weight: &Packed,
     bias: Option<&Tensor>,
@@ -168,7 +168,7 @@ fn gate<T: Element>(both: &[T], half: usize) -> Vec<T> {
 }
 
 /// `out` is `[B, H', W', O]`.
-pub(super) fn conv2d(
+pub(crate) fn conv2d(
     x: &Tensor,
     weight: &Packed,
     bias: Option<&Tensor>,
@@ -201,7 +201,7 @@ pub(super) fn conv2d(
     })
 }
 
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
     /// With unit stride in the last axis, whatever the others.
     fn ready(t: &Tensor, dtype: DType) -> Result<Tensor> {
         let t = t.to_dtype(dtype)?;
@@ -228,18 +228,18 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: 
 }
 
 /// One tally a sample of `x`, which is `[B, .., C]`.
-pub(super) fn tallies(x: &Tensor) -> Result<Vec<Tally>> {
+pub(crate) fn running_stats(x: &Tensor) -> Result<Vec<RunningStats>> {
     let x = if x.dtype() == DType::F16 { x.to_dtype(DType::F32)?.contiguous()? } else { x.contiguous()? };
     let (held, batch, channels) = (Held::new(&x), x.dim(0)?, x.dim(D::Minus1)?);
     match x.dtype() {
-        DType::BF16 => norm::tallies::<bf16>(&held, batch, channels),
-        _ => norm::tallies::<f32>(&held, batch, channels),
+        DType::BF16 => norm::running_stats::<bf16>(&held, batch, channels),
+        _ => norm::running_stats::<f32>(&held, batch, channels),
     }
 }
 
-pub(super) fn group_norm(
+pub(crate) fn group_norm(
     x: &Tensor,
-    tallies: &[Tally],
+    running_stats: &[RunningStats],
     (weight, bias): (&Tensor, &Tensor),
     groups: usize,
     eps: f64,
@@ -250,11 +250,11 @@ pub(super) fn group_norm(
     let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
     by_dtype!(x, T => {
         let x = x.contiguous()?;
-        tensor(norm::group_norm::<T>(&Held::new(&x), tallies, groups, &affine, silu)?, x.dims())
+        tensor(norm::group_norm::<T>(&Held::new(&x), running_stats, groups, &affine, silu)?, x.dims())
     })
 }
 
-pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
     let (weight, bias) = (Held::new(&weight), Held::new(&bias));
     let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
@@ -264,7 +264,7 @@ pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -
     })
 }
 
-pub(super) fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
+pub(crate) fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
     by_dtype!(x, T => {
         let x = x.contiguous()?;
         let held = Held::new(&x);
@@ -277,7 +277,7 @@ pub(super) fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
 }
 
 /// `out` is `[B, height, width, C]`.
-pub(super) fn upsample_nearest(x: &Tensor, out: &[usize]) -> Result<Tensor> {
+pub(crate) fn upsample_nearest(x: &Tensor, out: &[usize]) -> Result<Tensor> {
     fn run<T: Element>(x: &Tensor, out: &[usize]) -> Result<Tensor> {
         let (_, rows, columns, channels) = x.dims4()?;
         let (batch, height, width, _) = candle_core::Shape::from(out).dims4()?;
@@ -304,7 +304,7 @@ pub(super) fn upsample_nearest(x: &Tensor, out: &[usize]) -> Result<Tensor> {
     }
 }
 
-pub(super) fn concat_channels(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<Tensor> {
+pub(crate) fn concat_channels(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<Tensor> {
     fn run<T: Element>(a: &Tensor, b: &Tensor, out: &[usize]) -> Result<Tensor> {
         let (held_a, held_b) = (Held::new(a), Held::new(b));
         let (from_a, from_b) = (held_a.slice::<T>()?, held_b.slice::<T>()?);

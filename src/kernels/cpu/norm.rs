@@ -3,10 +3,10 @@
 use candle_core::Result;
 use rayon::prelude::{IntoParallelIterator, ParallelIterator};
 
-use super::element::{Element, Held};
-use super::pool::{make_rows, rows_per_block};
-use super::simd;
-use crate::kernels::tally::{OfGroup, Tally};
+use crate::kernels::cpu::element::{Element, Held};
+use crate::kernels::cpu::parallel::{make_rows, rows_per_block};
+use crate::kernels::cpu::simd;
+use crate::kernels::running_stats::{OfGroup, RunningStats};
 
 /// Mean, scale and shift of every channel of one sample.
 struct Channels {
@@ -15,20 +15,22 @@ struct Channels {
     shift: Vec<f32>,
 }
 
-pub(super) struct Affine<'a> {
+pub(crate) struct Affine<'a> {
     /// `[C]`
-    pub(super) weight: &'a [f32],
+    pub(crate) weight: &'a [f32],
     /// `[C]`
-    pub(super) bias: &'a [f32],
-    pub(super) eps: f64,
+    pub(crate) bias: &'a [f32],
+    pub(crate) eps: f64,
 }
 
 impl Channels {
-    fn new(tally: &Tally, groups: usize, affine: &Affine) -> Self {
+    fn new(running_stats: &RunningStats, groups: usize, affine: &Affine) -> Self {
         let channels = affine.weight.len();
         let of_group = channels / groups;
         let (mut mean, mut scale, mut shift) = (vec![0.0; channels], vec![0.0; channels], vec![0.0; channels]);
-        for (group, OfGroup { mean: middle, normal }) in tally.groups(groups, affine.eps).into_iter().enumerate() {
+        for (group, OfGroup { mean: middle, normal }) in
+            running_stats.groups(groups, affine.eps).into_iter().enumerate()
+        {
             for c in group * of_group..(group + 1) * of_group {
                 mean[c] = middle as f32;
                 scale[c] = (f64::from(affine.weight[c]) * normal) as f32;
@@ -42,24 +44,25 @@ impl Channels {
 }
 
 /// One tally a sample of `x`, which is `[batch, positions, C]`.
-pub(super) fn tallies<T: Element>(x: &Held, batch: usize, channels: usize) -> Result<Vec<Tally>> {
+pub(crate) fn running_stats<T: Element>(x: &Held, batch: usize, channels: usize) -> Result<Vec<RunningStats>> {
     let x = x.slice::<T>()?;
     let positions = x.len() / (batch * channels).max(1);
-    Ok(x.chunks_exact((positions * channels).max(1)).map(|sample| tally(sample, channels)).collect())
+    Ok(x.chunks_exact((positions * channels).max(1)).map(|sample| sample_stats(sample, channels)).collect())
 }
 
-/// `x` is `[batch, positions, C]`; it need not be the positions that `tallies` are of.
-pub(super) fn group_norm<T: Element>(
+/// `x` is `[batch, positions, C]`; it need not be the positions that `running_stats` are of.
+pub(crate) fn group_norm<T: Element>(
     x: &Held,
-    tallies: &[Tally],
+    running_stats: &[RunningStats],
     groups: usize,
     affine: &Affine,
     silu: bool,
 ) -> Result<Vec<T>> {
     let x = x.slice::<T>()?;
-    let (batch, channels) = (tallies.len(), affine.weight.len());
+    let (batch, channels) = (running_stats.len(), affine.weight.len());
     let positions = x.len() / (batch * channels).max(1);
-    let samples: Vec<Channels> = tallies.iter().map(|tally| Channels::new(tally, groups, affine)).collect();
+    let samples: Vec<Channels> =
+        running_stats.iter().map(|running_stats| Channels::new(running_stats, groups, affine)).collect();
     Ok(make_rows(batch * positions, channels, |first, out| {
         let mut row = first;
         let mut out = out;
@@ -81,7 +84,7 @@ pub(super) fn group_norm<T: Element>(
 }
 
 /// `sample` is `[positions, C]`.
-fn tally<T: Element>(sample: &[T], channels: usize) -> Tally {
+fn sample_stats<T: Element>(sample: &[T], channels: usize) -> RunningStats {
     // Sums run over the distance to the first position, so that a large mean costs no digits.
     let mut pivot = vec![0.0; channels];
     simd::widen_slice(&sample[..channels], &mut pivot);
@@ -109,11 +112,11 @@ fn tally<T: Element>(sample: &[T], channels: usize) -> Tally {
         *spread -= own * own * count;
         *mean = f64::from(pivot[c]) + own;
     }
-    Tally { count, mean, spread }
+    RunningStats { count, mean, spread }
 }
 
 /// `x` is `[.., C]`.
-pub(super) fn layer_norm<T: Element>(x: &Held, affine: &Affine) -> Result<Vec<T>> {
+pub(crate) fn layer_norm<T: Element>(x: &Held, affine: &Affine) -> Result<Vec<T>> {
     let x = x.slice::<T>()?;
     let channels = affine.weight.len();
     Ok(make_rows(x.len() / channels.max(1), channels, |first, out| {

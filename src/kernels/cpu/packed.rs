@@ -10,12 +10,12 @@ use std::ptr::NonNull;
 use candle_core::{DType, Result, Tensor, bail};
 use half::f16;
 
-use super::element::{Element, Held, Numbers};
-use super::micro::{Operands, PANEL};
-use super::pool::{Shared, for_each};
-use super::quantise::{Scale, greatest};
-use super::simd;
-use super::unpacked::Rows;
+use crate::kernels::cpu::element::{Element, Held, Numbers};
+use crate::kernels::cpu::micro::{Operands, PANEL};
+use crate::kernels::cpu::parallel::{Shared, for_each};
+use crate::kernels::cpu::quantize::{Scale, greatest};
+use crate::kernels::cpu::simd;
+use crate::kernels::cpu::streaming_pack::Rows;
 use crate::kernels::{Coding, StoredWeight};
 
 /// The depth of a panel is filled up with zeros to a multiple of this: what the widest micro-kernel takes at once.
@@ -28,11 +28,11 @@ const MAX_BYTE_DEPTH: usize = i32::MAX as usize / (127 * 127);
 const RUN: usize = 64;
 
 /// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Memory that begins with a cache line.
 #[derive(Debug)]
-pub(super) struct Aligned {
+pub(crate) struct Aligned {
     start: NonNull<u8>,
     bytes: usize,
 }
@@ -46,7 +46,7 @@ unsafe impl Sync for Aligned {}
 
 impl Aligned {
     #[expect(unsafe_code, reason = "an alignment that `Vec` cannot ask for")]
-    pub(super) fn zeros(bytes: usize) -> Self {
+    pub(crate) fn zeros(bytes: usize) -> Self {
         let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout is not of size 0.
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
@@ -55,20 +55,20 @@ impl Aligned {
 
     /// Memory that must be written before it is read.
     #[expect(unsafe_code, reason = "an alignment that `Vec` cannot ask for")]
-    pub(super) fn unwritten(bytes: usize) -> Self {
+    pub(crate) fn unwritten(bytes: usize) -> Self {
         let Ok(layout) = Layout::from_size_align(bytes.max(1), LINE) else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout is not of size 0.
         let Some(start) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
         Self { start, bytes }
     }
 
-    pub(super) fn at(&self, byte: usize) -> *mut u8 {
+    pub(crate) fn at(&self, byte: usize) -> *mut u8 {
         debug_assert!(byte <= self.bytes, "{byte} of {}", self.bytes);
         self.start.as_ptr().wrapping_add(byte)
     }
 
     /// Grows to `bytes`; what was there is lost.
-    pub(super) fn at_least(&mut self, bytes: usize) -> *mut u8 {
+    pub(crate) fn at_least(&mut self, bytes: usize) -> *mut u8 {
         if self.bytes < bytes {
             *self = Self::zeros(bytes);
         }
@@ -113,7 +113,7 @@ impl Stored {
 
 /// What makes sums of products with the quantised weights of an output results; one for each output of every panel.
 #[derive(Debug, Default)]
-struct Quantised {
+struct Quantized {
     /// A weight is its byte times this.
     scales: Vec<f32>,
     /// 128 times the sum of the bytes: how much too great sums of unsigned bytes are.
@@ -122,7 +122,7 @@ struct Quantised {
 
 /// The weights of a linear layer or convolution.
 #[derive(Debug)]
-pub(in crate::kernels) struct Packed {
+pub(crate) struct Packed {
     /// As they are stored; nothing where they were laid beforehand.
     kept: Option<Kept>,
     /// Where nothing is kept.
@@ -146,26 +146,26 @@ struct Kept {
 
 /// Panels.
 #[derive(Debug)]
-pub(super) struct Laid {
+pub(crate) struct Laid {
     memory: Aligned,
     stored: Stored,
     /// Numbers down a panel.
     padded: usize,
     /// Empty where the weights are no bytes.
-    quantised: Quantised,
+    quantized: Quantized,
 }
 
 impl Packed {
     /// `weight` is `[O, C, ..]` with any axes behind; the depth is those axes, then `C`. `compute` is the dtype in which the
     /// network computes, `by_filters` whether weights of several taps will be read in the order of the file.
-    pub(in crate::kernels) fn new(weight: &StoredWeight, compute: DType, by_filters: bool) -> Result<Self> {
+    pub(crate) fn new(weight: &StoredWeight, compute: DType, by_filters: bool) -> Result<Self> {
         let &[outputs, channels, ref taps @ ..] = weight.dims() else {
             bail!("weights have outputs and inputs, and these are {:?}", weight.dims());
         };
         let (taps, coding) = (taps.iter().product(), weight.coding());
         let packed = |kept, laid| Self { kept, laid, outputs, channels, taps };
         // What is not plain numbers grows where it is laid, however small it is.
-        let stays = coding.dtype().is_none() || weight.bytes() >= crate::memory::LARGE;
+        let stays = coding.dtype().is_none() || weight.bytes() >= crate::allocator::LARGE;
         let read_as_stored = by_filters || (taps == 1 && stays);
         // Blocks are read where every line begins with a part of one.
         if read_as_stored && (channels * taps).is_multiple_of(coding.grain()) {
@@ -179,7 +179,7 @@ impl Packed {
 
     /// As [`Self::new`], the weights of each output rounded to 127 steps either side of zero, the greatest of them
     /// exactly. Weights too deep for that, or without any depth, are laid as they are.
-    pub(in crate::kernels) fn int8(weight: &Tensor) -> Result<Self> {
+    pub(crate) fn int8(weight: &Tensor) -> Result<Self> {
         let depth: usize = weight.dims()[1..].iter().product();
         if !(1..=MAX_BYTE_DEPTH).contains(&depth) {
             return Self::new(&StoredWeight::of(weight.clone())?, weight.dtype(), false);
@@ -199,30 +199,30 @@ impl Packed {
     }
 
     /// Bytes of memory.
-    pub(in crate::kernels) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let kept = self.kept.as_ref().map_or(0, |kept| kept.tensor.elem_count() * kept.tensor.dtype().size_in_bytes());
         kept + self.laid.as_ref().map_or(0, Laid::bytes)
     }
 
     /// The weights as they are stored, held for reading, where they were not laid beforehand.
-    pub(super) fn held(&self) -> Option<Held<'_>> {
+    pub(crate) fn held(&self) -> Option<Held<'_>> {
         self.kept.as_ref().map(|kept| Held::new(&kept.tensor))
     }
 
     /// What [`Self::held`] holds.
-    pub(super) fn rows<'a>(&self, held: &'a Held<'a>) -> Result<Option<Rows<'a>>> {
+    pub(crate) fn rows<'a>(&self, held: &'a Held<'a>) -> Result<Option<Rows<'a>>> {
         let Some(kept) = &self.kept else { return Ok(None) };
         let (coding, rounded, scale) = (kept.coding, kept.rounded, kept.scale);
         Ok(Some(Rows { bytes: held.bytes()?, coding, rounded, scale, outputs: self.outputs, depth: self.depth() }))
     }
 
     /// The panels, where they were laid beforehand.
-    pub(super) fn laid(&self) -> Option<&Laid> {
+    pub(crate) fn laid(&self) -> Option<&Laid> {
         self.laid.as_ref()
     }
 
     /// Panels of what is kept, for one product.
-    pub(super) fn lay(&self) -> Result<Laid> {
+    pub(crate) fn lay(&self) -> Result<Laid> {
         let Some(kept) = &self.kept else { bail!("weights that are neither laid nor kept") };
         let shape = [self.outputs, self.channels, self.taps];
         let weight = StoredWeight::new(kept.tensor.clone(), kept.coding, kept.scale, &shape)?;
@@ -231,32 +231,32 @@ impl Packed {
     }
 
     /// Whether a product reads the weights as they are stored, where they are kept so.
-    pub(super) fn is_flat(&self) -> bool {
+    pub(crate) fn is_flat(&self) -> bool {
         self.taps == 1
     }
 
     /// Whether the weights are bytes, for activations that are bytes.
-    pub(super) fn is_int8(&self) -> bool {
+    pub(crate) fn is_int8(&self) -> bool {
         self.kept.is_none() && self.laid.as_ref().is_some_and(|laid| laid.stored == Stored::Int8)
     }
 
     /// Scales and offsets of a panel of bytes.
-    pub(super) fn quantised(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
-        let quantised = &self.laid.as_ref()?.quantised;
-        let scales = quantised.scales.as_chunks().0.get(panel)?;
-        Some((scales, quantised.offsets.as_chunks().0.get(panel)?))
+    pub(crate) fn quantized(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
+        let quantized = &self.laid.as_ref()?.quantized;
+        let scales = quantized.scales.as_chunks().0.get(panel)?;
+        Some((scales, quantized.offsets.as_chunks().0.get(panel)?))
     }
 
-    pub(in crate::kernels) fn outputs(&self) -> usize {
+    pub(crate) fn outputs(&self) -> usize {
         self.outputs
     }
 
-    pub(in crate::kernels) fn depth(&self) -> usize {
+    pub(crate) fn depth(&self) -> usize {
         self.channels * self.taps
     }
 
     /// Whether bf16 operands can be multiplied: the weights are, or are rounded to, such numbers.
-    pub(super) fn is_bf16(&self) -> bool {
+    pub(crate) fn is_bf16(&self) -> bool {
         match &self.kept {
             Some(kept) if kept.rounded == DType::F32 => kept.coding == Coding::Bf16,
             Some(kept) => kept.rounded == DType::BF16,
@@ -282,8 +282,8 @@ impl Laid {
         let padded = depth.next_multiple_of(BYTE_GRAIN);
         let panels = outputs.div_ceil(PANEL);
         let memory = Aligned::zeros(panels * padded * PANEL);
-        let mut quantised = Quantised { scales: vec![0.0; panels * PANEL], offsets: vec![0; panels * PANEL] };
-        let (all_scales, all_offsets) = (Shared::new(&mut quantised.scales), Shared::new(&mut quantised.offsets));
+        let mut quantized = Quantized { scales: vec![0.0; panels * PANEL], offsets: vec![0; panels * PANEL] };
+        let (all_scales, all_offsets) = (Shared::new(&mut quantized.scales), Shared::new(&mut quantized.offsets));
         for_each(panels, outputs * depth, |panel| {
             let first = panel * PANEL;
             // SAFETY: every panel and its scales are written by one task, within their memory.
@@ -310,7 +310,7 @@ impl Laid {
                 (scales[n], offsets[n]) = (scale.step, sum.wrapping_mul(128));
             }
         });
-        Self { memory, stored: Stored::Int8, padded, quantised }
+        Self { memory, stored: Stored::Int8, padded, quantized }
     }
 
     #[expect(unsafe_code, reason = "panels are written by several threads")]
@@ -366,27 +366,27 @@ impl Laid {
                 }
             }
         });
-        Self { memory, stored, padded, quantised: Quantised::default() }
+        Self { memory, stored, padded, quantized: Quantized::default() }
     }
 
     fn bytes(&self) -> usize {
-        self.memory.bytes + self.quantised.scales.len() * 4 + self.quantised.offsets.len() * 4
+        self.memory.bytes + self.quantized.scales.len() * 4 + self.quantized.offsets.len() * 4
     }
 
     /// Where panel `panel` stands from number `depth` of the depth on, a multiple of 32.
-    pub(super) fn start(&self, panel: usize, depth: usize) -> *const u8 {
+    pub(crate) fn start(&self, panel: usize, depth: usize) -> *const u8 {
         self.memory.at((panel * self.padded + depth) * PANEL * self.stored.size())
     }
 
     /// Bytes that `depth` numbers of the depth take in a panel.
-    pub(super) fn stretch(&self, depth: usize) -> usize {
+    pub(crate) fn stretch(&self, depth: usize) -> usize {
         depth * PANEL * self.stored.size()
     }
 
     /// Panel `panel` between `depth`, which begins at a multiple of 32, for a micro-kernel of `operands`: where it
     /// stands, or widened into `scratch`.
     #[expect(unsafe_code, reason = "a panel seen as what it was stored as")]
-    pub(super) fn panel(
+    pub(crate) fn panel(
         &self,
         operands: Operands,
         panel: usize,

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use half::f16;
 
-use super::attention::Scores;
-use super::element::Element;
-#[cfg(target_arch = "x86_64")]
-use super::micro::amx;
 use crate::kernels::Activation;
+use crate::kernels::cpu::attention::Scores;
+use crate::kernels::cpu::element::Element;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::micro::amx;
 
 /// Accumulators kept side by side in a reduction.
 const LANES: usize = 16;
@@ -119,7 +119,7 @@ pub fn choose(wanted: Level) -> Level {
 /// the instruction then comes without a call.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn rounds_bf16() -> bool {
+pub(crate) fn rounds_bf16() -> bool {
     LEVEL.load(Ordering::Relaxed) >= Level::Avx512Bf16 as u8
 }
 
@@ -130,7 +130,7 @@ macro_rules! levels {
             target_arch = "x86_64",
             expect(unsafe_code, reason = "calls of functions compiled for more than the baseline")
         )]
-        pub(super) fn $name $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
+        pub(crate) fn $name $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             fn portable $(<$t: Element>)? ($($arg: $ty),*) $(-> $ret)? $body
 
@@ -163,7 +163,7 @@ macro_rules! levels {
     )*};
 }
 
-pub(super) use levels;
+pub(crate) use levels;
 
 /// `e^x` to 2 units in the last place; 0 below -87, `e^88` above 88. NaN stays NaN.
 ///
@@ -224,19 +224,19 @@ fn fold(lanes: [f32; 32], join: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn silu(x: f32) -> f32 {
+pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
 #[inline(always)]
-pub(super) fn quick_gelu(x: f32) -> f32 {
+pub(crate) fn quick_gelu(x: f32) -> f32 {
     x / (1.0 + exp(-1.702 * x))
 }
 
 /// `x · Φ(x)`. `Φ(-z) = t P(t) e^(-z²/2)` with `t = 1/(1 + 0.24 z)`; `P` is fitted to `erfcx` with a relative error of
 /// 4e-9 over the whole tail, so nothing cancels for negative `x`.
 #[inline(always)]
-pub(super) fn gelu(x: f32) -> f32 {
+pub(crate) fn gelu(x: f32) -> f32 {
     let z = x.abs();
     let t = 1.0 / (1.0 + 0.24 * z);
     let mut p = 0.025_855_944;
@@ -491,7 +491,7 @@ levels! {
     }
 }
 
-pub(super) fn activate_into<T: Element>(kind: Activation, from: &[T], to: &mut [T]) {
+pub(crate) fn activate_into<T: Element>(kind: Activation, from: &[T], to: &mut [T]) {
     match kind {
         Activation::Silu => silu_into(from, to),
         Activation::Gelu => gelu_into(from, to),

@@ -1,28 +1,28 @@
 //! The softmax of one row of scores within a block of keys: its greatest number, and powers that stand as the left operand
 //! of the product with the values.
 
-use super::attention::Scores;
-use super::micro::{Operands, PANEL};
-use super::simd;
+use crate::kernels::cpu::attention::Scores;
+use crate::kernels::cpu::micro::{Operands, PANEL};
+use crate::kernels::cpu::simd;
 
 /// One row of scores and where its powers go.
-pub(super) struct Row {
+pub(crate) struct Row {
     /// Scores of 32 keys each.
-    pub(super) scores: Scores,
+    pub(crate) scores: Scores,
     /// Keys that the query may see; the powers of those behind are 0.
-    pub(super) seen: usize,
+    pub(crate) seen: usize,
     /// Powers to write: `seen`, filled up to a multiple of 32.
-    pub(super) keys: usize,
+    pub(crate) keys: usize,
     /// Of the scores before they become exponents of 2.
-    pub(super) factor: f32,
-    pub(super) operands: Operands,
-    pub(super) to: *mut u8,
+    pub(crate) factor: f32,
+    pub(crate) operands: Operands,
+    pub(crate) to: *mut u8,
 }
 
 impl Row {
     /// The greatest of `before` and the scores seen; NaN is passed over.
     #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "functions compiled for more than the baseline"))]
-    pub(super) fn greatest(&self, before: f32) -> f32 {
+    pub(crate) fn greatest(&self, before: f32) -> f32 {
         #[cfg(target_arch = "x86_64")]
         if simd::level() >= simd::Level::Avx512 {
             // SAFETY: the level says that AVX-512 F is here.
@@ -36,7 +36,7 @@ impl Row {
     /// # Safety
     /// There is memory for `keys` operands at `to`, which nothing else uses.
     #[expect(unsafe_code, reason = "a row of a block seen as numbers")]
-    pub(super) unsafe fn powers(&self, greatest: f32) -> f32 {
+    pub(crate) unsafe fn powers(&self, greatest: f32) -> f32 {
         #[cfg(target_arch = "x86_64")]
         if simd::level() >= simd::Level::Avx512 {
             // SAFETY: the level says which features are here; bf16 operands are chosen with AVX-512 BF16 alone.
@@ -77,7 +77,7 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn greatest(row: &Row, before: f32) -> f32 {
+    pub(crate) unsafe fn greatest(row: &Row, before: f32) -> f32 {
         let mut most = [_mm512_set1_ps(before); 2];
         for line in 0..row.seen.div_ceil(PANEL) {
             let scores = row.scores.at(line);
@@ -126,7 +126,7 @@ mod avx512 {
     macro_rules! powers {
         ($name:ident, $features:literal, $exp2:ident, $store:expr) => {
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn $name(row: &Row, greatest: f32) -> f32 {
+            pub(crate) unsafe fn $name(row: &Row, greatest: f32) -> f32 {
                 let (factor, shift) = (_mm512_set1_ps(row.factor), _mm512_set1_ps(greatest * row.factor));
                 let mut sums = [_mm512_setzero_ps(); 2];
                 for line in 0..row.keys / PANEL {

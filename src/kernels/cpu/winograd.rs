@@ -9,14 +9,14 @@ use std::ops::Range;
 
 use candle_core::{Result, bail};
 
-use super::element::{Element, Held};
-use super::finish::{Finish, Spot, Target, finish_tile};
-use super::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
-use super::packed::{Aligned, LINE, Packed};
-use super::pool::{Scratch, Shared, for_each, threads, with_scratch};
-use super::product::After;
-use super::simd::{self, levels};
-use super::unpacked::Rows;
+use crate::kernels::cpu::element::{Element, Held};
+use crate::kernels::cpu::epilogue::{Finish, Spot, Target, finish_tile};
+use crate::kernels::cpu::gemm::After;
+use crate::kernels::cpu::micro::{self, A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
+use crate::kernels::cpu::packed::{Aligned, LINE, Packed};
+use crate::kernels::cpu::parallel::{Scratch, Shared, for_each, threads, with_scratch};
+use crate::kernels::cpu::simd::{self, levels};
+use crate::kernels::cpu::streaming_pack::Rows;
 use crate::kernels::{ConvShape, Padding};
 
 /// Products of a tile for one channel.
@@ -31,7 +31,7 @@ const FILTERS: usize = 16 << 20;
 /// Sizes that were found fastest.
 #[derive(Clone, Copy)]
 struct Tuning {
-    /// Channels that are summed at a time, at most. In f32 as many as [`super::product`] takes in a chain.
+    /// Channels that are summed at a time, at most. In f32 as many as [`crate::kernels::cpu::gemm`] takes in a chain.
     chain: usize,
     /// Panels of a task, at most.
     panels: usize,
@@ -52,7 +52,7 @@ impl Tuning {
 
 /// Whether [`convolve`] takes convolutions of such a shape, and gains by it where feature maps are not small. `narrow` says
 /// whether weights and activations are bf16.
-pub(super) fn fits(shape: ConvShape, narrow: bool) -> bool {
+pub(crate) fn fits(shape: ConvShape, narrow: bool) -> bool {
     let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
     let wide = shape.inputs >= 2 * GRAIN && shape.inputs.is_multiple_of(GRAIN) && shape.outputs >= 2 * PANEL;
     let operands = Micro::new(narrow).operands;
@@ -61,7 +61,7 @@ pub(super) fn fits(shape: ConvShape, narrow: bool) -> bool {
 }
 
 /// Whether [`convolve`] takes a convolution with these weights.
-pub(super) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
+pub(crate) fn serves<T: Element>(weight: &Packed, shape: ConvShape, (height, width): (usize, usize)) -> bool {
     let narrow = !T::IS_F32 && weight.is_bf16();
     let kept = weight.held().is_some() && weight.outputs() == shape.outputs && weight.depth() == 9 * shape.inputs;
     kept && fits(shape, narrow) && height * width >= Tuning::of(Micro::new(narrow).operands).least
@@ -87,7 +87,7 @@ struct Convolution<'a, T> {
 }
 
 /// `numbers` is `[batch, height, width, C]`; gives as many positions of the weights' outputs. `serves` said so.
-pub(super) fn convolve<T: Element>(
+pub(crate) fn convolve<T: Element>(
     numbers: &[T],
     (batch, height, width): (usize, usize, usize),
     weight: &Packed,
@@ -283,7 +283,7 @@ levels! {
 
 /// Where 16 points go, `between` bytes apart. No other task uses the memory meanwhile.
 #[derive(Clone, Copy)]
-pub(super) struct Points {
+pub(crate) struct Points {
     start: *mut u8,
     between: usize,
 }
@@ -451,7 +451,7 @@ mod avx512 {
     /// # Safety
     /// Each pixel has `count` numbers, and there is memory for as many bf16 at each point.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) unsafe fn pixels(pixels: [*const bf16; POINTS], count: usize, to: Points) {
+    pub(crate) unsafe fn pixels(pixels: [*const bf16; POINTS], count: usize, to: Points) {
         for at in (0..count).step_by(WIDTH) {
             // SAFETY: 16 numbers from `at` on are there.
             let number = |i: usize| unsafe {
@@ -479,7 +479,7 @@ mod avx512 {
     /// # Safety
     /// `taps` has [`GRAIN`] channels, and there is memory for as many at each point.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) unsafe fn filters(taps: *const u8, to: Points) {
+    pub(crate) unsafe fn filters(taps: *const u8, to: Points) {
         /// Numbers 0 to 15 of the first half and of the second in turn.
         const PAIRS: [u16; 2 * WIDTH] = {
             let mut pairs = [0; 2 * WIDTH];

@@ -5,18 +5,18 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
+use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::CheckpointKey;
-use crate::model::companion::Companion;
+use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::clip_vision::{ClipVision, ClipVisionConfig};
 use crate::model::networks::ip_adapter::{IpAdapter, IpAdapterLayout};
 use crate::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
-use crate::model::workers::open::Weights;
+use crate::model::weights::open::Weights;
 use crate::units::Bytes;
 
 /// An adapter, and what of its file it uses.
@@ -50,7 +50,7 @@ impl AdapterManager {
     /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
     pub fn features(
         &mut self,
-        found: &Companion,
+        found: &ComponentFile,
         config: &T2iAdapterConfig,
         placement: &Placement,
         ctx: &Context,
@@ -68,7 +68,7 @@ impl AdapterManager {
     /// Those of [`Self::features`].
     pub fn pictures(
         &mut self,
-        found: &Companion,
+        found: &ComponentFile,
         layout: &IpAdapterLayout,
         placement: &Placement,
         ctx: &Context,
@@ -86,7 +86,7 @@ impl AdapterManager {
     /// Those of [`Self::features`].
     pub fn encoder(
         &mut self,
-        found: &Companion,
+        found: &ComponentFile,
         config: &ClipVisionConfig,
         placement: &Placement,
         ctx: &Context,
@@ -96,14 +96,14 @@ impl AdapterManager {
     }
 
     /// The running request will use what is kept of this file.
-    pub(in crate::model) fn claim(&mut self, key: CheckpointKey) {
+    pub(crate) fn claim(&mut self, key: CheckpointKey) {
         self.features.claim(key, &[], true, |_| true);
         self.pictures.claim(key, &[], true, |_| true);
         self.encoders.claim(key, &[], true, |_| true);
     }
 
     /// Drops everything. Gives the bytes that were held.
-    pub(in crate::model) fn clear(&mut self) -> Bytes {
+    pub(crate) fn clear(&mut self) -> Bytes {
         let all: Option<CheckpointKey> = None;
         self.features.remove(all) + self.pictures.remove(all) + self.encoders.remove(all)
     }
@@ -113,7 +113,7 @@ impl AdapterManager {
 ///
 /// # Errors
 /// `model_corrupt`, `cancelled`, `deadline_exceeded`.
-pub fn shapes(found: &Companion, ctx: &Context) -> Result<BTreeMap<String, Vec<usize>>> {
+pub fn shapes(found: &ComponentFile, ctx: &Context) -> Result<BTreeMap<String, Vec<usize>>> {
     let weights = found.open(ctx)?;
     Ok(weights.tensors().map(|(name, stored)| (name.to_owned(), stored.shape.clone())).collect())
 }
@@ -121,7 +121,7 @@ pub fn shapes(found: &Companion, ctx: &Context) -> Result<BTreeMap<String, Vec<u
 /// What lies on the shelf, or is loaded to it.
 fn acquire<T: 'static>(
     shelf: &mut Shelf<T>,
-    (component, found): (&'static str, &Companion),
+    (component, found): (&'static str, &ComponentFile),
     placement: &Placement,
     load: impl FnOnce(&Weights, &VarBuilder) -> Result<T>,
     ctx: &Context,

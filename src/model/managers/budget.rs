@@ -9,8 +9,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::WORTH;
-use crate::memory;
+use crate::allocator;
+use crate::model::managers::WORTH;
 use crate::units::Bytes;
 
 /// Kinds of networks that one request used, in the order in which they go; what is not named here goes before them.
@@ -33,31 +33,31 @@ struct State {
 
 /// When something was last used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Used {
+pub(crate) struct Used {
     age: u64,
     tick: u64,
     /// Milliseconds of Unix time.
-    pub(super) at: u64,
+    pub(crate) at: u64,
 }
 
 impl Used {
     /// Greater the later.
-    pub(super) fn order(self) -> u64 {
+    pub(crate) fn order(self) -> u64 {
         self.tick
     }
 }
 
 /// An entry of a shelf as the budget sees it.
-pub(super) struct Line {
-    pub(super) used: Used,
-    pub(super) bytes: Bytes,
-    pub(super) pinned: bool,
+pub(crate) struct Line {
+    pub(crate) used: Used,
+    pub(crate) bytes: Bytes,
+    pub(crate) pinned: bool,
     /// Whether somebody else holds it.
-    pub(super) busy: bool,
+    pub(crate) busy: bool,
 }
 
 /// A shelf, whatever lies on it.
-pub(super) trait Rack {
+pub(crate) trait Rack {
     fn kind(&self) -> &'static str;
     fn lines(&self) -> Vec<Line>;
     /// Drops an entry. Gives the bytes that this frees.
@@ -117,7 +117,7 @@ impl Budget {
     }
 
     /// Makes place for `bytes` before they are there, so that the old and the new need not fit together.
-    pub(super) fn reserve(&self, bytes: Bytes) {
+    pub(crate) fn reserve(&self, bytes: Bytes) {
         let excess = (self.bytes() + bytes).saturating_sub(self.0.capacity.get());
         if excess > Bytes(0) {
             self.evict(excess, Reach::Others);
@@ -143,14 +143,14 @@ impl Budget {
     }
 
     /// A use at this moment.
-    pub(super) fn used(&self) -> Used {
+    pub(crate) fn used(&self) -> Used {
         let tick = self.0.tick.get() + 1;
         self.0.tick.set(tick);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Used { age: self.0.age.get(), tick, at: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) }
     }
 
-    pub(super) fn join(&self, rack: Rc<dyn Rack>) {
+    pub(crate) fn join(&self, rack: Rc<dyn Rack>) {
         self.0.shelves.borrow_mut().push(rack);
     }
 
@@ -167,8 +167,8 @@ impl Budget {
 }
 
 /// Returns what was freed to the system: the allocator keeps blocks for reuse, and the next weights have other sizes.
-pub(super) fn give_back(freed: Bytes) {
+pub(crate) fn give_back(freed: Bytes) {
     if freed >= WORTH {
-        memory::release();
+        allocator::release();
     }
 }

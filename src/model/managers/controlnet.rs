@@ -5,24 +5,24 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::quantising;
+use crate::kernels::quantizing;
 use crate::layers::{Manager, Resident};
+use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::companion::Companion;
+use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
 use crate::model::networks::unet::Unet;
-use crate::model::workers::open::Weights;
-use crate::model::workers::overlay::{MARK, over};
-use crate::model::workers::rename::RenameControl;
+use crate::model::weights::control_lora::{MARK, over};
+use crate::model::weights::ldm_names::RenameControl;
+use crate::model::weights::open::Weights;
 use crate::units::Bytes;
 
 pub struct ControlNetManager {
-    pub(in crate::model) shelf: Shelf<ControlNet>,
+    pub(crate) shelf: Shelf<ControlNet>,
 }
 
 impl ControlNetManager {
@@ -39,22 +39,22 @@ impl ControlNetManager {
     /// `deadline_exceeded`; those of the device.
     pub fn acquire(
         &mut self,
-        companion: &Companion,
+        component_file: &ComponentFile,
         checkpoint: &Checkpoint,
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<ControlNet>> {
         let (dtype, quantization) = (placement.compute, placement.quantization);
-        let weights = companion.open(ctx)?;
+        let weights = component_file.open(ctx)?;
         let is_lora = weights.tensors().any(|(name, _)| name == MARK);
         let weights = ctx.perform(&RenameControl, weights)?;
         let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
-        let (of, laid) = if is_lora { (checkpoint.key, Some(companion.key)) } else { (companion.key, None) };
+        let (of, laid) = if is_lora { (checkpoint.key, Some(component_file.key)) } else { (component_file.key, None) };
         let key = ShelfKey { checkpoint: of, over: laid, dtype, quantization, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
         let model = (&checkpoint.unet, checkpoint.vae.reduction());
-        let config = ControlNetConfig::new(&companion.name, companion.config()?, &shape, model)?;
+        let config = ControlNetConfig::new(&component_file.name, component_file.config()?, &shape, model)?;
         // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
         if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
             return Ok(found);
@@ -76,11 +76,11 @@ impl ControlNetManager {
             let (loaded, saved) = match quantization {
                 Quantization::None => (load(), 0),
                 // Its blocks have the names of the UNet's.
-                Quantization::Int8 => quantising(Unet::bears_int8, load),
+                Quantization::Int8 => quantizing(Unet::bears_int8, load),
             };
             let (net, bytes) = loaded?;
             let bytes = bytes.saturating_sub(Bytes(saved as u64));
-            Ok(self.shelf.insert(key, &companion.name, bytes, net))
+            Ok(self.shelf.insert(key, &component_file.name, bytes, net))
         })
     }
 }

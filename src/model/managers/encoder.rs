@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use super::lora::{Adapting, Kept, donors};
-use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::Stack;
+use crate::model::managers::lora::{Adapting, Kept, donors};
+use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::clip::ClipTextModel;
 use crate::units::Bytes;
 
@@ -25,7 +25,7 @@ pub struct TextEncoders {
 }
 
 pub struct EncoderManager {
-    pub(in crate::model) shelf: Shelf<TextEncoders>,
+    pub(crate) shelf: Shelf<TextEncoders>,
 }
 
 impl EncoderManager {

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Opened, Shelf, ShelfKey};
 use crate::context::Context;
 use crate::error::Result;
-use crate::kernels::sharing::{Layer, Layers, sharing};
+use crate::kernels::shared_layers::{Layer, Layers, sharing};
 use crate::model::checkpoint::Part;
 use crate::model::lora::Stack;
-use crate::model::workers::adapting::{Built, adapting};
+use crate::model::lora::merge::{Built, adapting};
+use crate::model::managers::{Opened, Shelf, ShelfKey};
 use crate::units::Bytes;
 
 /// A network, its layers, and what tells the changes of each.
@@ -27,22 +27,22 @@ pub struct Kept<T> {
 
 /// Bytes of a network: of each layer, which another network may have too, and of all else.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Held {
+pub(crate) struct Held {
     /// By what tells a layer from all others in memory.
-    pub(super) layers: HashMap<usize, Bytes>,
-    pub(super) rest: Bytes,
+    pub(crate) layers: HashMap<usize, Bytes>,
+    pub(crate) rest: Bytes,
 }
 
 impl Held {
     /// Of two networks that are kept as one.
-    pub(super) fn with(mut self, other: Self) -> Self {
+    pub(crate) fn with(mut self, other: Self) -> Self {
         self.layers.extend(other.layers);
         Self { rest: self.rest + other.rest, ..self }
     }
 }
 
 /// A network that was built, and what was had for it beside the layers that were given.
-pub(super) struct Loaded<T> {
+pub(crate) struct Loaded<T> {
     network: Kept<T>,
     given: Held,
     bytes: Bytes,
@@ -50,7 +50,7 @@ pub(super) struct Loaded<T> {
 
 impl<T> Loaded<T> {
     /// The network, which keeps all that was read for it but `saved`.
-    pub(super) fn kept(self, saved: Bytes) -> Kept<T> {
+    pub(crate) fn kept(self, saved: Bytes) -> Kept<T> {
         let Self { mut network, given, bytes } = self;
         network.weigh(&given, bytes.saturating_sub(saved));
         network
@@ -74,7 +74,7 @@ impl<T> Kept<T> {
         self.held = Held { layers: fresh, rest }.with(Held { layers: shared, rest: Bytes(0) });
     }
 
-    pub(super) fn held(&self) -> &Held {
+    pub(crate) fn held(&self) -> &Held {
         &self.held
     }
 }
@@ -88,7 +88,7 @@ impl<T> Deref for Kept<T> {
 }
 
 /// A network that is about to be built: what it shares, and what is changed of it.
-pub(super) struct Adapting<'a> {
+pub(crate) struct Adapting<'a> {
     stack: &'a Stack,
     part: Part,
     given: Layers,
@@ -98,7 +98,7 @@ pub(super) struct Adapting<'a> {
 
 impl<'a> Adapting<'a> {
     /// Takes from the networks `of` donors, which are of the same checkpoint, device and dtype, what is the same in them.
-    pub(super) fn new<D, T>(
+    pub(crate) fn new<D, T>(
         stack: &'a Stack,
         part: Part,
         donors: &[Arc<D>],
@@ -118,17 +118,17 @@ impl<'a> Adapting<'a> {
     }
 
     /// What it shares.
-    pub(super) fn shares(&self) -> &Held {
+    pub(crate) fn shares(&self) -> &Held {
         &self.held
     }
 
     /// Bytes that the weights will take which are not shared.
-    pub(super) fn bytes(&self, opened: &Opened) -> Bytes {
+    pub(crate) fn bytes(&self, opened: &Opened) -> Bytes {
         opened.bytes_of(|tensor| tensor.rsplit_once('.').is_none_or(|(layer, _)| self.given.get(layer).is_none()))
     }
 
     /// Builds the network.
-    pub(super) fn load<T>(
+    pub(crate) fn load<T>(
         self,
         opened: &Opened,
         ctx: &Context,
@@ -152,6 +152,6 @@ impl<'a> Adapting<'a> {
 }
 
 /// What of a shelf may give layers to a network of this key.
-pub(super) fn donors<T: 'static>(shelf: &Shelf<T>, key: &ShelfKey) -> Vec<Arc<T>> {
+pub(crate) fn donors<T: 'static>(shelf: &Shelf<T>, key: &ShelfKey) -> Vec<Arc<T>> {
     shelf.like(|other| ShelfKey { over: key.over, ..other.clone() } == *key)
 }

@@ -1,13 +1,13 @@
 //! Long-lived weights, one manager a network, and the shelf on which each keeps them.
 
-mod adapters;
-mod budget;
-mod controlnet;
-mod encoder;
-mod lora;
-mod tokenizer;
-mod unet;
-mod vae;
+pub(crate) mod adapters;
+pub(crate) mod budget;
+pub(crate) mod controlnet;
+pub(crate) mod encoder;
+pub(crate) mod lora;
+pub(crate) mod tokenizer;
+pub(crate) mod unet;
+pub(crate) mod vae;
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -27,14 +27,14 @@ pub use vae::{Vae, VaeManager};
 
 use self::budget::{Line, Rack, Used, give_back};
 use self::lora::Held;
-use super::checkpoint::{Checkpoint, CheckpointKey, Part};
-use super::workers::open::Weights;
-use super::workers::read::{Read, ReadTask, kept_bytes};
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
+use crate::model::weights::open::Weights;
+use crate::model::weights::read::{Read, ReadTask, kept_bytes};
 use crate::units::Bytes;
 
 /// What tells one network on a shelf from another.
@@ -50,7 +50,7 @@ pub struct ShelfKey {
 }
 
 impl ShelfKey {
-    pub(in crate::model) fn new(checkpoint: &Checkpoint, placement: &Placement, dtype: Dtype) -> Self {
+    pub(crate) fn new(checkpoint: &Checkpoint, placement: &Placement, dtype: Dtype) -> Self {
         let device = placement.name.clone();
         Self { checkpoint: checkpoint.key, over: None, dtype, quantization: Quantization::None, device }
     }
@@ -112,7 +112,7 @@ impl<T: 'static> Shelf<T> {
     }
 
     /// The items whose keys are `wanted`.
-    pub(in crate::model) fn like(&self, wanted: impl Fn(&ShelfKey) -> bool) -> Vec<Arc<T>> {
+    pub(crate) fn like(&self, wanted: impl Fn(&ShelfKey) -> bool) -> Vec<Arc<T>> {
         self.entries
             .list
             .borrow()
@@ -158,19 +158,19 @@ impl<T: 'static> Shelf<T> {
     }
 
     /// Drops the items of a checkpoint that are not pinned.
-    pub(in crate::model) fn let_go(&mut self, checkpoint: CheckpointKey) {
+    pub(crate) fn let_go(&mut self, checkpoint: CheckpointKey) {
         give_back(self.entries.retain(|entry| entry.pinned || entry.key.checkpoint != checkpoint));
     }
 
     /// Drops the items of a checkpoint that are of this form, unless they are pinned.
-    pub(in crate::model) fn drop_form(&mut self, checkpoint: CheckpointKey, form: &str) {
+    pub(crate) fn drop_form(&mut self, checkpoint: CheckpointKey, form: &str) {
         let stays = |key: &ShelfKey| key.checkpoint != checkpoint || key.form() != form;
         give_back(self.entries.retain(|entry| entry.pinned || stays(&entry.key)));
     }
 
     /// The running request will use the items of a checkpoint over whose files `over` lies, and if `bare` those over whose
     /// files nothing does, of those forms that it uses.
-    pub(in crate::model) fn claim(
+    pub(crate) fn claim(
         &mut self,
         checkpoint: CheckpointKey,
         over: &[CheckpointKey],
@@ -314,7 +314,7 @@ impl<T> Manager for Shelf<T> {
 const WORTH: Bytes = Bytes(8 * Bytes::MIB);
 
 /// A network whose header was read and whose weights were not.
-struct Opened<'a> {
+pub(crate) struct Opened<'a> {
     /// What progress calls it.
     component: &'static str,
     weights: Weights,

@@ -19,9 +19,9 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
+use crate::model::catalog::demo;
+use crate::model::catalog::files::Found;
 use crate::model::checkpoint::{Checkpoint, CheckpointKey, TokenizerFiles};
-use crate::model::demo;
-use crate::model::folder::Found;
 use crate::units::Bytes;
 
 /// Longest vocabulary file.
@@ -96,7 +96,7 @@ impl TokenizerManager {
     }
 
     /// Drops the tokenizers of a checkpoint; `None` drops all. Gives the bytes that were held.
-    pub(in crate::model) fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
+    pub(crate) fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
         let bytes =
             |entries: &[(CheckpointKey, String, Arc<Tokenizers>)]| entries.iter().map(|entry| entry.2.bytes).sum();
         let before: Bytes = bytes(&self.entries);

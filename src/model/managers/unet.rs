@@ -4,21 +4,21 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::lora::{Adapting, Kept, donors};
-use super::{AFAR, Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::{away, quantising};
+use crate::kernels::{away, quantizing};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::Stack;
+use crate::model::managers::lora::{Adapting, Kept, donors};
+use crate::model::managers::{AFAR, Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::unet::Unet;
 use crate::units::Bytes;
 
 pub struct UnetManager {
-    pub(in crate::model) shelf: Shelf<Kept<Unet>>,
+    pub(crate) shelf: Shelf<Kept<Unet>>,
 }
 
 impl UnetManager {
@@ -28,7 +28,7 @@ impl UnetManager {
     }
 
     /// Under which key a UNet is kept.
-    pub(in crate::model) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
+    pub(crate) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
         let quantization = placement.quantization;
         let device = if placement.away { format!("{}{AFAR}", placement.name) } else { placement.name.clone() };
         ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
@@ -73,7 +73,7 @@ impl UnetManager {
             let (loaded, saved) = match placement.quantization {
                 Quantization::None if placement.away => (away(&placement.device, load), 0),
                 Quantization::None => (load(), 0),
-                Quantization::Int8 => quantising(Unet::bears_int8, load),
+                Quantization::Int8 => quantizing(Unet::bears_int8, load),
             };
             let unet = loaded?.kept(Bytes(saved as u64));
             Ok(self.shelf.insert_held(key, &checkpoint.name, unet.held().clone(), unet))

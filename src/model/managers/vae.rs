@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::{Budget, Opened, Shelf, ShelfKey};
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::Result;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
+use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use crate::units::Bytes;
 
@@ -26,7 +26,7 @@ impl Vae {
 }
 
 pub struct VaeManager {
-    pub(in crate::model) shelf: Shelf<Vae>,
+    pub(crate) shelf: Shelf<Vae>,
 }
 
 impl VaeManager {

@@ -8,10 +8,10 @@ use std::ops::Range;
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::Check;
-use super::steering::{Change, Perturbed, SelfAttention};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
+use crate::model::networks::Check;
+use crate::model::networks::interventions::{Change, Perturbed, SelfAttention};
 
 const STAGE: &str = "unet";
 /// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
@@ -20,37 +20,37 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// Sizes of one attention layer or transformer.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct AttentionShape {
-    pub(super) channels: usize,
-    pub(super) heads: usize,
+pub(crate) struct AttentionShape {
+    pub(crate) channels: usize,
+    pub(crate) heads: usize,
     /// `D`: channels of the text.
-    pub(super) context: usize,
+    pub(crate) context: usize,
 }
 
 /// What queries are compared with, and what they then read: both `[B, L, C]`, over the text or the feature map.
 #[derive(Clone, Debug)]
-pub(super) struct KeysValues {
+pub(crate) struct KeysValues {
     keys: Tensor,
     values: Tensor,
 }
 
 impl KeysValues {
-    pub(super) fn new(keys: Tensor, values: Tensor) -> Self {
+    pub(crate) fn new(keys: Tensor, values: Tensor) -> Self {
         Self { keys, values }
     }
 
     /// `B`
-    pub(super) fn samples(&self) -> usize {
+    pub(crate) fn samples(&self) -> usize {
         self.keys.dims().first().copied().unwrap_or(0)
     }
 
     /// `C`
-    pub(super) fn channels(&self) -> usize {
+    pub(crate) fn channels(&self) -> usize {
         self.keys.dims().last().copied().unwrap_or(0)
     }
 
     /// The first sample `first` times, then the last as often as is left of `samples`.
-    pub(super) fn spread(&self, first: usize, samples: usize) -> CandleResult<Self> {
+    pub(crate) fn spread(&self, first: usize, samples: usize) -> CandleResult<Self> {
         let spread = |x: &Tensor| -> CandleResult<Tensor> {
             let (one, other) = (x.narrow(0, 0, 1)?, x.narrow(0, x.dim(0)?.saturating_sub(1), 1)?);
             let rows: Vec<&Tensor> = (0..samples).map(|row| if row < first { &one } else { &other }).collect();
@@ -60,17 +60,17 @@ impl KeysValues {
     }
 
     /// Those of `count` samples from `start` on.
-    pub(super) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
+    pub(crate) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
         Ok(Self { keys: self.keys.narrow(0, start, count)?, values: self.values.narrow(0, start, count)? })
     }
 }
 
 /// What every block reads of pictures beside the text, and how much it counts.
-pub(super) type Pictures<'a> = (&'a [KeysValues], f64);
+pub(crate) type Pictures<'a> = (&'a [KeysValues], f64);
 
 /// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation:
 /// what it reads of the text, and in which samples it is changed.
-pub(super) struct TextReader<'a> {
+pub(crate) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
     all: usize,
     /// One an IP-Adapter.
@@ -96,7 +96,7 @@ impl Reading<'_> {
 }
 
 impl<'a> TextReader<'a> {
-    pub(super) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>], perturbed: &'a [Perturbed]) -> Self {
+    pub(crate) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>], perturbed: &'a [Perturbed]) -> Self {
         Self { ahead: Cell::new(all), all: all.len(), pictures, perturbed }
     }
 
@@ -255,7 +255,7 @@ impl TransformerBlock {
 
 /// A stack of transformer blocks over the positions of a feature map.
 #[derive(Clone, Debug)]
-pub(super) struct SpatialTransformer {
+pub(crate) struct SpatialTransformer {
     norm: GroupNorm,
     proj_in: Linear,
     blocks: Vec<TransformerBlock>,
@@ -265,7 +265,7 @@ pub(super) struct SpatialTransformer {
 impl SpatialTransformer {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
+    pub(crate) fn load(vb: &VarBuilder, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
         let blocks = vb.pp("transformer_blocks");
         Ok(Self {
             norm: GroupNorm::load(&vb.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,
@@ -276,7 +276,7 @@ impl SpatialTransformer {
     }
 
     /// How many blocks read the text.
-    pub(super) fn reads(&self) -> usize {
+    pub(crate) fn reads(&self) -> usize {
         self.blocks.len()
     }
 
@@ -284,7 +284,7 @@ impl SpatialTransformer {
     ///
     /// # Errors
     /// That of `check`, called before each block; shapes that do not fit, or the device's own.
-    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+    pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         for block in &self.blocks {
             check()?;
             read.push(block.attn2.read(context).stage(STAGE)?);
@@ -296,7 +296,7 @@ impl SpatialTransformer {
     ///
     /// # Errors
     /// That of `check`, called before each block; shapes that do not fit, or the device's own.
-    pub(super) fn forward(&self, x: &Tensor, text: &TextReader, check: Check) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, text: &TextReader, check: Check) -> Result<Tensor> {
         let enter = || -> CandleResult<(Tensor, Tensor)> {
             let (batch, height, width, channels) = x.dims4()?;
             let residual = x.reshape((batch, height * width, channels))?;

@@ -8,9 +8,9 @@ use candle_core::{D, DType, Device, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
 use crate::error::{Error, Result, Stage};
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, sharing};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, shared_layers};
+use crate::model::networks::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
 
 const STAGE: &str = "text encoder";
 
@@ -70,7 +70,7 @@ impl ClipConfig {
         }
     }
 
-    pub(super) fn activation(&self, judge: Judge) -> Result<Activation> {
+    pub(crate) fn activation(&self, judge: Judge) -> Result<Activation> {
         judge.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
         Ok(if self.hidden_act == "gelu" { Activation::Gelu } else { Activation::QuickGelu })
     }
@@ -118,7 +118,7 @@ pub struct ClipRow<'a> {
 
 /// A transformer layer, of text and image encoders alike.
 #[derive(Clone, Debug)]
-pub(super) struct EncoderLayer {
+pub(crate) struct EncoderLayer {
     layer_norm1: LayerNorm,
     q_proj: Linear,
     k_proj: Linear,
@@ -132,7 +132,7 @@ pub(super) struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    pub(super) fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
+    pub(crate) fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
         let (size, inner) = (config.hidden_size, config.intermediate_size);
         let (attn, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
         let norm = |name: &str| LayerNorm::load(&vb.pp(name), size, config.layer_norm_eps);
@@ -166,7 +166,7 @@ impl EncoderLayer {
     }
 
     /// `[B, L, C]` to `[B, L, C]`, where every position sees every other.
-    pub(super) fn forward_unmasked(&self, x: &Tensor) -> CandleResult<Tensor> {
+    pub(crate) fn forward_unmasked(&self, x: &Tensor) -> CandleResult<Tensor> {
         self.forward_by(x, |q, k, v| attention(q, k, v, self.heads, Mask::None))
     }
 
@@ -252,7 +252,7 @@ impl ClipTextModel {
         let read = || -> CandleResult<Self> {
             let size = config.hidden_size;
             let embeddings = model.pp("embeddings");
-            let table = |name: &str, rows: usize| sharing::table(&embeddings.pp(name), (rows, size));
+            let table = |name: &str, rows: usize| shared_layers::table(&embeddings.pp(name), (rows, size));
             let layers = model.pp("encoder").pp("layers");
             let pooling = projected.map(|projected| -> CandleResult<Pooling> {
                 Ok(Pooling {

@@ -7,10 +7,10 @@ use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::clip::{ClipConfig, EncoderLayer};
-use super::{Check, Judge, MAX_LAYERS, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Padding};
+use crate::model::networks::clip::{ClipConfig, EncoderLayer};
+use crate::model::networks::{Check, Judge, MAX_LAYERS, loading};
 
 const STAGE: &str = "image encoder";
 /// Along a side. Published ones have 16 or 24, and attention's costs grow by the fourth power.

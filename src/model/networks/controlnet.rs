@@ -7,16 +7,16 @@
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::attention::TextReader;
-pub use super::controlnet_config::ControlNetConfig;
-use super::controlnet_union::{Fused, Union};
-use super::embeddings::{StepEmbedding, StepNumbers};
-use super::resnet::load_same_conv;
-use super::unet::ReadText;
-use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips};
-use super::{Check, Judge, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Activation, Conv2d, ConvShape, Epilogue, Padding};
+use crate::model::networks::attention::TextReader;
+pub use crate::model::networks::controlnet_config::ControlNetConfig;
+use crate::model::networks::controlnet_union::{Fused, Union};
+use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};
+use crate::model::networks::resnet::load_same_conv;
+use crate::model::networks::unet::ReadText;
+use crate::model::networks::unet_blocks::{Conditions, DownBlock, MidBlock, Skips};
+use crate::model::networks::{Check, Judge, loading};
 
 const STAGE: &str = "controlnet";
 

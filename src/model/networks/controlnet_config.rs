@@ -3,9 +3,9 @@
 
 use serde::Deserialize;
 
-use super::unet_config::{UnetConfig, UnetPlan};
-use super::{Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock};
 use crate::error::{Error, Result};
+use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
+use crate::model::networks::{Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock};
 
 /// The tensor that every ControlNet has and no other network.
 const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
@@ -41,23 +41,23 @@ impl Default for ControlNetFile {
 #[derive(Clone, Debug, PartialEq)]
 pub struct ControlNetConfig {
     /// The way down and the middle, as a UNet's; its way up means nothing.
-    pub(super) trunk: UnetConfig,
+    pub(crate) trunk: UnetConfig,
     /// Channels of the hint's embedding at each resolution, and of the hint itself.
-    pub(super) hint: Vec<usize>,
-    pub(super) hint_inputs: usize,
+    pub(crate) hint: Vec<usize>,
+    pub(crate) hint_inputs: usize,
     /// Whether the hint's channels are blue, green, red.
-    pub(super) bgr: bool,
-    pub(super) union: Option<UnionShape>,
+    pub(crate) bgr: bool,
+    pub(crate) union: Option<UnionShape>,
 }
 
 /// Sizes of what a union has beyond a ControlNet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct UnionShape {
+pub(crate) struct UnionShape {
     /// How many kinds of hints it knows.
-    pub(super) kinds: usize,
-    pub(super) channels: usize,
-    pub(super) heads: usize,
-    pub(super) layers: usize,
+    pub(crate) kinds: usize,
+    pub(crate) channels: usize,
+    pub(crate) heads: usize,
+    pub(crate) layers: usize,
 }
 
 /// Shapes of the tensors of a file, by diffusers' names.
@@ -112,7 +112,7 @@ impl ControlNetConfig {
         self.union.map(|union| union.kinds)
     }
 
-    pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
+    pub(crate) fn plan(&self, name: &str) -> Result<UnetPlan> {
         self.trunk.plan(name)
     }
 

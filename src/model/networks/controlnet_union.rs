@@ -7,11 +7,11 @@
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::controlnet::Hint;
-use super::controlnet_config::UnionShape;
-use super::embeddings::{Sinusoid, TimestepEmbedding};
-use super::unet_config::{UnetConfig, UnetPlan};
 use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+use crate::model::networks::controlnet::Hint;
+use crate::model::networks::controlnet_config::UnionShape;
+use crate::model::networks::embeddings::{Sinusoid, TimestepEmbedding};
+use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
 
 const LAYER_NORM_EPS: f64 = 1e-5;
 
@@ -58,7 +58,7 @@ impl Block {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Union {
+pub(crate) struct Union {
     /// `[K, C]`
     task_embedding: Tensor,
     blocks: Vec<Block>,
@@ -69,15 +69,15 @@ pub(super) struct Union {
 }
 
 /// What several hints are to the network.
-pub(super) struct Fused {
+pub(crate) struct Fused {
     /// `[B, H, W, C]`, added to the first feature map.
-    pub(super) addition: Tensor,
+    pub(crate) addition: Tensor,
     /// `[1, T]`, f32, added to the time embedding: which kinds there are.
-    pub(super) time: Tensor,
+    pub(crate) time: Tensor,
 }
 
 impl Union {
-    pub(super) fn load(vb: &VarBuilder, shape: UnionShape, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
+    pub(crate) fn load(vb: &VarBuilder, shape: UnionShape, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
         let UnionShape { kinds, channels, layers, .. } = shape;
         let width = plan.down.first().map_or(0, |block| block.outputs);
         let blocks = vb.pp("transformer_layes");
@@ -98,7 +98,7 @@ impl Union {
     }
 
     /// `x` is `[B, H, W, C]`, the first feature map.
-    pub(super) fn fuse(&self, x: &Tensor, hints: &[Hint]) -> Result<Fused> {
+    pub(crate) fn fuse(&self, x: &Tensor, hints: &[Hint]) -> Result<Fused> {
         let (batch, dtype, device) = (x.dim(0)?, x.dtype(), x.device());
         let mean = |map: &Tensor| map.to_dtype(DType::F32)?.mean((1, 2))?.to_dtype(dtype); // [B, C]
         // The weight of a hint that is alone is that of the residuals.

@@ -5,8 +5,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::unet_config::{UnetConfig, UnetPlan};
 use crate::kernels::{Activation, Epilogue, Linear};
+use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
 
 /// The longest wavelength of a sinusoidal embedding, over 2π (Vaswani et al. 2017, section 3.5).
 const MAX_PERIOD: f64 = 10_000.0;
@@ -93,27 +93,27 @@ impl TimestepEmbedding {
 
 /// The numbers of one evaluation, for each sample of a batch.
 #[derive(Clone, Copy)]
-pub(super) struct StepNumbers<'a> {
+pub(crate) struct StepNumbers<'a> {
     /// One for all samples, or one for each.
-    pub(super) timesteps: &'a [f64],
+    pub(crate) timesteps: &'a [f64],
     /// `[B, P]`: the pooled text.
-    pub(super) pooled: &'a Tensor,
-    pub(super) time_ids: &'a [Vec<f64>],
+    pub(crate) pooled: &'a Tensor,
+    pub(crate) time_ids: &'a [Vec<f64>],
 }
 
 /// What every residual block is told: diffusion time, and SDXL's added conditioning.
 #[derive(Clone, Debug)]
-pub(super) struct StepEmbedding {
+pub(crate) struct StepEmbedding {
     time_proj: Sinusoid,
     time_embedding: TimestepEmbedding,
-    pub(super) add_time_proj: Sinusoid,
+    pub(crate) add_time_proj: Sinusoid,
     add_embedding: TimestepEmbedding,
 }
 
 impl StepEmbedding {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
+    pub(crate) fn load(vb: &VarBuilder, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
         let (width, time) = (plan.down.first().map_or(0, |block| block.outputs), plan.shared.time);
         let sinusoid =
             |width| Sinusoid { width, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
@@ -129,7 +129,7 @@ impl StepEmbedding {
     ///
     /// # Errors
     /// Shapes that do not fit, or the device's own.
-    pub(super) fn embed(&self, numbers: StepNumbers, device: &Device) -> Result<Tensor> {
+    pub(crate) fn embed(&self, numbers: StepNumbers, device: &Device) -> Result<Tensor> {
         let StepNumbers { timesteps, pooled, time_ids } = numbers;
         let times = (0..time_ids.len()).map(|i| match timesteps {
             [one] => std::slice::from_ref(one),

@@ -3,9 +3,9 @@
 //!
 //! Legend: `C` channels. Maps are counted in numbers.
 
-use super::unet::UnetConfig;
-use super::unet_config::{BlockPlan, LayerPlan};
 use crate::error::Result;
+use crate::model::networks::unet::UnetConfig;
+use crate::model::networks::unet_config::{BlockPlan, LayerPlan};
 
 /// Tokens of a prompt of one chunk.
 const TOKENS: usize = 77;

@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use candle_core::{D, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::attention::KeysValues;
-use super::clip_vision::Seen;
-use super::{Check, Judge, MAX_CHANNELS, MAX_LAYERS, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+use crate::model::networks::attention::KeysValues;
+use crate::model::networks::clip_vision::Seen;
+use crate::model::networks::{Check, Judge, MAX_CHANNELS, MAX_LAYERS, loading};
 
 const STAGE: &str = "ip adapter";
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -264,7 +264,7 @@ impl IpAdapter {
     /// # Errors
     /// That of `check`, called before each; `model_unsupported` where the adapter is for another UNet; those of the
     /// device.
-    pub(super) fn read(&self, tokens: &Tensor, channels: &[usize], check: Check) -> Result<Vec<KeysValues>> {
+    pub(crate) fn read(&self, tokens: &Tensor, channels: &[usize], check: Check) -> Result<Vec<KeysValues>> {
         let own: Vec<usize> = self.layout.blocks.iter().map(|&(_, channels)| channels).collect();
         let odd = self.layout.blocks.iter().enumerate().all(|(place, &(number, _))| number == 2 * place + 1);
         if own != channels || !odd {

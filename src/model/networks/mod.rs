@@ -14,14 +14,14 @@ pub mod clip;
 pub mod clip_vision;
 pub mod controlnet;
 pub mod controlnet_config;
-mod controlnet_union;
+pub(crate) mod controlnet_union;
 pub mod embeddings;
 pub mod footprint;
+pub mod interventions;
 pub mod ip_adapter;
 pub mod resnet;
-pub mod steering;
-mod strips;
 pub mod t2i_adapter;
+pub(crate) mod tiling;
 pub mod unet;
 pub mod unet_blocks;
 pub mod unet_config;
@@ -83,7 +83,7 @@ const MAX_LAYERS: usize = 64;
 
 /// Judges the values of a configuration. `name` is the network as its user knows it.
 #[derive(Clone, Copy)]
-struct Judge<'a> {
+pub(crate) struct Judge<'a> {
     name: &'a str,
 }
 

@@ -7,33 +7,33 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::strips::{Source, Strips, cut};
 use crate::error::Result as StagedResult;
 use crate::kernels::{Conv2d, ConvShape, Epilogue, GroupNorm, Linear, Padding, upsample_nearest};
+use crate::model::networks::tiling::{Source, Strips, cut};
 
 /// A convolution that keeps height and width. `kernel` is odd.
 ///
 /// # Errors
 /// A missing tensor, or one of another shape.
-pub(super) fn load_same_conv(vb: &VarBuilder, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv2d> {
+pub(crate) fn load_same_conv(vb: &VarBuilder, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv2d> {
     let padding = Padding::same(kernel.saturating_sub(1) / 2);
     Conv2d::load(vb, ConvShape { inputs, outputs, kernel, stride: 1, padding })
 }
 
 /// Sizes of a residual block.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ResnetShape {
-    pub(super) inputs: usize,
-    pub(super) outputs: usize,
-    pub(super) groups: usize,
-    pub(super) eps: f64,
+pub(crate) struct ResnetShape {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
     /// `T`; `None` in the VAE, which knows no time.
-    pub(super) time: Option<usize>,
+    pub(crate) time: Option<usize>,
 }
 
 /// Norm, SiLU, convolution, twice, with the time embedding added between and the input around.
 #[derive(Clone, Debug)]
-pub(super) struct ResnetBlock {
+pub(crate) struct ResnetBlock {
     norm1: GroupNorm,
     conv1: Conv2d,
     time_emb_proj: Option<Linear>,
@@ -45,7 +45,7 @@ pub(super) struct ResnetBlock {
 impl ResnetBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, shape: ResnetShape) -> Result<Self> {
+    pub(crate) fn load(vb: &VarBuilder, shape: ResnetShape) -> Result<Self> {
         let ResnetShape { inputs, outputs, groups, eps, time } = shape;
         let shortcut = (inputs != outputs).then(|| load_same_conv(&vb.pp("conv_shortcut"), inputs, outputs, 1));
         Ok(Self {
@@ -64,7 +64,7 @@ impl ResnetBlock {
     ///
     /// # Errors
     /// Shapes that do not fit, or the device's own.
-    pub(super) fn forward(&self, x: Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let per_sample = match (&self.time_emb_proj, time) {
             (Some(projection), Some(time)) => Some(projection.forward(time)?), // [B, O]
             _ => None,
@@ -87,7 +87,7 @@ impl ResnetBlock {
     ///
     /// # Errors
     /// That of the strips' check; shapes that do not fit, or the device's own.
-    pub(super) fn forward_in_strips(&self, source: Source, strips: Strips) -> StagedResult<Tensor> {
+    pub(crate) fn forward_in_strips(&self, source: Source, strips: Strips) -> StagedResult<Tensor> {
         let first = strips.statistics(&self.norm1, source)?;
         let hidden = |x: &Tensor, has: &Range<usize>, wanted: &Range<usize>| {
             cut(&self.conv1.forward(&self.norm1.forward_silu_by(x, &first)?)?, has, wanted)
@@ -113,7 +113,7 @@ impl ResnetBlock {
 
 /// Halves height and width by a strided convolution.
 #[derive(Clone, Debug)]
-pub(super) struct Downsample {
+pub(crate) struct Downsample {
     conv: Conv2d,
 }
 
@@ -122,34 +122,34 @@ impl Downsample {
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, channels: usize, padding: Padding) -> Result<Self> {
+    pub(crate) fn load(vb: &VarBuilder, channels: usize, padding: Padding) -> Result<Self> {
         let shape = ConvShape { inputs: channels, outputs: channels, kernel: 3, stride: 2, padding };
         Ok(Self { conv: Conv2d::load(&vb.pp("conv"), shape)? })
     }
 
     /// # Errors
     /// Shapes that do not fit, or the device's own.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.conv.forward(x)
     }
 }
 
 /// Enlarges to a given size by repeating pixels, then convolves.
 #[derive(Clone, Debug)]
-pub(super) struct Upsample {
+pub(crate) struct Upsample {
     conv: Conv2d,
 }
 
 impl Upsample {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, channels: usize) -> Result<Self> {
+    pub(crate) fn load(vb: &VarBuilder, channels: usize) -> Result<Self> {
         Ok(Self { conv: load_same_conv(&vb.pp("conv"), channels, channels, 3)? })
     }
 
     /// # Errors
     /// Shapes that do not fit, or the device's own.
-    pub(super) fn forward(&self, x: Tensor, height: usize, width: usize) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: Tensor, height: usize, width: usize) -> Result<Tensor> {
         let enlarged = upsample_nearest(&x, height, width)?;
         drop(x);
         self.conv.forward(&enlarged)
@@ -158,7 +158,7 @@ impl Upsample {
     ///
     /// # Errors
     /// Shapes that do not fit, or the device's own.
-    pub(super) fn rows(&self, x: &Tensor, rows: &Range<usize>, strips: Strips) -> Result<Tensor> {
+    pub(crate) fn rows(&self, x: &Tensor, rows: &Range<usize>, strips: Strips) -> Result<Tensor> {
         let (_, height, width, _) = x.dims4()?;
         let around = strips.around(rows, 1);
         let low = around.start / 2..around.end.div_ceil(2);

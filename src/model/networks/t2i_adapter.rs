@@ -10,10 +10,10 @@ use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::resnet::load_same_conv;
-use super::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, Epilogue};
+use crate::model::networks::resnet::load_same_conv;
+use crate::model::networks::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, loading};
 
 const STAGE: &str = "t2i adapter";
 /// 16 in every published file. Below the least, features are as large as pictures; above the most, a picture of the

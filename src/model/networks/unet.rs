@@ -10,16 +10,16 @@ use std::ops::Range;
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::attention::{KeysValues, TextReader};
-use super::embeddings::{StepEmbedding, StepNumbers};
-use super::ip_adapter::IpAdapter;
-use super::resnet::load_same_conv;
-use super::steering::Steering;
-use super::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
-pub use super::unet_config::UnetConfig;
-use super::{Check, Judge, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Activation, Conv2d, GroupNorm};
+use crate::model::networks::attention::{KeysValues, TextReader};
+use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};
+use crate::model::networks::interventions::Steering;
+use crate::model::networks::ip_adapter::IpAdapter;
+use crate::model::networks::resnet::load_same_conv;
+use crate::model::networks::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
+pub use crate::model::networks::unet_config::UnetConfig;
+use crate::model::networks::{Check, Judge, loading};
 
 const STAGE: &str = "unet";
 
@@ -36,10 +36,10 @@ pub enum Text<'a> {
 /// step, and so are they.
 #[derive(Clone, Debug)]
 pub struct ReadText {
-    pub(super) blocks: Vec<KeysValues>,
+    pub(crate) blocks: Vec<KeysValues>,
     /// `B` and the dtype of the activations that they are for.
-    pub(super) samples: usize,
-    pub(super) dtype: DType,
+    pub(crate) samples: usize,
+    pub(crate) dtype: DType,
 }
 
 impl ReadText {

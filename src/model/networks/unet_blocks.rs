@@ -6,45 +6,45 @@
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use super::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
-use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
-use super::steering;
-use super::unet_config::{BlockPlan, MidPlan, Shared};
-use super::{Check, Judge};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Padding, concat_channels};
+use crate::model::networks::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
+use crate::model::networks::interventions;
+use crate::model::networks::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
+use crate::model::networks::unet_config::{BlockPlan, MidPlan, Shared};
+use crate::model::networks::{Check, Judge};
 
 const STAGE: &str = "unet";
 
 /// What every block is told beside its feature map.
 #[derive(Clone, Copy)]
-pub(super) struct Conditions<'a> {
+pub(crate) struct Conditions<'a> {
     /// `[B, T]`, SiLU already applied.
-    pub(super) time: &'a Tensor,
-    pub(super) text: &'a TextReader<'a>,
+    pub(crate) time: &'a Tensor,
+    pub(crate) text: &'a TextReader<'a>,
     /// Of this block of the way up.
-    pub(super) freeu: Option<steering::Stage>,
-    pub(super) check: Check<'a>,
+    pub(crate) freeu: Option<interventions::Stage>,
+    pub(crate) check: Check<'a>,
 }
 
 /// Feature maps of the way down, waiting for the way up; each is freed when it is taken.
-pub(super) struct Skips<'a> {
+pub(crate) struct Skips<'a> {
     kept: Vec<Tensor>,
     /// A ControlNet's additions, one for each feature map, in the order of the way down.
     residuals: Option<&'a [Tensor]>,
 }
 
 impl<'a> Skips<'a> {
-    pub(super) fn new(residuals: Option<&'a [Tensor]>) -> Self {
+    pub(crate) fn new(residuals: Option<&'a [Tensor]>) -> Self {
         Self { kept: Vec::new(), residuals }
     }
 
-    pub(super) fn keep(&mut self, x: &Tensor) {
+    pub(crate) fn keep(&mut self, x: &Tensor) {
         self.kept.push(x.clone());
     }
 
     /// Those that nobody took, in the order of the way down.
-    pub(super) fn left(self) -> Vec<Tensor> {
+    pub(crate) fn left(self) -> Vec<Tensor> {
         self.kept
     }
 
@@ -98,7 +98,7 @@ fn load_layers(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResul
     let outputs = plan.outputs;
     let shape = AttentionShape { channels: outputs, heads: plan.heads, context };
     let (resnets, attentions) = (vb.pp("resnets"), vb.pp("attentions"));
-    let layer = |(i, layer): (usize, &super::unet_config::LayerPlan)| -> CandleResult<Layer> {
+    let layer = |(i, layer): (usize, &crate::model::networks::unet_config::LayerPlan)| -> CandleResult<Layer> {
         let resnet = ResnetShape { inputs: layer.inputs, outputs, groups, eps, time: Some(time) };
         let attention = layer.depth.map(|depth| SpatialTransformer::load(&attentions.pp(i), shape, groups, depth));
         Ok(Layer { resnet: ResnetBlock::load(&resnets.pp(i), resnet)?, attention: attention.transpose()? })
@@ -107,7 +107,7 @@ fn load_layers(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResul
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct DownBlock {
+pub(crate) struct DownBlock {
     layers: Vec<Layer>,
     downsampler: Option<Downsample>,
 }
@@ -115,7 +115,7 @@ pub(super) struct DownBlock {
 impl DownBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
         let downsampler = plan
             .resamples
             .then(|| Downsample::load(&vb.pp("downsamplers").pp("0"), plan.outputs, Padding::same(1)))
@@ -125,21 +125,21 @@ impl DownBlock {
 
     /// # Errors
     /// Those of [`SpatialTransformer::read`].
-    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+    pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         read_text(&self.layers, context, check, read)
     }
 
     /// How many transformer blocks read the text.
-    pub(super) fn reads(&self) -> usize {
+    pub(crate) fn reads(&self) -> usize {
         self.layers.iter().filter_map(|layer| layer.attention.as_ref()).map(SpatialTransformer::reads).sum()
     }
 
-    pub(super) fn skips(&self) -> usize {
+    pub(crate) fn skips(&self) -> usize {
         self.layers.len() + usize::from(self.downsampler.is_some())
     }
 
     /// `feature` is added where diffusers adds it: with transformers behind the last of them, without at the end.
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &self,
         mut x: Tensor,
         given: Conditions,
@@ -171,7 +171,7 @@ impl DownBlock {
 ///
 /// # Errors
 /// `model_unsupported` where the feature is for another network's map; those of the device.
-pub(super) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
+pub(crate) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
     let (own, given) = (x.dims(), feature.dims());
     let alike = own.len() == given.len() && own.iter().zip(given).skip(1).all(|(a, b)| a == b);
     if !alike || !(given.first() == Some(&1) || given.first() == own.first()) {
@@ -182,7 +182,7 @@ pub(super) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct MidBlock {
+pub(crate) struct MidBlock {
     before: ResnetBlock,
     after: Option<(SpatialTransformer, ResnetBlock)>,
 }
@@ -190,7 +190,7 @@ pub(super) struct MidBlock {
 impl MidBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, plan: MidPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(vb: &VarBuilder, plan: MidPlan, shared: Shared) -> CandleResult<Self> {
         let MidPlan { channels, heads, depth } = plan;
         let Shared { groups, eps, time, context } = shared;
         let shape = ResnetShape { inputs: channels, outputs: channels, groups, eps, time: Some(time) };
@@ -203,17 +203,17 @@ impl MidBlock {
     }
 
     /// How many transformer blocks read the text.
-    pub(super) fn reads(&self) -> usize {
+    pub(crate) fn reads(&self) -> usize {
         self.after.as_ref().map_or(0, |(attention, _)| attention.reads())
     }
 
     /// # Errors
     /// Those of [`SpatialTransformer::read`].
-    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+    pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         self.after.as_ref().map_or(Ok(()), |(attention, _)| attention.read(context, check, read))
     }
 
-    pub(super) fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
         (given.check)()?;
         let x = self.before.forward(x, Some(given.time)).stage(STAGE)?;
         let Some((attention, resnet)) = &self.after else { return Ok(x) };
@@ -223,7 +223,7 @@ impl MidBlock {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct UpBlock {
+pub(crate) struct UpBlock {
     layers: Vec<Layer>,
     upsampler: Option<Upsample>,
 }
@@ -231,7 +231,7 @@ pub(super) struct UpBlock {
 impl UpBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(super) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
         let upsampler =
             plan.resamples.then(|| Upsample::load(&vb.pp("upsamplers").pp("0"), plan.outputs)).transpose()?;
         Ok(Self { layers: load_layers(vb, plan, shared)?, upsampler })
@@ -239,11 +239,11 @@ impl UpBlock {
 
     /// # Errors
     /// Those of [`SpatialTransformer::read`].
-    pub(super) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+    pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         read_text(&self.layers, context, check, read)
     }
 
-    pub(super) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {
+    pub(crate) fn forward(&self, mut x: Tensor, given: Conditions, skips: &mut Skips) -> Result<Tensor> {
         for layer in &self.layers {
             let joined = {
                 let skip = skips.take()?;

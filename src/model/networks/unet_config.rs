@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 
-use super::{Judge, MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock};
 use crate::error::Result;
+use crate::model::networks::{Judge, MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock};
 
 /// `config.json` of a `UNet2DConditionModel`; what is left out has diffusers' defaults, and keys that do not change
 /// what SDXL's blocks compute are not read.
@@ -158,7 +158,7 @@ impl UnetConfig {
     }
 
     /// Refuses what would be computed otherwise than diffusers does, and what no real network has.
-    pub(super) fn plan(&self, name: &str) -> Result<UnetPlan> {
+    pub(crate) fn plan(&self, name: &str) -> Result<UnetPlan> {
         let judge = Judge { name };
         self.refuse_variants(judge)?;
         let blocks = self.block_out_channels.len();
@@ -356,18 +356,18 @@ fn depth(judge: Judge, (key, depths): (&str, Option<&PerBlock<usize>>), layer: u
 
 /// A configuration that can be computed, as sizes.
 #[derive(Clone, Debug)]
-pub(super) struct UnetPlan {
-    pub(super) shared: Shared,
-    pub(super) addition: usize,
-    pub(super) projection: usize,
-    pub(super) down: Vec<BlockPlan>,
-    pub(super) mid: Option<MidPlan>,
-    pub(super) up: Vec<BlockPlan>,
+pub(crate) struct UnetPlan {
+    pub(crate) shared: Shared,
+    pub(crate) addition: usize,
+    pub(crate) projection: usize,
+    pub(crate) down: Vec<BlockPlan>,
+    pub(crate) mid: Option<MidPlan>,
+    pub(crate) up: Vec<BlockPlan>,
 }
 
 impl UnetPlan {
     /// Channels of each feature map that the way down hands over, in its order.
-    pub(super) fn skips(&self) -> Vec<usize> {
+    pub(crate) fn skips(&self) -> Vec<usize> {
         let first = self.down.first().map(|block| block.outputs);
         let of_block =
             |block: &BlockPlan| std::iter::repeat_n(block.outputs, block.layers.len() + usize::from(block.resamples));
@@ -375,7 +375,7 @@ impl UnetPlan {
     }
 
     /// How often each of [`Self::skips`] was halved.
-    pub(super) fn skip_levels(&self) -> Vec<usize> {
+    pub(crate) fn skip_levels(&self) -> Vec<usize> {
         let of_block = |(level, block): (usize, &BlockPlan)| {
             let halved = block.resamples.then_some(level + 1);
             std::iter::repeat_n(level, block.layers.len()).chain(halved)
@@ -386,36 +386,36 @@ impl UnetPlan {
 
 /// What all blocks have in common.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shared {
-    pub(super) groups: usize,
-    pub(super) eps: f64,
+pub(crate) struct Shared {
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
     /// Width of the time embedding.
-    pub(super) time: usize,
+    pub(crate) time: usize,
     /// Channels of the text.
-    pub(super) context: usize,
+    pub(crate) context: usize,
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct BlockPlan {
-    pub(super) layers: Vec<LayerPlan>,
-    pub(super) outputs: usize,
-    pub(super) heads: usize,
+pub(crate) struct BlockPlan {
+    pub(crate) layers: Vec<LayerPlan>,
+    pub(crate) outputs: usize,
+    pub(crate) heads: usize,
     /// Whether a change of resolution follows.
-    pub(super) resamples: bool,
+    pub(crate) resamples: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LayerPlan {
+pub(crate) struct LayerPlan {
     /// On the way up, with the skip connection's channels.
-    pub(super) inputs: usize,
+    pub(crate) inputs: usize,
     /// Transformer blocks; `None` where the layer has no transformer at all.
-    pub(super) depth: Option<usize>,
+    pub(crate) depth: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct MidPlan {
-    pub(super) channels: usize,
-    pub(super) heads: usize,
+pub(crate) struct MidPlan {
+    pub(crate) channels: usize,
+    pub(crate) heads: usize,
     /// `None`: one residual block and nothing else.
-    pub(super) depth: Option<usize>,
+    pub(crate) depth: Option<usize>,
 }

@@ -8,11 +8,11 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
-use super::strips::{Strips, cut};
-use super::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock, loading};
 use crate::error::{Error, Result, Stage};
 use crate::kernels::{Conv2d, Epilogue, GroupNorm, Linear, Mask, Padding, attention};
+use crate::model::networks::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
+use crate::model::networks::tiling::{Strips, cut};
+use crate::model::networks::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock, loading};
 
 const STAGE_ENCODE: &str = "vae encode";
 const STAGE_DECODE: &str = "vae decode";

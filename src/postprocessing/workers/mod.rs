@@ -1,5 +1,5 @@
 //! Workers of the postprocessing domain.
 
 pub(crate) mod encode;
-pub(super) mod read_text;
-pub(super) mod write;
+pub(crate) mod read_text;
+pub(crate) mod write;

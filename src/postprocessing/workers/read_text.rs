@@ -6,17 +6,17 @@ use image::codecs::jpeg::JpegDecoder;
 use image::codecs::webp::WebPDecoder;
 use image::{ImageDecoder, ImageFormat, ImageResult};
 
-use super::encode::exif::{self, ExifText};
-use super::encode::{PARAMETERS, REQUEST};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::image_source::ImageFile;
+use crate::image::source::ImageFile;
 use crate::layers::Worker;
+use crate::postprocessing::workers::encode::exif::{self, ExifText};
+use crate::postprocessing::workers::encode::{PARAMETERS, REQUEST};
 
 /// Bytes that a compressed text may grow to.
 const TEXT_LIMIT: usize = 4 << 20;
 
-pub(in crate::postprocessing) struct ReadText;
+pub(crate) struct ReadText;
 
 impl<'a> Worker<&'a ImageFile> for ReadText {
     type Output = ExifText;

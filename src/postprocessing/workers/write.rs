@@ -9,19 +9,19 @@ use crate::layers::Worker;
 
 /// One file to write.
 #[derive(Clone, Copy)]
-pub(in crate::postprocessing) struct WriteTask<'a> {
+pub(crate) struct WriteTask<'a> {
     /// An existing folder.
-    pub(in crate::postprocessing) folder: &'a Path,
+    pub(crate) folder: &'a Path,
     /// The file's name without its extension.
-    pub(in crate::postprocessing) stem: &'a str,
-    pub(in crate::postprocessing) extension: &'static str,
+    pub(crate) stem: &'a str,
+    pub(crate) extension: &'static str,
     /// Take `stem-1`, `stem-2` … where the file exists. Otherwise that is an error.
-    pub(in crate::postprocessing) count_up: bool,
-    pub(in crate::postprocessing) bytes: &'a [u8],
+    pub(crate) count_up: bool,
+    pub(crate) bytes: &'a [u8],
 }
 
 /// Gives the path of the file.
-pub(in crate::postprocessing) struct WriteFile;
+pub(crate) struct WriteFile;
 
 impl<'a> Worker<WriteTask<'a>> for WriteFile {
     type Output = PathBuf;

@@ -2,13 +2,13 @@
 
 use candle_core::Tensor;
 
-use super::dpmpp_2m::FEW_STEPS;
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::dpmpp_2m::FEW_STEPS;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Deis;
+pub(crate) struct Deis;
 
 impl Algorithm for Deis {
     fn profile(&self) -> &'static Profile {

@@ -2,15 +2,15 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
 /// Fewer steps than this end with a first-order step wherever they end.
-pub(super) const FEW_STEPS: usize = 15;
+pub(crate) const FEW_STEPS: usize = 15;
 
-pub(super) struct Dpmpp2m;
+pub(crate) struct Dpmpp2m;
 
 impl Algorithm for Dpmpp2m {
     fn profile(&self) -> &'static Profile {

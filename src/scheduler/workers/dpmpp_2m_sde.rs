@@ -3,13 +3,13 @@
 
 use candle_core::Tensor;
 
-use super::dpmpp_2m::FEW_STEPS;
-use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::dpmpp_2m::FEW_STEPS;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Dpmpp2mSde;
+pub(crate) struct Dpmpp2mSde;
 
 impl Algorithm for Dpmpp2mSde {
     fn profile(&self) -> &'static Profile {

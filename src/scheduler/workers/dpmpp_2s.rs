@@ -3,12 +3,12 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Dpmpp2s;
+pub(crate) struct Dpmpp2s;
 
 impl Algorithm for Dpmpp2s {
     fn profile(&self) -> &'static Profile {

@@ -3,12 +3,12 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, ancestral, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, ancestral, blend};
 
-pub(super) struct Dpmpp2sAncestral;
+pub(crate) struct Dpmpp2sAncestral;
 
 impl Algorithm for Dpmpp2sAncestral {
     fn profile(&self) -> &'static Profile {

@@ -2,12 +2,12 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Euler;
+pub(crate) struct Euler;
 
 impl Algorithm for Euler {
     fn profile(&self) -> &'static Profile {

@@ -2,12 +2,12 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Heun;
+pub(crate) struct Heun;
 
 impl Algorithm for Heun {
     fn profile(&self) -> &'static Profile {

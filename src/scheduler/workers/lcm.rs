@@ -3,16 +3,16 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
 /// σ of the data and scale of timesteps in the boundary condition's c_skip and c_out.
 const SIGMA_DATA: f64 = 0.5;
 const TIMESTEP_SCALING: f64 = 10.0;
 
-pub(super) struct Lcm;
+pub(crate) struct Lcm;
 
 impl Algorithm for Lcm {
     fn profile(&self) -> &'static Profile {

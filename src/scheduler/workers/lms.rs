@@ -5,14 +5,14 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
 const ORDER: usize = 4;
 
-pub(super) struct Lms;
+pub(crate) struct Lms;
 
 impl Algorithm for Lms {
     fn profile(&self) -> &'static Profile {

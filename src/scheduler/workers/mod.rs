@@ -1,5 +1,24 @@
 //! Samplers and schedules, by name.
 
+pub(crate) mod ddim;
+pub(crate) mod ddpm;
+pub(crate) mod deis;
+pub(crate) mod dpmpp_2m;
+pub(crate) mod dpmpp_2m_sde;
+pub(crate) mod dpmpp_2s;
+pub(crate) mod dpmpp_2s_ancestral;
+pub(crate) mod euler;
+pub(crate) mod euler_ancestral;
+pub(crate) mod heun;
+pub(crate) mod kdpm2;
+pub(crate) mod kdpm2_ancestral;
+pub(crate) mod lcm;
+pub(crate) mod lms;
+pub(crate) mod pndm;
+pub(crate) mod spacing;
+pub(crate) mod tcd;
+pub(crate) mod unipc;
+
 use candle_core::Tensor;
 
 use crate::error::{Result, Stage};
@@ -10,25 +29,6 @@ use crate::scheduler::schedule::{Calls, SamplingPlan};
 
 pub use crate::scheduler::schedule::Level;
 pub use spacing::SPACINGS;
-
-pub(super) mod spacing;
-mod ddim;
-mod ddpm;
-mod deis;
-mod dpmpp_2m;
-mod dpmpp_2m_sde;
-mod dpmpp_2s;
-mod dpmpp_2s_ancestral;
-mod euler;
-mod euler_ancestral;
-mod heun;
-mod kdpm2;
-mod kdpm2_ancestral;
-mod lcm;
-mod lms;
-mod pndm;
-mod tcd;
-mod unipc;
 
 /// The model as a sampler sees it: the denoised x₀ for `x` at a level. Prediction type, input scaling, guidance and
 /// masks are inside. `x` and x₀ are `[B, H, W, C]`, f32. Fails with `cancelled` when the request is.
@@ -139,7 +139,7 @@ pub enum End {
 
 /// σ of an ancestral step: how far to go down, and how much noise lifts it to `to` again. `eta` is 0 to 1.
 /// `down² + up² = to²` (Karras et al. 2022; k-diffusion's `get_ancestral_step`).
-pub(super) fn ancestral(from: f64, to: f64, eta: f64) -> (f64, f64) {
+pub(crate) fn ancestral(from: f64, to: f64, eta: f64) -> (f64, f64) {
     let up = (eta * (to * to * (from * from - to * to) / (from * from)).sqrt()).min(to);
     ((to * to - up * up).sqrt(), up)
 }

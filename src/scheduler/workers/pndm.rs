@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
 use crate::scheduler::schedule::Prediction;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Pndm;
+pub(crate) struct Pndm;
 
 impl Algorithm for Pndm {
     fn profile(&self) -> &'static Profile {

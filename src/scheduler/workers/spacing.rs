@@ -1,8 +1,8 @@
 //! Schedules: how the σ and timesteps of a run are chosen from those of training.
 
-use super::Grid;
 use crate::registry::Registry;
 use crate::scheduler::schedule::{TimestepSpacing, Training};
+use crate::scheduler::workers::Grid;
 
 /// What a schedule is asked for.
 pub struct Ask<'a> {
@@ -144,12 +144,12 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
 );
 
 /// σ at given timesteps, linear between those of training.
-pub(in crate::scheduler) fn at_timesteps(ask: &Ask<'_>, timesteps: Vec<f64>) -> Table {
+pub(crate) fn at_timesteps(ask: &Ask<'_>, timesteps: Vec<f64>) -> Table {
     Table { sigmas: timesteps.iter().map(|t| ask.training.sigma_at(*t)).collect(), timesteps }
 }
 
 /// Given σ, and the timesteps to which they belong.
-pub(in crate::scheduler) fn at_sigmas(ask: &Ask<'_>, sigmas: Vec<f64>) -> Table {
+pub(crate) fn at_sigmas(ask: &Ask<'_>, sigmas: Vec<f64>) -> Table {
     Table { timesteps: sigmas.iter().map(|s| ask.training.timestep_of(*s)).collect(), sigmas }
 }
 

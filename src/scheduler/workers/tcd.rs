@@ -3,12 +3,12 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
-pub(super) struct Tcd;
+pub(crate) struct Tcd;
 
 impl Algorithm for Tcd {
     fn profile(&self) -> &'static Profile {

@@ -2,15 +2,15 @@
 
 use candle_core::Tensor;
 
-use super::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
 use crate::scheduler::schedule::Step;
+use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
 const ORDER: usize = 2;
 
-pub(super) struct Unipc;
+pub(crate) struct Unipc;
 
 impl Algorithm for Unipc {
     fn profile(&self) -> &'static Profile {

@@ -21,7 +21,7 @@ fn hostile_weight_files_are_typed_errors() {
         copy.check(what, Request::Load(named("copy")), code, TEXT_ENCODER);
     }
     // The root lists it with its problem, and the others as ever.
-    let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.crew()).unwrap() else { panic!("list") };
+    let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.resources()).unwrap() else { panic!("list") };
     assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "copy"]);
 }
 
@@ -57,7 +57,7 @@ fn what_is_no_regular_file_is_refused_unopened() {
     }
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(VAE);
     fs::copy(demo, copy.path("vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
-    ask(Request::Inspect(named("copy")), &mut copy.crew()).unwrap();
+    ask(Request::Inspect(named("copy")), &mut copy.resources()).unwrap();
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn weights_of_another_network_name_the_tensor_and_both_shapes() {
             }
         }
     });
-    ask(load(), &mut copy.crew()).unwrap();
+    ask(load(), &mut copy.resources()).unwrap();
 }
 
 #[test]
@@ -128,7 +128,9 @@ fn sharded_weights_are_one_network() {
     fs::remove_file(copy.path(VAE)).unwrap();
     write(&first, &second);
     fs::write(&index_path, index(&first, &second)).unwrap();
-    let Response::Load(loaded) = ask(Request::Load(named("copy")), &mut copy.crew()).unwrap() else { panic!("load") };
+    let Response::Load(loaded) = ask(Request::Load(named("copy")), &mut copy.resources()).unwrap() else {
+        panic!("load")
+    };
     assert_eq!(loaded.components[2].bytes, Bytes(6_833_566 - 8 - header_length(&file)));
 
     let inspect = || Request::Inspect(named("copy"));

@@ -7,9 +7,9 @@ use serde::de::{DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeserializer,
 use serde::{Deserializer, forward_to_deserialize_any};
 use serde_json::value::RawValue;
 
-use super::probe;
-use super::{Fault, Step, dotted, pointer};
-use crate::communication::lines::{Warning, clip};
+use crate::communication::responses::{Warning, clip};
+use crate::communication::workers::codec::probe;
+use crate::communication::workers::codec::{Fault, Step, dotted, pointer};
 use crate::error::{Error, nearest};
 
 /// The `data` of one request.
@@ -143,9 +143,9 @@ struct Parsed<T> {
 }
 
 /// A message of serde, retold.
-pub(super) struct Explained {
+pub(crate) struct Explained {
     /// Goes behind the name of the field.
-    pub(super) message: String,
+    pub(crate) message: String,
     hint: Option<String>,
     /// A field named in the message itself, below the path.
     field: Option<String>,
@@ -153,7 +153,7 @@ pub(super) struct Explained {
 }
 
 /// Retells serde's message: what was wanted, what came.
-pub(super) fn explain(message: &str) -> Explained {
+pub(crate) fn explain(message: &str) -> Explained {
     let message = message.rfind(" at line ").and_then(|end| message.get(..end)).unwrap_or(message);
     let plain = |message: String| Explained { message, hint: None, field: None, twice: false };
     if let Some(field) = message.strip_prefix("missing field ") {
@@ -282,9 +282,9 @@ fn steps_of_ignored(path: &serde_ignored::Path<'_>) -> Vec<Step> {
 }
 
 /// An operation's name and its data, shown to serde as an externally tagged enum.
-pub(super) struct Tagged<'a, D> {
-    pub(super) operation: &'a str,
-    pub(super) data: D,
+pub(crate) struct Tagged<'a, D> {
+    pub(crate) operation: &'a str,
+    pub(crate) data: D,
 }
 
 impl<'de, D: Deserializer<'de>> Deserializer<'de> for Tagged<'_, D> {
@@ -310,7 +310,7 @@ impl<'de, D: Deserializer<'de>> EnumAccess<'de> for Tagged<'_, D> {
     }
 }
 
-pub(super) struct Data<D>(D);
+pub(crate) struct Data<D>(D);
 
 impl<'de, D: Deserializer<'de>> VariantAccess<'de> for Data<D> {
     type Error = D::Error;

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::body::{Body, explain};
-use super::{Fault, Step, pointer};
-use crate::communication::interface::{EventWish, Head, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, TABLE};
-use crate::communication::lines::Warning;
+use crate::communication::interface::{EventOptions, Head, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, TABLE};
+use crate::communication::responses::Warning;
+use crate::communication::workers::codec::body::{Body, explain};
+use crate::communication::workers::codec::{Fault, Step, pointer};
 use crate::error::{Error, nearest};
 use crate::layers::Domain;
 
@@ -16,14 +16,14 @@ use crate::layers::Domain;
 const KEYS: [&str; 9] =
     ["request_id", "worker_type", "operation", "data", "priority", "timeout_ms", "idempotency_key", "events", "strict"];
 
-pub(super) struct Read {
-    pub(super) head: Head,
+pub(crate) struct Read {
+    pub(crate) head: Head,
     /// The text of `data`.
-    pub(super) data: String,
-    pub(super) warnings: Vec<Warning>,
+    pub(crate) data: String,
+    pub(crate) warnings: Vec<Warning>,
 }
 
-pub(super) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
+pub(crate) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
     let mut line: Line<'_> = serde_json::from_str(text)
         .map_err(|e| Fault::request(format!("the line {}", explain(&e.to_string()).message), Some(String::new())))?;
     let request_id = line.take::<String>("request_id")?;
@@ -60,7 +60,7 @@ pub(super) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
 }
 
 /// 1 to 256 characters without control characters.
-pub(super) fn check_id(key: &str, id: &str) -> Result<(), Fault> {
+pub(crate) fn check_id(key: &str, id: &str) -> Result<(), Fault> {
     let count = id.chars().count();
     let blame = |what: String| Err(Fault::request(format!("`{key}` {what}"), Some(format!("/{key}"))));
     if count == 0 || count > MAX_ID_CHARS {
@@ -155,10 +155,10 @@ fn missing(key: &str, hint: &str) -> Fault {
     Fault { error: error.into(), pointer: None }
 }
 
-fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Result<EventWish, Fault> {
+fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Result<EventOptions, Fault> {
     let body = Body { operation: "", data: raw.get(), pointer: "/events", strict, to_come: &[] };
-    let wish: EventWish = body.read_plain(warnings).map_err(into_request)?;
-    if let Some(preview) = wish.preview {
+    let options: EventOptions = body.read_plain(warnings).map_err(into_request)?;
+    if let Some(preview) = options.preview {
         let ranges = [("every", preview.every, 1, 1000), ("max_side", preview.max_side, 16, 2048)];
         for (key, got, low, high) in ranges {
             if !(low..=high).contains(&got) {
@@ -167,7 +167,7 @@ fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Res
             }
         }
     }
-    Ok(wish)
+    Ok(options)
 }
 
 /// A fault in the head is the line's, not a parameter's.

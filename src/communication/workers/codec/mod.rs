@@ -4,22 +4,22 @@
 //! `data`, [`body`] reads `data` into the type of the operation.
 
 pub mod body;
-mod head;
+pub(crate) mod head;
 pub mod probe;
-mod scan;
+pub(crate) mod scan;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use super::super::interface::{self, Communication, Head, TABLE};
-use super::super::lines::Warning;
+use crate::communication::interface::{self, Communication, Head, TABLE};
+use crate::communication::responses::Warning;
 use crate::conditioning::interface::Conditioning;
 use crate::device::interface::Device;
 use crate::error::{Error, nearest};
 use crate::inference::interface::Inference;
-use crate::instructors::Call;
 use crate::layers::{Domain, Interface};
 use crate::model::interface::Model;
 use crate::postprocessing::interface::Postprocessing;
+use crate::runtime::dispatch::Call;
 use crate::scheduler::interface::Scheduler;
 use body::Body;
 
@@ -53,7 +53,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    pub(super) fn request(message: impl Into<String>, pointer: Option<String>) -> Self {
+    pub(crate) fn request(message: impl Into<String>, pointer: Option<String>) -> Self {
         let error = Error::InvalidRequest { message: message.into(), pointer, hint: None };
         Self { error: error.into(), pointer: None }
     }

@@ -7,8 +7,8 @@ use serde::de::value::{Error as Stop, MapDeserializer, SeqDeserializer, StrDeser
 use serde::de::{DeserializeOwned, Error as _, IntoDeserializer, Visitor};
 use serde::{Deserializer, forward_to_deserialize_any};
 
-use super::Step;
-use super::body::Tagged;
+use crate::communication::workers::codec::Step;
+use crate::communication::workers::codec::body::Tagged;
 
 /// A struct as serde knows it.
 #[derive(Clone, Copy, Debug)]

@@ -8,17 +8,17 @@ use std::fmt;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Fault, Step, pointer};
 use crate::communication::interface::MAX_DEPTH;
+use crate::communication::workers::codec::{Fault, Step, pointer};
 use crate::error::Error;
 
-pub(super) struct Scanned {
+pub(crate) struct Scanned {
     /// As it stands in the line, not checked.
-    pub(super) request_id: Option<String>,
-    pub(super) fault: Option<Fault>,
+    pub(crate) request_id: Option<String>,
+    pub(crate) fault: Option<Fault>,
 }
 
-pub(super) fn scan(text: &str) -> Scanned {
+pub(crate) fn scan(text: &str) -> Scanned {
     let found = Found::default();
     let mut json = serde_json::Deserializer::from_str(text);
     let whole = Scan { found: &found, depth: 0, is_id: false }.deserialize(&mut json).and_then(|()| json.end());

@@ -1,17 +1,17 @@
 //! A Gaussian blur, equal to OpenCV's `GaussianBlur` of bytes.
 
-use super::gaussian::blur_bytes;
-use super::{Dial, HintTask, Method};
+use crate::conditioning::workers::preprocess::gaussian::blur_bytes;
+use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::Rgb8;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
 
-pub(super) struct Blur;
+pub(crate) struct Blur;
 
 impl Method for Blur {
-    fn dials(&self) -> &'static [Dial] {
-        &[Dial { name: "sigma", default: 9.0, least: 0.1, most: 64.0 }]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[Parameter { name: "sigma", default: 9.0, least: 0.1, most: 64.0 }]
     }
 }
 

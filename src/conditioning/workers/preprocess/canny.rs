@@ -4,20 +4,20 @@
 //! stays if it is the largest along its gradient, whose direction is rounded to eighths of a turn in 15-bit fixed
 //! point. Edges begin above the high threshold and go on, over all eight neighbours, above the low one.
 
-use super::{Dial, HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Rgb8};
 
-pub(super) struct Canny;
+pub(crate) struct Canny;
 
 impl Method for Canny {
-    fn dials(&self) -> &'static [Dial] {
+    fn parameters(&self) -> &'static [Parameter] {
         // |dx| + |dy| is 2040 at most.
         &[
-            Dial { name: "low_threshold", default: 100.0, least: 0.0, most: 2040.0 },
-            Dial { name: "high_threshold", default: 200.0, least: 0.0, most: 2040.0 },
+            Parameter { name: "low_threshold", default: 100.0, least: 0.0, most: 2040.0 },
+            Parameter { name: "high_threshold", default: 200.0, least: 0.0, most: 2040.0 },
         ]
     }
 }

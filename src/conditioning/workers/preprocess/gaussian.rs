@@ -1,10 +1,10 @@
 //! Separable Gaussian blurs as OpenCV computes them, across and then down, the border mirrored: of bytes in fixed point
 //! with 8 bits behind the point, of floats in floats.
 
-use super::mirrored;
+use crate::conditioning::workers::preprocess::mirrored;
 use crate::context::Context;
 use crate::error::Result;
-use crate::pixels::Rgb8;
+use crate::image::pixels::Rgb8;
 
 /// Weights of an odd number of taps, their sum 1: exp(-x²/2σ²). `reach` is how many σ the taps go to either side.
 fn taps(sigma: f64, reach: f64) -> Vec<f64> {
@@ -34,7 +34,7 @@ fn fixed_taps(sigma: f64) -> Vec<u32> {
 }
 
 /// σ in pixels, above 0.
-pub(super) fn blur_bytes(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Rgb8> {
+pub(crate) fn blur_bytes(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Rgb8> {
     let Rgb8 { width, height, ref data } = *image;
     let taps = fixed_taps(sigma);
     let (half, stride) = ((taps.len() / 2).cast_signed(), 3 * width);
@@ -65,7 +65,7 @@ pub(super) fn blur_bytes(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Rgb8
 }
 
 /// Of interleaved channels, σ in pixels; 4 σ to either side.
-pub(super) fn blur_floats(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Vec<f32>> {
+pub(crate) fn blur_floats(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Vec<f32>> {
     let Rgb8 { width, height, ref data } = *image;
     let taps: Vec<f32> = taps(sigma, 4.0).into_iter().map(|weight| weight as f32).collect();
     let (half, stride) = ((taps.len() / 2).cast_signed(), 3 * width);

@@ -1,12 +1,12 @@
 //! Luminance, equal to OpenCV's `COLOR_RGB2GRAY`: ITU-R 601 in 15-bit fixed point.
 
-use super::{HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Rgb8};
 
-pub(super) struct Grayscale;
+pub(crate) struct Grayscale;
 
 impl Method for Grayscale {}
 
@@ -18,7 +18,7 @@ impl Worker<HintTask<'_>> for Grayscale {
     }
 }
 
-pub(super) fn luminance(image: &Rgb8) -> Gray8 {
+pub(crate) fn luminance(image: &Rgb8) -> Gray8 {
     let one = |pixel: &[u8]| {
         let sum: u32 = pixel.iter().zip([9798u32, 19235, 3735]).map(|(&value, weight)| u32::from(value) * weight).sum();
         ((sum + (1 << 14)) >> 15) as u8

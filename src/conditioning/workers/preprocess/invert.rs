@@ -1,12 +1,12 @@
 //! 255 less every byte: a drawing of dark lines becomes one of light lines, as ControlNets of lines want it.
 
-use super::{HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::Rgb8;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
 
-pub(super) struct Invert;
+pub(crate) struct Invert;
 
 impl Method for Invert {}
 

@@ -1,18 +1,18 @@
 //! A sketch without a network: light lines where the picture is darker than its surroundings, as the "standard" line art
 //! of sd-webui-controlnet. I = min over channels of (G_σ ∗ x - x), scaled so that its median above 8 becomes 127.
 
-use super::gaussian::blur_floats;
-use super::{Dial, HintTask, Method};
+use crate::conditioning::workers::preprocess::gaussian::blur_floats;
+use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Rgb8};
 
-pub(super) struct Lineart;
+pub(crate) struct Lineart;
 
 impl Method for Lineart {
-    fn dials(&self) -> &'static [Dial] {
-        &[Dial { name: "sigma", default: 6.0, least: 0.5, most: 32.0 }]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[Parameter { name: "sigma", default: 6.0, least: 0.5, most: 32.0 }]
     }
 }
 

@@ -2,22 +2,22 @@
 //!
 //! Every preprocessor takes a picture that has the hint's size already, so that an edge is one pixel wide in the hint.
 
-use crate::conditioning::interface::HintParameters;
-use crate::error::{Error, Result};
-use crate::layers::Worker;
-use crate::pixels::Rgb8;
-use crate::registry::Registry;
+pub(crate) mod blur;
+pub(crate) mod canny;
+pub(crate) mod gaussian;
+pub(crate) mod grayscale;
+pub(crate) mod invert;
+pub(crate) mod lineart;
+pub(crate) mod none;
+pub(crate) mod scharr;
+pub(crate) mod threshold;
+pub(crate) mod tile;
 
-mod blur;
-mod canny;
-mod gaussian;
-mod grayscale;
-mod invert;
-mod lineart;
-mod none;
-mod scharr;
-mod threshold;
-mod tile;
+use crate::conditioning::interface::PreprocessorParameters;
+use crate::error::{Error, Result};
+use crate::image::pixels::Rgb8;
+use crate::layers::Worker;
+use crate::registry::Registry;
 
 /// A picture of the wanted size, and what the preprocessor is told.
 #[derive(Clone, Copy)]
@@ -29,7 +29,7 @@ pub struct HintTask<'a> {
 /// A way to make a hint: a picture of the task's size.
 pub trait Method: for<'a> Worker<HintTask<'a>, Output = Rgb8> {
     /// The numbers it can be told.
-    fn dials(&self) -> &'static [Dial] {
+    fn parameters(&self) -> &'static [Parameter] {
         &[]
     }
 }
@@ -53,8 +53,8 @@ pub static PREPROCESSORS: Registry<Preprocessor> = Registry::new(
 
 /// A number that a preprocessor can be told.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Dial {
-    /// A field of [`HintParameters`].
+pub struct Parameter {
+    /// A field of [`PreprocessorParameters`].
     pub name: &'static str,
     pub default: f64,
     pub least: f64,
@@ -72,16 +72,21 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// What `wish` leaves open is the dial's default. `field` is where the wish stood in the request.
+    /// What `options` leaves open is the dial's default. `field` is where the wish stood in the request.
     ///
     /// # Errors
     /// `invalid_parameter` for a value out of range, or one that `name` has no dial for.
-    pub fn resolve(name: &str, dials: &[Dial], wish: &HintParameters, field: &str) -> Result<Self> {
-        let said = wish.said();
+    pub fn resolve(
+        name: &str,
+        parameters: &[Parameter],
+        options: &PreprocessorParameters,
+        field: &str,
+    ) -> Result<Self> {
+        let said = options.said();
         if let Some((other, _)) =
-            said.iter().find(|(key, value)| value.is_some() && dials.iter().all(|d| d.name != *key))
+            said.iter().find(|(key, value)| value.is_some() && parameters.iter().all(|d| d.name != *key))
         {
-            let known: Vec<String> = dials.iter().map(|dial| format!("`{}`", dial.name)).collect();
+            let known: Vec<String> = parameters.iter().map(|parameter| format!("`{}`", parameter.name)).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
             return Err(Error::InvalidParameter {
                 field: format!("{field}.{other}"),
@@ -90,13 +95,13 @@ impl Parameters {
             });
         }
         let value = |key: &str| -> Result<f64> {
-            let Some(dial) = dials.iter().find(|dial| dial.name == key) else { return Ok(0.0) };
+            let Some(parameter) = parameters.iter().find(|parameter| parameter.name == key) else { return Ok(0.0) };
             let given = said.iter().find(|(known, _)| *known == key).and_then(|(_, value)| *value);
-            let value = given.unwrap_or(dial.default);
-            if (dial.least..=dial.most).contains(&value) {
+            let value = given.unwrap_or(parameter.default);
+            if (parameter.least..=parameter.most).contains(&value) {
                 return Ok(value);
             }
-            let message = format!("must be {} to {}, got {value}", dial.least, dial.most);
+            let message = format!("must be {} to {}, got {value}", parameter.least, parameter.most);
             Err(Error::invalid(format!("{field}.{key}"), message))
         };
         Ok(Self {
@@ -108,11 +113,11 @@ impl Parameters {
         })
     }
 
-    /// As a request would say them: those that `dials` has.
+    /// As a request would say them: those that `parameters` has.
     #[must_use]
-    pub fn said(&self, dials: &[Dial]) -> HintParameters {
-        let of = |name: &str, value: f64| dials.iter().any(|dial| dial.name == name).then_some(value);
-        HintParameters {
+    pub fn said(&self, parameters: &[Parameter]) -> PreprocessorParameters {
+        let of = |name: &str, value: f64| parameters.iter().any(|parameter| parameter.name == name).then_some(value);
+        PreprocessorParameters {
             low_threshold: of("low_threshold", self.low_threshold),
             high_threshold: of("high_threshold", self.high_threshold),
             threshold: of("threshold", self.threshold),

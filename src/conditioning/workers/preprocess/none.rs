@@ -1,12 +1,12 @@
 //! The picture itself: a hint that was made elsewhere.
 
-use super::{HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::Rgb8;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
 
-pub(super) struct None;
+pub(crate) struct None;
 
 impl Method for None {}
 

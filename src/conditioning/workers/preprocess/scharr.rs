@@ -1,14 +1,14 @@
 //! The gradient's strength by Scharr's operator on the luminance: (|dx| + |dy|) / 2, each cut at 255, as OpenCV's
 //! tutorial on derivatives puts it together.
 
-use super::grayscale::luminance;
-use super::{HintTask, Method, mirrored};
+use crate::conditioning::workers::preprocess::grayscale::luminance;
+use crate::conditioning::workers::preprocess::{HintTask, Method, mirrored};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Rgb8};
 
-pub(super) struct Scharr;
+pub(crate) struct Scharr;
 
 impl Method for Scharr {}
 

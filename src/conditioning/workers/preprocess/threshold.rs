@@ -1,16 +1,16 @@
 //! White where even a pixel's darkest channel is above the threshold, and black elsewhere.
 
-use super::{Dial, HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
-use crate::pixels::{Gray8, Rgb8};
 
-pub(super) struct Threshold;
+pub(crate) struct Threshold;
 
 impl Method for Threshold {
-    fn dials(&self) -> &'static [Dial] {
-        &[Dial { name: "threshold", default: 127.0, least: 0.0, most: 255.0 }]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[Parameter { name: "threshold", default: 127.0, least: 0.0, most: 255.0 }]
     }
 }
 

@@ -1,18 +1,18 @@
 //! The picture without its finest detail: made smaller by averaging, and then as large as before. A rate below 1.1 leaves
 //! it as it is.
 
-use super::{Dial, HintTask, Method};
+use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
+use crate::image::pixels::Rgb8;
+use crate::image::resample::Filter;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
-use crate::resample::Filter;
 
-pub(super) struct Tile;
+pub(crate) struct Tile;
 
 impl Method for Tile {
-    fn dials(&self) -> &'static [Dial] {
-        &[Dial { name: "down_sampling_rate", default: 1.0, least: 1.0, most: 32.0 }]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[Parameter { name: "down_sampling_rate", default: 1.0, least: 1.0, most: 32.0 }]
     }
 }
 

@@ -11,7 +11,7 @@ use std::arch::asm;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{A_STRIDE, Call, PANEL};
+use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL};
 
 /// Rows of a tile.
 const TILE_ROWS: usize = 16;
@@ -50,12 +50,12 @@ static FULL: Shape = {
 static ASSUMED: AtomicBool = AtomicBool::new(false);
 
 /// Whether this process may use AMX for bf16 and bytes. The first call asks the system for the tiles' state.
-pub(in crate::kernels::cpu) fn available() -> bool {
+pub(crate) fn available() -> bool {
     ASSUMED.load(Ordering::Relaxed) || native()
 }
 
 /// [`available`], whatever a test has had assumed.
-pub(in crate::kernels::cpu) fn native() -> bool {
+pub(crate) fn native() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| in_processor() && saved_by_system() && permitted())
 }
@@ -102,7 +102,7 @@ fn permitted() -> bool {
 /// # Safety
 /// [`available`] has said yes.
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(super) unsafe fn enter() {
+pub(crate) unsafe fn enter() {
     // SAFETY: the caller's word that AMX is there; `FULL` is 64 readable bytes of a shape that palette 1 allows.
     unsafe {
         asm!("ldtilecfg [{shape}]", shape = in(reg) &raw const FULL, options(nostack, readonly, preserves_flags))
@@ -114,7 +114,7 @@ pub(super) unsafe fn enter() {
 /// # Safety
 /// [`available`] has said yes.
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(super) unsafe fn leave() {
+pub(crate) unsafe fn leave() {
     // SAFETY: the caller's word that AMX is there.
     unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
 }
@@ -241,7 +241,7 @@ macro_rules! one_by_two {
 /// f32, of which nothing else reads or writes meanwhile; the memory of `a` and `c` goes on to the next multiple of 16 rows,
 /// whatever stands there (in `c` it is overwritten).
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(super) unsafe fn bf16(call: &Call) {
+pub(crate) unsafe fn bf16(call: &Call) {
     debug_assert!(call.depth > 0 && call.depth.is_multiple_of(BF16_STEP), "depth {}", call.depth);
     let steps = call.depth / BF16_STEP;
     if call.rows > TILE_ROWS {
@@ -258,7 +258,7 @@ pub(super) unsafe fn bf16(call: &Call) {
 /// # Safety
 /// As [`bf16`], with bytes: `call.depth` is a multiple of 64, 64 to 1024, and `call.b` is `[depth/4][32][4]` bytes.
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(super) unsafe fn int8(call: &Call) {
+pub(crate) unsafe fn int8(call: &Call) {
     debug_assert!(call.depth > 0 && call.depth.is_multiple_of(INT8_STEP), "depth {}", call.depth);
     let steps = call.depth / INT8_STEP;
     if call.rows > TILE_ROWS {

@@ -7,12 +7,12 @@ use std::arch::x86_64::{
     _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
-use super::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
 
 /// # Safety
 /// As [`Call`] says; AVX2 and FMA are there.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn f32(call: &Call) {
+pub(crate) unsafe fn f32(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6) }
 }
@@ -49,7 +49,7 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
 /// # Safety
 /// As [`Call`] says; AVX2 is there.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn int8(call: &Call) {
+pub(crate) unsafe fn int8(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
 }

@@ -9,12 +9,12 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
-use super::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
 
 /// # Safety
 /// As [`Call`] says; AVX-512 F is there.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn f32(call: &Call) {
+pub(crate) unsafe fn f32(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
@@ -22,7 +22,7 @@ pub(super) unsafe fn f32(call: &Call) {
 /// # Safety
 /// As [`Call`] says; AVX-512 F and BF16 are there.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) unsafe fn bf16(call: &Call) {
+pub(crate) unsafe fn bf16(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, bf16_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
@@ -32,7 +32,7 @@ pub(super) unsafe fn bf16(call: &Call) {
 /// # Safety
 /// As [`Call`] says; AVX-512 F and VNNI are there.
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(super) unsafe fn int8(call: &Call) {
+pub(crate) unsafe fn int8(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }

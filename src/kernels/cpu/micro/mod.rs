@@ -2,44 +2,44 @@
 //! them read the same blocks of rows and the same packed panels, so that the set can be chosen at run time.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod amx;
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
-mod neon;
-mod portable;
+pub(crate) mod neon;
+pub(crate) mod portable;
 
-use super::simd::{Level, level};
+use crate::kernels::cpu::simd::{Level, level};
 
 /// Outputs of a panel of weights.
-pub(super) const PANEL: usize = 32;
+pub(crate) const PANEL: usize = 32;
 /// Bytes of a row that one call sums over, at most.
-pub(super) const A_BYTES: usize = 1024;
+pub(crate) const A_BYTES: usize = 1024;
 /// Bytes between rows of a block of left operands. Fixed, so that a row is a displacement; an odd number of cache
 /// lines, so that the rows of a tile lie in different sets.
-pub(super) const A_STRIDE: usize = A_BYTES + 64;
+pub(crate) const A_STRIDE: usize = A_BYTES + 64;
 
 /// One tile. Nothing in it overlaps.
-pub(super) struct Call {
+pub(crate) struct Call {
     /// `rows` rows, [`A_STRIDE`] apart, each of `depth` numbers.
-    pub(super) a: *const u8,
+    pub(crate) a: *const u8,
     /// The panel from the first number of the depth on: f32 `[depth, 32]`, bf16 `[depth/2, 32, 2]`, i8
     /// `[depth/4, 32, 4]`.
-    pub(super) b: *const u8,
+    pub(crate) b: *const u8,
     /// A multiple of the micro-kernel's grain; a row of `a` takes at most [`A_BYTES`].
-    pub(super) depth: usize,
+    pub(crate) depth: usize,
     /// `[rows, 32]`: f32, or i32 for i8. There is memory for as many rows as the micro-kernel takes at once.
-    pub(super) c: *mut f32,
-    pub(super) rows: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) rows: usize,
     /// Add to what is in `c`, which is not read otherwise.
-    pub(super) add: bool,
+    pub(crate) add: bool,
 }
 
 /// What a micro-kernel multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Operands {
+pub(crate) enum Operands {
     F32,
     Bf16,
     /// Signed bytes.
@@ -50,7 +50,7 @@ pub(super) enum Operands {
 }
 
 impl Operands {
-    pub(super) const fn size(self) -> usize {
+    pub(crate) const fn size(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 => 2,
@@ -59,7 +59,7 @@ impl Operands {
     }
 
     /// Every byte of a zero on the left.
-    pub(super) const fn zero(self) -> u8 {
+    pub(crate) const fn zero(self) -> u8 {
         if matches!(self, Self::U8) { 128 } else { 0 }
     }
 }
@@ -69,12 +69,12 @@ type Around = (unsafe fn(), unsafe fn());
 
 /// A micro-kernel and what it wants.
 #[derive(Clone, Copy)]
-pub(super) struct Micro {
-    pub(super) operands: Operands,
+pub(crate) struct Micro {
+    pub(crate) operands: Operands,
     /// Rows that it takes at once.
-    pub(super) rows: usize,
+    pub(crate) rows: usize,
     /// The depth is a multiple of it.
-    pub(super) grain: usize,
+    pub(crate) grain: usize,
     run: unsafe fn(&Call),
     /// Called on a thread before its first tile and after its last.
     around: Option<Around>,
@@ -82,13 +82,13 @@ pub(super) struct Micro {
 
 impl Micro {
     /// That of the level in use: for bf16 operands where there is one that gains by them, for f32 otherwise.
-    pub(super) fn new(narrow: bool) -> Self {
+    pub(crate) fn new(narrow: bool) -> Self {
         Self::of(level(), narrow)
     }
 
     /// That of the level in use for bytes, where the sums in `c` are i32. VNNI is no level of its own: processors with
     /// AVX-512 have it from 2019 on.
-    pub(super) fn int8() -> Self {
+    pub(crate) fn int8() -> Self {
         #[cfg(target_arch = "x86_64")]
         match level() {
             Level::Amx => {
@@ -143,7 +143,7 @@ impl Micro {
 
     /// Runs `work`, within which [`Self::run`] may be called on this thread.
     #[expect(unsafe_code, reason = "tile registers are set up and given back")]
-    pub(super) fn within<R>(&self, work: impl FnOnce() -> R) -> R {
+    pub(crate) fn within<R>(&self, work: impl FnOnce() -> R) -> R {
         struct Leave(Option<unsafe fn()>);
         impl Drop for Leave {
             fn drop(&mut self) {
@@ -165,7 +165,7 @@ impl Micro {
     /// The operands are as [`Call`] says, with `rows` at most `self.rows` and `depth` a multiple of `self.grain`; the
     /// caller is within [`Self::within`].
     #[expect(unsafe_code, reason = "operands are pointers")]
-    pub(super) unsafe fn run(&self, call: &Call) {
+    pub(crate) unsafe fn run(&self, call: &Call) {
         // SAFETY: as above; the instruction set was detected before the level was chosen.
         unsafe { (self.run)(call) }
     }
@@ -173,7 +173,7 @@ impl Micro {
 
 /// Asks for memory to be brought to the second cache. Any address may be asked for.
 #[inline]
-pub(super) fn prefetch(at: *const u8, bytes: usize) {
+pub(crate) fn prefetch(at: *const u8, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..bytes).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

@@ -3,12 +3,12 @@
 
 use std::arch::aarch64::{vaddq_f32, vdupq_n_f32, vfmaq_n_f32, vld1q_f32, vst1q_f32};
 
-use super::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
 
 /// # Safety
 /// As [`Call`] says.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn f32(call: &Call) {
+pub(crate) unsafe fn f32(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6) }
 }

@@ -1,13 +1,13 @@
 //! Plain Rust for any machine, four rows by eight sums at a time.
 #![expect(unsafe_code, reason = "operands are pointers")]
 
-use super::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
 
 const WIDTH: usize = 8;
 
 /// # Safety
 /// As [`Call`] says.
-pub(super) unsafe fn f32(call: &Call) {
+pub(crate) unsafe fn f32(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4) }
 }
@@ -40,7 +40,7 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
 ///
 /// # Safety
 /// As [`Call`] says.
-pub(super) unsafe fn int8(call: &Call) {
+pub(crate) unsafe fn int8(call: &Call) {
     // SAFETY: handed on.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
 }

@@ -22,13 +22,13 @@ const ENTRY: usize = 12;
 
 /// What [`read`] found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::postprocessing) struct ExifText {
-    pub(in crate::postprocessing) parameters: Option<String>,
-    pub(in crate::postprocessing) request: Option<String>,
+pub(crate) struct ExifText {
+    pub(crate) parameters: Option<String>,
+    pub(crate) request: Option<String>,
 }
 
 /// A TIFF block without the `Exif\0\0` that JPEG puts before it.
-pub(super) fn write(parameters: &str, request: Option<&str>) -> Vec<u8> {
+pub(crate) fn write(parameters: &str, request: Option<&str>) -> Vec<u8> {
     let comment: Vec<u8> =
         UNICODE.iter().copied().chain(parameters.encode_utf16().flat_map(u16::to_be_bytes)).collect();
     let note = request.map(|request| [OURS, request.as_bytes()].concat());
@@ -70,7 +70,7 @@ fn be32(value: usize) -> [u8; 4] {
 }
 
 /// Both texts of a block from anywhere, with or without the leading `Exif\0\0`; what is not there or damaged is none.
-pub(in crate::postprocessing) fn read(block: &[u8]) -> ExifText {
+pub(crate) fn read(block: &[u8]) -> ExifText {
     let block = block.strip_prefix(b"Exif\0\0").unwrap_or(block);
     find(block).unwrap_or_default()
 }

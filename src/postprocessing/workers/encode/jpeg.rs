@@ -3,15 +3,15 @@
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 
-use super::{EncodeTask, exif};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
+use crate::postprocessing::workers::encode::{EncodeTask, exif};
 
 /// Bytes of an `APP1` segment, less its length field and the six of `Exif\0\0`.
 const EXIF_LIMIT: usize = 65_535 - 2 - 6;
 
-pub(super) struct Jpeg;
+pub(crate) struct Jpeg;
 
 impl<'a> Worker<EncodeTask<'a>> for Jpeg {
     type Output = Vec<u8>;

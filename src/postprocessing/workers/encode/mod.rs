@@ -1,14 +1,14 @@
 //! Output formats, by name. An encoder turns an image and its text into the bytes of a file.
 
-pub(super) mod exif;
-mod jpeg;
-mod png;
-mod webp;
+pub(crate) mod exif;
+pub(crate) mod jpeg;
+pub(crate) mod png;
+pub(crate) mod webp;
 
-pub(in crate::postprocessing) use self::png::{PARAMETERS, REQUEST};
+pub(crate) use self::png::{PARAMETERS, REQUEST};
 
+use crate::image::pixels::Rgb8;
 use crate::layers::Worker;
-use crate::pixels::Rgb8;
 use crate::postprocessing::metadata::ImageText;
 use crate::registry::Registry;
 

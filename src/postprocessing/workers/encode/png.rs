@@ -3,17 +3,17 @@
 
 use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
 
-use super::EncodeTask;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
+use crate::postprocessing::workers::encode::EncodeTask;
 
 /// The keyword under which AUTOMATIC1111 and its relatives look.
-pub(in crate::postprocessing) const PARAMETERS: &str = "parameters";
+pub(crate) const PARAMETERS: &str = "parameters";
 /// The keyword of the request as JSON.
-pub(in crate::postprocessing) const REQUEST: &str = "sdxl_worker";
+pub(crate) const REQUEST: &str = "sdxl_worker";
 
-pub(super) struct Png;
+pub(crate) struct Png;
 
 impl<'a> Worker<EncodeTask<'a>> for Png {
     type Output = Vec<u8>;

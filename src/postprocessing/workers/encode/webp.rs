@@ -3,15 +3,15 @@
 use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 
-use super::{EncodeTask, exif};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
+use crate::postprocessing::workers::encode::{EncodeTask, exif};
 
 /// The most pixels a side that the format can say.
 const MAX_SIDE: u32 = 16_384;
 
-pub(super) struct WebP;
+pub(crate) struct WebP;
 
 impl<'a> Worker<EncodeTask<'a>> for WebP {
     type Output = Vec<u8>;

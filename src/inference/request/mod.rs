@@ -1,0 +1,7 @@
+//! Wire types of a generation request.
+
+pub mod controlnet;
+pub mod guidance;
+pub mod lora;
+pub mod lora_blocks;
+pub mod memory;

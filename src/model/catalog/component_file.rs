@@ -1,0 +1,161 @@
+//! A network that goes beside a checkpoint, such as a ControlNet or an adapter: one safetensors file, or a folder in
+//! diffusers' layout with the network's `config.json`. Its weights are not read here.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::model::catalog::files::{Folder, Found};
+use crate::model::checkpoint::{CONFIG_LIMIT, CheckpointKey, Part, WeightFiles, key, weight_files};
+use crate::model::weights::open::{Open, OpenTask, Weights, is_pickle};
+use crate::roots::Roots;
+use crate::units::Bytes;
+
+/// How weight files begin: diffusers' networks, transformers', and adapters that diffusers and PEFT saved.
+const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", PEFT];
+/// PEFT's files.
+const PEFT: &str = "adapter_model";
+const PEFT_CONFIG: &str = "adapter_config.json";
+
+/// A network that was found, and whose files may be read.
+#[derive(Debug)]
+pub struct ComponentFile {
+    /// What requests call it.
+    pub name: String,
+    /// Tells this state of its files from every other.
+    pub key: CheckpointKey,
+    config: Option<Found>,
+    /// What PEFT says of an adapter beside its weights.
+    peft: Option<Found>,
+    weights: WeightFiles,
+    mmap: bool,
+    /// The folder that it is; none for a file.
+    folder: Option<Folder>,
+}
+
+impl ComponentFile {
+    /// What lies at `path`, which is beneath `roots`; requests call it `name`.
+    ///
+    /// # Errors
+    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors or GGUF, `model_corrupt`
+    /// for a folder without weights, `path_not_allowed` for links out of the roots.
+    pub(crate) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
+        let file = path.is_file();
+        let place = if file { path.parent().unwrap_or(path) } else { path };
+        let folder = Folder::Disk { path: place.to_owned(), roots: roots.clone() };
+        let (config, peft, weights) = if file {
+            if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
+                readable(name, path)?;
+            }
+            let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            // Of another file beside it PEFT's configuration says nothing.
+            let peft = if own.starts_with(PEFT) { folder.find(PEFT_CONFIG)? } else { None };
+            (None, peft, WeightFiles::of(vec![folder.need(&own)?]))
+        } else {
+            let names = folder.names("");
+            let weights = match (stem(&names), only(&names)) {
+                (None, Some(only)) => WeightFiles::of(vec![folder.need(only)?]),
+                (stem, _) => weight_files(&folder, "", stem.unwrap_or(STEMS[0]))?,
+            };
+            (folder.find("config.json")?, folder.find(PEFT_CONFIG)?, weights)
+        };
+        let mut files = weights.files.clone();
+        files.extend(config.iter().chain(&peft).cloned());
+        let key = key(&folder, &files);
+        Ok(Self { name: name.to_owned(), key, config, peft, weights, mmap, folder: (!file).then_some(folder) })
+    }
+
+    /// Whether the folder `path` holds weights under a name that says that they are a network's.
+    pub(crate) fn is_network(path: &Path, roots: &Roots) -> bool {
+        stem(&Folder::Disk { path: path.to_owned(), roots: roots.clone() }.names("")).is_some()
+    }
+
+    /// Whether the folder `path` holds nothing that is, or once was, a network.
+    pub(crate) fn is_hollow(path: &Path, roots: &Roots) -> bool {
+        let names = Folder::Disk { path: path.to_owned(), roots: roots.clone() }.names("");
+        let ends = [".safetensors", ".gguf", ".json", ".bin", ".ckpt", ".pt", ".pth"];
+        let whole = names.iter().any(|name| name == "model_index.json");
+        stem(&names).is_none() && (whole || !names.iter().any(|name| ends.iter().any(|end| name.ends_with(end))))
+    }
+
+    /// The folder of the whole model in diffusers' layout whose `part` it is; `None` if it is none's.
+    pub(crate) fn whole(&self, part: Part) -> Option<Folder> {
+        let Some(Folder::Disk { path, roots }) = &self.folder else { return None };
+        let above: PathBuf =
+            path.parent().filter(|_| path.file_name().is_some_and(|own| own == part.name()))?.to_owned();
+        let whole = Folder::Disk { path: above, roots: roots.clone() };
+        matches!(whole.find("model_index.json"), Ok(Some(_))).then_some(whole)
+    }
+
+    /// Its `config.json`, which a single file has not.
+    ///
+    /// # Errors
+    /// `model_corrupt` for what is no JSON of this form.
+    pub fn config<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
+    }
+
+    /// PEFT's `adapter_config.json`, which other writers' files have not.
+    ///
+    /// # Errors
+    /// Those of [`Self::config`].
+    pub(crate) fn peft<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        self.peft.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
+    }
+
+    pub(crate) fn weights(&self) -> &WeightFiles {
+        &self.weights
+    }
+
+    /// Bytes of its weight files.
+    #[must_use]
+    pub fn file_bytes(&self) -> Bytes {
+        self.weights.size()
+    }
+
+    /// Opens the weights and checks their headers.
+    ///
+    /// # Errors
+    /// `model_corrupt` with the file at fault; `cancelled`, `deadline_exceeded`.
+    pub fn open(&self, ctx: &Context) -> Result<Weights> {
+        let index = self.weights.index.as_ref();
+        ctx.perform(&Open, OpenTask { files: &self.weights.files, index, mmap: self.mmap })
+    }
+}
+
+/// How the weights of a network are called that a folder with these `names` holds, if it does.
+fn stem(names: &[String]) -> Option<&'static str> {
+    let holds = |stem: &&str| {
+        let rest = |name: &String| name.strip_prefix(*stem).map(str::to_owned);
+        names.iter().filter_map(rest).any(|rest| rest.starts_with('.') && rest.contains(".safetensors"))
+    };
+    STEMS.into_iter().find(holds)
+}
+
+/// The only file of weights among `names`, however it is called. A whole model has none: its networks lie in folders.
+fn only(names: &[String]) -> Option<&String> {
+    let mut weights = names.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
+    let only = weights.next().filter(|_| weights.next().is_none());
+    only.filter(|_| !names.iter().any(|name| name == "model_index.json"))
+}
+
+/// Refuses what is no safetensors file, by its name and by how it begins.
+pub(crate) fn readable(name: &str, path: &Path) -> Result<()> {
+    let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
+    match end.as_str() {
+        "safetensors" => Ok(()),
+        "gguf" => Err(Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
+        }),
+        "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
+        _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),
+        _ => Err(Error::ModelUnsupported {
+            name: name.to_owned(),
+            message: "it is neither a safetensors file nor a folder in the diffusers layout".to_owned(),
+        }),
+    }
+}

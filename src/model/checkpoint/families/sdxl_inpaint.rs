@@ -1,0 +1,13 @@
+//! The base model with mask and masked image as further input channels.
+
+use crate::model::checkpoint::families::Family;
+
+pub(crate) const FAMILY: Family = Family {
+    name: "sdxl_inpaint",
+    pipelines: &["StableDiffusionXLInpaintPipeline"],
+    first_encoder: true,
+    channels: 9,
+    masks: true,
+    edits: false,
+    depths: None,
+};

@@ -1,0 +1,186 @@
+//! Configurations from names and shapes alone, for files that bring none. What shapes do not tell has SDXL's values.
+
+use std::collections::BTreeMap;
+
+use crate::model::networks::PerBlock;
+use crate::model::networks::clip::ClipConfig;
+use crate::model::networks::unet::UnetConfig;
+use crate::model::networks::vae::VaeConfig;
+use crate::model::weights::ldm_names::number;
+use crate::model::weights::open::Weights;
+
+/// Channels of each attention head, of SDXL's UNet and of CLIP alike.
+const HEAD: usize = 64;
+/// Rows and columns of latents that SDXL was trained at.
+const LATENTS: usize = 128;
+/// By how much SDXL's latents are scaled.
+pub(crate) const SCALING: f64 = 0.13025;
+/// More than any network has of what is counted.
+const MOST: usize = 64;
+
+/// Shapes by name.
+struct Shapes<'a>(BTreeMap<&'a str, &'a [usize]>);
+
+impl<'a> Shapes<'a> {
+    fn of(weights: &'a Weights) -> Self {
+        Self(weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice())).collect())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// How many numbers stand behind `prefix`.
+    fn count(&self, prefix: &str) -> usize {
+        let behind = self.0.range(prefix..).map_while(|(name, _)| name.strip_prefix(prefix));
+        behind.filter_map(number).map(|(i, _)| i.saturating_add(1)).max().unwrap_or(0).min(MOST + 1)
+    }
+
+    /// One side of a tensor.
+    fn side(&self, name: &str, axis: usize) -> Result<usize, String> {
+        let shape = self.0.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;
+        shape.get(axis).copied().ok_or_else(|| format!("tensor `{name}` has the shape {shape:?}"))
+    }
+}
+
+/// How many heads so many channels have.
+fn heads(channels: usize) -> Result<usize, String> {
+    match channels / HEAD {
+        heads if heads > 0 && channels.is_multiple_of(HEAD) => Ok(heads),
+        _ => Err(format!("it does not say how many heads share {channels} channels")),
+    }
+}
+
+/// Of a UNet with diffusers' names.
+pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
+    let shapes = Shapes::of(weights);
+    let blocks = shapes.count("down_blocks.");
+    let channels = |i: usize| shapes.side(&format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
+    let channels: Vec<usize> = (0..blocks).map(channels).collect::<Result<_, _>>()?;
+    let way = |way: &str, i: usize| level(&shapes, &format!("{way}_blocks.{i}"));
+    let down: Vec<Level> = (0..blocks).map(|i| way("down", i)).collect::<Result<_, _>>()?;
+    let up: Vec<Level> = (0..blocks).map(|i| way("up", i)).collect::<Result<_, _>>()?;
+    for (i, (down, up)) in down.iter().zip(up.iter().rev()).enumerate() {
+        if down.layers + 1 != up.layers {
+            return Err(format!(
+                "level {i} has {} layers on the way down and {} on the way up",
+                down.layers, up.layers
+            ));
+        }
+    }
+    let of = |level: &Level| PerBlock::Each(level.depths.clone().unwrap_or(vec![0; level.layers]));
+    let mut depths: Vec<PerBlock<usize>> = down.iter().map(of).collect();
+    let mid = match (shapes.count("mid_block.resnets."), shapes.has("mid_block.attentions.0.norm.weight")) {
+        (_, true) => {
+            let depth = shapes.count("mid_block.attentions.0.transformer_blocks.");
+            // The middle goes by the last level's depth, which a level without transformers does not use itself.
+            match (down.last().and_then(|level| level.depths.as_ref()), depths.last_mut()) {
+                (None, Some(last)) => *last = PerBlock::Same(depth),
+                (Some(last), _) if last.first() == Some(&depth) => {}
+                (last, _) => {
+                    return Err(format!("its middle is {depth} transformers deep, and the level before {last:?}"));
+                }
+            }
+            Some("UNetMidBlock2DCrossAttn")
+        }
+        (0, false) => None,
+        (_, false) => Some("UNetMidBlock2D"),
+    };
+    let kind = |level: &Level, cross: &str, plain: &str| if level.depths.is_some() { cross } else { plain }.to_owned();
+    let widths = channels.iter().zip(&down).map(|(&channels, level)| match level.depths.is_some() {
+        true => heads(channels),
+        false => Ok(1),
+    });
+    let mut widths: Vec<usize> = widths.collect::<Result<_, _>>()?;
+    if let (Some("UNetMidBlock2DCrossAttn"), Some(&last), Some(width)) = (mid, channels.last(), widths.last_mut()) {
+        *width = heads(last)?;
+    }
+    let crossed = shapes.0.keys().find(|name| name.ends_with("attn2.to_k.weight"));
+    let crossed = crossed.ok_or("it has no layer that reads a text")?;
+    Ok(UnetConfig {
+        sample_size: Some(PerBlock::Same(LATENTS)),
+        in_channels: shapes.side("conv_in.weight", 1)?,
+        out_channels: shapes.side("conv_out.weight", 0)?,
+        conv_in_kernel: shapes.side("conv_in.weight", 2)?,
+        conv_out_kernel: shapes.side("conv_out.weight", 2)?,
+        down_block_types: down.iter().map(|level| kind(level, "CrossAttnDownBlock2D", "DownBlock2D")).collect(),
+        mid_block_type: mid.map(str::to_owned),
+        up_block_types: up.iter().map(|level| kind(level, "CrossAttnUpBlock2D", "UpBlock2D")).collect(),
+        block_out_channels: channels,
+        layers_per_block: PerBlock::Each(down.iter().map(|level| level.layers).collect()),
+        transformer_layers_per_block: PerBlock::Each(depths),
+        reverse_transformer_layers_per_block: Some(up.iter().map(of).collect()),
+        cross_attention_dim: PerBlock::Same(shapes.side(crossed, 1)?),
+        attention_head_dim: PerBlock::Each(widths),
+        addition_embed_type: Some("text_time".to_owned()),
+        addition_time_embed_dim: Some(256),
+        projection_class_embeddings_input_dim: Some(shapes.side("add_embedding.linear_1.weight", 1)?),
+        time_embedding_dim: Some(shapes.side("time_embedding.linear_1.weight", 0)?),
+        ..UnetConfig::default()
+    })
+}
+
+/// One resolution of a UNet.
+struct Level {
+    layers: usize,
+    /// How deep the transformer of each layer is; `None` without any.
+    depths: Option<Vec<usize>>,
+}
+
+fn level(shapes: &Shapes, block: &str) -> Result<Level, String> {
+    let layers = shapes.count(&format!("{block}.resnets."));
+    let has = |i: usize| shapes.has(&format!("{block}.attentions.{i}.norm.weight"));
+    let depth = |i: usize| shapes.count(&format!("{block}.attentions.{i}.transformer_blocks."));
+    let depths = match (0..layers).filter(|&i| has(i)).count() {
+        0 => None,
+        all if all == layers => Some((0..layers).map(depth).collect()),
+        some => return Err(format!("`{block}` has transformers in {some} of its {layers} layers")),
+    };
+    Ok(Level { layers, depths })
+}
+
+/// Of a text encoder with transformers' names.
+pub(crate) fn clip(weights: &Weights) -> Result<ClipConfig, String> {
+    let shapes = Shapes::of(weights);
+    let bare = shapes.has("embeddings.token_embedding.weight");
+    let name = |rest: &str| if bare { rest.to_owned() } else { format!("text_model.{rest}") };
+    let words = name("embeddings.token_embedding.weight");
+    let size = shapes.side(&words, 1)?;
+    let projection = [("text_projection.weight", 0), ("text_projection", 1)];
+    let projected = projection.into_iter().find(|(name, _)| shapes.has(name));
+    let projection_dim = projected.map(|(name, axis)| shapes.side(name, axis)).transpose()?;
+    Ok(ClipConfig {
+        vocab_size: shapes.side(&words, 0)?,
+        hidden_size: size,
+        intermediate_size: shapes.side(&name("encoder.layers.0.mlp.fc1.weight"), 0)?,
+        projection_dim,
+        num_hidden_layers: shapes.count(&name("encoder.layers.")),
+        num_attention_heads: heads(size)?,
+        max_position_embeddings: shapes.side(&name("embeddings.position_embedding.weight"), 0)?,
+        // OpenAI's own approximation in ViT-L; OpenCLIP's models have the function itself.
+        hidden_act: if size <= 768 { "quick_gelu" } else { "gelu" }.to_owned(),
+        ..ClipConfig::default()
+    })
+}
+
+/// Of an autoencoder with diffusers' names.
+pub(crate) fn vae(weights: &Weights) -> Result<VaeConfig, String> {
+    let shapes = Shapes::of(weights);
+    let blocks = shapes.count("encoder.down_blocks.");
+    let channels = |i: usize| shapes.side(&format!("encoder.down_blocks.{i}.resnets.0.conv1.weight"), 0);
+    Ok(VaeConfig {
+        in_channels: shapes.side("encoder.conv_in.weight", 1)?,
+        out_channels: shapes.side("decoder.conv_out.weight", 0)?,
+        down_block_types: vec!["DownEncoderBlock2D".to_owned(); blocks],
+        up_block_types: vec!["UpDecoderBlock2D".to_owned(); blocks],
+        block_out_channels: (0..blocks).map(channels).collect::<Result<_, _>>()?,
+        layers_per_block: shapes.count("encoder.down_blocks.0.resnets."),
+        latent_channels: shapes.side("decoder.conv_in.weight", 1)?,
+        sample_size: PerBlock::Same(1024),
+        scaling_factor: SCALING,
+        use_quant_conv: shapes.has("quant_conv.weight"),
+        use_post_quant_conv: shapes.has("post_quant_conv.weight"),
+        mid_block_add_attention: shapes.has("encoder.mid_block.attentions.0.group_norm.weight"),
+        ..VaeConfig::default()
+    })
+}

@@ -1,0 +1,48 @@
+//! Differences of whole tensors: `W + s · diff`, and of biases `b + s · diff_b`. The norms' own format is the same by
+//! other names.
+
+use candle_core::Tensor;
+
+use crate::context::Context;
+use crate::error::Result;
+use crate::layers::Worker;
+use crate::model::lora::formats::{Format, MergeTask};
+
+pub(crate) const FULL: Format = Format {
+    marks: &["diff"],
+    bias_marks: &["diff_b"],
+    parts: &["diff", "diff_b"],
+    merge: &Added { weight: "diff", bias: "diff_b" },
+};
+
+pub(crate) const NORM: Format = Format {
+    marks: &["w_norm"],
+    bias_marks: &["b_norm"],
+    parts: &["w_norm", "b_norm"],
+    merge: &Added { weight: "w_norm", bias: "b_norm" },
+};
+
+struct Added {
+    weight: &'static str,
+    bias: &'static str,
+}
+
+impl Worker<MergeTask<'_>> for Added {
+    type Output = Tensor;
+
+    /// # Errors
+    /// `model_unsupported` for parts that do not fit the layer; those of the device.
+    fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
+        let name = if task.tensor == "bias" { self.bias } else { self.weight };
+        let part = task.part(name)?;
+        // A linear layer may be a 1×1 convolution to who wrote the file, and the other way round.
+        let trimmed = |dims: &[usize]| {
+            let axes = dims.iter().rposition(|&side| side != 1).map_or(0, |last| last + 1);
+            dims.iter().take(axes).copied().collect::<Vec<_>>()
+        };
+        if trimmed(part.dims()) != trimmed(task.base.dims()) {
+            return Err(task.unfit(name, part));
+        }
+        Ok((task.base + (part.reshape(task.base.shape())? * task.strength)?)?)
+    }
+}

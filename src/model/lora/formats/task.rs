@@ -1,0 +1,134 @@
+//! What a format is given, and the products from which most formats make their change. Every size is compared with the
+//! layer's before anything is multiplied.
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::model::lora::formats::{Parts, dora, misfit, part_limit};
+
+/// A tensor of the network, and what a file holds for the layer that it belongs to.
+pub(crate) struct MergeTask<'a> {
+    /// diffusers' name of the layer, for messages.
+    pub(crate) layer: &'a str,
+    /// `weight` or `bias`.
+    pub(crate) tensor: &'static str,
+    /// The tensor as it is so far, in f32 and as files lay it: `[O, I]`, `[O, I, K, K]` or `[C]`. Formats that were merged
+    /// before have changed it.
+    pub(crate) base: &'a Tensor,
+    pub(crate) parts: &'a Parts,
+    /// Times which the change counts.
+    pub(crate) strength: f64,
+}
+
+impl MergeTask<'_> {
+    pub(crate) fn misfit(&self, message: impl Into<String>) -> Error {
+        misfit(self.layer, message)
+    }
+
+    /// # Errors
+    /// `model_unsupported` if the part is missing, larger than any part of this layer is, or not all finite.
+    pub(crate) fn part(&self, name: &str) -> Result<&Tensor> {
+        self.optional(name)?.ok_or_else(|| self.misfit(format!("`{name}` is missing")))
+    }
+
+    /// # Errors
+    /// As [`Self::part`], but that it may be missing.
+    pub(crate) fn optional(&self, name: &str) -> Result<Option<&Tensor>> {
+        let Some(part) = self.parts.get(name) else { return Ok(None) };
+        if part.elem_count() == 0 || part.elem_count() > part_limit(self.base.dims()) {
+            return Err(self.unfit(name, part));
+        }
+        if !part.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Err(self.misfit(format!("`{name}` has values that are not finite")));
+        }
+        Ok(Some(part))
+    }
+
+    pub(crate) fn unfit(&self, name: &str, part: &Tensor) -> Error {
+        self.misfit(format!("`{name}` of shape {:?} does not fit {:?}", part.dims(), self.base.dims()))
+    }
+
+    /// `O`, and everything of an output: `I · K · K`.
+    pub(crate) fn sides(&self) -> Result<(usize, usize)> {
+        match *self.base.dims() {
+            [outputs, inputs, ref kernel @ ..] if !self.base.dims().contains(&0) => {
+                Ok((outputs, inputs * kernel.iter().product::<usize>()))
+            }
+            _ => Err(self.misfit(format!("the format does not change tensors of shape {:?}", self.base.dims()))),
+        }
+    }
+
+    /// A part as a matrix: its first axis, and all others as one.
+    pub(crate) fn matrix(&self, name: &str) -> Result<Tensor> {
+        let part = self.part(name)?;
+        if part.rank() < 2 { Err(self.unfit(name, part)) } else { Ok(part.flatten_from(1)?) }
+    }
+
+    /// A number that the file has for the layer.
+    pub(crate) fn number(&self, name: &str) -> Result<Option<f64>> {
+        let Some(part) = self.optional(name)? else { return Ok(None) };
+        if part.elem_count() != 1 {
+            return Err(self.misfit(format!("`{name}` must be a number, and has the shape {:?}", part.dims())));
+        }
+        Ok(Some(f64::from(part.flatten_all()?.get(0)?.to_scalar::<f32>()?)))
+    }
+
+    /// `alpha / R`; files without an alpha mean the rank itself.
+    pub(crate) fn scale(&self, rank: usize) -> Result<f64> {
+        Ok(self.number("alpha")?.map_or(1.0, |alpha| alpha / rank as f64))
+    }
+
+    /// `left · right` of two parts as matrices, and the rank between them. At most as large as the tensor itself.
+    pub(crate) fn product(&self, left: &str, right: &str) -> Result<(Tensor, usize)> {
+        let (a, b) = (self.matrix(left)?, self.matrix(right)?);
+        let ((rows, rank), (inner, columns)) = (a.dims2()?, b.dims2()?);
+        if rank != inner || rows.checked_mul(columns).is_none_or(|count| count > self.base.elem_count()) {
+            let message =
+                format!("`{left}` {rows}×{rank} times `{right}` {inner}×{columns} does not fit {:?}", self.base.dims());
+            return Err(self.misfit(message));
+        }
+        Ok((a.matmul(&b)?, rank))
+    }
+
+    /// `Σ core[m, n] · left[m] · right[n]`, for each position of the kernel: `[M, O]`, `[N, I]`, `[M, N, K, K]` →
+    /// `[O, I·K·K]`, and the rank `N`. The Tucker decomposition of De Lathauwer et al. 2000,
+    /// <https://doi.org/10.1137/S0895479896305696>, in the two modes that are channels.
+    pub(crate) fn tucker(&self, core: &str, left: &Tensor, right: &Tensor) -> Result<(Tensor, usize)> {
+        let part = self.part(core)?;
+        let (&[m, n, ref kernel @ ..], (rows, outputs), (columns, inputs)) =
+            (part.dims(), left.dims2()?, right.dims2()?)
+        else {
+            return Err(self.unfit(core, part));
+        };
+        let area: usize = kernel.iter().product();
+        let count = outputs.checked_mul(inputs).and_then(|count| count.checked_mul(area));
+        let wide = m.max(n) > self.base.dims().iter().take(2).copied().max().unwrap_or_default().max(512);
+        if rows != m || columns != n || wide || count.is_none_or(|count| count > self.base.elem_count()) {
+            let message = format!(
+                "`{core}` of shape {:?} with {rows}×{outputs} and {columns}×{inputs} does not fit {:?}",
+                part.dims(),
+                self.base.dims()
+            );
+            return Err(self.misfit(message));
+        }
+        let x = left.t()?.contiguous()?.matmul(&part.reshape((m, n * area))?)?; // [O, N·K·K]
+        let x = x.reshape((outputs, n, area))?.transpose(1, 2)?.contiguous()?.reshape((outputs * area, n))?;
+        let x = x.matmul(right)?.reshape((outputs, area, inputs))?; // [O, K·K, I]
+        Ok((x.transpose(1, 2)?.contiguous()?.reshape((outputs, inputs * area))?, n))
+    }
+
+    /// `W + s · scale · change`, or with its magnitude decomposed where the file says so.
+    pub(crate) fn change(&self, change: &Tensor, scale: f64) -> Result<Tensor> {
+        let (outputs, rest) = self.sides()?;
+        let fits = change.elem_count() == self.base.elem_count() && change.dim(0)? == outputs;
+        if !fits {
+            let message = format!("a change of {:?} does not fit {outputs}×{rest}", change.dims());
+            return Err(self.misfit(message));
+        }
+        let change = change.reshape(self.base.shape())?;
+        match dora::magnitude(self)? {
+            Some(magnitude) => dora::merge(self, &(self.base + (change * scale)?)?, &magnitude),
+            None => Ok((self.base + (change * (self.strength * scale))?)?),
+        }
+    }
+}

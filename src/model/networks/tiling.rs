@@ -1,0 +1,78 @@
+//! Feature maps a few rows at a time, for those too large to be whole. The result is that of the whole map: a norm's
+//! statistics are gathered from all strips before any is normalised, and a strip brings the rows around it that its
+//! convolutions see. The price is that what leads to a norm is computed again after it.
+//!
+//! Legend: `B` batch, `H` `W` rows and columns, `C` channels.
+
+use std::ops::Range;
+
+use candle_core::{Result as CandleResult, Tensor};
+
+use crate::error::{Error, Result, Stage as _};
+use crate::kernels::{GroupNorm, Statistics};
+use crate::model::networks::Check;
+
+/// Gives rows of a feature map, `[B, rows, W, C]`.
+pub(crate) type Source<'a> = &'a dyn Fn(&Range<usize>) -> CandleResult<Tensor>;
+
+/// How a map is cut, and what is asked between strips.
+#[derive(Clone, Copy)]
+pub(crate) struct Strips<'a> {
+    /// Rows of the map.
+    pub(crate) height: usize,
+    /// Rows of a strip, at most.
+    pub(crate) rows: usize,
+    pub(crate) stage: &'static str,
+    pub(crate) check: Check<'a>,
+}
+
+impl Strips<'_> {
+    fn ranges(self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.height).step_by(self.rows.max(1)).map(move |start| start..(start + self.rows.max(1)).min(self.height))
+    }
+
+    /// `rows` and as many as `by` on either side, where the map has them.
+    pub(crate) fn around(self, rows: &Range<usize>, by: usize) -> Range<usize> {
+        rows.start.saturating_sub(by)..(rows.end + by).min(self.height)
+    }
+
+    /// Statistics of the whole map for `norm`.
+    pub(crate) fn statistics(self, norm: &GroupNorm, source: Source) -> Result<Statistics> {
+        let mut all: Option<Statistics> = None;
+        for rows in self.ranges() {
+            (self.check)()?;
+            let part = norm.statistics(&source(&rows).stage(self.stage)?).stage(self.stage)?;
+            match &mut all {
+                Some(all) => all.merge(&part),
+                None => all = Some(part),
+            }
+        }
+        all.ok_or_else(|| Error::bug("statistics of a feature map without rows"))
+    }
+
+    /// The whole map.
+    pub(crate) fn gather(self, source: Source) -> Result<Tensor> {
+        let mut whole: Option<Tensor> = None;
+        for rows in self.ranges() {
+            (self.check)()?;
+            let mut put = || -> CandleResult<()> {
+                let part = source(&rows)?.contiguous()?;
+                let (batch, _, width, channels) = part.dims4()?;
+                let whole = match &whole {
+                    Some(whole) => whole,
+                    None => {
+                        whole.insert(Tensor::zeros((batch, self.height, width, channels), part.dtype(), part.device())?)
+                    }
+                };
+                whole.slice_set(&part, 1, rows.start)
+            };
+            put().stage(self.stage)?;
+        }
+        whole.ok_or_else(|| Error::bug("a feature map without rows"))
+    }
+}
+
+/// Rows `wanted` of `x`, which has rows `has`.
+pub(crate) fn cut(x: &Tensor, has: &Range<usize>, wanted: &Range<usize>) -> CandleResult<Tensor> {
+    x.narrow(1, wanted.start - has.start, wanted.len())?.contiguous()
+}

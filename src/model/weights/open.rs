@@ -1,0 +1,488 @@
+//! Opens the safetensors files of one network and understands their headers, believing nothing that they say.
+//!
+//! The format: 8 bytes little-endian length of the header, the header (JSON: name → dtype, shape, data_offsets), then
+//! the data, which the tensors cover without gaps; <https://github.com/huggingface/safetensors#format>.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+
+use crate::allocator::{self, FromBits};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::layers::Worker;
+use crate::model::catalog::files::Found;
+pub(crate) use crate::model::weights::dtype::StoredDtype;
+use crate::model::weights::gguf;
+use crate::units::Bytes;
+
+/// Longest header that is read, so that no file takes much memory before it is known. Those of whole SDXL models are
+/// below 1 MB.
+const HEADER_LIMIT: u64 = 16 * Bytes::MIB;
+/// More axes than any weight has.
+pub(crate) const RANK_LIMIT: usize = 8;
+
+/// The weights of one network: every tensor of its files, none of them read yet.
+pub struct Weights {
+    mmap: bool,
+    shards: Vec<Arc<Shard>>,
+    tensors: BTreeMap<String, (usize, Stored)>,
+    /// What the files say of themselves, long texts aside.
+    metadata: BTreeMap<String, String>,
+}
+
+/// What a header says of a tensor; `range` is within the file.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    pub dtype: StoredDtype,
+    pub shape: Vec<usize>,
+    pub range: Range<u64>,
+}
+
+struct Shard {
+    path: PathBuf,
+    source: Source,
+}
+
+enum Source {
+    Disk(File),
+    Embedded(&'static [u8]),
+}
+
+impl Weights {
+    /// Tensors by name, in the order of their names.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Stored)> {
+        self.tensors.iter().map(|(name, (_, stored))| (name.as_str(), stored))
+    }
+
+    /// One tensor and its file.
+    pub(crate) fn tensor(&self, name: &str) -> Option<(usize, &Stored)> {
+        self.tensors.get(name).map(|(shard, stored)| (*shard, stored))
+    }
+
+    /// A text of the files' `__metadata__`.
+    pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
+    /// The same tensors by other names; those that `name` gives none are left out.
+    ///
+    /// # Errors
+    /// `model_corrupt` where two tensors would have one name.
+    pub(crate) fn renamed(&self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        self.relaid(|old, stored| name(old).map(|new| (new, stored.clone())).into_iter().collect())
+    }
+
+    /// The tensors that `lay` makes of each, which lie within it: itself by another name, or its parts.
+    ///
+    /// # Errors
+    /// `model_corrupt` where two tensors would have one name.
+    pub(crate) fn relaid(&self, lay: impl Fn(&str, &Stored) -> Vec<(String, Stored)>) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for (old, (number, stored)) in &self.tensors {
+            for (new, stored) in lay(old, stored) {
+                if tensors.contains_key(&new) {
+                    let path = self.path(*number).to_owned();
+                    let message = format!("has a second tensor `{new}`, which it calls `{old}`");
+                    return Err(Error::ModelCorrupt { path, message });
+                }
+                tensors.insert(new, (*number, stored));
+            }
+        }
+        Ok(Self { mmap: self.mmap, shards: self.shards.clone(), tensors, metadata: self.metadata.clone() })
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The numbers of a small tensor of floats; `None` if there is no such tensor of at most `most` numbers.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(crate) fn numbers(&self, name: &str, most: usize) -> Result<Option<Vec<f64>>> {
+        let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
+        let width = match stored.dtype {
+            StoredDtype::F64 => 8,
+            StoredDtype::F32 => 4,
+            StoredDtype::F16 | StoredDtype::Bf16 => 2,
+            StoredDtype::Coded(_) | StoredDtype::Other(_) => return Ok(None),
+        };
+        let bytes = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        if bytes > most * width {
+            return Ok(None);
+        }
+        let mut all = vec![0; bytes];
+        self.read(*shard, stored.range.start, &mut all)?;
+        let number = |bytes: &[u8]| match (stored.dtype, bytes) {
+            (StoredDtype::F64, &[a, b, c, d, e, f, g, h]) => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            (StoredDtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]).into(),
+            (StoredDtype::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).into(),
+            (_, &[a, b]) => half::bf16::from_le_bytes([a, b]).into(),
+            _ => f64::NAN,
+        };
+        Ok(Some(all.chunks_exact(width).map(number).collect()))
+    }
+
+    /// A tensor of one whole number, or of a truth as 0 or 1; `None` if it is none.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(crate) fn whole_number(&self, name: &str) -> Result<Option<f64>> {
+        let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
+        let StoredDtype::Other(dtype) = stored.dtype else { return Ok(None) };
+        let width = usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX);
+        if width > 8 || stored.shape.iter().any(|&side| side != 1) {
+            return Ok(None);
+        }
+        let mut bytes = [0; 8];
+        let Some(own) = bytes.get_mut(..width) else { return Ok(None) };
+        self.read(*shard, stored.range.start, own)?;
+        let unsigned = u64::from_le_bytes(bytes);
+        // A narrower number's sign is moved to the highest bit and back.
+        let unused = 64 - 8 * width as u32;
+        Ok(Some(if dtype.starts_with('i') {
+            ((unsigned << unused).cast_signed() >> unused) as f64
+        } else {
+            unsigned as f64
+        }))
+    }
+
+    /// The tensors in the order in which they lie in their files, each with its shard.
+    pub(crate) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
+        let mut all: Vec<_> =
+            self.tensors.iter().map(|(name, (shard, stored))| (name.as_str(), *shard, stored)).collect();
+        all.sort_by_key(|(_, shard, stored)| (*shard, stored.range.start));
+        all
+    }
+
+    pub(crate) fn path(&self, shard: usize) -> &Path {
+        self.shards.get(shard).map_or(Path::new(""), |shard| &shard.path)
+    }
+
+    /// The `count` numbers of a file from byte `offset` on, in memory that is the file's; `None` if they must be read.
+    pub(crate) fn map<T: FromBits>(&self, shard: usize, offset: u64, count: usize) -> Option<Vec<T>> {
+        match &self.shards.get(shard)?.source {
+            Source::Disk(file) if self.mmap => allocator::map_file(file, offset, count),
+            Source::Disk(_) | Source::Embedded(_) => None,
+        }
+    }
+
+    /// Whether a tensor that is kept as it is stored can stay in its file, as [`Self::map`] has it.
+    pub(crate) fn stays(&self, shard: usize, stored: &Stored) -> bool {
+        let on_disk = self.shards.get(shard).is_some_and(|shard| matches!(shard.source, Source::Disk(_)));
+        let bytes = stored.range.end - stored.range.start;
+        on_disk && self.mmap && cfg!(target_os = "linux") && bytes >= allocator::LARGE as u64
+    }
+
+    /// Has the system read `mapped`, which lies in a file from `offset` on.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub(crate) fn populate(&self, shard: usize, offset: u64, mapped: &[u8]) -> Result<()> {
+        let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
+        allocator::populate(mapped).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
+    }
+
+    /// Reads `into.len()` bytes of a file from `offset` on. Several threads may read at once.
+    ///
+    /// # Errors
+    /// `model_corrupt` if they cannot be read, as when the file was cut off since it was opened.
+    pub(crate) fn read(&self, shard: usize, offset: u64, into: &mut [u8]) -> Result<()> {
+        let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
+        match &shard.source {
+            Source::Embedded(bytes) => {
+                let from = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)?.get(..into.len()));
+                into.copy_from_slice(from.ok_or_else(|| Error::bug("a tensor lies outside its file"))?);
+                Ok(())
+            }
+            Source::Disk(file) => {
+                read_at(file, offset, into).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
+            }
+        }
+    }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, mut offset: u64, mut into: &mut [u8]) -> std::io::Result<()> {
+    while !into.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, into, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                offset += count as u64;
+                into = into.get_mut(count..).unwrap_or_default();
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Shard {
+    fn corrupt(&self, message: impl Into<String>) -> Error {
+        Error::ModelCorrupt { path: self.path.clone(), message: message.into() }
+    }
+}
+
+/// Opens every file of one network as one set of tensors.
+pub(crate) struct Open;
+
+/// The files of one network, and where its index, if it has one, says that each tensor is.
+pub(crate) struct OpenTask<'a> {
+    pub(crate) files: &'a [Found],
+    pub(crate) index: Option<&'a HashMap<String, String>>,
+    /// Whether tensors may be mapped.
+    pub(crate) mmap: bool,
+}
+
+impl Worker<OpenTask<'_>> for Open {
+    type Output = Weights;
+
+    /// # Errors
+    /// `model_corrupt` with the file at fault.
+    fn run(&self, task: OpenTask, ctx: &Context) -> Result<Weights> {
+        let mut weights =
+            Weights { mmap: task.mmap, shards: Vec::new(), tensors: BTreeMap::new(), metadata: BTreeMap::new() };
+        for (number, found) in task.files.iter().enumerate() {
+            ctx.checkpoint()?;
+            let (shard, Header { entries: tensors, metadata }) = open(found)?;
+            weights.metadata.extend(metadata);
+            for (name, stored) in tensors {
+                if weights.tensors.contains_key(&name) {
+                    return Err(
+                        shard.corrupt(format!("has tensor `{name}`, which another file of the same model has too"))
+                    );
+                }
+                weights.tensors.insert(name, (number, stored));
+            }
+            weights.shards.push(Arc::new(shard));
+        }
+        for (name, file) in task.index.into_iter().flatten() {
+            let held = weights.tensors.get(name).and_then(|(shard, _)| weights.shards.get(*shard));
+            if held.is_none_or(|shard| shard.path.file_name().is_none_or(|n| n != file.as_str())) {
+                let path = task.files.first().map(|f| f.path().to_owned()).unwrap_or_default();
+                let message = format!("the index places tensor `{name}` in `{file}`, which does not have it");
+                return Err(Error::ModelCorrupt { path, message });
+            }
+        }
+        Ok(weights)
+    }
+}
+
+/// What the header of one file says, to learn what it is.
+///
+/// # Errors
+/// `model_corrupt`, `unsafe_format`.
+pub(crate) fn look(found: &Found) -> Result<Weights> {
+    let (shard, Header { entries, metadata }) = open(found)?;
+    let tensors = entries.into_iter().map(|(name, stored)| (name, (0, stored))).collect();
+    Ok(Weights { mmap: false, shards: vec![Arc::new(shard)], tensors, metadata })
+}
+
+fn open(found: &Found) -> Result<(Shard, Header<Stored>)> {
+    match found {
+        Found::Embedded { path, bytes } => {
+            let shard = Shard { path: path.clone(), source: Source::Embedded(bytes) };
+            let header = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
+            Ok((shard, header))
+        }
+        Found::Disk(path) => {
+            let (mut file, length) = Found::open(path)?;
+            let mut start = [0; 4];
+            if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
+                let read = gguf::header(&mut std::io::BufReader::new(&file), length);
+                let gguf::Gguf { tensors: entries, texts: metadata } = read.map_err(|refusal| match refusal {
+                    gguf::Refusal::Corrupt(message) => Error::ModelCorrupt { path: path.clone(), message },
+                    gguf::Refusal::Unsupported(message) => {
+                        Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
+                    }
+                })?;
+                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, Header { entries, metadata }));
+            }
+            if is_pickle(&file) {
+                return Err(Error::UnsafeFormat { path: path.clone() });
+            }
+            let header =
+                header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
+            Ok((Shard { path: path.clone(), source: Source::Disk(file) }, header))
+        }
+    }
+}
+
+/// Whether a file begins as a pickle of protocol 2 to 5, or as the zip archive in which torch keeps one, whatever its
+/// name is. A header's length never does: its upper half is zero.
+pub(crate) fn is_pickle(file: &File) -> bool {
+    let mut start = [0; 8];
+    if read_at(file, 0, &mut start).is_err() {
+        return false;
+    }
+    match start {
+        [b'P', b'K', 3, 4, ..] => true,
+        [0x80, 2..=5, _, _, rest @ ..] => rest != [0; 4],
+        _ => false,
+    }
+}
+
+/// Reads and checks the header of a file of `length` bytes. The message of a failure follows the file's name.
+fn header(file: &mut impl Read, length: u64) -> Result<Header<Stored>, String> {
+    if length == 0 {
+        return Err("is empty".to_owned());
+    }
+    if length < 8 {
+        return Err(format!("is not a safetensors file: it must have at least 8 bytes, and has {length}"));
+    }
+    let mut prefix = [0; 8];
+    file.read_exact(&mut prefix).map_err(|e| format!("cannot be read: {e}"))?;
+    let header_length = u64::from_le_bytes(prefix);
+    if header_length > HEADER_LIMIT {
+        return Err(format!("is not a safetensors file: its header claims {header_length} bytes"));
+    }
+    if header_length > length - 8 {
+        return Err(format!("is cut off: its header claims {header_length} bytes, and {} follow", length - 8));
+    }
+    let mut text = Vec::with_capacity(usize::try_from(header_length).unwrap_or_default());
+    file.take(header_length).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
+    if text.len() as u64 != header_length || text.first() != Some(&b'{') {
+        return Err("is not a safetensors file: its header must be a JSON object".to_owned());
+    }
+    let Header { entries, metadata } =
+        serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
+    drop(text);
+    Ok(Header { entries: place(entries, 8 + header_length, length)?, metadata })
+}
+
+/// Checks that the tensors cover the data from `start` to `end` of the file without gap or overlap.
+fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(String, Stored)>, String> {
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, entry) in entries {
+        let (dtype, size) = StoredDtype::KNOWN
+            .iter()
+            .find(|(known, ..)| *known == entry.dtype)
+            .map(|(_, dtype, size)| (*dtype, *size))
+            .ok_or_else(|| format!("tensor `{name}` has the unknown dtype `{}`", entry.dtype))?;
+        if entry.shape.len() > RANK_LIMIT {
+            return Err(format!("tensor `{name}` must have at most {RANK_LIMIT} axes, and has {}", entry.shape.len()));
+        }
+        // A zero side must not hide sides whose product no number holds.
+        let product =
+            |least: u64| entry.shape.iter().try_fold(size, |product, &side| product.checked_mul(side.max(least)));
+        let bytes = product(1)
+            .and_then(|_| product(0))
+            .ok_or_else(|| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
+        let [from, to] = entry.data_offsets;
+        if from > to || to > end - start {
+            return Err(format!(
+                "tensor `{name}` lies at bytes {from} to {to} of the data, which has {}; the file may be cut off",
+                end - start
+            ));
+        }
+        if to - from != bytes {
+            return Err(format!(
+                "tensor `{name}` of shape {:?} in {} takes {bytes} bytes, and has {}",
+                entry.shape,
+                dtype.name(),
+                to - from
+            ));
+        }
+        let shape = entry.shape.iter().map(|&side| usize::try_from(side)).collect::<Result<_, _>>();
+        let shape = shape.map_err(|_| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
+        tensors.push((name, Stored { dtype, shape, range: start + from..start + to }));
+    }
+    tensors.sort_by_key(|(_, stored)| (stored.range.start, stored.range.end));
+    let mut covered = start;
+    for (name, stored) in &tensors {
+        if stored.range.start < covered {
+            return Err(format!("tensor `{name}` overlaps another one"));
+        }
+        if stored.range.start > covered {
+            return Err(format!(
+                "has {} bytes before tensor `{name}` that belong to none",
+                stored.range.start - covered
+            ));
+        }
+        covered = stored.range.end;
+    }
+    if covered != end {
+        return Err(format!("has {} bytes after its last tensor that belong to none", end - covered));
+    }
+    Ok(tensors)
+}
+
+/// The header's JSON: entries in the order of the file. A name that comes twice is refused.
+struct Header<T> {
+    entries: Vec<(String, T)>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// Longest text of the metadata that is kept: trainers write down every word they met.
+const TEXT_LIMIT: usize = 64 << 10;
+/// The one that is kept however long it is: what diffusers says of an adapter, with numbers for every layer.
+pub(crate) const ADAPTER: &str = "lora_adapter_metadata";
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Metadata {
+    Text(String),
+    Other(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: [u64; 2],
+}
+
+impl<'de> Deserialize<'de> for Header<Entry> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header<Entry>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut entries, mut metadata) = (Vec::new(), BTreeMap::new());
+                let mut described = false;
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        if std::mem::replace(&mut described, true) {
+                            return Err(A::Error::custom("`__metadata__` comes twice"));
+                        }
+                        for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
+                            match value {
+                                Metadata::Text(text) if text.len() <= TEXT_LIMIT || key == ADAPTER => {
+                                    drop(metadata.insert(key, text));
+                                }
+                                Metadata::Text(_) | Metadata::Other(_) => {}
+                            }
+                        }
+                    } else {
+                        entries.push((name, map.next_value()?));
+                    }
+                }
+                let mut names: Vec<&str> = entries.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
+                names.sort_unstable();
+                if let Some([name, _]) = names.array_windows().find(|[one, next]| one == next) {
+                    return Err(A::Error::custom(format!("`{name}` comes twice")));
+                }
+                Ok(Header { entries, metadata })
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
