@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use crate::kernels::StoredWeight;
+use crate::kernels::stored_weight::StoredWeight;
 
 thread_local! {
     static GROWN: Cell<Option<usize>> = const { Cell::new(None) };

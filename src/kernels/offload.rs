@@ -10,7 +10,9 @@ use std::cell::RefCell;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::kernels::{ConvShape, StoredWeight, Weight};
+use crate::kernels::conv_shape::ConvShape;
+use crate::kernels::stored_weight::StoredWeight;
+use crate::kernels::weight::Weight;
 
 thread_local! {
     static TARGET: RefCell<Option<Device>> = const { RefCell::new(None) };

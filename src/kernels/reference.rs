@@ -5,8 +5,10 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use crate::kernels::conv_shape::ConvShape;
+use crate::kernels::epilogue::{Activation, Epilogue};
+use crate::kernels::mask::Mask;
 use crate::kernels::running_stats::{OfGroup, RunningStats};
-use crate::kernels::{Activation, ConvShape, Epilogue, Mask};
 
 /// Scores held at a time by [`attention`], in elements.
 const SCORE_BLOCK: usize = 1 << 24;

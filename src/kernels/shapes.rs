@@ -3,7 +3,8 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::kernels::{ConvShape, Epilogue, Padding};
+use crate::kernels::conv_shape::{ConvShape, Padding};
+use crate::kernels::epilogue::Epilogue;
 
 fn epilogue(out: &[usize], bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
     let outputs = out.last().copied().unwrap_or(0);
@@ -131,4 +132,9 @@ pub(crate) fn concat(a: &Tensor, b: &Tensor) -> Result<Vec<usize>> {
     let mut out = front_a.to_vec();
     out.push(last_a + last_b);
     Ok(out)
+}
+
+/// True if a tensor of this shape has no elements.
+pub(crate) fn is_empty(shape: &[usize]) -> bool {
+    shape.contains(&0)
 }

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use candle_core::{Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::kernels::{Conv2d, GroupNorm, LayerNorm, Linear, Weight};
+use crate::kernels::conv2d::Conv2d;
+use crate::kernels::linear::Linear;
+use crate::kernels::norm::{GroupNorm, LayerNorm};
+use crate::kernels::weight::Weight;
 
 /// Layers by name.
 #[derive(Clone, Debug, Default)]

@@ -11,7 +11,6 @@ use candle_core::{DType, Device, Result, Shape, Tensor, TensorId, bail};
 use candle_nn::{Init, VarBuilder};
 
 use crate::kernels::block_format::Coding;
-use crate::kernels::cpu;
 
 /// A weight in any coding.
 #[derive(Clone, Debug)]
@@ -109,25 +108,6 @@ impl StoredWeight {
         let Self { tensor, coding, scale, shape } = self;
         GIVEN.set(Some((tensor.id(), Given { coding, scale, shape })));
         tensor
-    }
-
-    /// The numbers on the CPU, of [`Self::dims`], rounded once to `dtype`; those that have it are not copied.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub fn numbers(&self, dtype: DType) -> Result<Tensor> {
-        match self.coding.dtype() {
-            Some(own) if own == dtype && self.scale == 1.0 => self.tensor.reshape(self.dims()),
-            _ => cpu::numbers(self, dtype),
-        }
-    }
-
-    /// The numbers as a network that computes in `compute` uses them.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub fn used(&self, compute: DType) -> Result<Tensor> {
-        self.numbers(self.coding.widened(compute))
     }
 
     /// The same numbers in another shape.

@@ -1,0 +1,151 @@
+//! Group norm and layer norm.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::kernels::epilogue::Activation;
+use crate::kernels::running_stats::RunningStats;
+use crate::kernels::{cpu, offload, reference, shapes, shared_layers};
+
+/// Normalisation over groups of channels and all positions, in f32.
+#[derive(Clone, Debug)]
+pub struct GroupNorm {
+    /// `[C]`, f32
+    pub(crate) weight: Tensor,
+    /// `[C]`, f32
+    pub(crate) bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// `weight` and `bias` are `[C]`.
+    ///
+    /// # Errors
+    /// Those of the cast to f32.
+    pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
+        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, groups, eps })
+    }
+
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
+        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
+    }
+
+    /// `x` is `[B, .., C]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, false)
+    }
+
+    /// [`Self::forward`], then SiLU.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, true)
+    }
+
+    /// Of `x`, a part of a feature map; [`Statistics::merge`] makes those of the whole.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn statistics(&self, x: &Tensor) -> Result<Statistics> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        let running_stats = if cpu::serves(x) { cpu::running_stats(x)? } else { reference::running_stats(x)? };
+        Ok(Statistics(running_stats))
+    }
+
+    /// [`Self::forward_silu`] of a part of a feature map that has `statistics`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward_silu_by(&self, x: &Tensor, statistics: &Statistics) -> Result<Tensor> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        let (running_stats, affine) = (&statistics.0, (&self.weight, &self.bias));
+        if running_stats.len() != x.dim(0)?
+            || running_stats.iter().any(|running_stats| running_stats.mean.len() != self.weight.elem_count())
+        {
+            candle_core::bail!("statistics of {} samples for {:?}", running_stats.len(), x.dims());
+        }
+        if cpu::serves(x) {
+            return cpu::group_norm(x, running_stats, affine, self.groups, self.eps, true);
+        }
+        let normal = reference::group_norm_by(x, running_stats, affine, self.groups, self.eps)?;
+        reference::activation(Activation::Silu, &normal)
+    }
+
+    fn run(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
+        if shapes::is_empty(x.dims()) {
+            return Ok(x.clone());
+        }
+        if cpu::serves(x) {
+            let running_stats = cpu::running_stats(x)?;
+            return cpu::group_norm(x, &running_stats, (&self.weight, &self.bias), self.groups, self.eps, silu);
+        }
+        let normal = reference::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
+        if silu { reference::activation(Activation::Silu, &normal) } else { Ok(normal) }
+    }
+}
+
+/// Mean and spread of every channel of a feature map, or of a part of one.
+#[derive(Clone, Debug)]
+pub struct Statistics(Vec<RunningStats>);
+
+impl Statistics {
+    /// Adds those of another part, of as many samples and channels.
+    pub fn merge(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(ours, other)| ours.merge(other));
+    }
+}
+
+/// Normalisation over the last axis, in f32.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    /// `[C]`, f32
+    pub(crate) weight: Tensor,
+    /// `[C]`, f32
+    pub(crate) bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// `weight` and `bias` are `[C]`.
+    ///
+    /// # Errors
+    /// Those of the cast to f32.
+    pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
+        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
+        Ok(Self { weight: weight?, bias: bias?, eps })
+    }
+
+    /// Reads `weight` and `bias`.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
+        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
+    }
+
+    /// `x` is `[.., C]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or the device's own.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        shapes::norm(x, &self.weight, &self.bias, 1)?;
+        if shapes::is_empty(x.dims()) {
+            Ok(x.clone())
+        } else if cpu::serves(x) {
+            cpu::layer_norm(x, &self.weight, &self.bias, self.eps)
+        } else {
+            reference::layer_norm(x, &self.weight, &self.bias, self.eps)
+        }
+    }
+}
