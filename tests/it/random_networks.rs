@@ -1,4 +1,4 @@
-//! Networks of random weights, too large to keep: `tests/steer/layouts/NAME.json` says which tensors there are and by what
+//! Networks of random weights, too large to keep: `tests/steer/layouts/` says which tensors there are and by what
 //! they are scaled, and torch's noise, which both sides draw alike, fills them.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
