@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use sdxl_worker::context::Context;
 use sdxl_worker::noise::{NoiseSource, RngKind};
+use sdxl_worker::scheduler::config::SchedulerConfig;
 use sdxl_worker::scheduler::instructor::SchedulerInstructor;
 use sdxl_worker::scheduler::interface::{SamplingOptions, Settings};
-use sdxl_worker::scheduler::schedule::SchedulerConfig;
-use sdxl_worker::scheduler::workers::{SAMPLERS, SampleTask};
+use sdxl_worker::scheduler::sampler::Model;
+use sdxl_worker::scheduler::workers::SAMPLERS;
 
 fn samplers(c: &mut Criterion) {
     let mut group = c.benchmark_group("samplers");
@@ -24,14 +25,9 @@ fn samplers(c: &mut Criterion) {
             b.iter(|| {
                 let mut noise = NoiseSource::new(RngKind::Cpu, &[1], 4, 128, 128, &Device::Cpu);
                 let x = (noise.draw().expect("noise") * plan.init_scale).expect("latents");
-                let task = SampleTask {
-                    plan: &plan,
-                    x,
-                    denoiser: &mut |x, _| Ok((x * 0.5)?),
-                    noise: &mut noise,
-                    land: &mut |_, x, _| Ok(x),
-                };
-                ctx.perform(sampler, task).expect("latents")
+                let (mut denoiser, mut on_step) = (|x: &Tensor, _| Ok((x * 0.5)?), |_, x, _: &Tensor| Ok(x));
+                let mut model = Model::new(&mut denoiser, &mut on_step, &mut noise, &ctx);
+                sampler.sample(&plan, x, &mut model).expect("latents")
             });
         });
     }

@@ -197,7 +197,7 @@ impl InferenceInstructor {
         let parameters = Parameters {
             prompt: &written(&plan.prompt.prompt, &plan.loras),
             negative_prompt: plan.prompt.negative_prompt.as_deref().unwrap_or_default(),
-            steps: plan.sampling.path.len(),
+            steps: plan.sampling.trajectory.len(),
             sampler: plan.sampling.sampler,
             schedule: plan.sampling.schedule,
             cfg_scale: plan.guidance.scale,

@@ -15,7 +15,7 @@ use crate::inference::request::memory::{Largest, MemoryStrategy, MemoryUse, Offl
 use crate::layers::{Domain, Interface, OneOrMany};
 use crate::noise::RngKind;
 use crate::postprocessing::interface::OutputOptions;
-use crate::scheduler::schedule::Prediction;
+use crate::scheduler::config::Prediction;
 use crate::units::Bytes;
 
 /// The section `workers.instructors.inference` of the configuration.

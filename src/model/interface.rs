@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::layers::{Domain, Interface, Nothing, OneOrMany};
 use crate::model::checkpoint::Part;
-use crate::scheduler::schedule::Prediction;
+use crate::scheduler::config::Prediction;
 use crate::units::{Allowance, Bytes};
 
 /// The section `workers.instructors.model` of the configuration.

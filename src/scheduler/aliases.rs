@@ -1,61 +1,74 @@
-//! The names of samplers and schedules that people use, resolved to those of the registries.
+//! Resolves the names of samplers and schedules in AUTOMATIC1111, ComfyUI, k-diffusion and diffusers.
 
 use crate::error::{Error, Result, nearest};
+use crate::scheduler::sampler::Sampler;
 use crate::scheduler::workers::spacing::Spacing;
-use crate::scheduler::workers::{SAMPLERS, SPACINGS, Sampler};
+use crate::scheduler::workers::{SAMPLERS, SPACINGS};
 
-/// A sampler, and the schedule that its name ended with.
-pub(crate) type Named = ((&'static str, &'static Sampler), Option<(&'static str, &'static Spacing)>);
+#[derive(Clone, Copy)]
+pub(crate) struct NamedSpacing {
+    pub(crate) name: &'static str,
+    pub(crate) spacing: &'static Spacing,
+}
+
+pub(crate) struct NamedSampler {
+    pub(crate) name: &'static str,
+    pub(crate) sampler: &'static dyn Sampler,
+    /// The schedule at the end of the requested name, as in `DPM++ 2M Karras`.
+    pub(crate) schedule: Option<NamedSpacing>,
+}
 
 /// Resolves `euler`, `Euler a`, `DPM++ 2M Karras`, `sample_dpmpp_2m`, `EulerDiscreteScheduler`.
 ///
 /// # Errors
 /// `unknown_name` at `sampler_name`, with the nearest name.
-pub(crate) fn sampler(name: &str) -> Result<Named> {
-    let folded = fold(name);
-    if let Some(found) = SAMPLERS.iter().find(|(known, sampler)| names_sampler(&folded, known, *sampler)) {
-        return Ok((found, None));
+pub(crate) fn sampler(requested: &str) -> Result<NamedSampler> {
+    let folded = fold(requested);
+    if let Some((name, sampler)) = find_sampler(&folded) {
+        return Ok(NamedSampler { name, sampler, schedule: None });
     }
     for (schedule, spacing) in SPACINGS.iter() {
-        let ends = [schedule, spacing.label].into_iter().chain(spacing.aliases.iter().copied());
-        for front in ends.filter_map(|end| folded.strip_suffix(&fold(end)).map(str::to_owned)) {
-            if let Some(found) = SAMPLERS.iter().find(|(known, sampler)| names_sampler(&front, known, *sampler)) {
-                return Ok((found, Some((schedule, spacing))));
+        let suffixes = [schedule, spacing.label].into_iter().chain(spacing.aliases.iter().copied());
+        for prefix in suffixes.filter_map(|suffix| folded.strip_suffix(&fold(suffix)).map(str::to_owned)) {
+            if let Some((name, sampler)) = find_sampler(&prefix) {
+                return Ok(NamedSampler { name, sampler, schedule: Some(NamedSpacing { name: schedule, spacing }) });
             }
         }
     }
     let labels = SAMPLERS.iter().map(|(_, sampler)| sampler.profile().label);
-    Err(unknown("sampler", name, SAMPLERS.names(), labels).at("sampler_name"))
+    Err(unknown("sampler", requested, SAMPLERS.names(), labels).at("sampler_name"))
 }
 
-/// Resolves `karras`, `SGM Uniform`; `None` for the names that leave the choice to the worker.
+/// Resolves `karras`, `SGM Uniform`; `None` for `auto` and `automatic`.
 ///
 /// # Errors
 /// `unknown_name` at `scheduler`, with the nearest name.
-pub(crate) fn schedule(name: &str) -> Result<Option<(&'static str, &'static Spacing)>> {
-    let folded = fold(name);
+pub(crate) fn schedule(requested: &str) -> Result<Option<NamedSpacing>> {
+    let folded = fold(requested);
     if matches!(folded.as_str(), "auto" | "automatic") {
         return Ok(None);
     }
-    let names = |(known, spacing): &(&'static str, &'static Spacing)| {
-        [*known, spacing.label].iter().chain(spacing.aliases).any(|alias| fold(alias) == folded)
+    let matches = |(name, spacing): &(&'static str, &'static Spacing)| {
+        [*name, spacing.label].iter().chain(spacing.aliases).any(|alias| fold(alias) == folded)
     };
-    if let Some(found) = SPACINGS.iter().find(names) {
-        return Ok(Some(found));
+    if let Some((name, spacing)) = SPACINGS.iter().find(matches) {
+        return Ok(Some(NamedSpacing { name, spacing }));
     }
     let labels = SPACINGS.iter().map(|(_, spacing)| spacing.label);
-    Err(unknown("schedule", name, SPACINGS.names(), labels).at("scheduler"))
+    Err(unknown("schedule", requested, SPACINGS.names(), labels).at("scheduler"))
 }
 
-fn names_sampler(folded: &str, known: &str, sampler: &Sampler) -> bool {
-    let profile = sampler.profile();
-    [known, profile.label].iter().chain(profile.aliases).any(|alias| fold(alias) == folded)
+fn find_sampler(folded: &str) -> Option<(&'static str, &'static dyn Sampler)> {
+    SAMPLERS.iter().find(|(name, sampler)| {
+        let profile = sampler.profile();
+        [*name, profile.label].iter().chain(profile.aliases).any(|alias| fold(alias) == folded)
+    })
 }
 
-/// Case, spaces, hyphens and underscores do not distinguish names, and `+` is `p`.
+/// Ignores case, spaces, hyphens and underscores, and reads `+` as `p`.
 fn fold(name: &str) -> String {
-    let kept = name.chars().filter(|c| !matches!(c, ' ' | '_' | '-'));
-    kept.flat_map(char::to_lowercase).map(|c| if c == '+' { 'p' } else { c }).collect()
+    let significant = name.chars().filter(|c| !matches!(c, ' ' | '_' | '-'));
+    significant.flat_map(char::to_lowercase).map(|c| if c == '+' { 'p' } else { c }).collect()
 }
 
 fn unknown(

@@ -1,11 +1,11 @@
-//! The noise and the preconditioning of Karras et al. 2022, <https://arxiv.org/abs/2206.00364>, as Playground v2.5 and
-//! CosXL were trained with: σ alone says how noisy a sample is, there are no numbered timesteps, and the network is told
+//! Noise and preconditioning of Karras et al. 2022 (EDM), <https://arxiv.org/abs/2206.00364>, with which Playground v2.5
+//! and CosXL were trained. There are no numbered timesteps: σ alone is the noise level, and the network's time input is
 //! c_noise = ¼ ln σ.
 
 use crate::error::{Error, Result};
-use crate::scheduler::schedule::{Prediction, SchedulerConfig};
+use crate::scheduler::config::{Prediction, SchedulerConfig};
 
-/// What a network trained so needs, decided.
+/// The parameters of an EDM network.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Edm {
     pub sigma_min: f64,
@@ -14,24 +14,24 @@ pub struct Edm {
     pub sigma_data: f64,
 }
 
-/// How an input is scaled and a prediction becomes x₀, for `x = x₀ + σ·ε` (table 1).
+/// Factors that scale the input and turn a prediction into x₀, for `x = x₀ + σ·ε` (table 1).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Preconditioning {
     pub c_in: f64,
     pub c_skip: f64,
-    /// Of a prediction of the noise; of v it is the negative.
+    /// For noise prediction; v-prediction takes the negative.
     pub c_out: f64,
 }
 
-/// Equation 5 as every such model has it.
+/// ρ of equation 5, the same for every released model.
 const RHO: f64 = 7.0;
 
 impl Edm {
-    /// `None` for a scheduler of another kind. What is left out has diffusers' defaults.
+    /// `None` for a scheduler of another kind. Missing keys take diffusers' defaults.
     ///
     /// # Errors
-    /// `model_unsupported` for numbers that give no noise.
-    pub fn of(config: &SchedulerConfig) -> Result<Option<Self>> {
+    /// `model_unsupported` for parameters out of range.
+    pub fn from_config(config: &SchedulerConfig) -> Result<Option<Self>> {
         if !config.is_edm() {
             return Ok(None);
         }
@@ -55,10 +55,10 @@ impl Edm {
         Ok(Some(Self { sigma_min: min, sigma_max: max, sigma_data: data }))
     }
 
-    /// The schedule of a checkpoint that says how its σ fall.
+    /// The checkpoint's schedule, `karras` by default.
     ///
     /// # Errors
-    /// `model_unsupported` for one that is neither.
+    /// `model_unsupported` for a schedule other than `karras` and `exponential`.
     pub fn schedule(config: &SchedulerConfig) -> Result<&'static str> {
         match config.sigma_schedule.as_deref().unwrap_or("karras") {
             "karras" => Ok("karras"),
@@ -70,7 +70,7 @@ impl Edm {
         }
     }
 
-    /// What the network is told of σ.
+    /// The network's time input at σ.
     #[must_use]
     pub fn timestep_of(sigma: f64) -> f64 {
         0.25 * sigma.max(1e-10).ln()
@@ -79,7 +79,7 @@ impl Edm {
     #[must_use]
     pub fn preconditioning(self, sigma: f64) -> Preconditioning {
         let data = self.sigma_data;
-        let whole = sigma.hypot(data);
-        Preconditioning { c_in: 1.0 / whole, c_skip: (data / whole).powi(2), c_out: sigma * data / whole }
+        let total = sigma.hypot(data);
+        Preconditioning { c_in: 1.0 / total, c_skip: (data / total).powi(2), c_out: sigma * data / total }
     }
 }

@@ -1,15 +1,15 @@
-//! What can be asked of the scheduler domain.
+//! Settings, requests and responses of the scheduler domain.
 
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{Domain, Interface, Nothing};
-use crate::scheduler::schedule::Prediction;
+use crate::scheduler::config::Prediction;
 
 /// The section `workers.instructors.scheduler` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// The sampler of requests that name none; `auto` takes the checkpoint's own. Default `ddim`.
+    /// Default sampler; `auto` takes the checkpoint's own. Default `ddim`.
     pub default_scheduler: String,
 }
 
@@ -19,7 +19,7 @@ impl Default for Settings {
     }
 }
 
-/// What a request may say of sampling. Everything left out is decided by [`crate::scheduler::instructor::SchedulerInstructor`].
+/// Sampling options of a request. [`crate::scheduler::instructor::SchedulerInstructor`] decides whatever is left out.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct SamplingOptions {
@@ -30,22 +30,22 @@ pub struct SamplingOptions {
     /// The schedule: a name of `scheduler.list` or AUTOMATIC1111's. Default: the checkpoint's, or `leading`.
     #[serde(default)]
     pub scheduler: Option<String>,
-    /// Number of steps, 1 to 1000. Default 25, or as many as `sigmas` or `timesteps` give.
+    /// Number of steps, 1 to 1000. Default 25, or the number of `sigmas` or `timesteps`.
     #[serde(default, alias = "num_inference_steps")]
     pub steps: Option<i64>,
-    /// Share of fresh noise, 0 to 1, for samplers that have one. Default 0 for `ddim`, 0.3 for `tcd`, 1 for others.
+    /// Share of fresh noise, 0 to 1, for samplers with η. Default 0 for `ddim`, 0.3 for `tcd`, 1 for others.
     #[serde(default)]
     pub eta: Option<f64>,
-    /// Noise levels of the run instead of a schedule's, falling; 0 is added at the end where it is missing.
+    /// Noise levels of the run instead of a schedule, falling; a final 0 is added if missing.
     #[serde(default)]
     pub sigmas: Option<Vec<f64>>,
-    /// Timesteps of the run instead of a schedule's, falling, 0 to 999.
+    /// Timesteps of the run instead of a schedule, falling, 0 to 999.
     #[serde(default)]
     pub timesteps: Option<Vec<f64>>,
-    /// What the network predicts. Default: what the checkpoint says.
+    /// What the network predicts. Default: the checkpoint's.
     #[serde(default)]
     pub prediction_type: Option<Prediction>,
-    /// Rescale the noise schedule so that the last timestep has no signal left. Default: what the checkpoint says.
+    /// Rescale the noise schedule so that the last timestep has no signal left. Default: the checkpoint's.
     #[serde(default)]
     pub zero_terminal_snr: Option<bool>,
 }
@@ -55,7 +55,7 @@ pub struct SamplingOptions {
 pub enum Request {
     /// The samplers and schedules of this worker.
     List(Nothing),
-    /// The plan that a wish leads to, with the noise schedule of SDXL base.
+    /// The plan for these options with the noise schedule of SDXL base.
     Describe(SamplingOptions),
 }
 
@@ -63,7 +63,7 @@ pub enum Request {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Listed {
     pub name: &'static str,
-    /// The name in AUTOMATIC1111, where it has one.
+    /// The name in AUTOMATIC1111, if it has one.
     pub label: &'static str,
     pub aliases: &'static [&'static str],
     pub about: &'static str,
@@ -75,23 +75,23 @@ pub struct Listing {
     pub schedules: Vec<Listed>,
 }
 
-/// A plan of sampling.
+/// A sampling plan.
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Description {
     pub sampler_name: &'static str,
-    /// The schedule, or `sigmas` or `timesteps` where the request brought its own.
+    /// The schedule, or `sigmas` or `timesteps` for a request with its own.
     pub scheduler: &'static str,
     pub steps: usize,
-    /// How many times the network will be evaluated, guidance not counted.
+    /// Number of network evaluations, not counting guidance.
     pub evaluations: usize,
     pub eta: f64,
     pub prediction_type: Prediction,
     pub zero_terminal_snr: bool,
-    /// Unit noise times this is where sampling starts.
+    /// Sampling starts from unit noise times this factor.
     pub init_scale: f64,
-    /// One for each step, and last where the run ends.
+    /// σ at the start of each step, and then at the end of the last.
     pub sigmas: Vec<f64>,
-    /// What the network is told at the start of each step.
+    /// The network's time input at the start of each step.
     pub timesteps: Vec<f64>,
 }
 

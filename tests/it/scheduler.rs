@@ -9,12 +9,13 @@ use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::noise::{NoiseSource, RngKind};
+use sdxl_worker::scheduler::config::{BetaSchedule, FinalSigmas, Prediction, SchedulerConfig, TimestepSpacing};
 use sdxl_worker::scheduler::instructor::SchedulerInstructor;
 use sdxl_worker::scheduler::interface::{Request, Response, SamplingOptions, Settings};
-use sdxl_worker::scheduler::schedule::{
-    BetaSchedule, FinalSigmas, Prediction, SamplingPlan, SchedulerConfig, TimestepSpacing, Training,
-};
-use sdxl_worker::scheduler::workers::{Level, SAMPLERS, SPACINGS, SampleTask};
+use sdxl_worker::scheduler::plan::{Level, SamplingPlan};
+use sdxl_worker::scheduler::sampler::Model;
+use sdxl_worker::scheduler::schedule::NoiseSchedule;
+use sdxl_worker::scheduler::workers::{SAMPLERS, SPACINGS};
 use serde::Deserialize;
 
 /// Relative, of every σ.
@@ -85,7 +86,7 @@ fn options(sampler: &str, schedule: &str, steps: i64) -> SamplingOptions {
     }
 }
 
-/// What the script's network makes of x, as x₀: see its header.
+/// x₀ by the network of the golden script: see its header.
 fn denoise(plan: &SamplingPlan, x: &Tensor, level: Level) -> Tensor {
     let norm = level.alpha.hypot(level.sigma);
     let (alpha, sigma) = (level.alpha / norm, level.sigma / norm);
@@ -104,25 +105,25 @@ fn denoise(plan: &SamplingPlan, x: &Tensor, level: Level) -> Tensor {
     Tensor::from_vec(values, x.dims(), &Device::Cpu).unwrap()
 }
 
-struct Walked {
+struct SampledRun {
     x: Tensor,
     calls: usize,
     steps: Vec<usize>,
 }
 
-fn walk(plan: &SamplingPlan, x: Tensor, noise: &mut NoiseSource, ctx: &Context) -> Result<Walked> {
+fn sample(plan: &SamplingPlan, x: Tensor, noise: &mut NoiseSource, ctx: &Context) -> Result<SampledRun> {
     let (mut calls, mut steps) = (0, Vec::new());
     let mut denoiser = |x: &Tensor, level: Level| {
         calls += 1;
         Ok(denoise(plan, x, level))
     };
-    let mut land = |done: usize, x: Tensor, _: &Tensor| {
-        steps.push(done);
+    let mut on_step = |completed_steps: usize, x: Tensor, _: &Tensor| {
+        steps.push(completed_steps);
         Ok(x)
     };
-    let task = SampleTask { plan, x, denoiser: &mut denoiser, noise, land: &mut land };
-    let x = ctx.perform(SAMPLERS.get(plan.sampler)?, task)?;
-    Ok(Walked { x, calls, steps })
+    let mut model = Model::new(&mut denoiser, &mut on_step, noise, ctx);
+    let x = SAMPLERS.get(plan.sampler)?.sample(plan, x, &mut model)?;
+    Ok(SampledRun { x, calls, steps })
 }
 
 fn source(seed: u64) -> NoiseSource {
@@ -157,7 +158,7 @@ fn training_tables_equal_torch() {
         [("sdxl", &sdxl, false), ("linear", &linear, false), ("cosine", &cosine, false), ("zero", &sdxl, true)]
     {
         let golden = values(&tensors[&format!("alphas_cumprod.{name}")]);
-        let table = Training::new(config, zero).unwrap().alphas_cumprod;
+        let table = NoiseSchedule::new(config, zero).unwrap().alphas_cumprod;
         // The rescaling takes roots and squares, of which torch rounds some the other way.
         let ulps = if zero { 2.0 } else { 0.0 };
         let apart: Vec<_> = table
@@ -243,7 +244,7 @@ fn runs_end_where_diffusers_ends() {
         let mut x = noise.draw().unwrap();
         match golden.begin {
             Some(begin) => {
-                let end = plan.path.len();
+                let end = plan.trajectory.len();
                 plan = plan.between(begin..end);
                 let Level { alpha, sigma, .. } = plan.first();
                 let image = (x.sin().unwrap() * 0.5).unwrap();
@@ -251,12 +252,12 @@ fn runs_end_where_diffusers_ends() {
             }
             None => x = (x * plan.init_scale).unwrap(),
         }
-        let Walked { x, calls, .. } = walk(&plan, x, &mut noise, &Context::detached()).unwrap();
+        let SampledRun { x, calls, .. } = sample(&plan, x, &mut noise, &Context::detached()).unwrap();
         assert_eq!(calls, plan.evaluations(), "{}", golden.name);
         let apart = apart(&x, &tensors[&golden.name]);
         let steep = matches!(plan.sampler, "heun" | "pndm" | "kdpm2_ancestral")
             && plan.schedule == "linspace"
-            && plan.path.len() == 2;
+            && plan.trajectory.len() == 2;
         let allowed = match plan.sampler {
             "deis" => RUNS_DEIS,
             _ if steep => RUNS_STEEP,
@@ -292,11 +293,11 @@ fn every_sampler_runs_with_every_schedule() {
                 assert_eq!(plan.steps(), steps as usize, "{case}");
                 let mut noise = source(5);
                 let x = (noise.draw().unwrap() * plan.init_scale).unwrap();
-                let walked = walk(&plan, x, &mut noise, &Context::detached()).unwrap();
-                assert_eq!(walked.x.dims(), [2, 3, 3, 4], "{case}");
-                assert!(values(&walked.x).iter().all(|v| v.is_finite()), "{case}: {:?}", values(&walked.x));
-                assert_eq!(walked.steps, (1..=steps as usize).collect::<Vec<_>>(), "{case}");
-                assert_eq!(walked.calls, plan.evaluations(), "{case}");
+                let run = sample(&plan, x, &mut noise, &Context::detached()).unwrap();
+                assert_eq!(run.x.dims(), [2, 3, 3, 4], "{case}");
+                assert!(values(&run.x).iter().all(|v| v.is_finite()), "{case}: {:?}", values(&run.x));
+                assert_eq!(run.steps, (1..=steps as usize).collect::<Vec<_>>(), "{case}");
+                assert_eq!(run.calls, plan.evaluations(), "{case}");
             }
         }
     }
@@ -304,8 +305,8 @@ fn every_sampler_runs_with_every_schedule() {
 
 #[test]
 fn a_failing_denoiser_ends_the_run() {
-    for (sampler, worker) in SAMPLERS.iter() {
-        let plan = plan(&options(sampler, "leading", 5)).unwrap();
+    for (name, sampler) in SAMPLERS.iter() {
+        let plan = plan(&options(name, "leading", 5)).unwrap();
         let mut noise = source(5);
         let x = noise.draw().unwrap();
         let mut calls = 0;
@@ -313,18 +314,18 @@ fn a_failing_denoiser_ends_the_run() {
             calls += 1;
             if calls == 3 { Err(Error::Cancelled) } else { Ok(denoise(&plan, x, level)) }
         };
-        let mut land = |_: usize, x: Tensor, _: &Tensor| Ok(x);
-        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, land: &mut land };
-        let result = Context::detached().perform(worker, task);
-        assert!(matches!(result, Err(Error::Cancelled)), "{sampler}");
-        assert_eq!(calls, 3, "{sampler}");
+        let (mut on_step, ctx) = (|_: usize, x: Tensor, _: &Tensor| Ok(x), Context::detached());
+        let mut model = Model::new(&mut denoiser, &mut on_step, &mut noise, &ctx);
+        let result = sampler.sample(&plan, x, &mut model);
+        assert!(matches!(result, Err(Error::Cancelled)), "{name}");
+        assert_eq!(calls, 3, "{name}");
     }
 }
 
 #[test]
 fn a_cancelled_request_makes_no_more_calls() {
-    for (sampler, worker) in SAMPLERS.iter() {
-        let plan = plan(&options(sampler, "leading", 5)).unwrap();
+    for (name, sampler) in SAMPLERS.iter() {
+        let plan = plan(&options(name, "leading", 5)).unwrap();
         let mut noise = source(5);
         let x = noise.draw().unwrap();
         let cancel = CancelToken::default();
@@ -335,11 +336,10 @@ fn a_cancelled_request_makes_no_more_calls() {
             cancel.cancel();
             Ok(denoise(&plan, x, level))
         };
-        let mut land = |_: usize, x: Tensor, _: &Tensor| Ok(x);
-        let task = SampleTask { plan: &plan, x, denoiser: &mut denoiser, noise: &mut noise, land: &mut land };
-        let result = ctx.perform(worker, task);
-        assert!(matches!(result, Err(Error::Cancelled)), "{sampler}");
-        assert_eq!(calls, 1, "{sampler}");
+        let mut on_step = |_: usize, x: Tensor, _: &Tensor| Ok(x);
+        let result = sampler.sample(&plan, x, &mut Model::new(&mut denoiser, &mut on_step, &mut noise, &ctx));
+        assert!(matches!(result, Err(Error::Cancelled)), "{name}");
+        assert_eq!(calls, 1, "{name}");
     }
 }
 
@@ -382,12 +382,12 @@ fn people_find_samplers_by_the_names_they_know() {
 }
 
 #[test]
-fn wishes_that_give_no_run_are_errors() {
-    fn check(options: &SamplingOptions, code: &str, pointer: &str, said: &str) {
-        let error = plan(options).expect_err(said);
+fn options_without_a_run_are_errors() {
+    fn check(options: &SamplingOptions, code: &str, pointer: &str, message: &str) {
+        let error = plan(options).expect_err(message);
         let text = format!("{error} {}", error.hint().unwrap_or_default());
         assert_eq!((error.code(), error.pointer().as_deref()), (code, Some(pointer)), "{text}");
-        assert!(text.contains(said), "{text}");
+        assert!(text.contains(message), "{text}");
     }
     let none = SamplingOptions::default();
     let (number, name) = ("invalid_parameter", "unknown_name");

@@ -15,7 +15,7 @@ use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
 use sdxl_worker::model::interface::{HubSettings, Inspection, ModelRequest, PinRequest, Request, Response, Settings};
 use sdxl_worker::runtime::config::Config;
-use sdxl_worker::scheduler::schedule::Prediction;
+use sdxl_worker::scheduler::config::Prediction;
 
 use super::conditioning::demo_folder;
 use super::drawing::Worker;

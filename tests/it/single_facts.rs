@@ -14,7 +14,7 @@ use sdxl_worker::model::instructor::ModelResources;
 use sdxl_worker::model::interface::{HubSettings, Settings};
 use sdxl_worker::model::networks::PerBlock;
 use sdxl_worker::runtime::config::Config;
-use sdxl_worker::scheduler::schedule::Prediction;
+use sdxl_worker::scheduler::config::Prediction;
 
 use super::conditioning::demo_folder;
 use super::drawing::Worker;

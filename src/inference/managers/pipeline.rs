@@ -34,7 +34,7 @@ use crate::model::lora::Stack;
 use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
-use crate::scheduler::schedule::SamplingPlan;
+use crate::scheduler::plan::SamplingPlan;
 use crate::throughput::Work;
 use crate::units::{Bytes, ImageSize};
 

@@ -112,7 +112,7 @@ impl InferenceInstructor {
             slice: memory.slice,
             offload: Some(memory.offload),
             prompt: Some(prompt.clone()),
-            steps: Some(sampling.path.len() as i64),
+            steps: Some(sampling.trajectory.len() as i64),
             sampler_name: Some(sampling.sampler.to_owned()),
             scheduler: Some(sampling.schedule.to_owned()),
             eta: Some(sampling.eta),

@@ -2,7 +2,7 @@
 
 use crate::inference::request::guidance::{ScaleMode, ScalingStartpoint, VariabilityMeasure};
 use crate::model::networks::interventions::{Change, FreeU};
-use crate::scheduler::schedule::SamplingPlan;
+use crate::scheduler::plan::SamplingPlan;
 
 /// Classifier-free guidance (Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>) and what goes with it.
 #[derive(Clone, Debug, PartialEq)]

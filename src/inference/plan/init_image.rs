@@ -7,7 +7,7 @@ use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface::{GenerateRequest, VaeSample};
 use crate::inference::plan::InitImagePlan;
 use crate::inference::plan::build::within;
-use crate::scheduler::schedule::SamplingPlan;
+use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
 
 /// As AUTOMATIC1111 has them.
@@ -111,7 +111,7 @@ pub(crate) fn cut(
     editing: Option<&InitImagePlan>,
     sampling: SamplingPlan,
 ) -> Result<SamplingPlan> {
-    let steps = sampling.path.len();
+    let steps = sampling.trajectory.len();
     let start = match (editing, request.denoising_start) {
         (_, Some(share)) => sampling.from_share(within("denoising_start", share, 0.0, 1.0)?),
         (Some(editing), None) if !editing.beside => {

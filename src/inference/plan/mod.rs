@@ -26,7 +26,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::LoraChoice;
 use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
-use crate::scheduler::schedule::SamplingPlan;
+use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
 
 /// What the whole recipe needs, decided and checked.

@@ -15,7 +15,7 @@ use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::networks::vae::VaeConfig;
 use crate::scheduler::interface::SamplingOptions;
-use crate::scheduler::schedule::SamplingPlan;
+use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
 
 /// As AUTOMATIC1111 has them.
@@ -106,19 +106,19 @@ impl InferenceInstructor {
         let own = SamplingOptions {
             sampler_name: Some(before.sampler.to_owned()),
             scheduler: Some(before.schedule.to_owned()),
-            steps: i64::try_from(before.path.len()).ok(),
+            steps: i64::try_from(before.trajectory.len()).ok(),
             ..options.clone()
         };
         let mut after = self.scheduler.plan(&own, &model.scheduler)?;
         let from = after.from_share(switch_at);
-        if until <= before.run.start || from >= after.path.len() {
+        if until <= before.run.start || from >= after.trajectory.len() {
             return Err(Error::invalid(
                 "refiner.switch_at",
                 format!("must leave a step to each model, got {switch_at}"),
             ));
         }
         *before = before.clone().between(before.run.start..until);
-        let steps = after.path.len();
+        let steps = after.trajectory.len();
         after = after.between(from..steps);
         let time_ids = time_ids(request, size, &model)?;
         // Layers are named by model.
@@ -178,7 +178,7 @@ impl InferenceInstructor {
             }
             (_, error) => error,
         })?;
-        let count = sampling.path.len();
+        let count = sampling.trajectory.len();
         let start = by_strength(count, strength);
         if start >= count {
             return Err(Error::invalid("denoising_strength", format!("must leave at least one of {count} steps")));

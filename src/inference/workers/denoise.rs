@@ -22,9 +22,11 @@ use crate::layers::Worker;
 use crate::model::networks::interventions::{Perturbed, Steering};
 use crate::model::networks::unet::{ReadText, Text, Unet, UnetInput};
 use crate::noise::NoiseSource;
+use crate::scheduler::config::Prediction;
 use crate::scheduler::edm::{Edm, Preconditioning};
-use crate::scheduler::schedule::{Prediction, SamplingPlan};
-use crate::scheduler::workers::{Level, SAMPLERS, SampleTask};
+use crate::scheduler::plan::{Level, SamplingPlan};
+use crate::scheduler::sampler::Model;
+use crate::scheduler::workers::SAMPLERS;
 
 pub struct Denoise;
 
@@ -94,18 +96,17 @@ impl Worker<DenoiseTask<'_>> for Denoise {
             };
             network.denoised(x, now, ctx)
         };
-        let mut land = |landed: usize, x: Tensor, x0: &Tensor| -> Result<Tensor> {
-            done.set(landed);
-            observe(landed, x0)?;
+        let mut on_step = |completed_steps: usize, x: Tensor, x0: &Tensor| -> Result<Tensor> {
+            done.set(completed_steps);
+            observe(completed_steps, x0)?;
             match masking {
                 Some(Masking { mask, outside: Some(outside), .. }) => {
-                    outside.hold(mask, &x, (sampling, landed), goes_on)
+                    outside.hold(mask, &x, (sampling, completed_steps), goes_on)
                 }
                 _ => Ok(x),
             }
         };
-        let latents =
-            sampler.run(SampleTask { plan: sampling, x, denoiser: &mut denoiser, noise, land: &mut land }, ctx)?;
+        let latents = sampler.sample(sampling, x, &mut Model::new(&mut denoiser, &mut on_step, noise, ctx))?;
         finite(&latents, placement)?;
         Ok(latents)
     }

@@ -10,7 +10,7 @@ use crate::layers::Worker;
 use crate::model::managers::Vae;
 use crate::model::networks::vae::{Extent, VaeConfig};
 use crate::noise::NoiseSource;
-use crate::scheduler::schedule::{Level, SamplingPlan};
+use crate::scheduler::plan::{Level, SamplingPlan};
 
 /// Runs the encoder.
 pub struct Encode;
@@ -73,7 +73,7 @@ impl Outside {
         goes_on: bool,
     ) -> Result<Tensor> {
         let next = sampling.run.start + landed;
-        let at = sampling.path.get(next).filter(|_| next < sampling.run.end || goes_on).map(|step| step.at);
+        let at = sampling.trajectory.get(next).filter(|_| next < sampling.run.end || goes_on).map(|step| step.at);
         let proper = match at {
             Some(level) => noised(&self.latents, &self.noise, level)?,
             None => self.latents.clone(),

@@ -16,7 +16,7 @@ use crate::model::networks::unet::UnetConfig;
 use crate::model::networks::vae::VaeConfig;
 use crate::model::weights::extract::named;
 use crate::model::weights::open::{Weights, look};
-use crate::scheduler::schedule::{Prediction, SchedulerConfig};
+use crate::scheduler::config::{Prediction, SchedulerConfig};
 use crate::units::Bytes;
 
 /// What becomes a checkpoint once nothing is missing.
@@ -72,7 +72,7 @@ impl Marks {
         if weights.has("ztsnr") && !scheduler.is_edm() && scheduler.prediction_type == Prediction::VPrediction {
             scheduler.rescale_betas_zero_snr = Some(true);
             // Lin et al. 2023, section 3.3: a run must start where the signal ends.
-            scheduler.timestep_spacing = Some(crate::scheduler::schedule::TimestepSpacing::Trailing);
+            scheduler.timestep_spacing = Some(crate::scheduler::config::TimestepSpacing::Trailing);
         }
         for (name, place) in
             [("edm_vpred.sigma_max", &mut scheduler.sigma_max), ("edm_vpred.sigma_min", &mut scheduler.sigma_min)]

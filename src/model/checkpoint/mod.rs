@@ -26,7 +26,7 @@ use crate::model::networks::vae::VaeConfig;
 use crate::model::weights::extract::NamePart;
 use crate::model::weights::open::{Open, OpenTask, Weights};
 use crate::roots::Roots;
-use crate::scheduler::schedule::SchedulerConfig;
+use crate::scheduler::config::SchedulerConfig;
 use crate::units::{Bytes, ImageSize};
 
 /// Longest configuration file.

@@ -2,36 +2,29 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 pub(crate) struct Ddim;
 
-impl Algorithm for Ddim {
+impl Sampler for Ddim {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DDIM",
             about: "First order, deterministic unless eta is above 0",
             aliases: &["k_ddim", "DDIMScheduler"],
-            grid: Grid::Whole,
-            middle: Middle::Landing,
+            grid: Grid::Discrete,
+            midpoint: Midpoint::Endpoint,
             end: End::FirstAlpha,
             calls: Calls::One,
             eta: Some(0.0),
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Ddim {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, land } = task;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        for (_, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let (at, to) = (step.at, step.to);
             let variance = (to.sigma / at.sigma).powi(2) * (1.0 - (at.alpha / to.alpha).powi(2));
             let fresh = plan.eta * variance.max(0.0).sqrt();
@@ -40,10 +33,10 @@ impl Worker<SampleTask<'_>> for Ddim {
             let kept = direction / at.sigma;
             let x0_part = (to.alpha - kept * at.alpha, &x0);
             x = match plan.eta > 0.0 {
-                true => blend(&[(kept, &x), x0_part, (fresh, &noise.draw()?)])?,
+                true => blend(&[(kept, &x), x0_part, (fresh, &model.noise()?)])?,
                 false => blend(&[(kept, &x), x0_part])?,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

@@ -2,36 +2,29 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 pub(crate) struct Ddpm;
 
-impl Algorithm for Ddpm {
+impl Sampler for Ddpm {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DDPM",
             about: "First order, fresh noise at every step",
             aliases: &["DDPMScheduler"],
-            grid: Grid::Whole,
-            middle: Middle::Landing,
+            grid: Grid::Discrete,
+            midpoint: Midpoint::Endpoint,
             end: End::Image,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Ddpm {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, land } = task;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        for (_, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let (at, to) = (step.at, step.to);
             let alpha = at.alpha / to.alpha; // √α of the step
             let beta = 1.0 - alpha * alpha;
@@ -39,10 +32,10 @@ impl Worker<SampleTask<'_>> for Ddpm {
             let x0_part = (to.alpha * beta / (at.sigma * at.sigma), &x0);
             let x_part = (alpha * below, &x);
             x = match at.timestep > 0.0 {
-                true => blend(&[x_part, x0_part, ((below * beta).max(1e-20).sqrt(), &noise.draw()?)])?,
+                true => blend(&[x_part, x0_part, ((below * beta).max(1e-20).sqrt(), &model.noise()?)])?,
                 false => blend(&[x_part, x0_part])?,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

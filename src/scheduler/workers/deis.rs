@@ -2,43 +2,36 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 use crate::scheduler::workers::dpmpp_2m::FEW_STEPS;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
 
 pub(crate) struct Deis;
 
-impl Algorithm for Deis {
+impl Sampler for Deis {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DEIS",
             about: "Second order in the noise, one model call a step; ends at the lowest sigma",
             aliases: &["DEISMultistepScheduler"],
             grid: Grid::Padded,
-            middle: Middle::Landing,
+            midpoint: Midpoint::Endpoint,
             end: End::SigmaMin,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Deis {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         let mut before: Option<(Tensor, f64)> = None;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let per = 1.0 / step.at.sigma;
             let eps = blend(&[(per, &x), (-per * step.at.alpha, &x0)])?;
             let (rho, rho_to, alpha) = (step.at.ratio(), step.to.ratio(), step.to.alpha);
             let kept = alpha / step.at.alpha;
-            let last = i + 1 == plan.path.len() && plan.path.len() < FEW_STEPS;
+            let last = plan.is_last(i) && plan.trajectory.len() < FEW_STEPS;
             x = match &before {
                 Some((eps_before, rho_before)) if !last => {
                     let new = weight(rho_to, rho, *rho_before) - weight(rho, rho, *rho_before);
@@ -47,7 +40,7 @@ impl Worker<SampleTask<'_>> for Deis {
                 }
                 _ => blend(&[(kept, &x), (alpha * (rho_to - rho), &eps)])?,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
             before = Some((eps, rho));
         }
         Ok(x)

@@ -2,17 +2,16 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, Level, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 /// Fewer steps than this end with a first-order step wherever they end.
 pub(crate) const FEW_STEPS: usize = 15;
 
 pub(crate) struct Dpmpp2m;
 
-impl Algorithm for Dpmpp2m {
+impl Sampler for Dpmpp2m {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DPM++ 2M",
@@ -24,27 +23,21 @@ impl Algorithm for Dpmpp2m {
                 "EDMDPMSolverMultistepScheduler",
             ],
             grid: Grid::Padded,
-            middle: Middle::Landing,
+            midpoint: Midpoint::Endpoint,
             end: End::Checkpoint,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Dpmpp2m {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         let mut before: Option<(Tensor, Level)> = None;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let shrink = step.to.ratio() / step.at.ratio(); // e^(−h)
             let kept = step.to.sigma / step.at.sigma;
             let taken = step.to.alpha * (1.0 - shrink);
-            let last = i + 1 == plan.path.len() && (step.to.sigma == 0.0 || plan.path.len() < FEW_STEPS);
+            let last = plan.is_last(i) && (step.to.sigma == 0.0 || plan.trajectory.len() < FEW_STEPS);
             x = match &before {
                 Some((x0_before, level)) if !last => {
                     let half = 0.5 * step.span() / (step.at.lambda() - level.lambda()); // 1 / 2r
@@ -52,7 +45,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2m {
                 }
                 _ => blend(&[(kept, &x), (taken, &x0)])?,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
             before = Some((x0, step.at));
         }
         Ok(x)

@@ -3,45 +3,38 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
+use crate::scheduler::plan::{Calls, Level, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 use crate::scheduler::workers::dpmpp_2m::FEW_STEPS;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
 
 pub(crate) struct Dpmpp2mSde;
 
-impl Algorithm for Dpmpp2mSde {
+impl Sampler for Dpmpp2mSde {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DPM++ 2M SDE",
             about: "Second order from the step before, fresh noise at every step",
             aliases: &["k_dpmpp_2m_sde", "sample_dpmpp_2m_sde"],
             grid: Grid::Padded,
-            middle: Middle::Landing,
+            midpoint: Midpoint::Endpoint,
             end: End::Checkpoint,
             calls: Calls::One,
             eta: Some(1.0),
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Dpmpp2mSde {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, land } = task;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         let mut before: Option<(Tensor, Level)> = None;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
-            let draw = noise.draw()?;
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
+            let draw = model.noise()?;
             let shrink = step.to.ratio() / step.at.ratio(); // e^(−h)
             let churn = shrink.powf(plan.eta); // e^(−ηh)
             let kept = step.to.sigma / step.at.sigma * churn;
             let taken = step.to.alpha * (1.0 - shrink * churn);
             let fresh = step.to.sigma * (1.0 - churn * churn).sqrt();
-            let last = i + 1 == plan.path.len() && (step.to.sigma == 0.0 || plan.path.len() < FEW_STEPS);
+            let last = plan.is_last(i) && (step.to.sigma == 0.0 || plan.trajectory.len() < FEW_STEPS);
             x = match &before {
                 Some((x0_before, level)) if !last => {
                     let half = 0.5 * step.span() / (step.at.lambda() - level.lambda()); // 1 / 2r
@@ -50,7 +43,7 @@ impl Worker<SampleTask<'_>> for Dpmpp2mSde {
                 }
                 _ => blend(&[(kept, &x), (taken, &x0), (fresh, &draw)])?,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
             before = Some((x0, step.at));
         }
         Ok(x)

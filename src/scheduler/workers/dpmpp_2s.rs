@@ -3,45 +3,31 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, Level, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 pub(crate) struct Dpmpp2s;
 
-impl Algorithm for Dpmpp2s {
+impl Sampler for Dpmpp2s {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DPM++ 2S",
             about: "Second order over pairs of steps, one model call a step",
             aliases: &["DPMSolverSinglestepScheduler"],
             grid: Grid::Padded,
-            middle: Middle::Landing,
+            midpoint: Midpoint::Endpoint,
             end: End::Image,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-/// Where a pair of steps began.
-struct Start {
-    x: Tensor,
-    x0: Tensor,
-    at: Level,
-}
-
-impl Worker<SampleTask<'_>> for Dpmpp2s {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
-        let mut start: Option<Start> = None;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
-            let pairs = i % 2 == 1 && i + 1 != plan.path.len();
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        let mut start: Option<PairStart> = None;
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
+            let pairs = i % 2 == 1 && !plan.is_last(i);
             x = match start.take() {
                 Some(start) if pairs => {
                     // From the start of the pair to its end, with the slope between its two x₀.
@@ -55,12 +41,19 @@ impl Worker<SampleTask<'_>> for Dpmpp2s {
                 _ => {
                     let taken = step.to.alpha * (1.0 - step.to.ratio() / step.at.ratio());
                     let next = blend(&[(step.to.sigma / step.at.sigma, &x), (taken, &x0)])?;
-                    start = Some(Start { x, x0: x0.clone(), at: step.at });
+                    start = Some(PairStart { x, x0: x0.clone(), at: step.at });
                     next
                 }
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }
+}
+
+/// The sample at the start of a pair of steps.
+struct PairStart {
+    x: Tensor,
+    x0: Tensor,
+    at: Level,
 }

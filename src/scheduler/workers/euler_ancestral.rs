@@ -3,41 +3,34 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, ancestral, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, ancestral, blend};
 
 pub(crate) struct EulerAncestral;
 
-impl Algorithm for EulerAncestral {
+impl Sampler for EulerAncestral {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "Euler a",
             about: "First order, fresh noise at every step",
             aliases: &["euler_a", "k_euler_a", "sample_euler_ancestral", "EulerAncestralDiscreteScheduler"],
-            grid: Grid::Real,
-            middle: Middle::Landing,
+            grid: Grid::Continuous,
+            midpoint: Midpoint::Endpoint,
             end: End::Image,
             calls: Calls::One,
             eta: Some(1.0),
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for EulerAncestral {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, land } = task;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        for (_, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let (down, up) = ancestral(step.at.sigma, step.to.sigma, plan.eta);
             let kept = down / step.at.sigma;
             // Noise is drawn at the last step too, where it counts for nothing.
-            x = blend(&[(kept, &x), (1.0 - kept, &x0), (up, &noise.draw()?)])?;
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = blend(&[(kept, &x), (1.0 - kept, &x0), (up, &model.noise()?)])?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

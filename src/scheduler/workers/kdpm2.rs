@@ -3,48 +3,40 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 pub(crate) struct Kdpm2;
 
-impl Algorithm for Kdpm2 {
+impl Sampler for Kdpm2 {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DPM2",
             about: "Second order, two model calls a step, the second between two sigmas",
             aliases: &["dpm_2", "k_dpm_2", "sample_dpm_2", "KDPM2DiscreteScheduler"],
-            grid: Grid::RealRounded,
-            middle: Middle::Geometric,
+            grid: Grid::ContinuousRounded,
+            midpoint: Midpoint::Geometric,
             end: End::Image,
             calls: Calls::Two,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Kdpm2 {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let mut x0 = denoiser(&x, step.at)?;
-            let (from, to, middle) = (step.at.sigma, step.to.sigma, step.middle.sigma);
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        for (_, step) in plan.run_steps() {
+            let mut x0 = model.x0(&x, step.at)?;
+            let (from, to, middle) = (step.at.sigma, step.to.sigma, step.midpoint.sigma);
             x = if to > 0.0 {
                 let kept = middle / from;
                 let halfway = blend(&[(kept, &x), (1.0 - kept, &x0)])?;
-                ctx.checkpoint()?;
-                x0 = denoiser(&halfway, step.middle)?;
+                x0 = model.x0(&halfway, step.midpoint)?;
                 let slope = (to - from) / middle;
                 blend(&[(1.0, &x), (slope, &halfway), (-slope, &x0)])?
             } else {
                 x0.clone()
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

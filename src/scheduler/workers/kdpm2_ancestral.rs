@@ -3,49 +3,41 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, ancestral, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, ancestral, blend};
 
 pub(crate) struct Kdpm2Ancestral;
 
-impl Algorithm for Kdpm2Ancestral {
+impl Sampler for Kdpm2Ancestral {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "DPM2 a",
             about: "Second order, two model calls and fresh noise at every step",
             aliases: &["kdpm2_a", "k_dpm_2_a", "sample_dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"],
-            grid: Grid::RealRounded,
-            middle: Middle::Ancestral,
+            grid: Grid::ContinuousRounded,
+            midpoint: Midpoint::Ancestral,
             end: End::Image,
             calls: Calls::Two,
             eta: Some(1.0),
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Kdpm2Ancestral {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, noise, land } = task;
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let mut x0 = denoiser(&x, step.at)?;
-            let (from, to, middle) = (step.at.sigma, step.to.sigma, step.middle.sigma);
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        for (_, step) in plan.run_steps() {
+            let mut x0 = model.x0(&x, step.at)?;
+            let (from, to, middle) = (step.at.sigma, step.to.sigma, step.midpoint.sigma);
             x = if to > 0.0 {
                 let kept = middle / from;
                 let halfway = blend(&[(kept, &x), (1.0 - kept, &x0)])?;
-                ctx.checkpoint()?;
-                x0 = denoiser(&halfway, step.middle)?;
+                x0 = model.x0(&halfway, step.midpoint)?;
                 let (down, up) = ancestral(from, to, plan.eta);
                 let slope = (down - from) / middle;
-                blend(&[(1.0, &x), (slope, &halfway), (-slope, &x0), (up, &noise.draw()?)])?
+                blend(&[(1.0, &x), (slope, &halfway), (-slope, &x0), (up, &model.noise()?)])?
             } else {
                 x0.clone()
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

@@ -5,49 +5,42 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 const ORDER: usize = 4;
 
 pub(crate) struct Lms;
 
-impl Algorithm for Lms {
+impl Sampler for Lms {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "LMS",
             about: "Fourth order from earlier steps, one model call a step",
             aliases: &["k_lms", "sample_lms", "LMSDiscreteScheduler"],
-            grid: Grid::Real,
-            middle: Middle::Landing,
+            grid: Grid::Continuous,
+            midpoint: Midpoint::Endpoint,
             end: End::Image,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Lms {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         // Slopes (x − x₀)/σ, newest first.
         let mut slopes: VecDeque<Tensor> = VecDeque::with_capacity(ORDER);
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             let per = 1.0 / step.at.sigma;
             slopes.truncate(ORDER - 1);
             slopes.push_front(blend(&[(per, &x), (-per, &x0)])?);
             // The order counts the steps of the whole path, also when the run began later.
             let order = (i + 1).min(ORDER);
-            let nodes: Vec<f64> = plan.path[i + 1 - order..=i].iter().rev().map(|step| step.at.sigma).collect();
+            let nodes: Vec<f64> = plan.trajectory[i + 1 - order..=i].iter().rev().map(|step| step.at.sigma).collect();
             let terms = slopes.iter().enumerate().map(|(k, slope)| (weight(&nodes, k, step.to.sigma), slope));
             x = blend(&std::iter::once((1.0, &x)).chain(terms).collect::<Vec<_>>())?;
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

@@ -5,40 +5,33 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::schedule::Prediction;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::scheduler::config::Prediction;
+use crate::scheduler::plan::{Calls, Level, SamplingPlan};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 pub(crate) struct Pndm;
 
-impl Algorithm for Pndm {
+impl Sampler for Pndm {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "PLMS",
             about: "Fourth order from earlier steps, one model call a step and one more at first",
             aliases: &["k_plms", "PNDMScheduler"],
-            grid: Grid::Whole,
-            middle: Middle::Raised,
+            grid: Grid::Discrete,
+            midpoint: Midpoint::PndmWarmup,
             end: End::FirstAlpha,
             calls: Calls::TwoAtFirst,
             eta: None,
         }
     }
-}
 
-impl Worker<SampleTask<'_>> for Pndm {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         let v = plan.prediction == Prediction::VPrediction;
         // Network outputs, newest first. Of the two in the first step only the first is kept.
         let mut outputs: VecDeque<Tensor> = VecDeque::with_capacity(4);
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let mut x0 = denoiser(&x, step.at)?;
+        for (i, step) in plan.run_steps() {
+            let mut x0 = model.x0(&x, step.at)?;
             outputs.truncate(3);
             outputs.push_front(output(&x, &x0, step.at, v)?);
             let weights: &[f64] = match outputs.len() {
@@ -49,16 +42,15 @@ impl Worker<SampleTask<'_>> for Pndm {
             };
             let mixed = blend(&weights.iter().copied().zip(&outputs).collect::<Vec<_>>())?;
             let next = moved(&x, &mixed, step.at, step.to, v)?;
-            x = match plan.path.get(i + 1) {
+            x = match plan.trajectory.get(i + 1) {
                 Some(second) if i == plan.run.start && plan.corrects_first() => {
-                    ctx.checkpoint()?;
-                    x0 = denoiser(&next, second.at)?;
+                    x0 = model.x0(&next, second.at)?;
                     let mean = blend(&[(0.5, &output(&next, &x0, second.at, v)?), (0.5, &mixed)])?;
-                    moved(&x, &mean, step.middle, second.at, v)?
+                    moved(&x, &mean, step.midpoint, second.at, v)?
                 }
                 _ => next,
             };
-            x = land(i + 1 - plan.run.start, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }

@@ -1,41 +1,42 @@
-//! Schedules: how the σ and timesteps of a run are chosen from those of training.
+//! Schedules: each chooses the σ and timesteps of a run from the training schedule.
 
 use crate::registry::Registry;
-use crate::scheduler::schedule::{TimestepSpacing, Training};
-use crate::scheduler::workers::Grid;
+use crate::scheduler::config::TimestepSpacing;
+use crate::scheduler::sampler::{Grid, Parameterization};
+use crate::scheduler::schedule::NoiseSchedule;
 
-/// What a schedule is asked for.
-pub struct Ask<'a> {
-    pub training: &'a Training,
+/// The input of a schedule.
+pub struct SpacingTask<'a> {
+    pub training: &'a NoiseSchedule,
     /// Number of steps, 1 or more.
     pub steps: usize,
     pub grid: Grid,
-    /// The checkpoint's own spacing: k-diffusion samplers take the ends of Karras and other σ from it.
+    /// The checkpoint's own spacing, from which k-diffusion samplers take the ends of Karras and other curves.
     pub base: TimestepSpacing,
     /// Added to `leading` timesteps.
     pub offset: usize,
-    /// How many timesteps a distilled model knows.
+    /// Number of timesteps that a distilled model was trained on.
     pub distilled: usize,
 }
 
 /// σ and timestep at the start of every step.
-pub struct Table {
+pub struct LevelTable {
     pub sigmas: Vec<f64>,
     pub timesteps: Vec<f64>,
 }
 
-/// One way of choosing σ.
+/// One schedule.
 pub struct Spacing {
-    /// The name people know, AUTOMATIC1111's where it has one.
+    /// The usual name: AUTOMATIC1111's if it has one.
     pub label: &'static str,
     /// One sentence for `scheduler.list`.
     pub about: &'static str,
     pub aliases: &'static [&'static str],
-    /// `Some` for the three that choose among the training timesteps by a stride.
+    /// Set for the three schedules that take training timesteps by a stride.
     pub strides: Option<TimestepSpacing>,
-    /// Whether σ are a curve from the highest to the lowest, and the timesteps follow from them.
+    /// True if σ follows a curve from highest to lowest, and the timesteps follow from σ.
     pub curve: bool,
-    pub table: fn(&Ask<'_>) -> Table,
+    pub table: fn(&SpacingTask<'_>) -> LevelTable,
 }
 
 pub static SPACINGS: Registry<Spacing> = Registry::new(
@@ -49,7 +50,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &["ddim", "ddim_uniform"],
                 strides: Some(TimestepSpacing::Leading),
                 curve: false,
-                table: |ask| at_timesteps(ask, strided(ask, TimestepSpacing::Leading)),
+                table: |task| at_timesteps(task, strided(task, TimestepSpacing::Leading)),
             },
         ),
         (
@@ -60,7 +61,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &[],
                 strides: Some(TimestepSpacing::Trailing),
                 curve: false,
-                table: |ask| at_timesteps(ask, strided(ask, TimestepSpacing::Trailing)),
+                table: |task| at_timesteps(task, strided(task, TimestepSpacing::Trailing)),
             },
         ),
         (
@@ -71,7 +72,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &["uniform"],
                 strides: Some(TimestepSpacing::Linspace),
                 curve: false,
-                table: |ask| at_timesteps(ask, strided(ask, TimestepSpacing::Linspace)),
+                table: |task| at_timesteps(task, strided(task, TimestepSpacing::Linspace)),
             },
         ),
         (
@@ -82,7 +83,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &[],
                 strides: None,
                 curve: true,
-                table: |ask| between(ask, karras),
+                table: |task| between(task, karras),
             },
         ),
         (
@@ -93,7 +94,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &[],
                 strides: None,
                 curve: true,
-                table: |ask| between(ask, |max, min, part| (max.ln() + part * (min.ln() - max.ln())).exp()),
+                table: |task| between(task, |max, min, part| (max.ln() + part * (min.ln() - max.ln())).exp()),
             },
         ),
         (
@@ -104,7 +105,7 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
                 aliases: &[],
                 strides: None,
                 curve: true,
-                table: |ask| between(ask, |max, min, part| min + beta_quantile(1.0 - part) * (max - min)),
+                table: |task| between(task, |max, min, part| min + beta_quantile(1.0 - part) * (max - min)),
             },
         ),
         (
@@ -143,36 +144,36 @@ pub static SPACINGS: Registry<Spacing> = Registry::new(
     ],
 );
 
-/// σ at given timesteps, linear between those of training.
-pub(crate) fn at_timesteps(ask: &Ask<'_>, timesteps: Vec<f64>) -> Table {
-    Table { sigmas: timesteps.iter().map(|t| ask.training.sigma_at(*t)).collect(), timesteps }
+/// σ at given timesteps, interpolated linearly in the training schedule.
+pub(crate) fn at_timesteps(task: &SpacingTask<'_>, timesteps: Vec<f64>) -> LevelTable {
+    LevelTable { sigmas: timesteps.iter().map(|t| task.training.sigma_at(*t)).collect(), timesteps }
 }
 
-/// Given σ, and the timesteps to which they belong.
-pub(crate) fn at_sigmas(ask: &Ask<'_>, sigmas: Vec<f64>) -> Table {
-    Table { timesteps: sigmas.iter().map(|s| ask.training.timestep_of(*s)).collect(), sigmas }
+/// Given σ with their timesteps.
+pub(crate) fn at_sigmas(task: &SpacingTask<'_>, sigmas: Vec<f64>) -> LevelTable {
+    LevelTable { timesteps: sigmas.iter().map(|s| task.training.timestep_of(*s)).collect(), sigmas }
 }
 
-fn strided(ask: &Ask<'_>, spacing: TimestepSpacing) -> Vec<f64> {
-    let (n, last) = (ask.steps, ask.training.last());
-    let count = ask.training.sigmas.len();
-    if ask.grid == Grid::Distilled {
-        // Every (count / distilled)-th timestep was learned; of those, n from the highest on.
-        let (known, stride) = (ask.distilled, count / ask.distilled.max(1));
+fn strided(task: &SpacingTask<'_>, spacing: TimestepSpacing) -> Vec<f64> {
+    let (n, last) = (task.steps, task.training.last());
+    let count = task.training.sigmas.len();
+    if task.grid == Grid::Distilled {
+        // Training covered every (count / distilled)-th timestep; take n of those, from the highest on.
+        let (known, stride) = (task.distilled, count / task.distilled.max(1));
         let part = known as f64 / n as f64;
         return (0..n).map(|i| ((known - (i as f64 * part) as usize) * stride) as f64 - 1.0).collect();
     }
-    let padded = usize::from(ask.grid == Grid::Padded);
-    let real = matches!(ask.grid, Grid::Real | Grid::RealRounded);
+    let padded = usize::from(task.grid == Grid::Padded);
+    let exploding = task.grid.parameterization() == Parameterization::VarianceExploding;
     match spacing {
         TimestepSpacing::Leading => {
             let stride = count / (n + padded);
-            (padded..n + padded).rev().map(|i| (i * stride + ask.offset) as f64).collect()
+            (padded..n + padded).rev().map(|i| (i * stride + task.offset) as f64).collect()
         }
         TimestepSpacing::Linspace => {
             let step = if n + padded > 1 { last / (n + padded - 1) as f64 } else { 0.0 };
             let at = |i: usize| if i > 0 && i == n + padded - 1 { last } else { i as f64 * step };
-            let round = |t: f64| if real { f64::from(t as f32) } else { t.round_ties_even() };
+            let round = |t: f64| if exploding { f64::from(t as f32) } else { t.round_ties_even() };
             (padded..n + padded).rev().map(|i| round(at(i))).collect()
         }
         TimestepSpacing::Trailing => {
@@ -182,21 +183,20 @@ fn strided(ask: &Ask<'_>, spacing: TimestepSpacing) -> Vec<f64> {
     }
 }
 
-/// σ between the highest and the lowest by a curve over 0..=1, and the timesteps as the grid has them.
-fn between(ask: &Ask<'_>, curve: impl Fn(f64, f64, f64) -> f64 + Copy + 'static) -> Table {
-    let training = ask.training;
-    let (max, min) = match ask.grid {
-        _ if training.edm.is_some() => (training.sigma_max(), training.sigma_min()),
-        Grid::Real | Grid::RealRounded => {
-            let ends = at_timesteps(ask, strided(ask, ask.base)).sigmas;
+/// σ from highest to lowest along a curve over 0..=1, with their timesteps.
+fn between(task: &SpacingTask<'_>, curve: impl Fn(f64, f64, f64) -> f64 + Copy + 'static) -> LevelTable {
+    let training = task.training;
+    let (max, min) = match task.grid.parameterization() {
+        Parameterization::VarianceExploding if training.edm.is_none() => {
+            let sigmas = at_timesteps(task, strided(task, task.base)).sigmas;
             let end = |sigma: Option<&f64>| sigma.copied().unwrap_or_default();
-            (end(ends.first()), end(ends.last()))
+            (end(sigmas.first()), end(sigmas.last()))
         }
-        Grid::Whole | Grid::Distilled | Grid::Padded => (training.sigma_max(), training.sigma_min()),
+        _ => (training.sigma_max(), training.sigma_min()),
     };
-    let step = if ask.steps > 1 { 1.0 / (ask.steps - 1) as f64 } else { 0.0 };
-    let part = |i: usize| if i > 0 && i == ask.steps - 1 { 1.0 } else { i as f64 * step };
-    at_sigmas(ask, (0..ask.steps).map(|i| curve(max, min, part(i))).collect())
+    let step = if task.steps > 1 { 1.0 / (task.steps - 1) as f64 } else { 0.0 };
+    let part = |i: usize| if i > 0 && i == task.steps - 1 { 1.0 } else { i as f64 * step };
+    at_sigmas(task, (0..task.steps).map(|i| curve(max, min, part(i))).collect())
 }
 
 const RHO: f64 = 7.0;
@@ -206,39 +206,39 @@ fn karras(max: f64, min: f64, part: f64) -> f64 {
     (from + part * (to - from)).powf(RHO)
 }
 
-/// k-diffusion's σ at n of n + 1 even timesteps, as generative-models (SGM) has them.
-fn sgm_uniform(ask: &Ask<'_>) -> Table {
-    let last = ask.training.last();
-    let timesteps: Vec<f64> = (0..ask.steps).map(|i| last - last * i as f64 / ask.steps as f64).collect();
-    Table { sigmas: timesteps.iter().map(|t| ask.training.log_sigma_at(*t)).collect(), timesteps }
+/// k-diffusion's σ at n of n + 1 evenly spaced timesteps, as in Stability's generative-models (SGM).
+fn sgm_uniform(task: &SpacingTask<'_>) -> LevelTable {
+    let last = task.training.last();
+    let timesteps: Vec<f64> = (0..task.steps).map(|i| last - last * i as f64 / task.steps as f64).collect();
+    LevelTable { sigmas: timesteps.iter().map(|t| task.training.log_sigma_at(*t)).collect(), timesteps }
 }
 
-fn simple(ask: &Ask<'_>) -> Table {
-    let stride = ask.training.sigmas.len() as f64 / ask.steps as f64;
-    let timesteps = (0..ask.steps).map(|i| ask.training.last() - (i as f64 * stride).floor()).collect();
-    at_timesteps(ask, timesteps)
+fn simple(task: &SpacingTask<'_>) -> LevelTable {
+    let stride = task.training.sigmas.len() as f64 / task.steps as f64;
+    let timesteps = (0..task.steps).map(|i| task.training.last() - (i as f64 * stride).floor()).collect();
+    at_timesteps(task, timesteps)
 }
 
-/// The ten timesteps for SDXL of Sabour et al. 2024, <https://arxiv.org/abs/2404.14507>; their σ are interpolated
-/// linearly in ln σ for other numbers of steps.
+/// The ten SDXL timesteps of Sabour et al. 2024, <https://arxiv.org/abs/2404.14507>. Other numbers of steps interpolate
+/// their σ linearly in ln σ.
 const ALIGNED: [f64; 10] = [999.0, 845.0, 730.0, 587.0, 443.0, 310.0, 193.0, 116.0, 53.0, 13.0];
 
-fn align_your_steps(ask: &Ask<'_>) -> Table {
-    // The list is of a thousand timesteps; other tables are scaled to it.
-    let scale = ask.training.last() / 999.0;
+fn align_your_steps(task: &SpacingTask<'_>) -> LevelTable {
+    // The list assumes a thousand training timesteps.
+    let scale = task.training.last() / 999.0;
     let aligned = ALIGNED.iter().map(|t| (t * scale).round()).collect();
-    let ten = at_timesteps(ask, aligned);
-    if ask.steps == ALIGNED.len() {
+    let ten = at_timesteps(task, aligned);
+    if task.steps == ALIGNED.len() {
         return ten;
     }
-    let step = if ask.steps > 1 { (ALIGNED.len() - 1) as f64 / (ask.steps - 1) as f64 } else { 0.0 };
+    let step = if task.steps > 1 { (ALIGNED.len() - 1) as f64 / (task.steps - 1) as f64 } else { 0.0 };
     let sigma = |i: usize| {
         let at = (i as f64 * step).min((ALIGNED.len() - 1) as f64);
         let below = (at as usize).min(ALIGNED.len() - 2);
         let (a, b) = (ten.sigmas[below].ln(), ten.sigmas[below + 1].ln());
         (a + (at - below as f64) * (b - a)).exp()
     };
-    at_sigmas(ask, (0..ask.steps).map(sigma).collect())
+    at_sigmas(task, (0..task.steps).map(sigma).collect())
 }
 
 /// Both parameters of the beta schedule's distribution.

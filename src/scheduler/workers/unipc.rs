@@ -2,66 +2,58 @@
 
 use candle_core::Tensor;
 
-use crate::context::Context;
 use crate::error::Result;
-use crate::layers::Worker;
-use crate::scheduler::schedule::Step;
-use crate::scheduler::workers::{Algorithm, Calls, End, Grid, Level, Middle, Profile, SampleTask, blend};
+use crate::scheduler::plan::{Calls, Level, SamplingPlan, Step};
+use crate::scheduler::sampler::{End, Grid, Midpoint, Model, Profile, Sampler, blend};
 
 const ORDER: usize = 2;
 
 pub(crate) struct Unipc;
 
-impl Algorithm for Unipc {
+impl Sampler for Unipc {
     fn profile(&self) -> &'static Profile {
         &Profile {
             label: "UniPC",
             about: "Second order predictor and corrector, one model call a step",
             aliases: &["uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"],
             grid: Grid::Padded,
-            middle: Middle::Landing,
+            midpoint: Midpoint::Endpoint,
             end: End::Checkpoint,
             calls: Calls::One,
             eta: None,
         }
     }
-}
 
-/// A model output and the level it was made at.
-struct Known {
-    x0: Tensor,
-    at: Level,
-}
-
-impl Worker<SampleTask<'_>> for Unipc {
-    type Output = Tensor;
-
-    fn run(&self, task: SampleTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let SampleTask { plan, mut x, denoiser, land, .. } = task;
-        let mut older: Option<Known> = None;
-        let mut newest: Option<(Known, Tensor, usize)> = None; // with the corrected x there, and the order used from it
-        for (i, step) in plan.walk() {
-            ctx.checkpoint()?;
-            let x0 = denoiser(&x, step.at)?;
+    fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
+        let mut older: Option<ModelOutput> = None;
+        let mut newest: Option<(ModelOutput, Tensor, usize)> = None; // with the corrected x there, and the order used from it
+        for (i, step) in plan.run_steps() {
+            let x0 = model.x0(&x, step.at)?;
             if let Some((known, x_before, order)) = &newest {
-                let way = Step { at: known.at, middle: step.at, to: step.at };
+                let way = Step { at: known.at, midpoint: step.at, to: step.at };
                 let base = older.as_ref().filter(|_| *order == 2);
                 x = corrected(&way, x_before, known, base, &x0)?;
             }
-            let known = Known { x0: x0.clone(), at: step.at };
+            let known = ModelOutput { x0: x0.clone(), at: step.at };
             let taken = i - plan.run.start;
-            let order = ORDER.min(plan.path.len() - i).min(taken + 1);
+            let order = ORDER.min(plan.trajectory.len() - i).min(taken + 1);
             older = newest.take().map(|(known, ..)| known);
             let next = predicted(step, &x, &known, older.as_ref().filter(|_| order == 2))?;
             newest = Some((known, std::mem::replace(&mut x, next), order));
-            x = land(taken + 1, x, &x0)?;
+            x = model.step(x, &x0)?;
         }
         Ok(x)
     }
 }
 
+/// A model output and the level it was made at.
+struct ModelOutput {
+    x0: Tensor,
+    at: Level,
+}
+
 /// From `x` at `way.at`, by its model output and, if given, the one before.
-fn predicted(way: &Step, x: &Tensor, known: &Known, older: Option<&Known>) -> Result<Tensor> {
+fn predicted(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOutput>) -> Result<Tensor> {
     let (kept, taken) = first_order(way);
     match older {
         Some(older) => {
@@ -73,7 +65,7 @@ fn predicted(way: &Step, x: &Tensor, known: &Known, older: Option<&Known>) -> Re
 }
 
 /// The same way again, now that the model output at its end is known too.
-fn corrected(way: &Step, x: &Tensor, known: &Known, older: Option<&Known>, x0: &Tensor) -> Result<Tensor> {
+fn corrected(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOutput>, x0: &Tensor) -> Result<Tensor> {
     let (kept, taken) = first_order(way);
     let Some(older) = older else {
         return blend(&[(kept, x), (0.5 * taken, &known.x0), (0.5 * taken, x0)]);

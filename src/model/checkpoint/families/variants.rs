@@ -1,7 +1,7 @@
 //! How a network was trained or distilled, by what its file says: marks among its tensors, or words in its metadata.
 
 use crate::registry::Registry;
-use crate::scheduler::schedule::{Prediction, SchedulerConfig, TimestepSpacing};
+use crate::scheduler::config::{Prediction, SchedulerConfig, TimestepSpacing};
 
 /// One way of training.
 #[derive(Debug)]
