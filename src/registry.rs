@@ -1,8 +1,8 @@
-//! Open sets by name: samplers, spacings, output formats, model families. One line an entry.
+//! Open sets by name, such as samplers, upscalers and output formats: one line an entry.
 
 use crate::error::{Error, Result, nearest};
 
-/// A static table from a name to the thing it names.
+/// A static table of named entries.
 pub struct Registry<T: ?Sized + 'static> {
     kind: &'static str,
     entries: &'static [(&'static str, &'static T)],
@@ -17,14 +17,15 @@ impl<T: ?Sized + 'static> Registry<T> {
     /// # Errors
     /// `unknown_name` with the nearest name.
     pub fn get(&self, name: &str) -> Result<&'static T> {
-        self.entries.iter().find(|(known, _)| *known == name).map(|(_, entry)| *entry).ok_or_else(|| {
-            Error::UnknownName {
-                kind: self.kind,
-                name: name.to_owned(),
-                nearest: nearest(name, self.names()),
-                field: None,
-            }
-        })
+        let entry = self.entries.iter().find(|(known, _)| *known == name);
+        entry.map(|(_, entry)| *entry).ok_or_else(|| self.unknown(name))
+    }
+
+    /// The error for a name that is not in the table.
+    #[must_use]
+    pub fn unknown(&self, name: &str) -> Error {
+        let nearest = nearest(name, self.names());
+        Error::UnknownName { kind: self.kind, name: name.to_owned(), nearest, field: None }
     }
 
     pub fn names(&self) -> impl Iterator<Item = &'static str> + use<T> {

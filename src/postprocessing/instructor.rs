@@ -9,12 +9,13 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::image::pixels::Rgb8;
 use crate::layers::Instructor;
+use crate::postprocessing::format::{EncodeTask, Format};
 use crate::postprocessing::interface::{
     Delivered, FormatEntry, FormatList, ImageMetadata, MetadataRequest, OutputOptions, Postprocessing, Request,
     Response, ReturnAs, Settings,
 };
 use crate::postprocessing::metadata::{FoundRequest, ImageText};
-use crate::postprocessing::workers::encode::{EncodeTask, FORMATS, Format};
+use crate::postprocessing::workers::encode::FORMATS;
 use crate::postprocessing::workers::read_text::ReadText;
 use crate::postprocessing::workers::write::{WriteFile, WriteTask};
 use crate::roots::Roots;

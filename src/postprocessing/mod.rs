@@ -1,8 +1,12 @@
-//! What happens to finished images: encoding, metadata, files.
+//! What happens to finished images: upscaling, encoding, metadata, files.
 
+pub(crate) mod format;
 pub mod instructor;
 pub mod interface;
 pub mod metadata;
+pub mod upscaler;
 pub(crate) mod workers;
 
-pub use workers::encode::{EncodeTask, Encoder, FORMATS, Format};
+pub use format::{EncodeTask, Encoder, Format};
+pub use workers::encode::FORMATS;
+pub use workers::upscale::{UPSCALERS, find as find_upscaler};

@@ -23,9 +23,7 @@ use crate::inference::request::memory::Offload;
 use crate::inference::workers::control::Controls;
 use crate::inference::workers::decode::{Decode, DecodeTask};
 use crate::inference::workers::denoise::{Denoise, DenoiseTask, Prepare, PrepareTask};
-use crate::inference::workers::latents::{
-    Encode, EncodeTask, Enlarge, EnlargeTask, Masking, Outside, hidden, mask_of_latents, noised,
-};
+use crate::inference::workers::latents::{Encode, EncodeTask, Masking, Outside, hidden, mask_of_latents, noised};
 use crate::inference::workers::preview::{Preview, PreviewTask};
 use crate::inference::workers::prompts::Prompts;
 use crate::managers::Managers;
@@ -34,6 +32,7 @@ use crate::model::lora::Stack;
 use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
+use crate::postprocessing::upscaler::UpscaleTask;
 use crate::scheduler::plan::SamplingPlan;
 use crate::throughput::Work;
 use crate::units::{Bytes, ImageSize};
@@ -185,15 +184,16 @@ impl InferenceInstructor {
             };
             let x = match further.entry {
                 Entry::Carried => latents,
-                Entry::Latents(between) => {
-                    let to = (further.size.height / 8, further.size.width / 8);
-                    let larger = ctx.perform(&Enlarge, EnlargeTask { latents: &latents, to, between })?;
+                Entry::Latents(upscaler) => {
+                    let (width, height) = (further.size.width / 8, further.size.height / 8);
+                    let larger = ctx.perform(upscaler, UpscaleTask { image: &latents, width, height })?;
                     noise = self.noise(plan, seed, further.size, placement);
                     noised(&larger, &noise.initial()?, further.sampling.first())?
                 }
-                Entry::Pixels(filter) => {
-                    let picture = self.pixels(plan, &latents, placement, resources, ctx)?;
-                    let larger = picture.resized(further.size.width, further.size.height, filter)?;
+                Entry::Pixels(upscaler) => {
+                    let image = self.pixels(plan, &latents, placement, resources, ctx)?;
+                    let ImageSize { width, height } = further.size;
+                    let larger = ctx.perform(upscaler, UpscaleTask { image: &image, width, height })?;
                     noise = self.noise(plan, seed, further.size, placement);
                     let latents = self.encoded(plan, &larger, Some(&mut noise), (placement, &mut *resources, ctx))?;
                     noised(&latents, &noise.initial()?, further.sampling.first())?
@@ -206,7 +206,7 @@ impl InferenceInstructor {
                 sampling: &further.sampling,
                 time_ids: &further.time_ids,
                 guidance: &further.guidance,
-                refines: further.entry == Entry::Carried,
+                refines: matches!(further.entry, Entry::Carried),
                 goes_on: carried(plan.further.get(index + 1..).unwrap_or_default()) > 0,
                 before,
                 pass,
@@ -502,5 +502,5 @@ fn beneath(latents: &Tensor, noise: &Tensor, mask: &Tensor, editing: &InitImageP
 
 /// Steps of the runs at the beginning of `runs` that carry latents on.
 fn carried(runs: &[PassPlan]) -> usize {
-    runs.iter().take_while(|run| run.entry == Entry::Carried).map(|run| run.sampling.steps()).sum()
+    runs.iter().take_while(|run| matches!(run.entry, Entry::Carried)).map(|run| run.sampling.steps()).sum()
 }

@@ -16,16 +16,15 @@ use crate::conditioning::image_adapters::AdapterPlan;
 use crate::conditioning::init_image::InitImageOptions;
 use crate::conditioning::instructor::PromptOptions;
 use crate::device::interface::{Dtype, Quantization};
-use crate::image::resample::Filter;
 use crate::inference::interface::GenerateRequest;
 use crate::inference::plan::guidance::Guidance;
 use crate::inference::request::memory::{MemoryOptions, MemoryPlan};
-use crate::inference::workers::latents::Between;
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::LoraChoice;
 use crate::noise::{RngKind, Seed};
 use crate::postprocessing::instructor::OutputPlan;
+use crate::postprocessing::upscaler::{LatentUpscaler, PixelUpscaler};
 use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
 
@@ -103,14 +102,14 @@ pub struct PassPlan {
 }
 
 /// How latents enter a further run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub enum Entry {
     /// As they are, half denoised.
     Carried,
     /// Enlarged as latents, with fresh noise.
-    Latents(Between),
+    Latents(&'static LatentUpscaler),
     /// Decoded, enlarged as a picture and encoded, with fresh noise.
-    Pixels(Filter),
+    Pixels(&'static PixelUpscaler),
 }
 
 impl GenerationPlan {

@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use crate::error::{Error, Result, nearest};
-use crate::image::resample::Filter;
+use crate::error::{Error, Result};
 use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface::{GenerateRequest, RefinerOptions};
 use crate::inference::plan::build::{time_ids, within};
 use crate::inference::plan::guidance_build::guidance;
 use crate::inference::plan::init_image::by_strength;
 use crate::inference::plan::{Entry, PassPlan};
-use crate::inference::workers::latents::Between;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::networks::vae::VaeConfig;
+use crate::postprocessing::find_upscaler;
+use crate::postprocessing::upscaler::{UpscaleMethod, Upscaler};
 use crate::scheduler::interface::SamplingOptions;
 use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
@@ -23,15 +23,6 @@ const HR_SCALE: f64 = 2.0;
 const HR_STRENGTH: f64 = 0.75;
 /// Where diffusers' examples hand over to the refiner.
 const SWITCH_AT: f64 = 0.8;
-
-/// Ways of enlarging for the second pass, with AUTOMATIC1111's names for them.
-const UPSCALERS: &[(&str, &str, Entry)] = &[
-    ("latent", "Latent", Entry::Latents(Between::Bilinear)),
-    ("latent_bicubic", "Latent (bicubic)", Entry::Latents(Between::Bicubic)),
-    ("latent_nearest", "Latent (nearest)", Entry::Latents(Between::Nearest)),
-    ("lanczos", "Lanczos", Entry::Pixels(Filter::Lanczos)),
-    ("bicubic", "Bicubic", Entry::Pixels(Filter::Bicubic)),
-];
 
 /// What the runs of one request are planned from.
 pub(crate) struct First<'a> {
@@ -158,17 +149,11 @@ impl InferenceInstructor {
             width: side(axis(request.hr_resize_x, "hr_resize_x"), request.hr_resize_x, size.width)?,
             height: side(axis(request.hr_resize_y, "hr_resize_y"), request.hr_resize_y, size.height)?,
         };
-        let said = request.hr_upscaler.as_deref().unwrap_or("latent");
-        let known = UPSCALERS
-            .iter()
-            .find(|(name, label, _)| said.eq_ignore_ascii_case(name) || said.eq_ignore_ascii_case(label));
-        let Some((upscaler, _, entry)) = known else {
-            return Err(Error::UnknownName {
-                kind: "upscaler",
-                name: said.to_owned(),
-                nearest: nearest(said, UPSCALERS.iter().map(|(name, ..)| *name)),
-                field: Some("hr_upscaler".to_owned()),
-            });
+        let requested = request.hr_upscaler.as_deref().unwrap_or("latent");
+        let (upscaler, Upscaler { method, .. }) = find_upscaler(requested).map_err(|error| error.at("hr_upscaler"))?;
+        let entry = match *method {
+            UpscaleMethod::Latents(upscaler) => Entry::Latents(upscaler),
+            UpscaleMethod::Pixels(upscaler) => Entry::Pixels(upscaler),
         };
         let steps = request.hr_second_pass_steps.filter(|steps| *steps != 0);
         let options = SamplingOptions { steps: steps.or(options.steps), ..options.clone() };
@@ -186,10 +171,10 @@ impl InferenceInstructor {
         parameters.enable_hr = Some(true);
         parameters.denoising_strength = Some(strength);
         parameters.hr_scale = (request.hr_resize_x.is_none() || request.hr_resize_y.is_none()).then_some(scale);
-        parameters.hr_upscaler = Some((*upscaler).to_owned());
+        parameters.hr_upscaler = Some(upscaler.to_owned());
         parameters.hr_second_pass_steps = i64::try_from(count).ok();
         Ok(PassPlan {
-            entry: *entry,
+            entry,
             checkpoint: Arc::clone(checkpoint),
             size,
             sampling: sampling.between(start..count),

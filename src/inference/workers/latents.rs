@@ -1,6 +1,6 @@
 //! Pictures to latents, and latents to the level at which a run starts.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::context::Context;
 use crate::device::instructor::Placement;
@@ -115,70 +115,4 @@ pub fn hidden(image: &Rgb8, mask: &Gray8, placement: &Placement) -> Result<Tenso
     let seen: Vec<f32> = mask.data.iter().map(|&byte| f32::from(u8::from(byte < 128))).collect();
     let seen = Tensor::from_vec(seen, (1, mask.height, mask.width, 1), &placement.device)?;
     Ok(image.to_tensor(&placement.device)?.broadcast_mul(&seen)?)
-}
-
-/// Latents at another size, `[1, H, W, C]`, f32: each channel as torch's `interpolate` without corners aligned.
-pub struct Enlarge;
-
-/// How latents are enlarged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Between {
-    Nearest,
-    Bilinear,
-    /// Keys' cubic with a = -0.75.
-    Bicubic,
-}
-
-pub struct EnlargeTask<'a> {
-    pub latents: &'a Tensor,
-    /// Rows and columns.
-    pub to: (usize, usize),
-    pub between: Between,
-}
-
-impl Worker<EnlargeTask<'_>> for Enlarge {
-    type Output = Tensor;
-
-    fn run(&self, task: EnlargeTask<'_>, _ctx: &Context) -> Result<Tensor> {
-        let EnlargeTask { latents, to, between } = task;
-        let (batch, height, width, channels) = latents.dims4()?;
-        let rows = between.matrix(height, to.0, latents)?; // [H', H]
-        let columns = between.matrix(width, to.1, latents)?; // [W', W]
-        let x = latents.permute((0, 3, 1, 2))?.contiguous()?.reshape((batch * channels, height, width))?;
-        let x = rows.broadcast_matmul(&x)?.broadcast_matmul(&columns.t()?.contiguous()?)?;
-        Ok(x.reshape((batch, channels, to.0, to.1))?.permute((0, 2, 3, 1))?.contiguous()?)
-    }
-}
-
-impl Between {
-    /// Each row says what of the `from` places a result takes: `[to, from]`, f32.
-    fn matrix(self, from: usize, to: usize, like: &Tensor) -> Result<Tensor> {
-        let mut values = vec![0f32; from * to];
-        let last = from.saturating_sub(1) as isize;
-        let scale = from as f64 / to as f64;
-        for (place, row) in values.chunks_exact_mut(from).enumerate() {
-            let mut add = |at: isize, weight: f64| row[at.clamp(0, last) as usize] += weight as f32;
-            let centre = (place as f64 + 0.5) * scale - 0.5;
-            match self {
-                Self::Nearest => add((place as f64 * scale) as isize, 1.0),
-                Self::Bilinear => {
-                    let centre = centre.max(0.0);
-                    let (first, part) = (centre.floor() as isize, centre.fract());
-                    add(first, 1.0 - part);
-                    add(first + 1, part);
-                }
-                Self::Bicubic => {
-                    let (first, part) = (centre.floor() as isize, centre - centre.floor());
-                    let near = |x: f64| (1.25 * x - 2.25) * x * x + 1.0;
-                    let far = |x: f64| ((-0.75 * x + 3.75) * x - 6.0) * x + 3.0;
-                    for (step, weight) in
-                        [far(1.0 + part), near(part), near(1.0 - part), far(2.0 - part)].into_iter().enumerate()
-                    {
-                        add(first - 1 + step as isize, weight);
-                    }
-                }
-            }
-        }
-        Ok(Tensor::from_vec(values, (to, from), like.device())?.to_dtype(DType::F32)?)
-    }
 }

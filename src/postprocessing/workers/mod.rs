@@ -2,4 +2,5 @@
 
 pub(crate) mod encode;
 pub(crate) mod read_text;
+pub(crate) mod upscale;
 pub(crate) mod write;

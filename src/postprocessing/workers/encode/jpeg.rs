@@ -6,7 +6,8 @@ use image::{ExtendedColorType, ImageEncoder};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::postprocessing::workers::encode::{EncodeTask, exif};
+use crate::postprocessing::format::EncodeTask;
+use crate::postprocessing::workers::encode::exif;
 
 /// Bytes of an `APP1` segment, less its length field and the six of `Exif\0\0`.
 const EXIF_LIMIT: usize = 65_535 - 2 - 6;

@@ -1,4 +1,4 @@
-//! Output formats, by name. An encoder turns an image and its text into the bytes of a file.
+//! Output formats by name. An encoder turns an image and its text into the bytes of a file.
 
 pub(crate) mod exif;
 pub(crate) mod jpeg;
@@ -7,31 +7,8 @@ pub(crate) mod webp;
 
 pub(crate) use self::png::{PARAMETERS, REQUEST};
 
-use crate::image::pixels::Rgb8;
-use crate::layers::Worker;
-use crate::postprocessing::metadata::ImageText;
+use crate::postprocessing::format::Format;
 use crate::registry::Registry;
-
-/// One image to encode.
-#[derive(Clone, Copy)]
-pub struct EncodeTask<'a> {
-    pub image: &'a Rgb8,
-    /// 1 to 100; lossless formats have no use for it.
-    pub quality: u8,
-    pub text: Option<&'a ImageText>,
-}
-
-pub type Encoder = dyn for<'a> Worker<EncodeTask<'a>, Output = Vec<u8>>;
-
-/// A format of image files.
-pub struct Format {
-    /// As in the registry.
-    pub name: &'static str,
-    pub extension: &'static str,
-    pub media_type: &'static str,
-    pub lossless: bool,
-    pub encoder: &'static Encoder,
-}
 
 pub static FORMATS: Registry<Format> = Registry::new(
     "output format",

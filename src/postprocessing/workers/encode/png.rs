@@ -6,7 +6,7 @@ use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::postprocessing::workers::encode::EncodeTask;
+use crate::postprocessing::format::EncodeTask;
 
 /// The keyword under which AUTOMATIC1111 and its relatives look.
 pub(crate) const PARAMETERS: &str = "parameters";

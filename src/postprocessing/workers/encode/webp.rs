@@ -6,7 +6,8 @@ use image::{ExtendedColorType, ImageEncoder};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::postprocessing::workers::encode::{EncodeTask, exif};
+use crate::postprocessing::format::EncodeTask;
+use crate::postprocessing::workers::encode::exif;
 
 /// The most pixels a side that the format can say.
 const MAX_SIDE: u32 = 16_384;
