@@ -11,6 +11,7 @@ use std::time::Instant;
 use sdxl_worker::allocator;
 use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::layers::Instructor as _;
@@ -63,11 +64,11 @@ fn main() {
     let placement = inference.device.place(&mut managers.device, plan.dtype).expect("a device");
     let placement = placement.quantized(plan.quantization).expect("a device that has it");
     if arguments.iter().any(|argument| argument == "--load") {
-        managers.model().placement = Some(placement);
+        let scope = RequestScope::Compute { placement };
         for run in 0..3 {
             let ask = |request, managers: &mut Managers| {
                 let ctx = Context::detached();
-                ModelInstructor.instruct(request, managers.model(), &ctx).expect("a model that loads")
+                ModelInstructor.instruct(request, scope.with(managers.model()), &ctx).expect("a model that loads")
             };
             let options = ModelRequest { model: request.model.clone(), ..ModelRequest::default() };
             if let Response::Load(loaded) = ask(Request::Load(options.clone()), &mut managers) {

@@ -130,15 +130,15 @@ pub type ResponseOf<I> = <<I as Instructor>::Interface as Interface>::Response;
 /// Decides what shall be done: defaults, validation, order of work.
 pub trait Instructor {
     type Interface: Interface;
-    /// What the instructor may draw on.
-    type Resources;
+    /// The managers that the instructor works with; `()` if it needs none.
+    type Resources<'a>;
 
     /// # Errors
     /// Whatever the request's own fault or the work's failure is, with a stable code.
     fn instruct(
         &self,
         request: RequestOf<Self>,
-        resources: &mut Self::Resources,
+        resources: Self::Resources<'_>,
         ctx: &Context,
     ) -> Result<ResponseOf<Self>>;
 }

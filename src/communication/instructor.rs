@@ -37,7 +37,7 @@ pub struct CommunicationInstructor {
 
 impl Instructor for CommunicationInstructor {
     type Interface = Communication;
-    type Resources = Floor;
+    type Resources<'a> = &'a mut Floor;
 
     fn instruct(&self, request: Request, floor: &mut Floor, _ctx: &Context) -> Result<Response> {
         Ok(match request {

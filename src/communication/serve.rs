@@ -19,9 +19,9 @@ use crate::communication::workers::reader::{self, Input};
 use crate::communication::workers::writer::{self, Note, Outbox};
 use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
-use crate::layers::Instructor;
 use crate::managers::Published;
 use crate::runtime::config::{MainInterface, OnEof};
+use crate::runtime::dispatch;
 use crate::runtime::lane::{self, Build, Lane};
 
 /// How the process ends; the numbers are the protocol's.
@@ -249,7 +249,7 @@ fn control(floor: &mut Floor, instructor: &CommunicationInstructor, decoded: Dec
     let Decoded { head, ask: Ask::Control(request), warnings, .. } = decoded else { return };
     let begun = Instant::now();
     let ctx = Context::new(head.request_id.clone(), CancelToken::default(), None, None, Box::new(|_| ()));
-    let answer: Result<_> = instructor.instruct(*request, floor, &ctx).and_then(|response| {
+    let answer: Result<_> = dispatch::run(instructor, *request, floor, &ctx).and_then(|response| {
         to_raw_value(&response).map_err(|e| Error::bug(format!("a response has no JSON form: {e}")))
     });
     match answer {

@@ -26,6 +26,7 @@ use crate::conditioning::workers::prompt::{
 use crate::conditioning::workers::syntax::unescaped;
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
+use crate::device::scope::ScopedResources;
 use crate::error::{Error, Result, Stage};
 use crate::layers::Instructor;
 use crate::model::catalog::Catalog;
@@ -362,9 +363,10 @@ impl Inversions {
 
 impl Instructor for ConditioningInstructor {
     type Interface = ConditioningDomain;
-    type Resources = ConditioningResources;
+    type Resources<'a> = ScopedResources<'a, ConditioningResources>;
 
-    fn instruct(&self, request: Request, resources: &mut ConditioningResources, ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, session: Self::Resources<'_>, ctx: &Context) -> Result<Response> {
+        let ScopedResources { resources, scope } = session;
         match request {
             Request::List(_) => Ok(Response::List(ConditioningList {
                 prompt_syntax: SYNTAX.to_vec(),
@@ -397,9 +399,7 @@ impl Instructor for ConditioningInstructor {
             }
             Request::EncodePrompt(options) => {
                 let checkpoint = resources.model.catalog.resolve(options.model.as_deref())?;
-                let placement = resources.model.placement.clone();
-                let placement =
-                    placement.ok_or_else(|| Error::bug("a prompt was to be encoded beside the compute thread"))?;
+                let placement = scope.placement()?;
                 let embeddings = options.embeddings.as_deref().unwrap_or_default();
                 let embeddings = self.embeddings(embeddings, &resources.model.catalog)?;
                 let mut options = PromptOptions {
@@ -417,7 +417,7 @@ impl Instructor for ConditioningInstructor {
                     adapters: None,
                 };
                 options.passes = self.check(&options, &checkpoint)?;
-                let made = self.condition(&options, &checkpoint, resources, &placement, ctx)?;
+                let made = self.condition(&options, &checkpoint, resources, placement, ctx)?;
                 let told = made.told.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
                 let first = told.positive.into_iter().next().ok_or_else(|| Error::bug("a prompt was not encoded"))?;
                 let negative = told.negative.ok_or_else(|| Error::bug("a negative prompt was not encoded"))?;

@@ -206,7 +206,7 @@ impl DeviceInstructor {
 
 impl Instructor for DeviceInstructor {
     type Interface = Device;
-    type Resources = DeviceManager;
+    type Resources<'a> = &'a mut DeviceManager;
 
     fn instruct(&self, request: Request, resources: &mut DeviceManager, _ctx: &Context) -> Result<Response> {
         Ok(match request {

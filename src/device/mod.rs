@@ -3,4 +3,5 @@
 pub mod instructor;
 pub mod interface;
 pub mod manager;
+pub mod scope;
 pub(crate) mod workers;

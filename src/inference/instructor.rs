@@ -35,7 +35,7 @@ pub struct InferenceInstructor {
 
 impl Instructor for InferenceInstructor {
     type Interface = Inference;
-    type Resources = Managers;
+    type Resources<'a> = &'a mut Managers;
 
     fn instruct(&self, request: Request, resources: &mut Managers, ctx: &Context) -> Result<Response> {
         match request {

@@ -7,6 +7,7 @@ use crate::allocator;
 use crate::context::Context;
 use crate::device::instructor::{Placement, Room};
 use crate::device::interface::Quantization;
+use crate::device::scope::{RequestScope, ScopedResources};
 use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::model::catalog::Catalog;
@@ -29,8 +30,7 @@ const CROWDED: u64 = 60;
 /// Part of the memory that `cache_size` leaves free where it is `auto`: a quarter.
 const LEFT_FREE: u64 = 4;
 
-/// What the model domain draws on. `list` and `inspect` need only the catalog; they read what is in memory from
-/// `published` where the managers are another thread's.
+/// The managers of the model domain. `inspect` and `list` need only the catalog.
 pub struct ModelResources {
     pub catalog: Catalog,
     pub tokenizers: TokenizerManager,
@@ -45,10 +45,6 @@ pub struct ModelResources {
     cache_size: Allowance,
     /// What all networks may take together.
     pub budget: Budget,
-    /// Where `load` and `pin` load to. `None` beside the compute thread.
-    pub placement: Option<Placement>,
-    /// What is in memory on the compute thread; `None` on the compute thread itself.
-    pub published: Option<Vec<Resident>>,
 }
 
 impl ModelResources {
@@ -67,20 +63,15 @@ impl ModelResources {
             hub: settings.hub.clone(),
             cache_size: settings.cache_size,
             budget,
-            placement: None,
-            published: None,
         }
     }
 
     /// Everything of the model domain that is in memory.
     #[must_use]
     pub fn resident(&self) -> Vec<Resident> {
-        let own = || {
-            let managers: [&dyn Manager; 6] =
-                [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.controlnets, &self.adapters];
-            managers.into_iter().flat_map(Manager::resident).collect()
-        };
-        self.published.clone().unwrap_or_else(own)
+        let managers: [&dyn Manager; 6] =
+            [&self.tokenizers, &self.encoders, &self.unets, &self.vaes, &self.controlnets, &self.adapters];
+        managers.into_iter().flat_map(Manager::resident).collect()
     }
 
     /// A request begins on `device`, which has this room. Weights that no request uses are kept or not by what there is
@@ -153,8 +144,12 @@ impl ModelResources {
 pub struct ModelInstructor;
 
 impl ModelInstructor {
-    fn list(&self, resources: &mut ModelResources, ctx: &Context) -> Result<ModelList> {
-        let resident = resources.resident();
+    fn list(&self, session: ScopedResources<'_, ModelResources>, ctx: &Context) -> Result<ModelList> {
+        let ScopedResources { resources, scope } = session;
+        let resident = match scope {
+            RequestScope::Compute { .. } => &resources.resident(),
+            RequestScope::Query { residents } => residents,
+        };
         let mut models = Vec::new();
         for listed in resources.catalog.list() {
             ctx.checkpoint()?;
@@ -242,28 +237,31 @@ impl ModelInstructor {
         })
     }
 
-    fn load(&self, checkpoint: &Checkpoint, resources: &mut ModelResources, ctx: &Context) -> Result<Loaded> {
-        let placement = resources
-            .placement
-            .clone()
-            .ok_or_else(|| Error::bug("a model was to be loaded beside the compute thread"))?;
+    fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        session: ScopedResources<'_, ModelResources>,
+        ctx: &Context,
+    ) -> Result<Loaded> {
+        let ScopedResources { resources, scope } = session;
+        let placement = scope.placement()?;
         let start = Instant::now();
-        let key = |dtype| ShelfKey::new(checkpoint, &placement, dtype);
+        let key = |dtype| ShelfKey::new(checkpoint, placement, dtype);
         let (compute, vae) = (key(placement.compute), key(placement.vae));
-        let unet = UnetManager::key(checkpoint, &placement);
+        let unet = UnetManager::key(checkpoint, placement);
         let mut components = Vec::new();
         let mut add = |name, before: Option<Bytes>, after: Option<Bytes>, begun: Instant| {
             let bytes = after.unwrap_or_default();
             components.push(LoadedComponent { name, bytes, ms: millis(begun), cached: before.is_some() });
         };
         let (begun, before) = (Instant::now(), resources.encoders.shelf.bytes_at(&compute));
-        resources.encoders.acquire(checkpoint, &placement, ctx)?;
+        resources.encoders.acquire(checkpoint, placement, ctx)?;
         add("encoder", before, resources.encoders.shelf.bytes_at(&compute), begun);
         let (begun, before) = (Instant::now(), resources.unets.shelf.bytes_at(&unet));
-        resources.unets.acquire(checkpoint, &placement, ctx)?;
+        resources.unets.acquire(checkpoint, placement, ctx)?;
         add("unet", before, resources.unets.shelf.bytes_at(&unet), begun);
         let (begun, before) = (Instant::now(), resources.vaes.shelf.bytes_at(&vae));
-        resources.vaes.acquire(checkpoint, &placement, ctx)?;
+        resources.vaes.acquire(checkpoint, placement, ctx)?;
         add("vae", before, resources.vaes.shelf.bytes_at(&vae), begun);
         resources.tokenizers.acquire(checkpoint)?;
         let bytes = components.iter().map(|c| c.bytes).sum();
@@ -301,11 +299,12 @@ impl ModelInstructor {
 
 impl Instructor for ModelInstructor {
     type Interface = Model;
-    type Resources = ModelResources;
+    type Resources<'a> = ScopedResources<'a, ModelResources>;
 
-    fn instruct(&self, request: Request, resources: &mut ModelResources, ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, session: Self::Resources<'_>, ctx: &Context) -> Result<Response> {
+        let ScopedResources { resources, scope } = session;
         Ok(match request {
-            Request::List(_) => Response::List(self.list(resources, ctx)?),
+            Request::List(_) => Response::List(self.list(scope.with(resources), ctx)?),
             Request::Inspect(options) => {
                 let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
                 let checkpoint = resources.catalog.resolve_with(model.as_deref(), &options.separate())?;
@@ -314,7 +313,7 @@ impl Instructor for ModelInstructor {
             Request::Load(options) => {
                 let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
                 let checkpoint = resources.catalog.resolve_with(model.as_deref(), &options.separate())?;
-                Response::Load(self.load(&checkpoint, resources, ctx)?)
+                Response::Load(self.load(&checkpoint, scope.with(resources), ctx)?)
             }
             Request::Unload(options) => {
                 let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
@@ -334,7 +333,7 @@ impl Instructor for ModelInstructor {
                     .resolve(at_revision(options.model.as_deref(), options.revision.as_deref())?.as_deref())?;
                 let pinned = options.pin.unwrap_or(true);
                 if pinned {
-                    self.load(&checkpoint, resources, ctx)?;
+                    self.load(&checkpoint, scope.with(resources), ctx)?;
                 }
                 resources.pin(&checkpoint, pinned);
                 Response::Pin(Pinned { model: checkpoint.name.clone(), pinned, bytes: resources.bytes_of(&checkpoint) })

@@ -213,9 +213,9 @@ impl PostprocessingInstructor {
 
 impl Instructor for PostprocessingInstructor {
     type Interface = Postprocessing;
-    type Resources = ();
+    type Resources<'a> = ();
 
-    fn instruct(&self, request: Request, _resources: &mut (), ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, (): (), ctx: &Context) -> Result<Response> {
         Ok(match request {
             Request::List(_) => Response::List(self.list()?),
             Request::Metadata(request) => Response::Metadata(self.metadata(&request, ctx)?),

@@ -7,10 +7,11 @@ use crate::conditioning::interface as conditioning;
 use crate::context::Context;
 use crate::device::instructor::DeviceInstructor;
 use crate::device::interface as device;
+use crate::device::scope::RequestScope;
 use crate::error::{Error, Result};
 use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface as inference;
-use crate::layers::Instructor;
+use crate::layers::{Instructor, Interface as _, RequestOf, ResponseOf};
 use crate::managers::Managers;
 use crate::model::instructor::ModelInstructor;
 use crate::model::interface as model;
@@ -98,31 +99,27 @@ impl Instructors {
         })
     }
 
+    /// Has the instructor of a call's domain carry it out.
+    ///
     /// # Errors
-    /// Those of the instructor that is called.
+    /// Those of the instructor.
     pub fn dispatch(&self, call: Call, managers: &mut Managers, ctx: &Context) -> Result<Reply> {
         let compute = call.needs_compute();
-        // Beside the compute thread the managers are empty, and what it holds is read from what it published.
-        let residents = (!compute).then(|| managers.published.residents());
-        managers.model().published = residents;
         let lead = &self.inference;
-        if compute {
-            let placement = lead.device.place(&mut managers.device, None)?;
-            let room = lead.device.room(&managers.device);
-            managers.model().begin(room, placement.device.is_cpu());
-            managers.model().placement = Some(placement);
-        }
         let reply = match call {
-            Call::Device(request) => lead.device.instruct(request, &mut managers.device, ctx).map(Reply::Device),
-            Call::Scheduler(request) => lead.scheduler.instruct(request, &mut (), ctx).map(Reply::Scheduler),
-            Call::Model(request) => lead.model.instruct(request, managers.model(), ctx).map(Reply::Model),
+            Call::Device(request) => run(&lead.device, request, &mut managers.device, ctx).map(Reply::Device),
+            Call::Scheduler(request) => run(&lead.scheduler, request, (), ctx).map(Reply::Scheduler),
+            Call::Model(request) => {
+                let scope = self.scope(compute, managers)?;
+                run(&lead.model, request, scope.with(managers.model()), ctx).map(Reply::Model)
+            }
             Call::Conditioning(request) => {
-                lead.conditioning.instruct(request, &mut managers.conditioning, ctx).map(Reply::Conditioning)
+                let scope = self.scope(compute, managers)?;
+                run(&lead.conditioning, request, scope.with(&mut managers.conditioning), ctx).map(Reply::Conditioning)
             }
-            Call::Postprocessing(request) => {
-                lead.postprocessing.instruct(request, &mut (), ctx).map(Reply::Postprocessing)
-            }
-            Call::Inference(request) => lead.instruct(request, managers, ctx).map(Reply::Inference),
+            Call::Postprocessing(request) => run(&lead.postprocessing, request, (), ctx).map(Reply::Postprocessing),
+            // Each of its plans has a dtype of its own, and is placed when its memory is planned.
+            Call::Inference(request) => run(lead, request, managers, ctx).map(Reply::Inference),
             Call::Estimate(request) => lead.estimate(&request, managers, ctx).map(Reply::Inference),
         };
         if !compute {
@@ -138,4 +135,30 @@ impl Instructors {
             (other, _) => other,
         })
     }
+
+    /// Establishes where a request runs; on the compute thread its budget begins here.
+    fn scope(&self, compute: bool, managers: &mut Managers) -> Result<RequestScope> {
+        if !compute {
+            return Ok(RequestScope::Query { residents: managers.published.residents() });
+        }
+        let placement = self.inference.device.place(&mut managers.device, None)?;
+        let room = self.inference.device.room(&managers.device);
+        managers.model().begin(room, placement.device.is_cpu());
+        Ok(RequestScope::Compute { placement })
+    }
+}
+
+/// Has an instructor carry out one request, in a tracing span of its domain.
+///
+/// # Errors
+/// `cancelled` and `deadline_exceeded` before it begins, then those of the instructor.
+pub fn run<I: Instructor>(
+    instructor: &I,
+    request: RequestOf<I>,
+    resources: I::Resources<'_>,
+    ctx: &Context,
+) -> Result<ResponseOf<I>> {
+    ctx.checkpoint()?;
+    let span = tracing::debug_span!("instruct", domain = I::Interface::DOMAIN.name());
+    span.in_scope(|| instructor.instruct(request, resources, ctx))
 }

@@ -332,9 +332,9 @@ fn check_prediction(prediction: Prediction, trajectory: &[Step]) -> Result<()> {
 
 impl Instructor for SchedulerInstructor {
     type Interface = Scheduler;
-    type Resources = ();
+    type Resources<'a> = ();
 
-    fn instruct(&self, request: Request, (): &mut (), _ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, (): (), _ctx: &Context) -> Result<Response> {
         match request {
             Request::List(_) => Ok(Response::List(listing())),
             Request::Describe(options) => {

@@ -12,6 +12,7 @@ use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
@@ -51,9 +52,12 @@ fn placement() -> Placement {
     }
 }
 
+fn on_cpu() -> RequestScope {
+    RequestScope::Compute { placement: placement() }
+}
+
 fn resources() -> ConditioningResources {
-    let mut model = ModelResources::new(&model::Settings::default());
-    model.placement = Some(placement());
+    let model = ModelResources::new(&model::Settings::default());
     ConditioningResources { model, embeddings: EmbeddingManager::default(), hints: HintManager::default() }
 }
 
@@ -284,7 +288,7 @@ fn text_encoders_stay_or_go_by_policy() {
         let checkpoint = resources.model.catalog.resolve(None).unwrap();
         if pinned {
             let pin = model::Request::Pin(model::PinRequest { model: None, revision: None, pin: None });
-            ModelInstructor.instruct(pin, &mut resources.model, &ctx).unwrap();
+            ModelInstructor.instruct(pin, on_cpu().with(&mut resources.model), &ctx).unwrap();
         }
         let first = instructor().condition(&options("a"), &checkpoint, &mut resources, &placement, &ctx).unwrap();
         assert_eq!(resources.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
@@ -320,7 +324,7 @@ fn operations_answer_in_numbers() {
     let (mut resources, ctx) = (resources(), Context::detached());
     let text = SENTENCE.repeat(12) + "!";
     let request = Request::Tokenize(TokenizeRequest { text, model: None });
-    let Response::Tokenize(made) = instructor().instruct(request, &mut resources, &ctx).unwrap() else {
+    let Response::Tokenize(made) = instructor().instruct(request, on_cpu().with(&mut resources), &ctx).unwrap() else {
         panic!("tokenize")
     };
     let names: Vec<_> = made.tokenizers.iter().map(|t| (t.name, t.count, t.chunks)).collect();
@@ -329,7 +333,8 @@ fn operations_answer_in_numbers() {
     assert_eq!(*made.tokenizers[1].ids.last().unwrap(), 0);
 
     let request: Request = serde_json::from_str(r#"{"encode_prompt":{"prompt":"a"}}"#).unwrap();
-    let Response::EncodePrompt(made) = instructor().instruct(request, &mut resources, &ctx).unwrap() else {
+    let Response::EncodePrompt(made) = instructor().instruct(request, on_cpu().with(&mut resources), &ctx).unwrap()
+    else {
         panic!("encode")
     };
     assert_eq!(made.positive.context_shape, [1, 77, 96]);
@@ -337,7 +342,9 @@ fn operations_answer_in_numbers() {
     assert!(made.positive.context_std > 0.1, "{made:?}");
     assert_eq!((made.negative.context_mean, made.negative.context_std), (0.0, 0.0));
 
-    let Response::List(list) = instructor().instruct(Request::List(Nothing {}), &mut resources, &ctx).unwrap() else {
+    let Response::List(list) =
+        instructor().instruct(Request::List(Nothing {}), on_cpu().with(&mut resources), &ctx).unwrap()
+    else {
         panic!("list")
     };
     assert_eq!(list.max_tokens, 2400);
@@ -358,6 +365,7 @@ fn a_cancelled_request_is_not_encoded() {
         embeddings: None,
         model: None,
     };
-    let error = instructor().instruct(Request::EncodePrompt(options), &mut resources(), &ctx).unwrap_err();
+    let error =
+        instructor().instruct(Request::EncodePrompt(options), on_cpu().with(&mut resources()), &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
 }

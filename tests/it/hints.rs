@@ -13,6 +13,7 @@ use sdxl_worker::conditioning::interface::{PreprocessorParameters, Request, Resp
 use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::conditioning::{HintTask, PREPROCESSORS, Parameters};
 use sdxl_worker::context::{CancelToken, Context};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::Result;
 use sdxl_worker::image::pixels::Rgb8;
 use sdxl_worker::image::source::ImageSource;
@@ -267,6 +268,7 @@ fn the_cache_of_hints_is_bounded() {
 fn preprocess_writes_the_hint() {
     let folder = tempfile::tempdir().unwrap();
     let (instructor, mut resources, ctx) = (instructor(folder.path()), resources(), Context::detached());
+    let scope = RequestScope::Query { residents: Vec::new() };
     let options = |more: serde_json::Value| -> Request {
         let mut data = serde_json::json!({ "image": steer("files/chelsea.png"), "preprocessor": "canny" });
         data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -274,7 +276,9 @@ fn preprocess_writes_the_hint() {
     };
     let request = options(serde_json::json!({ "output": { "dir": folder.path(), "name": "edges" } }));
     assert!(!request.needs_compute());
-    let Response::Preprocess(made) = instructor.instruct(request, &mut resources, &ctx).unwrap() else { panic!() };
+    let Response::Preprocess(made) = instructor.instruct(request, scope.with(&mut resources), &ctx).unwrap() else {
+        panic!()
+    };
     assert_eq!((made.width, made.height, made.preprocessor), (256, 192, "canny"));
     assert_eq!((made.parameters.low_threshold, made.parameters.sigma), (Some(100.0), None));
     let path = folder.path().join("edges.png");
@@ -286,7 +290,8 @@ fn preprocess_writes_the_hint() {
 
     let more =
         serde_json::json!({ "width": 64, "height": 40, "resize_mode": "crop", "output": { "return": "base64" } });
-    let Response::Preprocess(made) = instructor.instruct(options(more), &mut resources, &ctx).unwrap() else {
+    let Response::Preprocess(made) = instructor.instruct(options(more), scope.with(&mut resources), &ctx).unwrap()
+    else {
         panic!()
     };
     assert!(made.path.is_none());
@@ -300,21 +305,23 @@ fn preprocess_writes_the_hint() {
         (serde_json::json!({ "parameters": { "sigma": 2.0 } }), "parameters.sigma"),
         (serde_json::json!({ "output": { "quality": 0 } }), "output.quality"),
     ] {
-        let error = instructor.instruct(options(more), &mut resources, &ctx).unwrap_err();
+        let error = instructor.instruct(options(more), scope.with(&mut resources), &ctx).unwrap_err();
         assert!(error.to_string().starts_with(&format!("`{field}`")), "{error}");
     }
     let null = serde_json::json!({ "parameters": null, "resize_mode": null, "width": null, "height": null,
                                    "output": { "return": "base64" } });
-    assert!(instructor.instruct(options(null), &mut resources, &ctx).is_ok());
+    assert!(instructor.instruct(options(null), scope.with(&mut resources), &ctx).is_ok());
     for (name, code) in
         [("openpose_full", "unsupported_feature"), ("depth_anything", "unsupported_feature"), ("canyn", "unknown_name")]
     {
         let error = instructor
-            .instruct(options(serde_json::json!({ "preprocessor": name })), &mut resources, &ctx)
+            .instruct(options(serde_json::json!({ "preprocessor": name })), scope.with(&mut resources), &ctx)
             .unwrap_err();
         assert_eq!(error.code(), code, "{name}: {error}");
     }
-    let Response::List(list) = instructor.instruct(Request::List(Nothing {}), &mut resources, &ctx).unwrap() else {
+    let Response::List(list) =
+        instructor.instruct(Request::List(Nothing {}), scope.with(&mut resources), &ctx).unwrap()
+    else {
         panic!()
     };
     let canny = list.preprocessors.iter().find(|entry| entry.name == "canny").unwrap();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::slice;
 
 use sdxl_worker::context::Context;
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::Result;
 use sdxl_worker::layers::{Instructor, Nothing};
 use sdxl_worker::model::checkpoint::Part;
@@ -38,7 +39,8 @@ fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>
     let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
     let mut resources = ModelResources::new(&Settings { roots: roots.to_vec(), hub, ..Settings::default() });
     let options = ModelRequest { model: Some(name.to_owned()), ..ModelRequest::default() };
-    let found = ModelInstructor.instruct(Request::Inspect(options), &mut resources, &Context::detached());
+    let (scope, ctx) = (RequestScope::Query { residents: Vec::new() }, Context::detached());
+    let found = ModelInstructor.instruct(Request::Inspect(options), scope.with(&mut resources), &ctx);
     let found = found.map(|response| match response {
         Response::Inspect(inspection) => inspection.revision.clone().unwrap_or_default(),
         other => panic!("{other:?}"),
@@ -48,7 +50,7 @@ fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>
         (Err(error), Err(wanted)) => assert_eq!(error.code(), wanted, "{name}: {error}"),
         _ => panic!("{name}: {found:?}, and {wanted:?} is wanted"),
     }
-    let list = ModelInstructor.instruct(Request::List(Nothing {}), &mut resources, &Context::detached());
+    let list = ModelInstructor.instruct(Request::List(Nothing {}), scope.with(&mut resources), &ctx);
     assert!(matches!(list, Ok(Response::List(_))), "{name}");
 }
 

@@ -13,6 +13,7 @@ use candle_core::Device;
 use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::layers::{Instructor, Manager, Nothing};
 use sdxl_worker::model::checkpoint::Checkpoint;
@@ -29,20 +30,26 @@ use crate::conditioning::demo_folder;
 fn resources(roots: Vec<PathBuf>) -> ModelResources {
     // What this machine's cache of the hub holds is no part of a test.
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
-    let mut resources = ModelResources::new(&Settings { roots, hub, ..Settings::default() });
-    resources.placement = Some(Placement {
-        device: Device::Cpu,
-        name: "cpu".to_owned(),
-        compute: Dtype::F32,
-        vae: Dtype::F32,
-        quantization: Quantization::None,
-        away: false,
-    });
-    resources
+    ModelResources::new(&Settings { roots, hub, ..Settings::default() })
+}
+
+fn placement(compute: Dtype, quantization: Quantization) -> Placement {
+    let (device, name) = (Device::Cpu, "cpu".to_owned());
+    Placement { device, name, compute, vae: Dtype::F32, quantization, away: false }
+}
+
+fn on_cpu() -> RequestScope {
+    RequestScope::Compute { placement: placement(Dtype::F32, Quantization::None) }
 }
 
 fn ask(request: Request, resources: &mut ModelResources) -> Result<Response> {
-    ModelInstructor.instruct(request, resources, &Context::detached())
+    ModelInstructor.instruct(request, on_cpu().with(resources), &Context::detached())
+}
+
+fn load(resources: &mut ModelResources, placement: Placement) -> Response {
+    let scope = RequestScope::Compute { placement };
+    let request = Request::Load(ModelRequest::default());
+    ModelInstructor.instruct(request, scope.with(resources), &Context::detached()).unwrap()
 }
 
 fn named(model: &str) -> ModelRequest {
@@ -225,7 +232,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
 
     let held = resources.unets.acquire(
         &Checkpoint::demo().unwrap(),
-        resources.placement.as_ref().unwrap(),
+        &placement(Dtype::F32, Quantization::None),
         &Context::detached(),
     );
     let weak = Arc::downgrade(&held.unwrap());
@@ -267,8 +274,9 @@ fn inspection_tells_what_the_files_say() {
         over: None,
     }];
     let mut desk = ModelResources::new(&Settings::default());
-    desk.published = Some(published);
-    let Response::List(list) = ask(Request::List(Nothing {}), &mut desk).unwrap() else { panic!("list") };
+    let scope = RequestScope::Query { residents: published };
+    let list = ModelInstructor.instruct(Request::List(Nothing {}), scope.with(&mut desk), &Context::detached());
+    let Ok(Response::List(list)) = list else { panic!("list") };
     assert_eq!((list.models[0].loaded.clone(), list.models[0].pinned), (vec!["unet"], true));
 }
 
@@ -276,15 +284,7 @@ fn inspection_tells_what_the_files_say() {
 fn wider_weights_become_the_compute_dtype() {
     let mut resources = resources(Vec::new());
     for (compute, expected) in [(Dtype::F32, 2), (Dtype::Bf16, 2), (Dtype::F16, 2)] {
-        resources.placement = Some(Placement {
-            device: Device::Cpu,
-            name: "cpu".into(),
-            compute,
-            vae: Dtype::F32,
-            quantization: Quantization::None,
-            away: false,
-        });
-        let Response::Load(loaded) = ask(Request::Load(ModelRequest::default()), &mut resources).unwrap() else {
+        let Response::Load(loaded) = load(&mut resources, placement(compute, Quantization::None)) else {
             panic!("load")
         };
         assert!(loaded.components[1].bytes.0 / 8_800_000 == expected, "{compute:?}: {loaded:?}");
@@ -294,16 +294,11 @@ fn wider_weights_become_the_compute_dtype() {
 #[test]
 fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
     let mut resources = resources(Vec::new());
-    let mut load = |quantization| {
-        let (device, name) = (Device::Cpu, "cpu".to_owned());
-        resources.placement =
-            Some(Placement { device, name, compute: Dtype::F32, vae: Dtype::F32, quantization, away: false });
-        let Response::Load(loaded) = ask(Request::Load(ModelRequest::default()), &mut resources).unwrap() else {
-            panic!("load")
-        };
+    let mut parts = |quantization| {
+        let Response::Load(loaded) = load(&mut resources, placement(Dtype::F32, quantization)) else { panic!("load") };
         loaded.components
     };
-    let (wide, narrow) = (load(Quantization::None), load(Quantization::Int8));
+    let (wide, narrow) = (parts(Quantization::None), parts(Quantization::Int8));
     let cached = |components: &[LoadedComponent]| components.iter().map(|part| part.cached).collect::<Vec<_>>();
     assert_eq!((cached(&wide), cached(&narrow)), (vec![false; 3], vec![true, false, true]));
     let share = narrow[1].bytes.0 as f64 / wide[1].bytes.0 as f64;
@@ -312,7 +307,7 @@ fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
     let expected = Checkpoint::demo().unwrap().int8_saves(&Context::detached()).unwrap();
     let saved = wide[1].bytes.saturating_sub(narrow[1].bytes);
     assert!(saved <= expected && expected.0 - saved.0 < expected.0 / 4, "{saved} saved, {expected} expected");
-    assert_eq!(cached(&load(Quantization::None)), [true; 3]);
+    assert_eq!(cached(&parts(Quantization::None)), [true; 3]);
 }
 
 #[test]
@@ -329,7 +324,8 @@ fn loading_reports_progress_and_can_be_cancelled() {
     };
     let ctx = Context::new("r".into(), cancel, None, None, Box::new(report));
     let mut resources = resources(Vec::new());
-    let error = ModelInstructor.instruct(Request::Load(ModelRequest::default()), &mut resources, &ctx).unwrap_err();
+    let request = Request::Load(ModelRequest::default());
+    let error = ModelInstructor.instruct(request, on_cpu().with(&mut resources), &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
     let seen = seen.lock().unwrap();
     // How often depends on the machine; what is read grows, and nothing follows the cancellation.

@@ -79,7 +79,7 @@ impl Place {
 
     fn metadata(&self, image: ImageSource) -> Result<ImageMetadata> {
         let request = Request::Metadata(MetadataRequest { image });
-        match self.instructor.instruct(request, &mut (), &Context::detached())? {
+        match self.instructor.instruct(request, (), &Context::detached())? {
             Response::Metadata(metadata) => Ok(metadata),
             other => panic!("{other:?}"),
         }
@@ -472,8 +472,7 @@ fn a_request_found_in_an_image_stays_on_one_line() {
 
 #[test]
 fn the_list_says_which_format_is_the_default() {
-    let Response::List(list) =
-        Place::new().instructor.instruct(Request::List(Nothing {}), &mut (), &context("r")).unwrap()
+    let Response::List(list) = Place::new().instructor.instruct(Request::List(Nothing {}), (), &context("r")).unwrap()
     else {
         panic!("not a list")
     };

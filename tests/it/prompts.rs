@@ -15,6 +15,7 @@ use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::{self as inference, GenerateRequest};
 use sdxl_worker::layers::{Instructor, Nothing};
@@ -353,8 +354,9 @@ fn a_file_that_is_no_inversion_of_this_model_is_refused() {
 
 #[test]
 fn the_list_names_what_a_prompt_may_be_written_with() {
-    let mut resources = resources(&models());
-    let made = instructor().instruct(Request::List(Nothing {}), &mut resources, &Context::detached()).unwrap();
+    let (mut resources, scope) = (resources(&models()), RequestScope::Query { residents: Vec::new() });
+    let made =
+        instructor().instruct(Request::List(Nothing {}), scope.with(&mut resources), &Context::detached()).unwrap();
     let Response::List(list) = made else { panic!("list") };
     assert!(list.prompt_syntax.contains(&"BREAK") && list.prompt_weightings.len() == 4);
 }

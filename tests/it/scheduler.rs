@@ -436,13 +436,13 @@ fn auto_takes_the_checkpoints_own_sampler() {
 fn the_domain_lists_and_describes() {
     let instructor = SchedulerInstructor::new(Settings::default()).unwrap();
     let ctx = Context::detached();
-    let Ok(Response::List(listing)) = instructor.instruct(Request::List(Nothing {}), &mut (), &ctx) else {
+    let Ok(Response::List(listing)) = instructor.instruct(Request::List(Nothing {}), (), &ctx) else {
         panic!("no list")
     };
     assert_eq!(listing.samplers.len(), SAMPLERS.names().count());
     assert_eq!(listing.schedules.len(), SPACINGS.names().count());
     let request = Request::Describe(options("heun", "karras", 10));
-    let Ok(Response::Describe(plan)) = instructor.instruct(request, &mut (), &ctx) else { panic!("no plan") };
+    let Ok(Response::Describe(plan)) = instructor.instruct(request, (), &ctx) else { panic!("no plan") };
     assert_eq!((plan.sampler_name, plan.steps, plan.evaluations, plan.sigmas.len()), ("heun", 10, 19, 11));
 }
 

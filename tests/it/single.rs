@@ -9,6 +9,7 @@ use candle_core::Device;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
+use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::{Instructor, Nothing};
@@ -51,7 +52,8 @@ fn drawn(worker: &mut Worker, request: &GenerateRequest) -> (Vec<u32>, Vec<u8>) 
 fn ask(root: &Path, request: Request) -> Result<Response> {
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
     let mut resources = ModelResources::new(&Settings { roots: vec![root.to_owned()], hub, ..Settings::default() });
-    ModelInstructor.instruct(request, &mut resources, &Context::detached())
+    let scope = RequestScope::Query { residents: Vec::new() };
+    ModelInstructor.instruct(request, scope.with(&mut resources), &Context::detached())
 }
 
 fn inspect(root: &Path, options: ModelRequest) -> Result<Inspection> {
@@ -126,15 +128,16 @@ fn single_files_are_listed_inspected_loaded_and_freed() {
     assert_eq!(file.pipeline, folder.pipeline);
 
     let mut resources = ModelResources::new(&Settings { roots: vec![root.path().to_owned()], ..Settings::default() });
-    resources.placement = Some(Placement {
+    let placement = Placement {
         device: Device::Cpu,
         name: "cpu".to_owned(),
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
         away: false,
-    });
-    let mut told = |request: Request| ModelInstructor.instruct(request, &mut resources, &Context::detached()).unwrap();
+    };
+    let (scope, ctx) = (RequestScope::Compute { placement }, Context::detached());
+    let mut told = |request: Request| ModelInstructor.instruct(request, scope.with(&mut resources), &ctx).unwrap();
     let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };
     let Response::Load(same) = told(Request::Load(named("folder"))) else { panic!("load") };
     assert_eq!(loaded.bytes, same.bytes);
