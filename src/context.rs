@@ -1,4 +1,4 @@
-//! What travels with a request below the lane: its id, cancellation, deadline, progress and timings.
+//! The context of a request below the lane: its id, cancellation, deadline, progress and timings.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::units::Bytes;
 
-/// Set from the I/O side, read by the compute thread.
+/// Cancellation of a request, set by the event loop and read by the lane.
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 
@@ -24,7 +24,7 @@ impl CancelToken {
     }
 }
 
-/// The parts of a generation that are timed and announced.
+/// The stages of a generation, which are timed and announced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     Load,
@@ -48,7 +48,7 @@ impl Stage {
     }
 }
 
-/// What a running request says of itself.
+/// Progress of a running request.
 #[derive(Clone, Debug)]
 pub enum Progress {
     Stage {
@@ -67,12 +67,12 @@ pub enum Progress {
     /// A file of a repository is being downloaded.
     Fetching {
         file: String,
-        /// Of all files.
+        /// Bytes of all files so far.
         bytes_done: Bytes,
-        /// Of all files, as far as the hub has said.
+        /// Bytes of all files, as far as the hub has told their sizes.
         bytes_total: Bytes,
     },
-    /// A picture of the image as it stands after `step` steps, PNG bytes.
+    /// A preview of the image after `step` steps, as PNG bytes.
     Preview {
         step: usize,
         png: Arc<[u8]>,
@@ -84,14 +84,16 @@ pub enum Progress {
     },
 }
 
-/// How often a running request shows a picture of itself.
+/// Frequency and size of previews.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PreviewOptions {
+    /// Steps between previews.
     pub every: usize,
+    /// Longest side in pixels.
     pub max_side: usize,
 }
 
-/// Travels last, by reference, through every instructor, manager and worker.
+/// Passed last, by reference, to every instructor, manager and worker.
 pub struct Context {
     request_id: String,
     cancel: CancelToken,
@@ -103,7 +105,7 @@ pub struct Context {
     engine: Mutex<Option<Engine>>,
 }
 
-/// What computed a request.
+/// The device and number formats that computed a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Engine {
     /// `cpu`, `cuda:0`, `metal`
@@ -135,7 +137,7 @@ impl Context {
         }
     }
 
-    /// A context that is never cancelled and tells nobody: for tests and benches.
+    /// A context that is never cancelled and drops its progress, for tests and benches.
     #[must_use]
     pub fn detached() -> Self {
         Self::new("detached".to_owned(), CancelToken::default(), None, None, Box::new(|_| ()))
@@ -151,7 +153,7 @@ impl Context {
         self.preview
     }
 
-    /// Called before every worker and every UNet evaluation.
+    /// Fails if the request has to end. It is called before every worker and every UNet evaluation.
     ///
     /// # Errors
     /// `cancelled` or `deadline_exceeded`.
@@ -165,7 +167,7 @@ impl Context {
         Ok(())
     }
 
-    /// The only way to run a worker: checkpoint, tracing span, run.
+    /// Runs a worker after a checkpoint, in a tracing span. This is the only way to run one.
     ///
     /// # Errors
     /// Those of [`Self::checkpoint`] and of the worker.
@@ -175,7 +177,7 @@ impl Context {
         span.in_scope(|| worker.run(task, self))
     }
 
-    /// Runs a part of the work, announces it, and adds its time to the request's timings.
+    /// Announces a stage, runs it, and adds its time to the request's timings.
     ///
     /// # Errors
     /// Those of `work`.
@@ -183,7 +185,7 @@ impl Context {
         self.progress(Progress::Stage { stage });
         let start = Instant::now();
         let result = work();
-        held(&self.timings).push((stage, start.elapsed()));
+        lock(&self.timings).push((stage, start.elapsed()));
         result
     }
 
@@ -191,16 +193,16 @@ impl Context {
         (self.sink)(progress);
     }
 
-    /// Something the caller should know although the request succeeds.
+    /// Adds a warning for the client, although the request succeeds.
     pub fn warn(&self, message: impl Into<String>) {
-        held(&self.warnings).push(message.into());
+        lock(&self.warnings).push(message.into());
     }
 
-    /// Time per stage so far; a stage that ran twice is summed.
+    /// Time per stage so far; repeated stages are summed.
     #[must_use]
     pub fn timings(&self) -> Vec<(Stage, Duration)> {
         let mut sums: Vec<(Stage, Duration)> = Vec::new();
-        for &(stage, time) in held(&self.timings).iter() {
+        for &(stage, time) in lock(&self.timings).iter() {
             match sums.iter_mut().find(|(known, _)| *known == stage) {
                 Some((_, sum)) => *sum += time,
                 None => sums.push((stage, time)),
@@ -209,24 +211,24 @@ impl Context {
         sums
     }
 
-    /// Says what computes this request.
+    /// Sets the engine that computes this request.
     pub fn computed_by(&self, engine: Engine) {
-        *held(&self.engine) = Some(engine);
+        *lock(&self.engine) = Some(engine);
     }
 
-    /// What computed this request, if anything did.
+    /// The engine that computed this request, if it used tensors.
     #[must_use]
     pub fn engine(&self) -> Option<Engine> {
-        held(&self.engine).clone()
+        lock(&self.engine).clone()
     }
 
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        held(&self.warnings).clone()
+        lock(&self.warnings).clone()
     }
 }
 
-/// A panic elsewhere leaves nothing half done in what a context keeps.
-fn held<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
-    kept.lock().unwrap_or_else(PoisonError::into_inner)
+/// Locks a mutex. A panic elsewhere leaves no half-made change behind it, so a poisoned one is usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! The one error type. Every variant has a stable code; the code is the contract, the message is for people.
+//! The error type. Every variant has a stable code, which is the contract; messages and hints are for people.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use crate::units::Bytes;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, as the caller of the worker sees it.
+/// An error as a client sees it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the line is not valid JSON: {message}")]
@@ -19,7 +19,7 @@ pub enum Error {
     InvalidRequest { message: String, pointer: Option<String>, hint: Option<String> },
     #[error("`{worker_type}` has no operation `{operation}`")]
     UnknownOperation { worker_type: String, operation: String, hint: Option<String> },
-    /// A field of `data` whose value cannot be used. `field` is its JSON name or path below `data`.
+    /// A field of `data` with an unusable value. `field` is its name or dotted path below `data`.
     #[error("`{field}` {message}")]
     InvalidParameter { field: String, message: String, hint: Option<String> },
     #[error("unknown {kind} `{name}`")]
@@ -38,11 +38,11 @@ pub enum Error {
     Cancelled,
     #[error("no model `{name}`")]
     ModelNotFound { name: String, hint: Option<String> },
-    /// A repository of the hub that is not in the cache, and that may be downloaded.
+    /// A repository of the hub that is not in the cache and may be downloaded.
     #[error("no model `{name}` in the cache of the hub")]
     Unfetched {
         name: String,
-        /// What is wrong with what the cache has of it, if it has something.
+        /// The error to report if it is not downloaded; set if the cache has parts of it.
         otherwise: Option<Box<Error>>,
     },
     #[error("`{}`: {message}", path.display())]
@@ -78,13 +78,13 @@ pub enum Error {
     /// A tensor operation failed; `stage` says in which part of the work.
     #[error("{stage}: {source}")]
     Compute { stage: &'static str, source: candle_core::Error },
-    /// Something that can only be a mistake in the worker itself.
+    /// A mistake in the worker itself.
     #[error("internal error: {message}")]
     Bug { message: String },
 }
 
 impl Error {
-    /// Every code, in the order of the protocol page.
+    /// Every code, in the order of `src/communication/PROTOCOL.md`.
     pub const CODES: &'static [&'static str] = &[
         "invalid_json",
         "invalid_utf8",
@@ -118,7 +118,7 @@ impl Error {
         "internal",
     ];
 
-    /// The stable code of the wire.
+    /// The stable code.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -155,7 +155,7 @@ impl Error {
         }
     }
 
-    /// Whether the same request may succeed when it is sent again later.
+    /// True if the same request may succeed later.
     #[must_use]
     pub fn retryable(&self) -> bool {
         matches!(
@@ -169,7 +169,7 @@ impl Error {
         )
     }
 
-    /// What to do about it, if that can be said.
+    /// The cure, if one is known.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -191,7 +191,7 @@ impl Error {
         }
     }
 
-    /// JSON pointer to the part of the line that is at fault.
+    /// JSON pointer to the part of the request line at fault.
     #[must_use]
     pub fn pointer(&self) -> Option<String> {
         match self {
@@ -205,12 +205,12 @@ impl Error {
         }
     }
 
-    /// A value of `data` that cannot be used: ``invalid("width", "must be a multiple of 8, got 1001")``.
+    /// An unusable value of `data`: ``invalid("width", "must be a multiple of 8, got 1001")``.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::InvalidParameter { field: field.into(), message: message.into(), hint: None }
     }
 
-    /// The same error, naming the field of `data` in which the unknown name stood.
+    /// The same error with `field` as the field of `data` at fault.
     #[must_use]
     pub fn at(self, field: &str) -> Self {
         match self {
@@ -224,7 +224,7 @@ impl Error {
         }
     }
 
-    /// The same error, its field standing below `prefix`.
+    /// The same error with its field below `prefix`.
     #[must_use]
     pub fn below(self, prefix: &str) -> Self {
         match self {
@@ -240,8 +240,8 @@ impl Error {
         }
     }
 
-    /// What a failed tensor operation means in a part of the work: a device that has no memory left says so in its text
-    /// alone. How much was needed and free is then for those to say who planned the work.
+    /// The error of a failed tensor operation. A device that is out of memory only says so in its text; the caller that
+    /// planned the work adds the bytes.
     #[must_use]
     pub fn of_tensors(stage: &'static str, source: candle_core::Error) -> Self {
         let text = source.to_string().to_lowercase();
@@ -251,7 +251,7 @@ impl Error {
         Self::Compute { stage, source }
     }
 
-    /// The error where nothing is downloaded, or not once more.
+    /// The error to report when no download follows.
     #[must_use]
     pub fn without_download(self) -> Self {
         match self {
@@ -260,10 +260,10 @@ impl Error {
         }
     }
 
-    /// The error again, for another request that it ends. Errors are not `Clone`, because tensor errors are not; what a
-    /// lane's end means for a request keeps its code.
+    /// The same error for another request that it ends. Tensor errors cannot be cloned and become `internal`; the errors
+    /// that end a lane keep their code.
     #[must_use]
-    pub fn retold(&self) -> Self {
+    pub fn for_another_request(&self) -> Self {
         match self {
             Self::DeviceUnavailable { device, message, hint } => {
                 Self::DeviceUnavailable { device: device.clone(), message: message.clone(), hint: hint.clone() }
@@ -286,7 +286,7 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-/// Names the part of the work in which a tensor operation failed.
+/// Adds the stage to the error of a tensor operation.
 pub trait Stage<T> {
     fn stage(self, stage: &'static str) -> Result<T>;
 }
@@ -297,13 +297,13 @@ impl<T> Stage<T> for candle_core::Result<T> {
     }
 }
 
-/// In bytes.
+/// Longest name that is compared, in bytes.
 const LONGEST_NAME: usize = 64;
 
-/// The name among `known` that is closest to `name`, if it is close enough to be what was meant.
+/// The name among `known` that is most similar to `name`, if it is similar enough to be a typo of it.
 #[must_use]
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    // The comparison's time grows with the square of the length, and nobody mistypes a name of this length.
+    // The comparison takes quadratic time, and a longer name is no typo.
     if name.len() > LONGEST_NAME {
         return None;
     }
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_memory_is_told_from_one_that_fails() {
+    fn out_of_memory_is_recognised_by_the_text_of_the_device() {
         check("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")", true);
         check("CublasError(CUBLAS_STATUS_ALLOC_FAILED)", true);
         check("kIOGPUCommandBufferCallbackErrorOutOfMemory", true);

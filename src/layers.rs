@@ -1,4 +1,5 @@
-//! The four layers as traits. Each has a generic caller: the codec, the dispatcher, `free_memory`, `Context::perform`.
+//! The four layers as traits. Each has a generic caller: the codec, `dispatch::run`, `Managers::free_memory` and
+//! `Context::perform`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -35,7 +36,7 @@ impl Domain {
         Self::Inference,
     ];
 
-    /// The name of the wire.
+    /// The name on the wire.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -55,24 +56,24 @@ impl Domain {
     }
 }
 
-/// What can be asked of a domain: its wire vocabulary.
+/// The wire vocabulary of a domain.
 ///
-/// `Request` is an enum with one newtype variant per operation, named as the operation in snake case, so that the
-/// codec can deserialize it from the operation's name and the line's `data`.
+/// `Request` is an enum with one newtype variant per operation, which has the operation's name in snake case, so that
+/// the codec can deserialize it from the operation's name and the line's `data`.
 pub trait Interface {
     const DOMAIN: Domain;
-    /// Operations this worker performs. What the protocol names beyond these is `unsupported_feature`.
+    /// Operations that this worker performs. The protocol's other operations are answered `unsupported_feature`.
     const OPERATIONS: &'static [&'static str];
     type Request: DeserializeOwned + Send + 'static;
     type Response: Serialize + Send + 'static;
 }
 
-/// The `data` of an operation that takes none.
+/// The `data` of an operation without fields.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Nothing {}
 
-/// A list, which on the wire may be its one element alone.
+/// A list; on the wire, a single element may stand for a list of one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct OneOrMany<T>(pub Vec<T>);
@@ -127,14 +128,16 @@ impl<T: schemars::JsonSchema> schemars::JsonSchema for OneOrMany<T> {
 pub type RequestOf<I> = <<I as Instructor>::Interface as Interface>::Request;
 pub type ResponseOf<I> = <<I as Instructor>::Interface as Interface>::Response;
 
-/// Decides what shall be done: defaults, validation, order of work.
+/// Decides what is done: defaults, validation, order of work.
 pub trait Instructor {
     type Interface: Interface;
     /// The managers that the instructor works with; `()` if it needs none.
     type Resources<'a>;
 
+    /// Carries out a request.
+    ///
     /// # Errors
-    /// Whatever the request's own fault or the work's failure is, with a stable code.
+    /// The request's fault or the work's failure, with a stable code.
     fn instruct(
         &self,
         request: RequestOf<Self>,
@@ -143,16 +146,16 @@ pub trait Instructor {
     ) -> Result<ResponseOf<Self>>;
 }
 
-/// One thing that a manager keeps in memory.
+/// A resource that a manager keeps in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Resident {
-    /// The manager that keeps it: `unet`, `vae`, `encoder`, …
+    /// Kind of the resource: `unet`, `vae`, `encoder`, …
     pub kind: &'static str,
-    /// What it is, for people: the model's name and part.
+    /// Name for people: the model's name and part.
     pub name: String,
     pub bytes: Bytes,
     pub pinned: bool,
-    /// When a request last used it, in milliseconds of Unix time; `null` for what is kept without being counted so.
+    /// Time of its last use in milliseconds of Unix time; `null` if that is not recorded.
     pub used_ms: Option<u64>,
     /// In which numbers, and where, a network is held, to be compared with the same of a request; `None` for all else.
     #[serde(skip)]
@@ -162,11 +165,13 @@ pub struct Resident {
     pub over: Option<u64>,
 }
 
-/// Keeps one kind of long-lived resource, and counts its bytes.
+/// Keeps one kind of long-lived resource and counts its bytes. Every manager can evict everything that it lists and that
+/// is neither pinned nor in use.
 pub trait Manager {
+    /// Everything that is kept in memory.
     fn resident(&self) -> Vec<Resident>;
 
-    /// Frees at least `want` if it can, least recently used first, and says how much it freed.
+    /// Frees at least `want` if possible, least recently used first, and returns the bytes freed.
     fn evict(&mut self, want: Bytes) -> Bytes;
 }
 
@@ -174,6 +179,8 @@ pub trait Manager {
 pub trait Worker<Task>: Send + Sync {
     type Output;
 
+    /// Runs the algorithm on one task.
+    ///
     /// # Errors
     /// The work's failure, with a stable code.
     fn run(&self, task: Task, ctx: &Context) -> Result<Self::Output>;

@@ -1,6 +1,6 @@
-//! Arguments, the guard of stdout, logging, configuration, exit code.
+//! The process: arguments, the guard of stdout, logging, configuration and the exit code.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,10 +11,9 @@ use sdxl_worker::communication::schema;
 use sdxl_worker::communication::serve::{Setup, serve};
 use sdxl_worker::communication::workers::{descriptor, log};
 use sdxl_worker::device::instructor::choose_cpu_features;
-use sdxl_worker::managers::{Managers, Published};
-use sdxl_worker::runtime::arguments::Arguments;
-use sdxl_worker::runtime::dispatch::Instructors;
-use sdxl_worker::runtime::lane::Build;
+use sdxl_worker::managers::Published;
+use sdxl_worker::runtime::arguments::{Arguments, TERMINAL_HINT};
+use sdxl_worker::runtime::lane;
 
 const USAGE: u8 = 64;
 const BAD_CONFIG: u8 = 65;
@@ -31,10 +30,10 @@ fn main() -> ExitCode {
             let _ = refusal.print();
             return USAGE.into();
         }
-        Err(help) => return say(&mut stdout, &help.to_string()),
+        Err(help) => return print(&mut stdout, &help.to_string()),
     };
     if arguments.print_schema {
-        return schema::document().map_or(NO_THREADS.into(), |document| say(&mut stdout, &format!("{document}\n")));
+        return schema::document().map_or(NO_THREADS.into(), |document| print(&mut stdout, &format!("{document}\n")));
     }
     let config = match arguments.configure() {
         Ok(config) => config,
@@ -47,34 +46,31 @@ fn main() -> ExitCode {
     }
     let instructor = CommunicationInstructor { inference: instructors.inference.clone(), set_log_level };
     let published = Arc::new(Published::default());
-    let seen = Arc::clone(&published);
-    let make = move || {
-        let managers = Managers::new(&instructors.model, Arc::clone(&seen));
-        Ok((Instructors::new(&instructors)?, managers))
-    };
-    let desk: Build = Arc::new(make.clone());
-    let compute: Build = Arc::new(move || {
-        let (instructors, mut managers) = make()?;
-        instructors.inference.device.place(&mut managers.device, None)?;
-        Ok((instructors, managers))
-    });
+    let (compute, query) = lane::builds(instructors, Arc::clone(&published));
     let settings = config.workers.main_interface;
-    match serve(Setup { settings, stdout, compute, desk, published, instructor, begun }) {
-        // Threads that still wait on descriptors end with the process.
+    if std::io::stdin().is_terminal() {
+        note(&TERMINAL_HINT);
+    }
+    match serve(Setup { settings, stdout, compute, query, published, instructor, begun }) {
+        // Threads that wait on descriptors end with the process.
         Ok(exit) => std::process::exit(exit.code()),
         Err(error) => {
-            tracing::error!(%error, "cannot begin");
+            tracing::error!(%error, "cannot start");
             NO_THREADS.into()
         }
     }
 }
 
-fn refuse(code: u8, error: &dyn std::error::Error) -> ExitCode {
-    // Nobody may be reading stderr, which is no reason to fail differently.
-    let _ = writeln!(std::io::stderr(), "sdxl-worker: {error}");
+fn refuse(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    note(error);
     code.into()
 }
 
-fn say(stdout: &mut std::fs::File, text: &str) -> ExitCode {
+fn note(text: &dyn std::fmt::Display) {
+    // A closed stderr must not change the exit code.
+    let _ = writeln!(std::io::stderr(), "sdxl-worker: {text}");
+}
+
+fn print(stdout: &mut std::fs::File, text: &str) -> ExitCode {
     stdout.write_all(text.as_bytes()).map_or(STDOUT_GONE.into(), |()| ExitCode::SUCCESS)
 }

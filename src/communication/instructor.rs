@@ -1,13 +1,15 @@
-//! Answers control operations from what stands on the floor.
+//! Answers control operations from the dispatcher's state.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::communication::dispatcher::{Floor, Station};
+use crate::communication::dispatcher::Dispatcher;
 use crate::communication::interface::{
-    Cancelled, CancelledAll, Capabilities, Communication, Compute, Ending, Health, Hello, Limits, MAX_DEPTH,
-    MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, Metrics, PROTOCOL, Pong, Request, Response, Running, Status, Waiting,
+    Cancelled, CancelledAll, Capabilities, Communication, ComputeState, Draining, Health, Hello, Limits, MAX_DEPTH,
+    MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, Metrics, PROTOCOL, Pong, QueuedRequest, Request, Response,
+    RunningRequest, Status,
 };
+use crate::communication::lanes::LaneState;
 use crate::communication::ledger::ms;
 use crate::communication::responses::Event;
 use crate::communication::schema;
@@ -27,7 +29,7 @@ use crate::scheduler::workers::SAMPLERS;
 use crate::scheduler::workers::SPACINGS;
 use crate::units::Steps;
 
-/// Changes what is logged.
+/// Changes the log level.
 pub type SetLogLevel = Box<dyn Fn(LogLevel) -> Result<()>>;
 
 pub struct CommunicationInstructor {
@@ -37,29 +39,29 @@ pub struct CommunicationInstructor {
 
 impl Instructor for CommunicationInstructor {
     type Interface = Communication;
-    type Resources<'a> = &'a mut Floor;
+    type Resources<'a> = &'a mut Dispatcher;
 
-    fn instruct(&self, request: Request, floor: &mut Floor, _ctx: &Context) -> Result<Response> {
+    fn instruct(&self, request: Request, dispatcher: &mut Dispatcher, _ctx: &Context) -> Result<Response> {
         Ok(match request {
-            Request::Hello(_) => Response::Hello(hello(floor)),
-            Request::Capabilities(_) => Response::Capabilities(Box::new(self.capabilities(floor))),
+            Request::Hello(_) => Response::Hello(hello(dispatcher)),
+            Request::Capabilities(_) => Response::Capabilities(Box::new(self.capabilities(dispatcher))),
             Request::Schema(_) => Response::Schema(schema::document()?),
-            Request::Health(_) => Response::Health(health(floor)),
-            Request::Metrics(_) => Response::Metrics(metrics(floor)),
-            Request::Status(_) => Response::Status(status(floor)),
-            Request::Estimate(_) => return Err(Error::bug("an estimate is a lane's work")),
-            Request::Cancel(request) => Response::Cancel(Cancelled { found: floor.cancel(&request.request_id) }),
+            Request::Health(_) => Response::Health(health(dispatcher)),
+            Request::Metrics(_) => Response::Metrics(metrics(dispatcher)),
+            Request::Status(_) => Response::Status(status(dispatcher)),
+            Request::Estimate(_) => return Err(Error::bug("an estimate runs on a lane")),
+            Request::Cancel(request) => Response::Cancel(Cancelled { found: dispatcher.cancel(&request.request_id) }),
             Request::CancelAll(_) => {
-                let (queued, running) = floor.cancel_all();
+                let (queued, running) = dispatcher.cancel_all();
                 Response::CancelAll(CancelledAll { queued, running })
             }
             Request::Drain(_) => {
-                floor.draining = true;
-                Response::Drain(ending(floor))
+                dispatcher.draining = true;
+                Response::Drain(draining(dispatcher))
             }
             Request::Shutdown(request) => {
-                floor.shut_down(request.mode.unwrap_or(OnEof::Finish));
-                Response::Drain(ending(floor))
+                dispatcher.shut_down(request.mode.unwrap_or(OnEof::Finish));
+                Response::Drain(draining(dispatcher))
             }
             Request::Ping(_) => Response::Ping(Pong { pong: true }),
             Request::SetLogLevel(request) => {
@@ -71,7 +73,7 @@ impl Instructor for CommunicationInstructor {
 }
 
 impl CommunicationInstructor {
-    fn capabilities(&self, floor: &Floor) -> Capabilities {
+    fn capabilities(&self, dispatcher: &Dispatcher) -> Capabilities {
         Capabilities {
             version: env!("CARGO_PKG_VERSION"),
             protocol: PROTOCOL,
@@ -85,8 +87,8 @@ impl CommunicationInstructor {
             events: Event::NAMES.to_vec(),
             error_codes: Error::CODES.to_vec(),
             limits: Limits {
-                max_line_bytes: floor.line_limit(),
-                queue_limit: floor.settings.queue_limit,
+                max_line_bytes: dispatcher.line_limit(),
+                queue_limit: dispatcher.settings.queue_limit,
                 max_depth: MAX_DEPTH,
                 max_id_chars: MAX_ID_CHARS,
                 max_priority: MAX_PRIORITY,
@@ -99,7 +101,7 @@ impl CommunicationInstructor {
     }
 }
 
-/// What this worker performs, by `worker_type`.
+/// The operations that this worker performs, by `worker_type`.
 fn operations() -> BTreeMap<&'static str, Vec<&'static str>> {
     fn of<I: Interface>() -> (&'static str, Vec<&'static str>) {
         (I::DOMAIN.name(), I::OPERATIONS.to_vec())
@@ -120,58 +122,54 @@ fn devices() -> Vec<&'static str> {
     all.into_iter().filter(|(_, built)| *built).map(|(name, _)| name).collect()
 }
 
-fn hello(floor: &Floor) -> Hello {
+fn hello(dispatcher: &Dispatcher) -> Hello {
     Hello {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
         protocol: PROTOCOL,
         pid: std::process::id(),
-        uptime_ms: floor.uptime_ms(),
+        uptime_ms: dispatcher.uptime_ms(),
         cpu_features: simd::level().name(),
     }
 }
 
-fn health(floor: &Floor) -> Health {
-    let station = &floor.compute;
-    let compute = match (&station.running, station.ready) {
-        (Some(_), _) => Compute::Busy,
-        (None, true) => Compute::Idle,
-        (None, false) => Compute::Starting,
+fn health(dispatcher: &Dispatcher) -> Health {
+    let lane = &dispatcher.lanes.compute;
+    let compute = match (&lane.running, lane.ready) {
+        (Some(_), _) => ComputeState::Busy,
+        (None, true) => ComputeState::Idle,
+        (None, false) => ComputeState::Starting,
     };
     Health {
-        accepting: !floor.draining,
+        accepting: !dispatcher.draining,
         compute,
-        uptime_ms: floor.uptime_ms(),
-        silent_ms: station.running.as_ref().map(|_| ms(station.heard.elapsed())),
+        uptime_ms: dispatcher.uptime_ms(),
+        silent_ms: lane.running.as_ref().map(|_| ms(lane.last_event.elapsed())),
     }
 }
 
-fn metrics(floor: &Floor) -> Metrics {
-    let counters = &floor.ledger.counters;
+fn metrics(dispatcher: &Dispatcher) -> Metrics {
+    let counters = &dispatcher.ledger.counters;
     Metrics {
         lines: counters.lines,
         accepted: counters.accepted,
         finished: counters.finished,
         failed: counters.failed.clone(),
         images: counters.images,
-        queue_depth: queue_depth(floor),
-        running: running(floor).len(),
-        dropped_events: floor.ledger.dropped_events(),
-        uptime_ms: floor.uptime_ms(),
+        queue_depth: dispatcher.lanes.queue_depth(),
+        running: running(dispatcher).len(),
+        dropped_events: dispatcher.ledger.dropped_events(),
+        uptime_ms: dispatcher.uptime_ms(),
         seconds_per_step: counters.seconds_per_step,
     }
 }
 
-pub fn queue_depth(floor: &Floor) -> usize {
-    floor.stations().iter().map(|station| station.queue.len()).sum()
-}
-
-fn status(floor: &Floor) -> Status {
+fn status(dispatcher: &Dispatcher) -> Status {
     let now = Instant::now();
-    let waiting = |station: &Station| -> Vec<Waiting> {
-        let told = station.queue.in_order(now).into_iter().filter_map(|waiting| {
-            let open = floor.ledger.get(&waiting.job.request_id)?;
-            Some(Waiting {
+    let queued = |lane: &LaneState| -> Vec<QueuedRequest> {
+        let requests = lane.queue.in_order(now).into_iter().filter_map(|waiting| {
+            let open = dispatcher.ledger.get(&waiting.job.request_id)?;
+            Some(QueuedRequest {
                 request_id: waiting.job.request_id.clone(),
                 worker_type: open.worker_type.name(),
                 operation: open.operation.clone(),
@@ -179,17 +177,22 @@ fn status(floor: &Floor) -> Status {
                 waited_ms: ms(now.saturating_duration_since(waiting.arrived)),
             })
         });
-        told.collect()
+        requests.collect()
     };
-    let queue = floor.stations().into_iter().flat_map(waiting).collect();
-    Status { draining: floor.draining, queue, running: running(floor), residents: floor.published.residents() }
+    let queue = dispatcher.lanes.all().into_iter().flat_map(queued).collect();
+    Status {
+        draining: dispatcher.draining,
+        queue,
+        running: running(dispatcher),
+        residents: dispatcher.published.residents(),
+    }
 }
 
-fn running(floor: &Floor) -> Vec<Running> {
-    let ids = floor.stations().into_iter().filter_map(|station| station.running.as_ref());
-    let told = ids.filter_map(|id| {
-        let open = floor.ledger.get(id)?;
-        Some(Running {
+fn running(dispatcher: &Dispatcher) -> Vec<RunningRequest> {
+    let ids = dispatcher.lanes.all().into_iter().filter_map(|lane| lane.running.as_ref());
+    let requests = ids.filter_map(|id| {
+        let open = dispatcher.ledger.get(id)?;
+        Some(RunningRequest {
             request_id: id.clone(),
             worker_type: open.worker_type.name(),
             operation: open.operation.clone(),
@@ -199,9 +202,9 @@ fn running(floor: &Floor) -> Vec<Running> {
             total: open.total,
         })
     });
-    told.collect()
+    requests.collect()
 }
 
-fn ending(floor: &Floor) -> Ending {
-    Ending { draining: floor.draining, in_flight: floor.ledger.in_flight() }
+fn draining(dispatcher: &Dispatcher) -> Draining {
+    Draining { draining: dispatcher.draining, in_flight: dispatcher.ledger.in_flight() }
 }

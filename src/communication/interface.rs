@@ -1,4 +1,4 @@
-//! The vocabulary of the wire: the head of a request line, control operations, and every line that goes out.
+//! The vocabulary of the wire: the head of a request line, and the requests and responses of control operations.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ pub const MAX_PRIORITY: i64 = 100;
 /// Longest `timeout_ms`: a week.
 pub const MAX_TIMEOUT_MS: i64 = 7 * 24 * 60 * 60 * 1000;
 
-/// Every operation that the protocol names, whether this worker performs it or not.
+/// Every operation that the protocol names, including those that this worker does not perform.
 pub const TABLE: &[(Domain, &[&str])] = &[
     (Domain::Inference, &["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"]),
     (Domain::Model, &["list", "inspect", "load", "unload", "pin", "fetch"]),
@@ -32,7 +32,7 @@ pub const TABLE: &[(Domain, &[&str])] = &[
     (Domain::Communication, Communication::OPERATIONS),
 ];
 
-/// What a request line says beside its `data`.
+/// A request line without its `data`.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub request_id: String,
@@ -43,19 +43,20 @@ pub struct Head {
     pub idempotency_key: Option<String>,
     pub events: Option<EventOptions>,
     pub strict: bool,
-    /// The fields of `data` stood at the top of the line.
+    /// True if the line had the fields of `data` at its top.
     pub shorthand: bool,
 }
 
-/// The keys of a head, for the schema and for "did you mean".
+/// The keys of a head, for the schema.
 #[derive(Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct HeadKeys {
-    /// 1 to 256 characters, no control characters. Default: `auto-<n>`, n counting the lines of input.
+    /// 1 to 256 characters, no control characters. Default: `auto-<n>`, where n is the number of the input line.
     #[schemars(length(min = 1, max = 256))]
     pub request_id: Option<String>,
-    /// The domain that is asked.
+    /// The domain that carries out the request.
     pub worker_type: Option<String>,
+    /// The domain's operation.
     pub operation: Option<String>,
     /// Higher goes first, -100 to 100. Default: 0.
     #[schemars(range(min = -100, max = 100))]
@@ -63,16 +64,16 @@ pub struct HeadKeys {
     /// Milliseconds from acceptance, 1 to 604800000, after which the request ends with `deadline_exceeded`.
     #[schemars(range(min = 1, max = 604_800_000_u64))]
     pub timeout_ms: Option<u64>,
-    /// The same key again within this process gets the same answer. 1 to 256 characters.
+    /// A later request with the same key gets the same answer, within this process. 1 to 256 characters.
     #[schemars(length(min = 1, max = 256))]
     pub idempotency_key: Option<String>,
-    /// Events wanted. Default: none.
+    /// Events to emit. Default: none.
     pub events: Option<EventOptions>,
     /// `false` turns an unknown key into a warning. Default: true.
     pub strict: Option<bool>,
 }
 
-/// Which events a request wants. An empty object asks for all but `progress` and `preview`.
+/// The events of a request. An empty object enables all but `progress` and `preview`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
@@ -83,6 +84,7 @@ pub struct EventOptions {
     pub preview: Option<PreviewKeys>,
 }
 
+/// The previews of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
@@ -110,7 +112,7 @@ pub enum Request {
     Health(Nothing),
     Metrics(Nothing),
     Status(Nothing),
-    /// `data` as of `generate`.
+    /// `data` is that of `generate`.
     Estimate(Box<GenerateRequest>),
     Cancel(CancelRequest),
     CancelAll(Nothing),
@@ -130,12 +132,12 @@ pub struct CancelRequest {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ShutdownRequest {
-    /// `finish` what was accepted, or `cancel` it. Default: `finish`.
+    /// `finish` or `cancel` accepted requests. Default: `finish`.
     #[serde(default)]
     pub mode: Option<OnEof>,
 }
 
-/// What is logged; asked and answered in the same form.
+/// The log level; request and response have the same form.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct LogLevelRequest {
@@ -155,7 +157,7 @@ pub enum Response {
     Status(Status),
     Cancel(Cancelled),
     CancelAll(CancelledAll),
-    Drain(Ending),
+    Drain(Draining),
     Ping(Pong),
     SetLogLevel(LogLevelRequest),
 }
@@ -168,7 +170,7 @@ pub struct Hello {
     pub protocol: &'static str,
     pub pid: u32,
     pub uptime_ms: u64,
-    /// Instruction sets of the CPU's kernels: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
+    /// Instruction sets that the CPU kernels use: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
     pub cpu_features: &'static str,
 }
 
@@ -182,7 +184,7 @@ pub struct Capabilities {
     pub samplers: Vec<&'static str>,
     pub schedules: Vec<&'static str>,
     pub formats: Vec<&'static str>,
-    /// Kinds of device that are compiled in.
+    /// Kinds of device in this build.
     pub devices: Vec<&'static str>,
     pub dtypes: Vec<&'static str>,
     pub quantizations: Vec<&'static str>,
@@ -207,7 +209,7 @@ pub struct Limits {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Compute {
+pub enum ComputeState {
     Starting,
     Idle,
     Busy,
@@ -216,11 +218,11 @@ pub enum Compute {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Health {
-    /// Answering at all is being alive; this says whether new work would be taken.
+    /// True if new work would be accepted.
     pub accepting: bool,
-    pub compute: Compute,
+    pub compute: ComputeState,
     pub uptime_ms: u64,
-    /// Milliseconds since the compute thread last said something, while it is busy.
+    /// Milliseconds since the last event of the compute thread, while it is busy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silent_ms: Option<u64>,
 }
@@ -230,7 +232,7 @@ pub struct Health {
 pub struct Metrics {
     /// Non-blank lines of input.
     pub lines: u64,
-    /// Requests that were queued or begun.
+    /// Requests that were queued or started.
     pub accepted: u64,
     /// Result lines.
     pub finished: u64,
@@ -241,7 +243,7 @@ pub struct Metrics {
     pub running: usize,
     pub dropped_events: u64,
     pub uptime_ms: u64,
-    /// Of late; left out before the first step.
+    /// Moving average; absent before the first step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds_per_step: Option<f64>,
 }
@@ -251,15 +253,15 @@ pub struct Metrics {
 pub struct Status {
     pub draining: bool,
     /// In the order in which they would run now.
-    pub queue: Vec<Waiting>,
-    pub running: Vec<Running>,
-    /// What the compute thread keeps in memory.
+    pub queue: Vec<QueuedRequest>,
+    pub running: Vec<RunningRequest>,
+    /// Everything that the compute thread keeps in memory.
     pub residents: Vec<Resident>,
 }
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct Waiting {
+pub struct QueuedRequest {
     pub request_id: String,
     pub worker_type: &'static str,
     pub operation: String,
@@ -269,7 +271,7 @@ pub struct Waiting {
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct Running {
+pub struct RunningRequest {
     pub request_id: String,
     pub worker_type: &'static str,
     pub operation: String,
@@ -282,7 +284,7 @@ pub struct Running {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Found {
+pub enum CancelOutcome {
     Queued,
     Running,
     Finished,
@@ -292,7 +294,7 @@ pub enum Found {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Cancelled {
-    pub found: Found,
+    pub found: CancelOutcome,
 }
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
@@ -304,10 +306,10 @@ pub struct CancelledAll {
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct Ending {
-    /// No new work is taken from here on.
+pub struct Draining {
+    /// New work is refused from now on.
     pub draining: bool,
-    /// Requests that are still to be answered.
+    /// Requests that still have to be answered.
     pub in_flight: usize,
 }
 

@@ -1,5 +1,5 @@
-//! The ledger: who is owed an answer. Every non-blank line of input gets exactly one terminal line, and nothing follows
-//! it under the same id.
+//! The ledger of requests that are owed an answer. Every non-blank line of input gets exactly one terminal line, and
+//! nothing follows it under the same id.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -8,23 +8,23 @@ use serde_json::value::RawValue;
 
 use crate::communication::interface::EventOptions;
 use crate::communication::responses::{
-    Engine, ErrorBody, ErrorLine, ErrorTag, Event, ResultLine, ResultTag, Timings, Warning,
+    EngineReport, ErrorBody, ErrorLine, ErrorTag, Event, ResultLine, ResultTag, Timings, Warning,
 };
-use crate::communication::workers::codec::Fault;
+use crate::communication::workers::codec::fault::Fault;
 use crate::communication::workers::writer::Outbox;
 use crate::context::{CancelToken, Stage};
 use crate::error::Error;
 use crate::layers::Domain;
 
-/// Ids of finished requests that are kept, for `cancel` to find them.
+/// Ids of finished requests that `cancel` still finds.
 const MAX_FINISHED: usize = 4096;
-/// Answers under an idempotency key that are kept.
+/// Answers remembered under an idempotency key.
 const MAX_REMEMBERED: usize = 1024;
-/// Bytes of such answers that are kept.
+/// Bytes of such answers.
 const MAX_REMEMBERED_BYTES: usize = 64 << 20;
 
-/// A request that is owed an answer.
-pub struct Open {
+/// An accepted request that is owed an answer.
+pub struct OpenRequest {
     pub worker_type: Domain,
     pub operation: String,
     pub accepted: Instant,
@@ -42,20 +42,39 @@ pub struct Open {
     pub total: usize,
 }
 
-impl Open {
-    /// Begins a part of the work.
+impl OpenRequest {
+    /// Begins a stage.
     pub fn enter(&mut self, stage: Stage, now: Instant) {
         self.stage = Some(stage.name());
         self.stage_since = now;
         self.done = 0;
         self.total = 0;
     }
+
+    /// Records `done` of `total` steps of a stage, and returns their progress event.
+    pub fn step(&mut self, stage: Stage, (done, total): (usize, usize), now: Instant) -> Event {
+        if self.stage != Some(stage.name()) {
+            self.enter(stage, now);
+        }
+        (self.done, self.total) = (done, total);
+        let seconds = now.saturating_duration_since(self.stage_since).as_secs_f64();
+        let rate = Some(done as f64 / seconds).filter(|rate| rate.is_finite() && *rate > 0.0);
+        let left = total.saturating_sub(done) as f64;
+        Event::Progress {
+            stage: stage.name(),
+            done,
+            total,
+            it_per_s: rate,
+            // A float cast saturates, as an estimate beyond all measure should.
+            eta_ms: rate.map(|rate| (left / rate * 1000.0) as u64),
+        }
+    }
 }
 
-/// An answer without the id of who asked.
+/// An answer without the id of its request.
 #[derive(Clone)]
 pub enum Terminal {
-    Result { data: Box<RawValue>, warnings: Vec<Warning>, timings: Timings, engine: Engine },
+    Result { data: Box<RawValue>, warnings: Vec<Warning>, timings: Timings, engine: EngineReport },
     Error(ErrorBody),
 }
 
@@ -86,33 +105,33 @@ impl Terminal {
         line.unwrap_or_default()
     }
 
-    /// Whether the same request would end like this again.
-    fn lasts(&self) -> bool {
-        // Errors depend on the world: a file that is missing now, a disk that is full.
+    /// True if the same request would end like this again.
+    fn is_repeatable(&self) -> bool {
+        // Errors depend on the world: a missing file, a full disk.
         matches!(self, Self::Result { .. })
     }
 }
 
-/// What is known under an idempotency key.
-pub enum Known {
-    /// Nothing; the request is the first.
+/// The result of claiming an idempotency key.
+pub enum KeyClaim {
+    /// The request is the first with the key.
     First,
-    /// The first is in flight; this one will share its answer.
+    /// The first is in flight; this request shares its answer.
     Attached,
-    /// Answered already.
+    /// The first was answered.
     Answered(Box<Terminal>),
-    /// The key belongs to another request.
+    /// The key belongs to a request with other data.
     Mismatch,
-    /// As many wait for the first as may.
+    /// As many requests as allowed wait for the first.
     Full,
 }
 
-enum Kept {
+enum KeyState {
     InFlight { leader: String, fingerprint: u64, followers: Vec<String> },
     Answered { fingerprint: u64, terminal: Box<Terminal> },
 }
 
-/// What has been counted since the start.
+/// Counts since the start.
 #[derive(Default)]
 pub struct Counters {
     pub lines: u64,
@@ -125,12 +144,12 @@ pub struct Counters {
 
 pub struct Ledger {
     outbox: Outbox,
-    open: HashMap<String, Open>,
+    open: HashMap<String, OpenRequest>,
     finished: HashSet<String>,
     finished_order: VecDeque<String>,
-    kept: HashMap<String, Kept>,
-    kept_order: VecDeque<String>,
-    kept_bytes: usize,
+    keys: HashMap<String, KeyState>,
+    key_order: VecDeque<String>,
+    key_bytes: usize,
     bugs: u64,
     pub counters: Counters,
 }
@@ -143,20 +162,20 @@ impl Ledger {
             open: HashMap::new(),
             finished: HashSet::new(),
             finished_order: VecDeque::new(),
-            kept: HashMap::new(),
-            kept_order: VecDeque::new(),
-            kept_bytes: 0,
+            keys: HashMap::new(),
+            key_order: VecDeque::new(),
+            key_bytes: 0,
             bugs: 0,
             counters: Counters::default(),
         }
     }
 
     #[must_use]
-    pub fn get(&self, request_id: &str) -> Option<&Open> {
+    pub fn get(&self, request_id: &str) -> Option<&OpenRequest> {
         self.open.get(request_id)
     }
 
-    pub fn get_mut(&mut self, request_id: &str) -> Option<&mut Open> {
+    pub fn get_mut(&mut self, request_id: &str) -> Option<&mut OpenRequest> {
         self.open.get_mut(request_id)
     }
 
@@ -166,7 +185,7 @@ impl Ledger {
     }
 
     /// Requests that are owed an answer.
-    pub fn open(&self) -> impl Iterator<Item = (&str, &Open)> {
+    pub fn open(&self) -> impl Iterator<Item = (&str, &OpenRequest)> {
         self.open.iter().map(|(id, open)| (id.as_str(), open))
     }
 
@@ -180,7 +199,7 @@ impl Ledger {
         self.outbox.dropped()
     }
 
-    /// An id for a line that names none: the number of the line, or what is free near it.
+    /// An id for a line without one: the number of the line, with a suffix if that is taken.
     #[must_use]
     pub fn auto_id(&self) -> String {
         let id = format!("auto-{}", self.counters.lines);
@@ -191,37 +210,37 @@ impl Ledger {
         (1_u64..).map(|n| format!("{id}.{n}")).find(|id| !taken(id)).unwrap_or(id)
     }
 
-    /// Owes `request_id` an answer from here on.
-    pub fn accept(&mut self, request_id: &str, open: Open) {
+    /// Accepts a request, which is owed an answer from here on.
+    pub fn accept(&mut self, request_id: &str, open: OpenRequest) {
         self.counters.accepted += 1;
         self.open.insert(request_id.to_owned(), open);
     }
 
-    /// Looks up an idempotency key and takes it where it is free.
-    pub fn claim_key(&mut self, key: &str, fingerprint: u64, request_id: &str, limit: usize) -> Known {
-        match self.kept.get_mut(key) {
+    /// Looks up an idempotency key and claims it if it is free.
+    pub fn claim_key(&mut self, key: &str, fingerprint: u64, request_id: &str, limit: usize) -> KeyClaim {
+        match self.keys.get_mut(key) {
             None => {
-                let kept = Kept::InFlight { leader: request_id.to_owned(), fingerprint, followers: Vec::new() };
-                self.kept.insert(key.to_owned(), kept);
-                Known::First
+                let state = KeyState::InFlight { leader: request_id.to_owned(), fingerprint, followers: Vec::new() };
+                self.keys.insert(key.to_owned(), state);
+                KeyClaim::First
             }
-            Some(Kept::InFlight { fingerprint: first, .. } | Kept::Answered { fingerprint: first, .. })
+            Some(KeyState::InFlight { fingerprint: first, .. } | KeyState::Answered { fingerprint: first, .. })
                 if *first != fingerprint =>
             {
-                Known::Mismatch
+                KeyClaim::Mismatch
             }
-            Some(Kept::InFlight { followers, .. }) if followers.len() >= limit => Known::Full,
-            Some(Kept::InFlight { followers, .. }) => {
+            Some(KeyState::InFlight { followers, .. }) if followers.len() >= limit => KeyClaim::Full,
+            Some(KeyState::InFlight { followers, .. }) => {
                 followers.push(request_id.to_owned());
-                Known::Attached
+                KeyClaim::Attached
             }
-            Some(Kept::Answered { terminal, .. }) => Known::Answered(terminal.clone()),
+            Some(KeyState::Answered { terminal, .. }) => KeyClaim::Answered(terminal.clone()),
         }
     }
 
-    /// Gives back a key whose request was not accepted after all.
+    /// Releases a key whose request was not accepted after all.
     pub fn release_key(&mut self, key: &str) {
-        self.kept.remove(key);
+        self.keys.remove(key);
     }
 
     /// Emits an event, if the request wants events of this kind.
@@ -242,7 +261,7 @@ impl Ledger {
         self.outbox.event(None, event);
     }
 
-    /// Answers a line that is not, or not to be, owed anything beyond this.
+    /// Answers a line that is owed nothing beyond this.
     pub fn answer(&mut self, request_id: &str, terminal: &Terminal) {
         self.count(terminal);
         let line = terminal.line(request_id);
@@ -274,7 +293,7 @@ impl Ledger {
         self.finish(request_id, Terminal::Error(body));
     }
 
-    /// Ends an accepted request, and all that wait for the same answer.
+    /// Ends an accepted request and all that share its answer.
     pub fn finish(&mut self, request_id: &str, terminal: Terminal) {
         let Some(open) = self.open.remove(request_id) else {
             tracing::error!(request_id, "an answer for a request that is owed none was dropped");
@@ -282,32 +301,32 @@ impl Ledger {
         };
         self.answer(request_id, &terminal);
         let Some(key) = open.key else { return };
-        match self.kept.get_mut(&key) {
-            Some(Kept::InFlight { leader, followers, .. }) if leader != request_id => {
+        match self.keys.get_mut(&key) {
+            Some(KeyState::InFlight { leader, followers, .. }) if leader != request_id => {
                 followers.retain(|follower| follower != request_id);
             }
-            Some(Kept::InFlight { .. }) => {
-                let Some(Kept::InFlight { fingerprint, followers, .. }) = self.kept.remove(&key) else { return };
+            Some(KeyState::InFlight { .. }) => {
+                let Some(KeyState::InFlight { fingerprint, followers, .. }) = self.keys.remove(&key) else { return };
                 for follower in followers {
                     self.open.remove(&follower);
                     self.answer(&follower, &terminal);
                 }
-                if terminal.lasts() {
+                if terminal.is_repeatable() {
                     self.remember(key, fingerprint, terminal);
                 }
             }
-            Some(Kept::Answered { .. }) | None => {}
+            Some(KeyState::Answered { .. }) | None => {}
         }
     }
 
     fn remember(&mut self, key: String, fingerprint: u64, terminal: Terminal) {
-        self.kept_bytes += terminal.bytes();
-        self.kept_order.push_back(key.clone());
-        self.kept.insert(key, Kept::Answered { fingerprint, terminal: Box::new(terminal) });
-        while self.kept_order.len() > MAX_REMEMBERED || self.kept_bytes > MAX_REMEMBERED_BYTES {
-            let Some(oldest) = self.kept_order.pop_front() else { return };
-            if let Some(Kept::Answered { terminal, .. }) = self.kept.remove(&oldest) {
-                self.kept_bytes = self.kept_bytes.saturating_sub(terminal.bytes());
+        self.key_bytes += terminal.bytes();
+        self.key_order.push_back(key.clone());
+        self.keys.insert(key, KeyState::Answered { fingerprint, terminal: Box::new(terminal) });
+        while self.key_order.len() > MAX_REMEMBERED || self.key_bytes > MAX_REMEMBERED_BYTES {
+            let Some(oldest) = self.key_order.pop_front() else { return };
+            if let Some(KeyState::Answered { terminal, .. }) = self.keys.remove(&oldest) {
+                self.key_bytes = self.key_bytes.saturating_sub(terminal.bytes());
             }
         }
     }
@@ -330,7 +349,7 @@ impl Ledger {
         }
     }
 
-    /// The error as the wire tells it. An internal one gets a number, under which the log tells more.
+    /// The error in its wire form. An internal one gets a `bug_id`, under which the log has the details.
     fn body(&mut self, error: &Error, request_id: &str) -> ErrorBody {
         let mut body = ErrorBody::from(error);
         if body.code == "internal" {
@@ -349,7 +368,7 @@ pub fn ms(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// In a shorthand line the fields of `data` stand at the top.
+/// Moves the pointer to the top of the line, where a shorthand line has the fields of `data`.
 fn relocate(body: &mut ErrorBody) {
     if let Some(rest) = body.pointer.as_deref().and_then(|pointer| pointer.strip_prefix("/data")) {
         body.pointer = Some(rest.to_owned());

@@ -3,10 +3,12 @@
 pub mod dispatcher;
 pub mod instructor;
 pub mod interface;
+pub mod lanes;
 pub mod ledger;
-pub(crate) mod pending_downloads;
+mod pending_downloads;
 pub mod queue;
 pub mod responses;
 pub mod schema;
 pub mod serve;
+mod signals;
 pub mod workers;

@@ -1,86 +1,66 @@
-//! Requests that wait for a download: the compute thread finds that a repository is missing and hands the request back,
-//! the hub's thread downloads it under the request's id, and the request takes its turn again.
+//! Requests that wait for a download. The compute lane hands a request back when a repository is missing, the hub lane
+//! downloads it under the request's id, and the request is queued for the compute lane again.
 
 use std::collections::HashMap;
-use std::time::Instant;
 
-use crate::communication::dispatcher::{Floor, Post};
 use crate::error::Error;
 use crate::model::interface::{FetchRequest, Request};
 use crate::runtime::dispatch::Call;
 use crate::runtime::lane::{Done, Job};
 
-/// Repositories that one request may have downloaded.
-const MOST: usize = 16;
+/// Most repositories that one request may have downloaded.
+const MAX_DOWNLOADS: usize = 16;
 
-/// Who waits for what.
 #[derive(Default)]
 pub(crate) struct PendingDownloads {
     waiting: HashMap<String, PendingDownload>,
 }
 
+#[derive(Default)]
 struct PendingDownload {
-    /// The request itself while it waits; none while it is back at work.
+    /// The request itself while it waits; none while it runs again.
     job: Option<Job>,
-    /// What was downloaded for it.
+    /// Repositories downloaded for it so far.
     fetched: Vec<String>,
 }
 
 impl PendingDownloads {
-    /// Whether a request was handed back before.
-    pub(crate) fn holds(&self, id: &str) -> bool {
-        self.waiting.contains_key(id)
+    /// True if the request was handed back before.
+    pub(crate) fn contains(&self, request_id: &str) -> bool {
+        self.waiting.contains_key(request_id)
     }
 
-    pub(crate) fn forget(&mut self, id: &str) {
-        self.waiting.remove(id);
+    pub(crate) fn forget(&mut self, request_id: &str) {
+        self.waiting.remove(request_id);
     }
-}
 
-impl Floor {
-    /// Has the repository downloaded without which a request cannot be done; `false` if none is missing, or if it was
-    /// downloaded already.
-    pub(crate) fn park(&mut self, done: &mut Done) -> bool {
-        let Some((job, name)) = done.unfetched.take() else { return false };
+    /// Keeps a request that is blocked on a repository, and gives the job that downloads it. `None` if the request is
+    /// not blocked, or if that repository was downloaded before.
+    pub(crate) fn begin_download(&mut self, done: &mut Done) -> Option<Job> {
+        let (job, name) = done.unfetched.take()?;
         if job.cancel.is_cancelled() {
             done.result = Err(Error::Cancelled);
-            return false;
+            return None;
         }
-        let id = done.request_id.clone();
-        let parked =
-            self.parked.waiting.entry(id).or_insert_with(|| PendingDownload { job: None, fetched: Vec::new() });
-        if parked.fetched.contains(&name) || parked.fetched.len() >= MOST {
-            return false;
+        let pending = self.waiting.entry(done.request_id.clone()).or_default();
+        if pending.fetched.contains(&name) || pending.fetched.len() >= MAX_DOWNLOADS {
+            return None;
         }
-        parked.fetched.push(name.clone());
+        pending.fetched.push(name.clone());
         let options = FetchRequest { model: name, revision: None, files: None, sha256: None };
         let fetch = Job { call: Call::Model(Request::Fetch(options)), preview: None, ..job.clone() };
-        parked.job = Some(job);
-        self.take_turn(Post::Hub, fetch);
-        true
+        pending.job = Some(job);
+        Some(fetch)
     }
 
-    /// Has a request take its turn again whose download has succeeded; `false` if there is none.
-    pub(crate) fn unpark(&mut self, done: &mut Done) -> bool {
-        let parked = self.parked.waiting.get_mut(&done.request_id).filter(|_| done.result.is_ok());
-        let Some(job) = parked.and_then(|parked| parked.job.take()) else { return false };
+    /// Gives back the request whose download has succeeded, if `done` is such a download.
+    pub(crate) fn resume(&mut self, done: &mut Done) -> Option<Job> {
+        let pending = self.waiting.get_mut(&done.request_id).filter(|_| done.result.is_ok())?;
+        let job = pending.job.take()?;
         if job.cancel.is_cancelled() {
             done.result = Err(Error::Cancelled);
-            return false;
+            return None;
         }
-        self.take_turn(Post::Compute, job);
-        true
-    }
-
-    /// Queues a job whose request was accepted before.
-    fn take_turn(&mut self, post: Post, job: Job) {
-        let mut priority = 0;
-        // Until then it can be cancelled and can expire as whatever waits.
-        if let Some(open) = self.ledger.get_mut(&job.request_id) {
-            open.started = None;
-            priority = open.priority;
-        }
-        self.station(post).queue.put_back(job, priority, Instant::now());
-        self.pump(post);
+        Some(job)
     }
 }

@@ -1,22 +1,23 @@
-//! Requests that wait for a lane: the highest priority first, in order of arrival within one, and none for ever.
+//! The queue in front of a lane: highest priority first, then first come, first served. Waiting raises the priority, so
+//! no request starves.
 
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::runtime::lane::Job;
 
-/// Waiting this long weighs as much as one step of priority, so that nothing starves.
+/// Waiting time that weighs as much as one step of priority.
 const AGEING: Duration = Duration::from_secs(5);
 
-pub struct Waiting {
+pub struct QueuedJob {
     pub priority: i64,
     pub arrived: Instant,
     order: u64,
     pub job: Job,
 }
 
-impl Waiting {
-    /// Milliseconds of waiting that this request counts as having.
+impl QueuedJob {
+    /// Milliseconds of waiting plus the priority's equivalent.
     fn weight(&self, now: Instant) -> i128 {
         let waited = now.saturating_duration_since(self.arrived).as_millis();
         i128::from(self.priority) * AGEING.as_millis().cast_signed() + waited.cast_signed()
@@ -25,7 +26,7 @@ impl Waiting {
 
 pub struct Queue {
     limit: usize,
-    waiting: Vec<Waiting>,
+    waiting: Vec<QueuedJob>,
     arrivals: u64,
 }
 
@@ -45,7 +46,7 @@ impl Queue {
         self.waiting.is_empty()
     }
 
-    /// Takes a job, and says how many go before it.
+    /// Adds a job, and returns how many go before it.
     ///
     /// # Errors
     /// `queue_full`.
@@ -56,33 +57,33 @@ impl Queue {
         Ok(self.put_back(job, priority, now))
     }
 
-    /// As [`Self::push`], for a job that was taken once and has its place.
+    /// Adds a job regardless of the limit, because it was accepted before.
     pub fn put_back(&mut self, job: Job, priority: i64, now: Instant) -> usize {
         self.arrivals += 1;
-        let waiting = Waiting { priority, arrived: now, order: self.arrivals, job };
+        let waiting = QueuedJob { priority, arrived: now, order: self.arrivals, job };
         let weight = waiting.weight(now);
         let ahead = self.waiting.iter().filter(|other| other.weight(now) >= weight).count();
         self.waiting.push(waiting);
         ahead
     }
 
-    /// The job whose turn it is.
+    /// Removes the job that is next.
     pub fn take(&mut self, now: Instant) -> Option<Job> {
         let best = self.waiting.iter().enumerate().max_by_key(|(_, w)| (w.weight(now), std::cmp::Reverse(w.order)));
-        let place = best.map(|(place, _)| place)?;
-        Some(self.waiting.swap_remove(place).job)
+        let index = best.map(|(index, _)| index)?;
+        Some(self.waiting.swap_remove(index).job)
     }
 
-    /// Takes a job out of its turn.
+    /// Removes a job by its request.
     pub fn remove(&mut self, request_id: &str) -> Option<Job> {
-        let place = self.waiting.iter().position(|waiting| waiting.job.request_id == request_id)?;
-        Some(self.waiting.swap_remove(place).job)
+        let index = self.waiting.iter().position(|waiting| waiting.job.request_id == request_id)?;
+        Some(self.waiting.swap_remove(index).job)
     }
 
-    /// In the order in which they would run now.
+    /// The jobs in the order in which they would run now.
     #[must_use]
-    pub fn in_order(&self, now: Instant) -> Vec<&Waiting> {
-        let mut all: Vec<&Waiting> = self.waiting.iter().collect();
+    pub fn in_order(&self, now: Instant) -> Vec<&QueuedJob> {
+        let mut all: Vec<&QueuedJob> = self.waiting.iter().collect();
         all.sort_by_key(|waiting| (std::cmp::Reverse(waiting.weight(now)), waiting.order));
         all
     }

@@ -1,4 +1,4 @@
-//! The lines that go out: result, error, event.
+//! The lines of stdout: result, error and event.
 
 use std::fmt::Write as _;
 
@@ -6,9 +6,16 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::communication::schema::AnyData;
+use crate::communication::interface::Communication;
+use crate::conditioning::interface::Conditioning;
 use crate::context;
+use crate::device::interface::Device;
 use crate::error::Error;
+use crate::inference::interface::Inference;
+use crate::layers::Interface;
+use crate::model::interface::Model;
+use crate::postprocessing::interface::Postprocessing;
+use crate::scheduler::interface::Scheduler;
 use crate::units::Bytes;
 
 /// The value of `type`, one per kind of line.
@@ -30,7 +37,20 @@ pub enum EventTag {
     Event,
 }
 
-/// A request that succeeded; terminal.
+/// `data` of a result: the response of one of the domains.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+pub enum AnyData {
+    Communication(<Communication as Interface>::Response),
+    Device(<Device as Interface>::Response),
+    Scheduler(<Scheduler as Interface>::Response),
+    Model(<Model as Interface>::Response),
+    Conditioning(<Conditioning as Interface>::Response),
+    Postprocessing(<Postprocessing as Interface>::Response),
+    Inference(<Inference as Interface>::Response),
+}
+
+/// The terminal line of a request that succeeded.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ResultLine<'a> {
@@ -42,10 +62,10 @@ pub struct ResultLine<'a> {
     pub data: &'a RawValue,
     pub warnings: &'a [Warning],
     pub timings_ms: &'a Timings,
-    pub engine: &'a Engine,
+    pub engine: &'a EngineReport,
 }
 
-/// Something the caller should know although the request succeeds.
+/// Something that the client should know although the request succeeds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Warning {
@@ -55,7 +75,7 @@ pub struct Warning {
     pub pointer: Option<String>,
 }
 
-/// Milliseconds by part of the work.
+/// Milliseconds by stage.
 #[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct Timings {
@@ -88,10 +108,10 @@ impl Timings {
     }
 }
 
-/// What computed the result; all but `version` only where tensors were used.
+/// The engine that computed the result. `device`, `dtype` and `quantization` are present if tensors were used.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
-pub struct Engine {
+pub struct EngineReport {
     pub version: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
@@ -102,7 +122,20 @@ pub struct Engine {
     pub quantization: Option<&'static str>,
 }
 
-/// A request that failed; terminal.
+impl EngineReport {
+    /// The engine of a request, `None` if it used no tensors.
+    #[must_use]
+    pub fn new(engine: Option<context::Engine>) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            device: engine.as_ref().map(|engine| engine.device.clone()),
+            dtype: engine.as_ref().map(|engine| engine.dtype),
+            quantization: engine.map(|engine| engine.quantization),
+        }
+    }
+}
+
+/// The terminal line of a request that failed.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ErrorLine<'a> {
@@ -116,9 +149,9 @@ pub struct ErrorLine<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// This request is at fault, or failed by itself.
+    /// This request is the reason.
     Request,
-    /// The state of the worker is the reason; another request would meet it too.
+    /// The state of the worker is the reason; another request would fail too.
     Worker,
 }
 
@@ -133,22 +166,22 @@ pub struct ErrorBody {
     /// JSON pointer into the request line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pointer: Option<String>,
-    /// The same request may succeed when it is sent again later.
+    /// True if the same request may succeed later.
     pub retryable: bool,
     pub scope: Scope,
-    /// With `out_of_memory`: the part of the work.
+    /// With `out_of_memory`: the stage of the work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<&'static str>,
-    /// With `out_of_memory`: bytes that were wanted.
+    /// With `out_of_memory`: bytes needed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub needed: Option<Bytes>,
-    /// With `out_of_memory`: bytes that were there.
+    /// With `out_of_memory`: bytes free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free: Option<Bytes>,
     /// With `out_of_memory`: what would fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fits: Option<String>,
-    /// With `internal`: stands in the log on stderr too.
+    /// With `internal`: the id of the error in the log on stderr.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bug_id: Option<String>,
 }
@@ -189,7 +222,7 @@ impl From<&Error> for ErrorBody {
     }
 }
 
-/// `text`, cut to `limit` characters with a note of how many there were.
+/// Cuts `text` to `limit` characters and notes how many it had.
 #[must_use]
 pub fn clip(mut text: String, limit: usize) -> String {
     if let Some((cut, _)) = text.char_indices().nth(limit) {
@@ -201,14 +234,14 @@ pub fn clip(mut text: String, limit: usize) -> String {
     text
 }
 
-/// Something that happens on the way; never terminal.
+/// A line about a request in flight or about the worker; never terminal.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct EventLine<'a> {
     pub r#type: EventTag,
-    /// Left out by `ready` and `heartbeat`, which belong to no request.
+    /// Absent in `ready` and `heartbeat`, which belong to no request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_id: Option<&'a str>,
-    /// Rises by one per request, from 0.
+    /// Counts the events of a request, from 0.
     pub seq: u64,
     #[serde(flatten)]
     pub event: &'a Event,
@@ -217,12 +250,12 @@ pub struct EventLine<'a> {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// Accepted; `position` requests go before it, as things stand.
+    /// The request is accepted; `position` requests go before it.
     Accepted {
         position: usize,
     },
     Started,
-    /// A part of the work begins.
+    /// A stage of the work begins.
     Stage {
         stage: &'static str,
     },
@@ -231,7 +264,7 @@ pub enum Event {
         bytes_done: Bytes,
         bytes_total: Bytes,
     },
-    /// A file of a repository is being downloaded; the bytes are those of all its files.
+    /// A file of a repository is being downloaded; bytes count all its files.
     Fetching {
         file: String,
         bytes_done: Bytes,
@@ -246,7 +279,7 @@ pub enum Event {
         #[serde(skip_serializing_if = "Option::is_none")]
         eta_ms: Option<u64>,
     },
-    /// The image as it stands after `step` steps: the bytes of a PNG.
+    /// A preview of the image after `step` steps: the bytes of a PNG.
     Preview {
         step: usize,
         base64: String,
@@ -262,7 +295,7 @@ pub enum Event {
         #[serde(skip_serializing_if = "Option::is_none")]
         pointer: Option<String>,
     },
-    /// Events of this request that were left out because stdout was not read fast enough.
+    /// Events of this request dropped because stdout was not read fast enough.
     Dropped {
         count: u64,
     },

@@ -1,4 +1,4 @@
-//! The JSON Schema (2020-12) of the wire, made from the types: one document for what goes in and what comes out.
+//! The JSON Schema (2020-12) of the wire, generated from the types: one document for both directions.
 
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use crate::communication::interface::{Communication, HeadKeys, PROTOCOL};
 use crate::communication::responses::{ErrorLine, EventLine, ResultLine};
-use crate::communication::workers::codec::Step;
-use crate::communication::workers::codec::probe::{self, Shape};
+use crate::communication::workers::codec::path::PathStep;
+use crate::communication::workers::codec::probe::{self, StructShape};
 use crate::conditioning::interface::Conditioning;
 use crate::device::interface::Device;
 use crate::error::{Error, Result};
@@ -18,26 +18,13 @@ use crate::model::interface::Model;
 use crate::postprocessing::interface::Postprocessing;
 use crate::scheduler::interface::Scheduler;
 
-/// How deep structs within `data` are looked for.
+/// Depth down to which structs within `data` are searched.
 const NESTING: usize = 4;
 
-/// `data` of a result: whatever one of the domains answers.
-#[derive(JsonSchema)]
-#[schemars(untagged)]
-pub enum AnyData {
-    Communication(<Communication as Interface>::Response),
-    Device(<Device as Interface>::Response),
-    Scheduler(<Scheduler as Interface>::Response),
-    Model(<Model as Interface>::Response),
-    Conditioning(<Conditioning as Interface>::Response),
-    Postprocessing(<Postprocessing as Interface>::Response),
-    Inference(<Inference as Interface>::Response),
-}
-
-/// The whole document. `$defs/RequestLine` describes strict requests, `$defs/OutputLine` every line of stdout.
+/// Generates the document. `$defs/RequestLine` describes strict requests, `$defs/OutputLine` every line of stdout.
 ///
 /// # Errors
-/// `internal`, where a schema has no JSON form.
+/// `internal` if a schema has no JSON form.
 pub fn document() -> Result<Box<RawValue>> {
     to_raw_value(&value()).map_err(|e| Error::bug(format!("the schema has no JSON form: {e}")))
 }
@@ -79,14 +66,14 @@ fn value() -> Value {
     })
 }
 
-/// One operation's request.
-struct Request {
+/// The request of one operation.
+struct OperationSchema {
     worker_type: &'static str,
     operation: &'static str,
     data: Value,
 }
 
-impl Request {
+impl OperationSchema {
     fn line(&self, head: &Map<String, Value>) -> Value {
         let mut properties = head.clone();
         properties.insert("worker_type".to_owned(), json!({ "const": self.worker_type }));
@@ -103,37 +90,37 @@ impl Request {
 
 fn collect<I: Interface<Request: JsonSchema>>(
     schemas: &mut SchemaGenerator,
-    requests: &mut Vec<Request>,
+    requests: &mut Vec<OperationSchema>,
     shapes: &mut Vec<Aliased>,
 ) {
     let variants = plain::<I::Request>(schemas);
     let variants = variants.get("oneOf").and_then(Value::as_array).cloned().unwrap_or_default();
     for operation in I::OPERATIONS {
         let data = variants.iter().find_map(|variant| variant.get("properties")?.get(operation).cloned());
-        requests.push(Request { worker_type: I::DOMAIN.name(), operation, data: data.unwrap_or(json!(true)) });
-        look::<I>(operation, &mut Vec::new(), shapes);
+        requests.push(OperationSchema { worker_type: I::DOMAIN.name(), operation, data: data.unwrap_or(json!(true)) });
+        find_aliases::<I>(operation, &mut Vec::new(), shapes);
     }
 }
 
-/// The schema itself, and not a reference to it.
+/// The schema of `T` itself, not a reference to it.
 fn plain<T: JsonSchema>(schemas: &mut SchemaGenerator) -> Value {
     T::json_schema(schemas).to_value()
 }
 
-/// A struct, and which of its names are names of one field.
+/// A struct and its aliases.
 struct Aliased {
     name: &'static str,
-    /// Pairs of names of one field.
+    /// Pairs of names of the same field.
     pairs: Vec<(&'static str, &'static str)>,
 }
 
-/// Finds the structs of an operation's data, and their aliases.
-fn look<I: Interface>(operation: &'static str, path: &mut Vec<Step>, found: &mut Vec<Aliased>) {
-    let Some(Shape { name, fields }) = probe::fields::<I::Request>(Some(operation), path) else {
-        // An array hides its elements one step further down.
-        if path.last() != Some(&Step::Index(0)) && !path.is_empty() && path.len() < 2 * NESTING {
-            path.push(Step::Index(0));
-            look::<I>(operation, path, found);
+/// Collects the structs of an operation's data and their aliases.
+fn find_aliases<I: Interface>(operation: &'static str, path: &mut Vec<PathStep>, found: &mut Vec<Aliased>) {
+    let Some(StructShape { name, fields }) = probe::fields::<I::Request>(Some(operation), path) else {
+        // The elements of an array are one step further down.
+        if path.last() != Some(&PathStep::Index(0)) && !path.is_empty() && path.len() < 2 * NESTING {
+            path.push(PathStep::Index(0));
+            find_aliases::<I>(operation, path, found);
             path.pop();
         }
         return;
@@ -142,8 +129,8 @@ fn look<I: Interface>(operation: &'static str, path: &mut Vec<Step>, found: &mut
         return;
     }
     let mut pairs = Vec::new();
-    for (place, a) in fields.iter().enumerate() {
-        for b in fields.iter().skip(place + 1) {
+    for (index, a) in fields.iter().enumerate() {
+        for b in fields.iter().skip(index + 1) {
             if probe::same_field::<I::Request>(Some(operation), path, a, b) {
                 pairs.push((*a, *b));
             }
@@ -151,13 +138,13 @@ fn look<I: Interface>(operation: &'static str, path: &mut Vec<Step>, found: &mut
     }
     found.push(Aliased { name, pairs });
     for field in fields {
-        path.push(Step::Key((*field).to_owned()));
-        look::<I>(operation, path, found);
+        path.push(PathStep::Key((*field).to_owned()));
+        find_aliases::<I>(operation, path, found);
         path.pop();
     }
 }
 
-/// Lets every alias stand where its field may.
+/// Adds every alias as a property that excludes its field.
 fn add_aliases(schema: &mut Map<String, Value>, shape: &Aliased) {
     let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) else { return };
     let mut exclusive = Vec::new();
@@ -173,7 +160,7 @@ fn add_aliases(schema: &mut Map<String, Value>, shape: &Aliased) {
     }
 }
 
-/// A generation with its fields at the top of the line.
+/// The short form: a generation with its fields at the top of the line.
 fn shorthand(head: &Map<String, Value>, generate: Option<&Value>) -> Value {
     let mut line = generate.and_then(Value::as_object).cloned().unwrap_or_default();
     if let Some(properties) = line.get_mut("properties").and_then(Value::as_object_mut) {

@@ -1,4 +1,4 @@
-//! The event loop: one thread that waits for lines, lanes, deadlines, signals and the end of stdout, and never for work.
+//! The event loop: one thread that waits for lines, lanes, deadlines, signals and the end of stdout, but never for work.
 
 use std::fs::File;
 use std::io;
@@ -6,37 +6,39 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::value::to_raw_value;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::communication::dispatcher::{Floor, Parts, Post};
-use crate::communication::instructor::{CommunicationInstructor, queue_depth};
+use crate::communication::dispatcher::{Dispatcher, DispatcherParts};
+use crate::communication::instructor::CommunicationInstructor;
 use crate::communication::interface::PROTOCOL;
-use crate::communication::ledger::{Ledger, Terminal};
-use crate::communication::responses::{Engine, Event, Timings};
-use crate::communication::workers::codec::{Ask, Decoded, Fault};
+use crate::communication::lanes::LaneId;
+use crate::communication::ledger::{Ledger, Terminal, ms};
+use crate::communication::responses::{EngineReport, Event, Timings};
+use crate::communication::signals::Signals;
+use crate::communication::workers::codec::{Decoded, RoutedRequest};
 use crate::communication::workers::reader::{self, Input};
-use crate::communication::workers::writer::{self, Note, Outbox};
+use crate::communication::workers::writer::{self, Outbox, WriterEvent};
 use crate::context::{CancelToken, Context};
 use crate::error::{Error, Result};
 use crate::managers::Published;
 use crate::runtime::config::{MainInterface, OnEof};
 use crate::runtime::dispatch;
-use crate::runtime::lane::{self, Build, Lane};
+use crate::runtime::lane::{Build, Lane, LaneEvent};
 
-/// How the process ends; the numbers are the protocol's.
+/// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     Drained,
     DeviceUnavailable,
-    /// The worker can compute nothing any more; start another.
+    /// The worker can compute nothing any more and should be restarted.
     Poisoned,
     StdoutGone,
-    /// Ended by the third signal, at once.
+    /// Ended at once by the third signal.
     Signal(i32),
 }
 
 impl Exit {
+    /// The exit code of the protocol.
     #[must_use]
     pub fn code(self) -> i32 {
         match self {
@@ -51,175 +53,199 @@ impl Exit {
 
 /// Lines that may wait between the reader's thread and the loop.
 const LINES_AHEAD: usize = 16;
-/// How long running work may take to notice that nobody listens any more.
+/// Time that running work gets to notice that stdout has no reader.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// What the loop needs of its maker.
+/// The inputs of [`serve`].
 pub struct Setup {
     pub settings: MainInterface,
     /// The private descriptor of the protocol.
     pub stdout: File,
-    /// Makes what the compute thread owns, its device opened.
+    /// Builds the compute lane's instructors and managers, with the device opened.
     pub compute: Build,
-    /// Makes what the desk owns, and what the thread owns that waits for the network.
-    pub desk: Build,
-    /// What the compute thread lets others see.
+    /// Builds those of the query lane and of the hub lane.
+    pub query: Build,
+    /// The state of the compute thread that other threads may see.
     pub published: Arc<Published>,
     pub instructor: CommunicationInstructor,
     pub begun: Instant,
 }
 
-/// What other threads tell the loop.
-enum Word {
-    Lane(Post, lane::Event),
-    Writer(Note),
+/// A message of another thread to the loop.
+enum Message {
+    Lane(LaneId, LaneEvent),
+    Writer(WriterEvent),
 }
 
-/// Serves until the input has ended and everything is answered, or until it is told to end.
+/// Serves until the input has ended and every request is answered, or until the worker is told to end.
 ///
 /// # Errors
-/// The system's, when threads or descriptors have run out.
+/// The system's, if it is out of threads or descriptors.
 pub fn serve(setup: Setup) -> io::Result<Exit> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(run(setup))
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async { EventLoop::start(setup)?.run().await })
 }
 
-async fn run(setup: Setup) -> io::Result<Exit> {
-    let Setup { settings, stdout, compute, desk, published, instructor, begun } = setup;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let (tell, mut words) = mpsc::unbounded_channel();
-    let (give, mut inputs) = mpsc::channel(LINES_AHEAD);
-    let outbox = Outbox::default();
-    let say = tell.clone();
-    // A word that nobody hears any more is one said while the process ends.
-    writer::spawn(stdout, outbox.clone(), move |note| drop(say.send(Word::Writer(note))))?;
-    let lane = |name, post, build| {
-        let say = tell.clone();
-        Lane::spawn(name, build, move |event| drop(say.send(Word::Lane(post, event))))
-    };
-    let mut floor = Floor::new(Parts {
-        begun,
-        ledger: Ledger::new(outbox.clone()),
-        compute: lane("compute", Post::Compute, compute)?,
-        hub: lane("hub", Post::Hub, Build::clone(&desk))?,
-        desk: lane("desk", Post::QueryLane, desk)?,
-        published,
-        settings,
-    });
-    reader::spawn(floor.line_limit(), move |input| give.blocking_send(input).is_ok())?;
-    let mut heartbeat = tokio::time::interval(Duration::from_millis(floor.settings.heartbeat_ms.max(1)));
-    let mut state = State { input_open: true, signals: 0, gone: None };
-    loop {
-        if let Some(exit) = state.exit(&floor) {
-            state.close(&mut floor, &instructor, &mut inputs);
-            if state.gone.is_some() {
-                return Ok(exit);
-            }
-            outbox.close();
-            return Ok(flushed(exit, &mut words, &mut [&mut terminate, &mut interrupt]).await);
-        }
-        let deadline = floor.next_deadline();
-        let grace = state.gone.map(|gone| gone + GRACE);
-        tokio::select! {
-            word = words.recv() => match word {
-                Some(Word::Lane(post, event)) => {
-                    let stands = post == Post::Compute && matches!(event, lane::Event::Ready);
-                    floor.hear(post, event);
-                    if stands && floor.settings.announce {
-                        floor.ledger.announce(&Event::Ready {
-                            version: env!("CARGO_PKG_VERSION"),
-                            protocol: PROTOCOL,
-                            pid: std::process::id(),
-                        });
-                    }
-                }
-                Some(Word::Writer(Note::Gone)) => {
-                    state.gone.get_or_insert_with(Instant::now);
-                    floor.shut_down(OnEof::Cancel);
-                }
-                Some(Word::Writer(Note::Flushed)) | None => {}
-            },
-            input = inputs.recv(), if state.input_open => {
-                if !take(&mut floor, &instructor, input.unwrap_or(Input::End)) {
-                    state.input_open = false;
-                    if floor.settings.on_eof == OnEof::Cancel {
-                        floor.cancel_all();
-                    }
-                }
-            },
-            () = sleep_until(deadline), if deadline.is_some() => floor.expire(),
-            () = sleep_until(grace), if grace.is_some() => return Ok(Exit::StdoutGone),
-            _ = heartbeat.tick(), if floor.settings.heartbeat_ms > 0 => {
-                floor.ledger.announce(&Event::Heartbeat {
-                    uptime_ms: floor.uptime_ms(),
-                    queue_depth: queue_depth(&floor),
-                    running: floor.ledger.in_flight() - queue_depth(&floor),
-                });
-            },
-            _ = terminate.recv() => if let Some(exit) = state.signal(&mut floor, libc::SIGTERM) { return Ok(exit) },
-            _ = interrupt.recv() => if let Some(exit) = state.signal(&mut floor, libc::SIGINT) { return Ok(exit) },
-        }
-    }
-}
-
-/// Where the loop stands between running and gone.
-struct State {
+struct EventLoop {
+    dispatcher: Dispatcher,
+    instructor: CommunicationInstructor,
+    outbox: Outbox,
+    signals: Signals,
+    messages: mpsc::UnboundedReceiver<Message>,
+    inputs: mpsc::Receiver<Input>,
     input_open: bool,
-    signals: u32,
-    /// Since when stdout has no reader.
-    gone: Option<Instant>,
+    signal_count: u32,
+    /// Time since which stdout has no reader.
+    stdout_gone: Option<Instant>,
 }
 
-impl State {
-    fn exit(&self, floor: &Floor) -> Option<Exit> {
-        if !floor.is_idle() {
-            return None;
-        }
-        match &floor.broken {
-            _ if self.gone.is_some() => Some(Exit::StdoutGone),
-            Some(Error::DeviceUnavailable { .. }) => Some(Exit::DeviceUnavailable),
-            Some(_) => Some(Exit::Poisoned),
-            None => (floor.ending || !self.input_open).then_some(Exit::Drained),
-        }
+impl EventLoop {
+    /// Starts the writer, the lanes and the reader.
+    fn start(setup: Setup) -> io::Result<Self> {
+        let Setup { settings, stdout, compute, query, published, instructor, begun } = setup;
+        let signals = Signals::listen()?;
+        let (sender, messages) = mpsc::unbounded_channel();
+        let (give, inputs) = mpsc::channel(LINES_AHEAD);
+        let outbox = Outbox::default();
+        let send = sender.clone();
+        // The receiver is gone only while the process ends.
+        writer::spawn(stdout, outbox.clone(), move |event| drop(send.send(Message::Writer(event))))?;
+        let lane = |name, id, build| {
+            let send = sender.clone();
+            Lane::spawn(name, build, move |event| drop(send.send(Message::Lane(id, event))))
+        };
+        let dispatcher = Dispatcher::new(DispatcherParts {
+            begun,
+            ledger: Ledger::new(outbox.clone()),
+            compute: lane("compute", LaneId::Compute, compute)?,
+            hub: lane("hub", LaneId::Hub, Build::clone(&query))?,
+            query: lane("query", LaneId::Query, query)?,
+            published,
+            settings,
+        });
+        reader::spawn(dispatcher.line_limit(), move |input| give.blocking_send(input).is_ok())?;
+        let (input_open, signal_count, stdout_gone) = (true, 0, None);
+        Ok(Self { dispatcher, instructor, outbox, signals, messages, inputs, input_open, signal_count, stdout_gone })
     }
 
-    /// Answers what was read already but not looked at.
-    fn close(&self, floor: &mut Floor, instructor: &CommunicationInstructor, inputs: &mut mpsc::Receiver<Input>) {
-        floor.draining = true;
-        while let (true, Ok(input)) = (self.input_open, inputs.try_recv()) {
-            take(floor, instructor, input);
-        }
-    }
-
-    fn signal(&mut self, floor: &mut Floor, number: i32) -> Option<Exit> {
-        self.signals += 1;
-        match self.signals {
-            1 => {
-                floor.hand_back_queue();
-                floor.ending = true;
+    async fn run(mut self) -> io::Result<Exit> {
+        let period = self.dispatcher.settings.heartbeat_ms;
+        let mut heartbeat = tokio::time::interval(Duration::from_millis(period.max(1)));
+        loop {
+            if let Some(exit) = self.exit() {
+                return Ok(self.close(exit).await);
             }
-            2 => floor.shut_down(OnEof::Cancel),
+            let deadline = self.dispatcher.next_deadline();
+            let grace = self.stdout_gone.map(|gone| gone + GRACE);
+            tokio::select! {
+                message = self.messages.recv() => self.on_message(message),
+                input = self.inputs.recv(), if self.input_open => self.on_input(input.unwrap_or(Input::End)),
+                () = sleep_until(deadline), if deadline.is_some() => self.dispatcher.expire(),
+                () = sleep_until(grace), if grace.is_some() => return Ok(Exit::StdoutGone),
+                _ = heartbeat.tick(), if period > 0 => self.beat(),
+                number = self.signals.next() => {
+                    if let Some(exit) = self.on_signal(number) {
+                        return Ok(exit);
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: Option<Message>) {
+        match message {
+            Some(Message::Lane(id, event)) => {
+                let compute_ready = id == LaneId::Compute && matches!(event, LaneEvent::Ready);
+                self.dispatcher.on_lane_event(id, event);
+                if compute_ready && self.dispatcher.settings.announce {
+                    self.dispatcher.ledger.announce(&Event::Ready {
+                        version: env!("CARGO_PKG_VERSION"),
+                        protocol: PROTOCOL,
+                        pid: std::process::id(),
+                    });
+                }
+            }
+            Some(Message::Writer(WriterEvent::Gone)) => {
+                self.stdout_gone.get_or_insert_with(Instant::now);
+                self.dispatcher.shut_down(OnEof::Cancel);
+            }
+            Some(Message::Writer(WriterEvent::Flushed)) | None => {}
+        }
+    }
+
+    fn on_input(&mut self, input: Input) {
+        match input {
+            Input::Line(line) => {
+                if let Some(decoded) = self.dispatcher.receive(&line) {
+                    control(&mut self.dispatcher, &self.instructor, decoded);
+                }
+            }
+            Input::TooLong => self.dispatcher.receive_too_long(),
+            Input::End => {
+                self.input_open = false;
+                if self.dispatcher.settings.on_eof == OnEof::Cancel {
+                    self.dispatcher.cancel_all();
+                }
+            }
+        }
+    }
+
+    fn on_signal(&mut self, number: i32) -> Option<Exit> {
+        self.signal_count += 1;
+        match self.signal_count {
+            1 => {
+                self.dispatcher.hand_back_queue();
+                self.dispatcher.ending = true;
+            }
+            2 => self.dispatcher.shut_down(OnEof::Cancel),
             _ => return Some(Exit::Signal(number)),
         }
         None
     }
-}
 
-/// Waits for the last line to leave; a further signal, or nobody reading, ends the wait.
-async fn flushed(
-    exit: Exit,
-    words: &mut mpsc::UnboundedReceiver<Word>,
-    [terminate, interrupt]: &mut [&mut tokio::signal::unix::Signal; 2],
-) -> Exit {
-    loop {
-        tokio::select! {
-            word = words.recv() => match word {
-                Some(Word::Writer(Note::Flushed)) | None => return exit,
-                Some(Word::Writer(Note::Gone)) => return Exit::StdoutGone,
-                Some(Word::Lane(..)) => {}
-            },
-            _ = terminate.recv() => return Exit::Signal(libc::SIGTERM),
-            _ = interrupt.recv() => return Exit::Signal(libc::SIGINT),
+    fn beat(&self) {
+        let dispatcher = &self.dispatcher;
+        let queue_depth = dispatcher.lanes.queue_depth();
+        dispatcher.ledger.announce(&Event::Heartbeat {
+            uptime_ms: dispatcher.uptime_ms(),
+            queue_depth,
+            running: dispatcher.ledger.in_flight() - queue_depth,
+        });
+    }
+
+    /// The reason to end, if there is one and nothing is in flight.
+    fn exit(&self) -> Option<Exit> {
+        if !self.dispatcher.is_idle() {
+            return None;
+        }
+        match &self.dispatcher.broken {
+            _ if self.stdout_gone.is_some() => Some(Exit::StdoutGone),
+            Some(Error::DeviceUnavailable { .. }) => Some(Exit::DeviceUnavailable),
+            Some(_) => Some(Exit::Poisoned),
+            None => (self.dispatcher.ending || !self.input_open).then_some(Exit::Drained),
+        }
+    }
+
+    /// Answers the lines that were read but not looked at, and waits for the last line to be written. Another signal,
+    /// or the end of stdout, ends the wait.
+    async fn close(mut self, exit: Exit) -> Exit {
+        self.dispatcher.draining = true;
+        while let (true, Ok(input)) = (self.input_open, self.inputs.try_recv()) {
+            self.on_input(input);
+        }
+        if self.stdout_gone.is_some() {
+            return exit;
+        }
+        self.outbox.close();
+        loop {
+            tokio::select! {
+                message = self.messages.recv() => match message {
+                    Some(Message::Writer(WriterEvent::Flushed)) | None => return exit,
+                    Some(Message::Writer(WriterEvent::Gone)) => return Exit::StdoutGone,
+                    Some(Message::Lane(..)) => {}
+                },
+                number = self.signals.next() => return Exit::Signal(number),
+            }
         }
     }
 }
@@ -230,36 +256,20 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-/// Whether more input may follow.
-fn take(floor: &mut Floor, instructor: &CommunicationInstructor, input: Input) -> bool {
-    match input {
-        Input::Line(line) => {
-            if let Some(decoded) = floor.receive(&line) {
-                control(floor, instructor, decoded);
-            }
-        }
-        Input::TooLong => floor.receive_too_long(),
-        Input::End => return false,
-    }
-    true
-}
-
 /// Answers a control operation at once.
-fn control(floor: &mut Floor, instructor: &CommunicationInstructor, decoded: Decoded) {
-    let Decoded { head, ask: Ask::Control(request), warnings, .. } = decoded else { return };
+fn control(dispatcher: &mut Dispatcher, instructor: &CommunicationInstructor, decoded: Decoded) {
+    let Decoded { head, request: RoutedRequest::Control(request), warnings, .. } = decoded else { return };
     let begun = Instant::now();
     let ctx = Context::new(head.request_id.clone(), CancelToken::default(), None, None, Box::new(|_| ()));
-    let answer: Result<_> = dispatch::run(instructor, *request, floor, &ctx).and_then(|response| {
+    let answer: Result<_> = dispatch::run(instructor, *request, dispatcher, &ctx).and_then(|response| {
         to_raw_value(&response).map_err(|e| Error::bug(format!("a response has no JSON form: {e}")))
     });
     match answer {
         Ok(data) => {
-            let timings = Timings { total: crate::communication::ledger::ms(begun.elapsed()), ..Timings::default() };
-            let engine = Engine { version: env!("CARGO_PKG_VERSION"), device: None, dtype: None, quantization: None };
-            floor.ledger.answer(&head.request_id, &Terminal::Result { data, warnings, timings, engine });
+            let timings = Timings { total: ms(begun.elapsed()), ..Timings::default() };
+            let terminal = Terminal::Result { data, warnings, timings, engine: EngineReport::new(None) };
+            dispatcher.ledger.answer(&head.request_id, &terminal);
         }
-        Err(error) => {
-            floor.ledger.refuse(&head.request_id, &Fault { error: error.into(), pointer: None }, head.shorthand)
-        }
+        Err(error) => dispatcher.ledger.refuse(&head.request_id, &error.into(), head.shorthand),
     }
 }

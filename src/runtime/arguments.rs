@@ -6,6 +6,10 @@ use crate::device::interface::CpuFeatures;
 use crate::runtime::config::{Config, ConfigError, LogLevel, OnEof};
 use crate::units::Bytes;
 
+/// Shown when stdin is a terminal, where the worker would otherwise seem to hang.
+pub const TERMINAL_HINT: &str = "reading requests from this terminal, one JSON object per line (Ctrl-D to end); or pipe one \
+                                 in: echo '{\"prompt\": \"A sunset over mountains\"}' | sdxl-worker";
+
 /// Makes SDXL images from newline-delimited JSON: requests on stdin, answers on stdout, logs on stderr.
 #[derive(clap::Parser, Debug)]
 #[command(
@@ -15,43 +19,43 @@ use crate::units::Bytes;
     after_help = "example:\n  echo '{\"prompt\": \"A sunset over mountains\"}' | sdxl-worker"
 )]
 pub struct Arguments {
-    /// Configuration file; without it `configs/workers_config.json` where that is there
+    /// Configuration file; default: `configs/workers_config.json` if it exists
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// `cpu`, `cuda`, `cuda:1`, `metal` or `auto`
     #[arg(long)]
     device: Option<String>,
-    /// Instruction sets of the CPU's kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`
+    /// Instruction sets for the CPU kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`
     #[arg(long, value_name = "LEVEL", value_parser = by_name::<CpuFeatures>)]
     cpu_features: Option<CpuFeatures>,
-    /// `off`, `error`, `warn`, `info`, `debug` or `trace`, to stderr
+    /// Log level on stderr: `off`, `error`, `warn`, `info`, `debug` or `trace`
     #[arg(long, value_name = "LEVEL", value_parser = by_name::<LogLevel>)]
     log_level: Option<LogLevel>,
-    /// Longest line of input, as `33554432` or `32MiB`
+    /// Longest line of input, such as `33554432` or `32MiB`
     #[arg(long, value_name = "BYTES")]
     max_line_bytes: Option<Bytes>,
-    /// Requests that may wait beside the one that runs
+    /// Requests that may wait in addition to the running one
     #[arg(long, value_name = "COUNT")]
     queue_limit: Option<usize>,
-    /// What becomes of accepted requests when stdin ends: `finish` or `cancel`
-    #[arg(long, value_name = "WHAT", value_parser = by_name::<OnEof>)]
+    /// When stdin ends, `finish` or `cancel` accepted requests
+    #[arg(long, value_name = "ACTION", value_parser = by_name::<OnEof>)]
     on_eof: Option<OnEof>,
-    /// Emit the event `ready` once requests can be computed
+    /// Emit the event `ready` once the device is open
     #[arg(long)]
     announce: bool,
     /// Milliseconds between `heartbeat` events; 0 for none
     #[arg(long, value_name = "MS")]
     heartbeat_ms: Option<u64>,
-    /// Folder of images whose request names none
+    /// Folder for images of requests that name none
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Folder beneath which models are looked for; may be given several times, in place of the configured ones
+    /// Folder to search for models; may be repeated; replaces the configured folders
     #[arg(long, value_name = "DIR")]
     model_root: Vec<PathBuf>,
-    /// Model of requests that name none
+    /// Model for requests that name none
     #[arg(long)]
     model: Option<String>,
-    /// Read weights into memory of the process rather than mapping their files
+    /// Read weights into memory instead of mapping their files
     #[arg(long)]
     no_mmap: bool,
     /// Print the JSON Schema of the wire and exit
@@ -60,10 +64,10 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// The configuration with the flags over it.
+    /// Loads the configuration and applies the flags.
     ///
     /// # Errors
-    /// A file or a value that cannot be used.
+    /// The first unusable file or value.
     pub fn configure(self) -> Result<Config, ConfigError> {
         let mut config = Config::load(self.config.as_deref())?;
         let main = &mut config.workers.main_interface;
@@ -97,7 +101,7 @@ fn put<T>(setting: &mut T, flag: Option<T>) {
     }
 }
 
-/// Reads a value as the configuration file would.
+/// Reads a value in the form of the configuration file.
 fn by_name<T: serde::de::DeserializeOwned>(name: &str) -> Result<T, serde::de::value::Error> {
     T::deserialize(serde::de::value::StrDeserializer::new(name))
 }

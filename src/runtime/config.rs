@@ -1,4 +1,4 @@
-//! The configuration file: one section per domain, and the process's own section `main_interface`.
+//! The configuration file: one section per domain, and the section `main_interface` for the process itself.
 
 use std::fmt;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::error::nearest;
 use crate::units::Bytes;
 use crate::{conditioning, device, inference, model, postprocessing, scheduler};
 
-/// Everything that can be configured. Every key may be left out; an unknown one is an error.
+/// The whole configuration. Every key is optional; an unknown key is an error.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -40,15 +40,15 @@ pub struct Instructors {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MainInterface {
-    /// What is logged to stderr.
+    /// Log level on stderr.
     pub log_level: LogLevel,
-    /// Longest accepted line in bytes, as a number or as `32MiB`.
+    /// Longest accepted line in bytes, as a number or a text such as `32MiB`.
     pub max_line_bytes: Bytes,
-    /// Requests that wait at most; one more is `queue_full`.
+    /// Most requests that may wait; one more is answered `queue_full`.
     pub queue_limit: usize,
-    /// What happens to accepted requests when stdin ends.
+    /// Treatment of accepted requests when stdin ends.
     pub on_eof: OnEof,
-    /// Whether a `ready` event is written at start.
+    /// True to emit `ready` once the device is open.
     pub announce: bool,
     /// Milliseconds between `heartbeat` events; 0 for none.
     pub heartbeat_ms: u64,
@@ -108,15 +108,15 @@ pub enum OnEof {
 }
 
 impl Config {
-    /// Where the configuration is looked for when no path is given.
+    /// Path of the configuration if none is given.
     pub const PATH: &'static str = "configs/workers_config.json";
     const EMBEDDED: &'static str = include_str!("../../configs/workers_config.json");
 
-    /// The file at `path`; without one, [`Self::PATH`] in the working directory if it is there, else the copy that
+    /// Loads the file at `path`; without a path, [`Self::PATH`] in the working directory if it exists, else the copy that
     /// was built in.
     ///
     /// # Errors
-    /// A file that cannot be read, that is not JSON, or that says what the configuration does not have.
+    /// A file that cannot be read or is not JSON, an unknown key, an unusable value.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let default = Path::new(Self::PATH);
         let Some(path) = path.or_else(|| default.exists().then_some(default)) else {
@@ -131,7 +131,7 @@ impl Config {
         }
     }
 
-    /// Reads `text`; `file` is its name in errors. A byte order mark at the start is skipped.
+    /// Parses `text`; `file` is its name in errors. A byte order mark at the start is skipped.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -150,10 +150,10 @@ impl Config {
         Ok(config)
     }
 
-    /// What types cannot say: ranges and names. Called again after flags have overridden keys.
+    /// Checks ranges and names, which the types do not. It is called again after flags have overridden keys.
     ///
     /// # Errors
-    /// The first key whose value cannot be used.
+    /// The first key with an unusable value.
     pub fn check(&self) -> Result<(), ConfigError> {
         let wrong = |key: &str, message: String, hint: Option<String>| {
             Err(ConfigError { file: "flags".to_owned(), key: Some(format!("workers.{key}")), message, hint })
@@ -187,8 +187,8 @@ impl Config {
     }
 }
 
-/// Every section must be an object: serde would take an array for one, value by value in the order of its fields.
-/// Sections are the file itself, all down to `workers.instructors.<domain>`, and `hub` in that of models.
+/// Checks that every section is an object: serde would accept an array of values in the order of the fields. Sections are
+/// the file itself, everything down to `workers.instructors.<domain>`, and `hub` in the section `model`.
 fn check_sections(value: &serde_json::Value, key: &str) -> Result<(), ConfigError> {
     if let serde_json::Value::Array(_) = value {
         let key = (!key.is_empty()).then(|| key.to_owned());
@@ -210,19 +210,19 @@ fn check_sections(value: &serde_json::Value, key: &str) -> Result<(), ConfigErro
         .try_for_each(|(name, value)| check_sections(value, &format!("{key}{sections}{name}")))
 }
 
-/// A configuration that cannot be used; the process ends with exit code 65.
+/// An unusable configuration, for which the process ends with exit code 65.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The file, or `flags`.
     pub file: String,
-    /// `workers.instructors.device.auto_detect`; none if the fault is not in one key.
+    /// The key at fault, such as `workers.instructors.device.auto_detect`; none if no single key is.
     pub key: Option<String>,
     pub message: String,
     pub hint: Option<String>,
 }
 
 impl ConfigError {
-    /// serde names an unknown key and those it knows in its message: ``unknown field `x`, expected one of `a`, `b` ``.
+    /// serde's message names the unknown key and the known ones: ``unknown field `x`, expected one of `a`, `b` ``.
     fn from_serde(file: &str, key: Option<String>, message: &str) -> Self {
         let mut names = message.split('`').skip(1).step_by(2);
         let hint = message.starts_with("unknown ").then(|| nearest(names.next()?, names)).flatten();

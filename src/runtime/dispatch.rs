@@ -1,4 +1,4 @@
-//! Every instructor, and the one match over domains.
+//! The dispatch of a call: every instructor, the one match over domains, and the one function that calls an instructor.
 
 use serde::Serialize;
 
@@ -22,7 +22,7 @@ use crate::scheduler::instructor::SchedulerInstructor;
 use crate::scheduler::interface as scheduler;
 use crate::units::Bytes;
 
-/// A typed request of any domain below the lane.
+/// A typed request of any domain that a lane carries out.
 #[derive(Clone, Debug)]
 pub enum Call {
     Device(device::Request),
@@ -31,24 +31,24 @@ pub enum Call {
     Conditioning(conditioning::Request),
     Postprocessing(postprocessing::Request),
     Inference(inference::Request),
-    /// What a generation would need; nothing is made.
+    /// The memory and time that a generation would need; nothing is generated.
     Estimate(Box<inference::GenerateRequest>),
 }
 
 impl Call {
-    /// Whether it may wait for the network, and goes to the thread that nothing else waits for.
+    /// True if the call may wait for the network, which only the hub lane does.
     #[must_use]
     pub fn needs_network(&self) -> bool {
         matches!(self, Self::Model(request) if request.needs_network())
     }
 
-    /// Whether a repository that it names is downloaded for it. What only asks about a model waits for no download.
+    /// True if a missing repository is downloaded for the call. Queries about a model never wait for a download.
     #[must_use]
-    pub fn has_fetched(&self) -> bool {
+    pub fn downloads_missing(&self) -> bool {
         self.needs_compute() && !matches!(self, Self::Model(model::Request::Unload(_)))
     }
 
-    /// Whether it must wait for the compute thread. What needs none is answered while an image is made.
+    /// True if the call needs the compute thread. Other calls are answered while an image is made.
     #[must_use]
     pub fn needs_compute(&self) -> bool {
         match self {
@@ -60,7 +60,7 @@ impl Call {
     }
 }
 
-/// What a call gave.
+/// The response to a call.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum Reply {
@@ -72,14 +72,14 @@ pub enum Reply {
     Inference(inference::Response),
 }
 
-/// One instructor a domain. Inference leads the others.
+/// The instructors. The one of inference owns those of the other domains.
 pub struct Instructors {
     pub inference: InferenceInstructor,
 }
 
 impl Instructors {
     /// # Errors
-    /// A setting that names what this worker does not have.
+    /// `unknown_name` if a setting names something that this worker does not have.
     pub fn new(settings: &config::Instructors) -> Result<Self> {
         let postprocessing = PostprocessingInstructor::new(settings.postprocessing.clone());
         let roots = postprocessing.roots().clone();
@@ -128,7 +128,7 @@ impl Instructors {
         let room = lead.device.room(&managers.device);
         managers.publish(room);
         reply.map_err(|error| match (error, room) {
-            // The device's own error does not tell.
+            // The device's own error has no numbers.
             (Error::OutOfMemory { stage, needed, free: Bytes(0), fits }, Some(room)) => {
                 Error::OutOfMemory { stage, needed, free: room.free, fits }
             }

@@ -1,7 +1,7 @@
-//! A compute thread: owns its managers and instructors as plain fields and does one job at a time.
+//! A lane: one thread that owns its instructors and managers as plain fields and runs one job at a time.
 //!
 //! The queue lives above the lane, where a waiting job can still be cancelled, reordered or expire. Below it everything
-//! blocks. A panic costs the job and the managers, which are built anew, not the process.
+//! blocks. After a panic the job fails and the managers are rebuilt; the process continues.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 
 use crate::context::{CancelToken, Context, Engine, PreviewOptions, Progress, Stage};
 use crate::error::{Error, Result};
-use crate::managers::Managers;
+use crate::managers::{Managers, Published};
 use crate::model::managers::Reach;
+use crate::runtime::config;
 use crate::runtime::dispatch::{Call, Instructors, Reply};
 use crate::units::Bytes;
 
-/// Stack of a compute thread in bytes.
+/// Stack of a lane's thread in bytes.
 const STACK: usize = 16 << 20;
 
-/// One call with everything that travels with it.
+/// One call with its id, cancellation, deadline and previews.
 #[derive(Clone, Debug)]
 pub struct Job {
     pub request_id: String,
@@ -27,12 +28,12 @@ pub struct Job {
     pub preview: Option<PreviewOptions>,
 }
 
-/// What a lane says.
+/// An event of a lane.
 #[derive(Debug)]
-pub enum Event {
-    /// Managers and instructors stand.
+pub enum LaneEvent {
+    /// Instructors and managers are built.
     Ready,
-    /// They cannot be built; the lane has ended.
+    /// They could not be built, and the lane has ended.
     Unusable(Error),
     Progress {
         request_id: String,
@@ -41,7 +42,7 @@ pub enum Event {
     Done(Box<Done>),
 }
 
-/// The end of a job; exactly one for each.
+/// The end of a job; every job has exactly one.
 #[derive(Debug)]
 pub struct Done {
     pub request_id: String,
@@ -49,65 +50,85 @@ pub struct Done {
     pub timings: Vec<(Stage, Duration)>,
     pub warnings: Vec<String>,
     pub engine: Option<Engine>,
-    /// The job again, and the repository that must be downloaded before it can be done.
+    /// The job itself and the repository that it is blocked on.
     pub unfetched: Option<(Job, String)>,
 }
 
-/// Makes what a lane owns; called on the lane's own thread, at its start and after a panic.
+/// Builds the instructors and managers of a lane. It is called on the lane's own thread, at its start and after a panic.
 pub type Build = Arc<dyn Fn() -> Result<(Instructors, Managers)> + Send + Sync>;
 
-/// The handle of a compute thread, which ends when the handle is dropped and its last job done.
+/// The builds of the compute lane, which opens the device, and of the other lanes.
+#[must_use]
+pub fn builds(settings: config::Instructors, published: Arc<Published>) -> (Build, Build) {
+    let query = move || {
+        let managers = Managers::new(&settings.model, Arc::clone(&published));
+        Ok((Instructors::new(&settings)?, managers))
+    };
+    let build = query.clone();
+    let compute = move || {
+        let (instructors, mut managers) = build()?;
+        instructors.inference.device.place(&mut managers.device, None)?;
+        Ok((instructors, managers))
+    };
+    (Arc::new(compute), Arc::new(query))
+}
+
+/// The handle of a lane's thread, which ends when the handle is dropped and the last job is done.
 pub struct Lane {
     jobs: mpsc::Sender<Job>,
 }
 
 impl Lane {
     /// # Errors
-    /// The system's, when it has no thread to give.
-    pub fn spawn(name: &str, build: Build, tell: impl Fn(Event) + Send + Sync + 'static) -> std::io::Result<Self> {
+    /// The system's, if it is out of threads.
+    pub fn spawn(
+        name: &str,
+        build: Build,
+        notify: impl Fn(LaneEvent) + Send + Sync + 'static,
+    ) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::channel();
-        let bench = LaneThread { build, tell: Arc::new(tell) };
-        std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || bench.work(&inbox))?;
+        let thread = LaneThread { build, notify: Arc::new(notify) };
+        std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || thread.run(&inbox))?;
         Ok(Self { jobs })
     }
 
-    /// Gives the lane its next job. `Err` hands it back when the lane has ended.
+    /// Gives the lane its next job.
     ///
     /// # Errors
-    /// The job itself.
+    /// The job itself, if the lane has ended.
     pub fn submit(&self, job: Job) -> std::result::Result<(), Box<Job>> {
         self.jobs.send(job).map_err(|refused| Box::new(refused.0))
     }
 }
 
-/// The thread's own side.
+/// The lane's thread itself.
 struct LaneThread {
     build: Build,
-    tell: Arc<dyn Fn(Event) + Send + Sync>,
+    notify: Arc<dyn Fn(LaneEvent) + Send + Sync>,
 }
 
 impl LaneThread {
-    fn work(&self, inbox: &mpsc::Receiver<Job>) {
+    fn run(&self, inbox: &mpsc::Receiver<Job>) {
         let mut resources = match self.build() {
             Ok(resources) => resources,
-            Err(error) => return (self.tell)(Event::Unusable(error)),
+            Err(error) => return (self.notify)(LaneEvent::Unusable(error)),
         };
-        (self.tell)(Event::Ready);
+        (self.notify)(LaneEvent::Ready);
         while let Ok(job) = inbox.recv() {
             let (done, sound) = self.perform(job, &mut resources);
             if sound {
-                (self.tell)(Event::Done(Box::new(done)));
+                (self.notify)(LaneEvent::Done(Box::new(done)));
                 continue;
             }
-            // What a panic left half done is not used again, and may panic once more while it is dropped.
+            // Resources that a panic left half changed are not used again, and may panic once more when dropped.
             let fresh = self.build();
-            (self.tell)(Event::Done(Box::new(done)));
+            (self.notify)(LaneEvent::Done(Box::new(done)));
             match fresh {
                 Ok(fresh) => {
                     let broken = std::mem::replace(&mut resources, fresh);
                     drop(catch_unwind(AssertUnwindSafe(move || drop(broken))));
                 }
-                Err(error) => return (self.tell)(Event::Unusable(error)),
+                Err(error) => return (self.notify)(LaneEvent::Unusable(error)),
             }
         }
     }
@@ -116,26 +137,26 @@ impl LaneThread {
         catch_unwind(AssertUnwindSafe(|| (self.build)())).unwrap_or_else(|panic| Err(bug(panic.as_ref())))
     }
 
-    /// The job's end, and whether the managers can still be trusted.
+    /// Runs a job. The flag is false if a panic left the resources in an unknown state.
     fn perform(&self, job: Job, (instructors, managers): &mut (Instructors, Managers)) -> (Done, bool) {
-        // Where downloads are on, it may turn out that one must go before.
-        let kept = (managers.model().catalog.hub.download && job.call.has_fetched()).then(|| job.clone());
+        // With downloads on, the job may turn out to be blocked on one.
+        let kept = (managers.model().catalog.hub.download && job.call.downloads_missing()).then(|| job.clone());
         let Job { request_id, call, cancel, deadline, preview } = job;
-        let tell = Arc::clone(&self.tell);
+        let notify = Arc::clone(&self.notify);
         let id = request_id.clone();
-        let sink = Box::new(move |progress| tell(Event::Progress { request_id: id.clone(), progress }));
+        let sink = Box::new(move |progress| notify(LaneEvent::Progress { request_id: id.clone(), progress }));
         let ctx = Context::new(request_id.clone(), cancel, deadline, preview, sink);
         let work = AssertUnwindSafe(|| {
             ctx.checkpoint()?;
-            // Making images climbs a ladder of its own.
+            // A generation degrades by its own memory policy.
             let again = (!matches!(call, Call::Inference(_))).then(|| call.clone());
             match (instructors.dispatch(call, managers, &ctx), again) {
-                // What is kept for later may be what is missing now.
+                // Memory kept for later requests may be enough for this one.
                 (Err(Error::OutOfMemory { stage, needed, .. }), Some(again)) => {
                     let freed = managers.free_memory(Bytes(u64::MAX), Reach::Idle);
-                    tracing::warn!(request_id, stage, %needed, %freed, "out of memory; tried again with empty shelves");
+                    tracing::warn!(request_id, stage, %needed, %freed, "out of memory; trying again after evicting everything");
                     ctx.warn(format!(
-                        "memory ran out in {stage}; everything kept was let go, and the work begun again"
+                        "memory ran out in {stage}; everything cached was evicted and the work started again"
                     ));
                     instructors.dispatch(again, managers, &ctx)
                 }

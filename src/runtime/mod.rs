@@ -1,4 +1,4 @@
-//! The process: configuration, the compute thread, and dispatch of calls to instructors.
+//! The process: flags, configuration, lanes, and the dispatch of calls to instructors.
 
 pub mod arguments;
 pub mod config;

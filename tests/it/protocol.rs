@@ -84,12 +84,18 @@ fn refusals_point_at_the_fault_and_name_what_was_meant() {
         "did you mean `format`?",
     );
     check_refusal(r#"{"prompt":"a","steps":"20"}"#, "invalid_parameter", "/steps", "must be an integer, got string");
-    check_refusal(r#"{"prompt":"a","control_image":[]}"#, "unsupported_feature", "/control_image", "control_image");
+    check_refusal(r#"{"prompt":"a","control_image":[]}"#, "invalid_parameter", "/control_image", "use `controlnet`");
     check_refusal(
         r#"{"prompt":"a","strict":false,"ip_adapter_image":1}"#,
-        "unsupported_feature",
+        "invalid_parameter",
         "/ip_adapter_image",
-        "ip_adapter_image",
+        "use `ip_adapter`",
+    );
+    check_refusal(
+        r#"{"worker_type":"inference","operation":"batch","data":{"requests":[{"prompt":"a","control_image":"a.png"}]}}"#,
+        "invalid_parameter",
+        "/data/requests/0/control_image",
+        "use `controlnet`",
     );
     check_refusal(
         r#"{"worker_type":"inference","operation":"generat"}"#,

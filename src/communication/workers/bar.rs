@@ -1,10 +1,10 @@
-//! A progress bar on stderr, for people who pipe a request in by hand.
+//! A progress bar on stderr for people who pipe in requests by hand.
 
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Draws nothing unless stderr is a terminal.
+/// A progress bar that is drawn only if stderr is a terminal.
 pub struct Bar {
     is_terminal: bool,
     drawn: Option<ProgressBar>,

@@ -1,4 +1,4 @@
-//! The log: text on stderr, whose level can be changed while it runs.
+//! The log on stderr, whose level can be changed at run time.
 
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -7,14 +7,16 @@ use tracing_subscriber::{filter::LevelFilter, fmt, reload};
 use crate::error::{Error, Result};
 use crate::runtime::config::LogLevel;
 
-/// Begins to log at `level`, and gives what changes the level later. Called once in a process.
+/// Starts logging at `level` and returns a function that changes the level. Called once in a process.
 #[must_use]
 pub fn begin(level: LogLevel) -> Box<dyn Fn(LogLevel) -> Result<()>> {
     let (filter, handle) = reload::Layer::new(lowest(level));
-    // Nobody may be reading stderr, which must not end the process.
+    // A closed stderr must not end the process.
     let log = fmt::layer().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false);
     tracing_subscriber::registry().with(filter).with(log).init();
-    Box::new(move |wanted| handle.reload(lowest(wanted)).map_err(|e| Error::bug(format!("the log level stays: {e}"))))
+    Box::new(move |wanted| {
+        handle.reload(lowest(wanted)).map_err(|e| Error::bug(format!("the log level cannot be changed: {e}")))
+    })
 }
 
 fn lowest(level: LogLevel) -> LevelFilter {

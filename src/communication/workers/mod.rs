@@ -1,4 +1,4 @@
-//! Bytes in, bytes out.
+//! The algorithms of the wire: reading, decoding, writing, logging.
 
 pub mod bar;
 pub mod codec;

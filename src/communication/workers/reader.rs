@@ -1,20 +1,20 @@
-//! Bytes of stdin to lines. Runs on a thread of its own and never stops reading.
+//! Splits stdin into lines, on a thread that never stops reading.
 
 use std::io::{self, ErrorKind, Read};
 
 use crate::communication::workers::descriptor;
 
-/// What stdin gave.
+/// An item of stdin.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Input {
-    /// Without its line ending, not blank.
+    /// A line that is not blank, without its line ending.
     Line(Vec<u8>),
-    /// A line beyond the limit; its bytes are gone.
+    /// A line beyond the limit, whose bytes were discarded.
     TooLong,
     End,
 }
 
-/// Splits bytes into lines, of which no more than `limit` bytes are ever kept.
+/// Splits bytes into lines and keeps at most `limit` bytes of each.
 pub struct Splitter {
     limit: usize,
     line: Vec<u8>,
@@ -30,7 +30,7 @@ impl Splitter {
         Self { limit, line: Vec::new(), overflow: false, first: true }
     }
 
-    /// Takes the next bytes and gives the lines that they end.
+    /// Takes the next bytes and gives the lines that end in them.
     pub fn feed(&mut self, mut bytes: &[u8], give: &mut impl FnMut(Input)) {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             let (head, tail) = bytes.split_at(end);
@@ -41,7 +41,7 @@ impl Splitter {
         self.keep(bytes);
     }
 
-    /// The input has ended; what stands without a newline is a line too.
+    /// Ends the current line, with or without a newline.
     pub fn finish(&mut self, give: &mut impl FnMut(Input)) {
         let mut line = std::mem::take(&mut self.line);
         let overflow = std::mem::take(&mut self.overflow);
@@ -59,7 +59,7 @@ impl Splitter {
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        // Two bytes over the limit: a carriage return does not count, nor does the mark at the start of the input.
+        // A carriage return does not count against the limit, nor does the byte order mark.
         let slack = if self.first { 1 + BOM.len() } else { 1 };
         if self.overflow || self.line.len() + bytes.len() > self.limit.saturating_add(slack) {
             self.overflow = true;
@@ -70,36 +70,34 @@ impl Splitter {
     }
 }
 
-/// Reads stdin to its end on a new thread. `give` may block, and answers whether anybody still listens.
+/// Reads stdin to its end on a new thread. `give` may block; it returns false if no one receives any more.
 ///
 /// # Errors
-/// The system's, when it has no thread or descriptor to give.
+/// The system's, if it is out of threads or descriptors.
 pub fn spawn(limit: usize, mut give: impl FnMut(Input) -> bool + Send + 'static) -> io::Result<()> {
     let mut stdin = descriptor::stdin()?;
     std::thread::Builder::new().name("stdin".to_owned()).spawn(move || {
         let mut splitter = Splitter::new(limit);
         let mut bytes = vec![0; 64 << 10];
-        let mut listened = true;
+        let mut received = true;
         loop {
             let count = match stdin.read(&mut bytes) {
                 Ok(0) => break,
                 Ok(count) => count,
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                // An inherited descriptor may be set not to block.
-                Err(e) if e.kind() == ErrorKind::WouldBlock && descriptor::wait(&stdin, libc::POLLIN).is_ok() => {
-                    continue;
-                }
+                // An inherited descriptor may be non-blocking.
+                Err(e) if e.kind() == ErrorKind::WouldBlock && descriptor::wait_readable(&stdin).is_ok() => continue,
                 Err(error) => {
-                    tracing::error!(%error, "stdin cannot be read; taken as its end");
+                    tracing::error!(%error, "stdin cannot be read and is taken as ended");
                     break;
                 }
             };
-            splitter.feed(bytes.get(..count).unwrap_or_default(), &mut |input| listened &= give(input));
-            if !listened {
+            splitter.feed(bytes.get(..count).unwrap_or_default(), &mut |input| received &= give(input));
+            if !received {
                 return;
             }
         }
-        splitter.finish(&mut |input| listened &= give(input));
+        splitter.finish(&mut |input| received &= give(input));
         give(Input::End);
     })?;
     Ok(())

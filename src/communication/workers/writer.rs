@@ -1,5 +1,5 @@
-//! The one writer of stdout: whole lines, flushed as they come. Terminal lines wait for as long as it takes; progress
-//! that has not left yet is replaced by newer progress; other events are dropped and counted when too many wait.
+//! The only writer of stdout: whole lines, flushed one by one. Terminal lines are never dropped. Progress that has not
+//! been written yet is replaced by newer progress; other events are dropped and counted when too many wait.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -14,24 +14,24 @@ const MAX_EVENTS: usize = 1024;
 /// Bytes of events that may wait before they are dropped.
 const MAX_EVENT_BYTES: usize = 16 << 20;
 
-/// What the writer says of itself.
+/// An event of the writer itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Note {
-    /// Nobody reads stdout any more.
+pub enum WriterEvent {
+    /// stdout has no reader any more.
     Gone,
-    /// Closed, and everything that could be written is.
+    /// The outbox is closed and every line is written.
     Flushed,
 }
 
-/// Lines that wait for stdout.
+/// Lines to be written to stdout.
 #[derive(Clone, Default)]
-pub struct Outbox(Arc<(Mutex<Waiting>, Condvar)>);
+pub struct Outbox(Arc<(Mutex<OutboxState>, Condvar)>);
 
 #[derive(Default)]
-struct Waiting {
+struct OutboxState {
     lines: VecDeque<String>,
-    /// How many lines have left; the number of the first that waits.
-    left: u64,
+    /// Number of lines taken so far, which is the number of the first line that waits.
+    taken: u64,
     events: usize,
     event_bytes: usize,
     streams: HashMap<String, Stream>,
@@ -44,12 +44,12 @@ struct Waiting {
 struct Stream {
     seq: u64,
     dropped: u64,
-    /// Number of the line that holds this request's last event, where that is progress.
+    /// Number of the line with this request's last event, if that is progress.
     progress: Option<u64>,
 }
 
 impl Outbox {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
+    fn lock(&self) -> MutexGuard<'_, OutboxState> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -59,17 +59,17 @@ impl Outbox {
         self.0.1.notify_one();
     }
 
-    /// Queues the last line of a request whose events end with it.
+    /// Queues the terminal line of a request, which ends its events.
     pub fn terminal(&self, request_id: &str, line: String) {
         let mut waiting = self.lock();
-        waiting.admit_drops(request_id);
+        waiting.report_drops(request_id);
         waiting.streams.remove(request_id);
         waiting.push(line, false);
         drop(waiting);
         self.0.1.notify_one();
     }
 
-    /// Queues a line that ends no stream of events.
+    /// Queues a line that ends no request's events.
     pub fn line(&self, line: String) {
         self.lock().push(line, false);
         self.0.1.notify_one();
@@ -81,13 +81,13 @@ impl Outbox {
         self.lock().dropped
     }
 
-    /// Nothing comes any more.
+    /// Closes the outbox: no more lines will come.
     pub fn close(&self) {
         self.lock().closed = true;
         self.0.1.notify_one();
     }
 
-    /// Everything that waits, as bytes; `None` once it is closed and empty.
+    /// Waits for lines and takes all of them, as bytes; `None` once the outbox is closed and empty.
     fn take(&self) -> Option<Vec<u8>> {
         let mut waiting = self.lock();
         while waiting.lines.is_empty() {
@@ -98,7 +98,7 @@ impl Outbox {
         }
         let mut bytes = Vec::new();
         while let Some(line) = waiting.lines.pop_front() {
-            waiting.left += 1;
+            waiting.taken += 1;
             bytes.extend_from_slice(line.as_bytes());
             bytes.push(b'\n');
         }
@@ -108,17 +108,17 @@ impl Outbox {
     }
 }
 
-impl Waiting {
+impl OutboxState {
     fn event(&mut self, request_id: Option<&str>, event: &Event) {
         let id = request_id.unwrap_or_default();
         let stream = self.streams.entry(id.to_owned()).or_default();
         let is_progress = matches!(event, Event::Progress { .. });
-        let waits = stream.progress.filter(|number| *number >= self.left);
+        let waits = stream.progress.filter(|number| *number >= self.taken);
         if let (true, Some(number), true) = (is_progress, waits, stream.dropped == 0) {
             let seq = stream.seq.saturating_sub(1);
             let text = event_line(request_id, seq, event);
-            let place = usize::try_from(number - self.left).unwrap_or(usize::MAX);
-            if let (Some(line), Some(text)) = (self.lines.get_mut(place), text) {
+            let index = usize::try_from(number - self.taken).unwrap_or(usize::MAX);
+            if let (Some(line), Some(text)) = (self.lines.get_mut(index), text) {
                 self.event_bytes = self.event_bytes + text.len() - line.len().min(self.event_bytes);
                 *line = text;
             }
@@ -129,16 +129,16 @@ impl Waiting {
             self.dropped += 1;
             return;
         }
-        self.admit_drops(id);
+        self.report_drops(id);
         self.push_event(request_id, event);
-        let number = self.left + self.lines.len() as u64 - 1;
+        let number = self.taken + self.lines.len() as u64 - 1;
         if let Some(stream) = self.streams.get_mut(id) {
             stream.progress = is_progress.then_some(number);
         }
     }
 
-    /// Says how many events of a request were dropped, before its next line.
-    fn admit_drops(&mut self, id: &str) {
+    /// Queues the number of dropped events of a request, before its next line.
+    fn report_drops(&mut self, id: &str) {
         let count = self.streams.get_mut(id).map_or(0, |stream| std::mem::take(&mut stream.dropped));
         if count > 0 {
             self.push_event(Some(id).filter(|id| !id.is_empty()), &Event::Dropped { count });
@@ -168,17 +168,16 @@ fn event_line(request_id: Option<&str>, seq: u64, event: &Event) -> Option<Strin
     serde_json::to_string(&line).inspect_err(|error| tracing::error!(%error, "an event has no JSON form")).ok()
 }
 
-/// Writes what `outbox` holds to `stdout` on a new thread, and watches on another for its reader to go.
+/// Writes `outbox` to `stdout` on a new thread, and watches on another for the reader to leave.
 ///
 /// # Errors
-/// The system's, when it has no thread or descriptor to give.
-pub fn spawn(stdout: File, outbox: Outbox, tell: impl Fn(Note) + Clone + Send + 'static) -> io::Result<()> {
+/// The system's, if it is out of threads or descriptors.
+pub fn spawn(stdout: File, outbox: Outbox, notify: impl Fn(WriterEvent) + Clone + Send + 'static) -> io::Result<()> {
     let watched = stdout.try_clone()?;
-    let gone = tell.clone();
+    let gone = notify.clone();
     std::thread::Builder::new().name("stdout-watch".to_owned()).spawn(move || {
-        // Errors and hang-ups are reported whether asked for or not, and nothing else is asked for.
-        if descriptor::wait(&watched, 0).is_ok_and(|seen| seen & (libc::POLLERR | libc::POLLHUP) != 0) {
-            gone(Note::Gone);
+        if descriptor::wait_for_hangup(&watched).is_ok_and(|hung_up| hung_up) {
+            gone(WriterEvent::Gone);
         }
     })?;
     std::thread::Builder::new().name("stdout".to_owned()).spawn(move || {
@@ -186,10 +185,10 @@ pub fn spawn(stdout: File, outbox: Outbox, tell: impl Fn(Note) + Clone + Send + 
         while let Some(bytes) = outbox.take() {
             if let Err(error) = write(&mut stdout, &bytes) {
                 tracing::error!(%error, "stdout cannot be written");
-                return tell(Note::Gone);
+                return notify(WriterEvent::Gone);
             }
         }
-        tell(Note::Flushed);
+        notify(WriterEvent::Flushed);
     })?;
     Ok(())
 }
@@ -200,10 +199,8 @@ fn write(stdout: &mut File, mut bytes: &[u8]) -> io::Result<()> {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            // An inherited descriptor may be set not to block.
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                descriptor::wait(stdout, libc::POLLOUT)?;
-            }
+            // An inherited descriptor may be non-blocking.
+            Err(e) if e.kind() == ErrorKind::WouldBlock => descriptor::wait_writable(stdout)?,
             Err(e) => return Err(e),
         }
     }

@@ -1,15 +1,15 @@
-//! `data` into the type of its operation, with every fault named: where it is, what was wanted, what came.
+//! Reads `data` into the type of its operation. Each fault says where it is, what was expected and what was found.
 
 use std::collections::BTreeMap;
 
-use serde::de::value::StrDeserializer;
-use serde::de::{DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeserializer, VariantAccess, Visitor};
-use serde::{Deserializer, forward_to_deserialize_any};
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use crate::communication::responses::{Warning, clip};
-use crate::communication::workers::codec::probe;
-use crate::communication::workers::codec::{Fault, Step, dotted, pointer};
+use crate::communication::workers::codec::fault::Fault;
+use crate::communication::workers::codec::path::{PathStep, dotted, pointer};
+use crate::communication::workers::codec::probe::{self, StructShape};
+use crate::communication::workers::codec::tagged::Tagged;
 use crate::error::{Error, nearest};
 
 /// The `data` of one request.
@@ -20,34 +20,41 @@ pub struct Body<'a> {
     pub data: &'a str,
     /// Where `data` stands in the line.
     pub pointer: &'a str,
-    /// Whether an unknown key is an error.
+    /// True if an unknown key is an error, false if it is a warning.
     pub strict: bool,
-    /// Keys that are known and not supported yet.
-    pub to_come: &'a [&'a str],
+    pub foreign: &'a [ForeignField],
 }
 
-/// Longest text of a request that is quoted back.
+/// A field of another program for which this worker has a field of its own. It is refused even when not strict: an
+/// image must not silently be made without it.
+#[derive(Clone, Copy)]
+pub struct ForeignField {
+    pub name: &'static str,
+    pub hint: &'static str,
+}
+
+/// Longest text of a request that is quoted back, in characters.
 const QUOTE: usize = 120;
 
 impl Body<'_> {
     /// Reads the variant of `T` that the operation names.
     ///
     /// # Errors
-    /// `invalid_parameter` or `unsupported_feature`, with the pointer.
+    /// `invalid_parameter` with the pointer.
     pub fn read<T: DeserializeOwned>(&self, warnings: &mut Vec<Warning>) -> Result<T, Fault> {
-        let fields = |path: &[Step]| probe::fields::<T>(Some(self.operation), path);
-        let same = |path: &[Step], a: &str, b: &str| probe::same_field::<T>(Some(self.operation), path, a, b);
-        self.settle(self.parse::<T>(Some(self.operation)), &Names { fields: &fields, same: &same }, warnings)
+        let fields = |path: &[PathStep]| probe::fields::<T>(Some(self.operation), path);
+        let same = |path: &[PathStep], a: &str, b: &str| probe::same_field::<T>(Some(self.operation), path, a, b);
+        self.check(self.parse::<T>(Some(self.operation)), &FieldNames { fields: &fields, same: &same }, warnings)
     }
 
-    /// Reads a `T` that is no operation's.
+    /// Reads a `T` that belongs to no operation.
     ///
     /// # Errors
     /// As [`Self::read`].
     pub fn read_plain<T: DeserializeOwned>(&self, warnings: &mut Vec<Warning>) -> Result<T, Fault> {
-        let fields = |path: &[Step]| probe::fields::<T>(None, path);
-        let same = |path: &[Step], a: &str, b: &str| probe::same_field::<T>(None, path, a, b);
-        self.settle(self.parse::<T>(None), &Names { fields: &fields, same: &same }, warnings)
+        let fields = |path: &[PathStep]| probe::fields::<T>(None, path);
+        let same = |path: &[PathStep], a: &str, b: &str| probe::same_field::<T>(None, path, a, b);
+        self.check(self.parse::<T>(None), &FieldNames { fields: &fields, same: &same }, warnings)
     }
 
     fn parse<T: DeserializeOwned>(&self, operation: Option<&str>) -> Parsed<T> {
@@ -65,33 +72,27 @@ impl Body<'_> {
         Parsed { value, unknown }
     }
 
-    fn settle<T>(&self, parsed: Parsed<T>, names: &Names<'_>, warnings: &mut Vec<Warning>) -> Result<T, Fault> {
-        // serde would read an array as a struct without its names; on the wire a struct is an object.
+    fn check<T>(&self, parsed: Parsed<T>, names: &FieldNames<'_>, warnings: &mut Vec<Warning>) -> Result<T, Fault> {
+        // serde would accept an array for a struct; on the wire a struct is an object.
         if let Some(path) = array_for_struct(self.data, &mut Vec::new(), names.fields) {
             return Err(self.fault("invalid type: sequence, expected a map", path, names));
         }
-        // What is known and not done yet is said first: it explains more than the faults around it.
+        // Foreign fields come first: their hint explains more than the faults around them.
         for path in &parsed.unknown {
-            if let Some(Step::Key(key)) = path.last().filter(|step| self.is_to_come(step)) {
-                let error = Error::UnsupportedFeature {
-                    what: format!("`{key}`"),
-                    hint: Some("leave it out".to_owned()),
-                    field: Some(dotted(path)),
-                };
-                return Err(Fault { error: error.into(), pointer: Some(pointer(self.pointer, path)) });
+            if let Some(hint) = self.foreign_hint(path) {
+                return Err(self.unknown_key(path, dotted(path), Some(hint.to_owned())));
             }
         }
         let value = parsed.value.map_err(|(message, path)| self.fault(&message, path, names))?;
         for path in &parsed.unknown {
-            let Some((Step::Key(key), parent)) = path.split_last() else { continue };
-            // An object may stand alone where a list is wanted.
-            let known = (names.fields)(parent).or_else(|| (names.fields)(&[parent, &[Step::Index(0)]].concat()));
+            let Some((PathStep::Key(key), parent)) = path.split_last() else { continue };
+            // A single object may stand for a list.
+            let known = (names.fields)(parent).or_else(|| (names.fields)(&[parent, &[PathStep::Index(0)]].concat()));
             let near = known.and_then(|known| nearest(key, known.fields.iter().copied()));
             let shown = clip(key.clone(), QUOTE);
             let hint = near.map(|name| format!("did you mean `{name}`?"));
             if self.strict {
-                let error = Error::InvalidParameter { field: shown, message: "is not a known key".to_owned(), hint };
-                return Err(Fault { error: error.into(), pointer: Some(pointer(self.pointer, path)) });
+                return Err(self.unknown_key(path, shown, hint));
             }
             let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
             warnings.push(Warning::new(
@@ -102,28 +103,34 @@ impl Body<'_> {
         Ok(value)
     }
 
-    fn is_to_come(&self, step: &Step) -> bool {
-        matches!(step, Step::Key(key) if self.to_come.contains(&key.as_str()))
+    fn foreign_hint(&self, path: &[PathStep]) -> Option<&'static str> {
+        let Some(PathStep::Key(key)) = path.last() else { return None };
+        self.foreign.iter().find(|field| field.name == key.as_str()).map(|field| field.hint)
     }
 
-    /// serde's message and path as an error of the wire.
-    fn fault(&self, message: &str, mut path: Vec<Step>, names: &Names<'_>) -> Fault {
+    fn unknown_key(&self, path: &[PathStep], field: String, hint: Option<String>) -> Fault {
+        let error = Error::InvalidParameter { field, message: "is not a known key".to_owned(), hint };
+        Fault::new(error, Some(pointer(self.pointer, path)))
+    }
+
+    /// Turns serde's message and path into an error of the wire.
+    fn fault(&self, message: &str, mut path: Vec<PathStep>, names: &FieldNames<'_>) -> Fault {
         let explained = explain(message);
         let mut message = explained.message;
         if let Some(field) = explained.field {
             if let Some(twin) = explained.twice.then(|| self.twin(&field, &path, names)).flatten() {
                 message = format!("and `{twin}` are two names of one field, give one of them");
             }
-            path.push(Step::Key(field));
+            path.push(PathStep::Key(field));
         }
         let field = if path.is_empty() { self.pointer.trim_start_matches('/').to_owned() } else { dotted(&path) };
         let field = if field.is_empty() { "the line".to_owned() } else { clip(field, QUOTE) };
         let error = Error::InvalidParameter { field, message, hint: explained.hint };
-        Fault { error: error.into(), pointer: Some(pointer(self.pointer, &path)) }
+        Fault::new(error, Some(pointer(self.pointer, &path)))
     }
 
     /// The other name under which the request gives `field`.
-    fn twin(&self, field: &str, path: &[Step], names: &Names<'_>) -> Option<String> {
+    fn twin(&self, field: &str, path: &[PathStep], names: &FieldNames<'_>) -> Option<String> {
         let keys = keys_at(self.data, path)?;
         let twins: Vec<&String> =
             keys.iter().filter(|key| *key != field && (names.same)(path, field, key)).take(2).collect();
@@ -131,28 +138,28 @@ impl Body<'_> {
     }
 }
 
-/// What a type says of its field names.
-struct Names<'a> {
-    fields: &'a dyn Fn(&[Step]) -> Option<probe::Shape>,
-    same: &'a dyn Fn(&[Step], &str, &str) -> bool,
+/// The field names of the type that is read.
+struct FieldNames<'a> {
+    fields: &'a dyn Fn(&[PathStep]) -> Option<StructShape>,
+    same: &'a dyn Fn(&[PathStep], &str, &str) -> bool,
 }
 
 struct Parsed<T> {
-    value: Result<T, (String, Vec<Step>)>,
-    unknown: Vec<Vec<Step>>,
+    value: Result<T, (String, Vec<PathStep>)>,
+    unknown: Vec<Vec<PathStep>>,
 }
 
-/// A message of serde, retold.
+/// One of serde's messages in the words of the wire.
 pub(crate) struct Explained {
-    /// Goes behind the name of the field.
+    /// Follows the name of the field.
     pub(crate) message: String,
     hint: Option<String>,
-    /// A field named in the message itself, below the path.
+    /// The field that the message itself names, below the path.
     field: Option<String>,
     twice: bool,
 }
 
-/// Retells serde's message: what was wanted, what came.
+/// Rewords serde's message: what was expected, what was found.
 pub(crate) fn explain(message: &str) -> Explained {
     let message = message.rfind(" at line ").and_then(|end| message.get(..end)).unwrap_or(message);
     let plain = |message: String| Explained { message, hint: None, field: None, twice: false };
@@ -173,7 +180,7 @@ pub(crate) fn explain(message: &str) -> Explained {
     }
     for prefix in ["invalid type: ", "invalid value: ", "invalid length "] {
         if let Some((got, wanted)) = message.strip_prefix(prefix).and_then(|m| m.rsplit_once(", expected ")) {
-            let got = if prefix == "invalid length " { format!("{got} elements") } else { came(got) };
+            let got = if prefix == "invalid length " { format!("{got} elements") } else { found(got) };
             return plain(format!("must be {}, got {}", in_words(wanted), clip(got, QUOTE)));
         }
     }
@@ -183,7 +190,7 @@ pub(crate) fn explain(message: &str) -> Explained {
     plain(format!("cannot be read: {}", clip(message.to_owned(), QUOTE)))
 }
 
-/// The name of a Rust type, as a client knows it.
+/// The expected type in a client's words.
 fn in_words(wanted: &str) -> String {
     match wanted {
         "i8" | "i16" | "i32" | "i64" | "isize" => "an integer".to_owned(),
@@ -197,8 +204,8 @@ fn in_words(wanted: &str) -> String {
     }
 }
 
-/// What came, as a client knows it.
-fn came(got: &str) -> String {
+/// The value found, in a client's words.
+fn found(got: &str) -> String {
     match got {
         "map" => "an object".to_owned(),
         "sequence" => "an array".to_owned(),
@@ -210,13 +217,13 @@ fn came(got: &str) -> String {
     }
 }
 
-/// The first place at or below `path` where an array stands for a struct.
+/// The path of the first array at or below `path` that stands for a struct.
 fn array_for_struct(
     text: &str,
-    path: &mut Vec<Step>,
-    fields: &dyn Fn(&[Step]) -> Option<probe::Shape>,
-) -> Option<Vec<Step>> {
-    let inside = |path: &mut Vec<Step>, step: Step, text: &str| {
+    path: &mut Vec<PathStep>,
+    fields: &dyn Fn(&[PathStep]) -> Option<StructShape>,
+) -> Option<Vec<PathStep>> {
+    let inside = |path: &mut Vec<PathStep>, step: PathStep, text: &str| {
         path.push(step);
         let found = array_for_struct(text, path, fields);
         path.pop();
@@ -227,111 +234,56 @@ fn array_for_struct(
         Some(b'[') => {
             let array: Vec<&RawValue> = serde_json::from_str(text).ok()?;
             let nested = array.iter().enumerate().filter(|(_, raw)| raw.get().starts_with(['[', '{']));
-            nested.into_iter().find_map(|(index, raw)| inside(path, Step::Index(index), raw.get()))
+            nested.into_iter().find_map(|(index, raw)| inside(path, PathStep::Index(index), raw.get()))
         }
         Some(b'{') => {
             let known = fields(path)?.fields;
             let object: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
             let nested = object.iter().filter(|(key, _)| known.contains(&key.as_str()));
-            nested.into_iter().find_map(|(key, raw)| inside(path, Step::Key(key.clone()), raw.get()))
+            nested.into_iter().find_map(|(key, raw)| inside(path, PathStep::Key(key.clone()), raw.get()))
         }
         _ => None,
     }
 }
 
 /// The keys of the object at `path` of `data`.
-fn keys_at(data: &str, path: &[Step]) -> Option<Vec<String>> {
+fn keys_at(data: &str, path: &[PathStep]) -> Option<Vec<String>> {
     match path.split_first() {
         None => {
             let object: BTreeMap<String, &RawValue> = serde_json::from_str(data).ok()?;
             Some(object.into_keys().collect())
         }
-        Some((Step::Key(key), rest)) => {
+        Some((PathStep::Key(key), rest)) => {
             let object: BTreeMap<String, &RawValue> = serde_json::from_str(data).ok()?;
             keys_at(object.get(key)?.get(), rest)
         }
-        Some((Step::Index(index), rest)) => {
+        Some((PathStep::Index(index), rest)) => {
             let array: Vec<&RawValue> = serde_json::from_str(data).ok()?;
             keys_at(array.get(*index)?.get(), rest)
         }
     }
 }
 
-fn steps_of_error(path: &serde_path_to_error::Path) -> Vec<Step> {
+fn steps_of_error(path: &serde_path_to_error::Path) -> Vec<PathStep> {
     use serde_path_to_error::Segment;
     path.iter()
         .filter_map(|segment| match segment {
-            Segment::Seq { index } => Some(Step::Index(*index)),
-            Segment::Map { key } => Some(Step::Key(key.clone())),
+            Segment::Seq { index } => Some(PathStep::Index(*index)),
+            Segment::Map { key } => Some(PathStep::Key(key.clone())),
             Segment::Enum { .. } | Segment::Unknown => None,
         })
         .collect()
 }
 
-fn steps_of_ignored(path: &serde_ignored::Path<'_>) -> Vec<Step> {
+fn steps_of_ignored(path: &serde_ignored::Path<'_>) -> Vec<PathStep> {
     use serde_ignored::Path;
     let (parent, step) = match path {
         Path::Root => return Vec::new(),
-        Path::Seq { parent, index } => (parent, Some(Step::Index(*index))),
-        Path::Map { parent, key } => (parent, Some(Step::Key(key.clone()))),
+        Path::Seq { parent, index } => (parent, Some(PathStep::Index(*index))),
+        Path::Map { parent, key } => (parent, Some(PathStep::Key(key.clone()))),
         Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => (parent, None),
     };
     let mut steps = steps_of_ignored(parent);
     steps.extend(step);
     steps
-}
-
-/// An operation's name and its data, shown to serde as an externally tagged enum.
-pub(crate) struct Tagged<'a, D> {
-    pub(crate) operation: &'a str,
-    pub(crate) data: D,
-}
-
-impl<'de, D: Deserializer<'de>> Deserializer<'de> for Tagged<'_, D> {
-    type Error = D::Error;
-
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
-        visitor.visit_enum(self)
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
-    }
-}
-
-impl<'de, D: Deserializer<'de>> EnumAccess<'de> for Tagged<'_, D> {
-    type Error = D::Error;
-    type Variant = Data<D>;
-
-    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Data<D>), D::Error> {
-        let name: StrDeserializer<'_, D::Error> = self.operation.into_deserializer();
-        Ok((seed.deserialize(name)?, Data(self.data)))
-    }
-}
-
-pub(crate) struct Data<D>(D);
-
-impl<'de, D: Deserializer<'de>> VariantAccess<'de> for Data<D> {
-    type Error = D::Error;
-
-    fn unit_variant(self) -> Result<(), D::Error> {
-        serde::Deserialize::deserialize(self.0)
-    }
-
-    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, D::Error> {
-        seed.deserialize(self.0)
-    }
-
-    fn tuple_variant<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, D::Error> {
-        self.0.deserialize_tuple(len, visitor)
-    }
-
-    fn struct_variant<V: Visitor<'de>>(
-        self,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, D::Error> {
-        self.0.deserialize_struct("", fields, visitor)
-    }
 }

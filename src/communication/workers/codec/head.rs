@@ -1,4 +1,4 @@
-//! What stands beside `data` in a request line.
+//! Reads the head of a request line: every key but `data`.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,8 @@ use serde_json::value::RawValue;
 use crate::communication::interface::{EventOptions, Head, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, TABLE};
 use crate::communication::responses::Warning;
 use crate::communication::workers::codec::body::{Body, explain};
-use crate::communication::workers::codec::{Fault, Step, pointer};
+use crate::communication::workers::codec::fault::Fault;
+use crate::communication::workers::codec::path::{PathStep, pointer};
 use crate::error::{Error, nearest};
 use crate::layers::Domain;
 
@@ -16,15 +17,15 @@ use crate::layers::Domain;
 const KEYS: [&str; 9] =
     ["request_id", "worker_type", "operation", "data", "priority", "timeout_ms", "idempotency_key", "events", "strict"];
 
-pub(crate) struct Read {
+pub(crate) struct SplitLine {
     pub(crate) head: Head,
     /// The text of `data`.
     pub(crate) data: String,
     pub(crate) warnings: Vec<Warning>,
 }
 
-pub(crate) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
-    let mut line: Line<'_> = serde_json::from_str(text)
+pub(crate) fn read(text: &str, fallback_id: &str) -> Result<SplitLine, Fault> {
+    let mut line: LineKeys<'_> = serde_json::from_str(text)
         .map_err(|e| Fault::request(format!("the line {}", explain(&e.to_string()).message), Some(String::new())))?;
     let request_id = line.take::<String>("request_id")?;
     if let Some(id) = &request_id {
@@ -56,10 +57,10 @@ pub(crate) fn read(text: &str, fallback_id: &str) -> Result<Read, Fault> {
     let request_id = request_id.unwrap_or_else(|| fallback_id.to_owned());
     let head =
         Head { request_id, worker_type, operation, priority, timeout_ms, idempotency_key, events, strict, shorthand };
-    Ok(Read { head, data, warnings })
+    Ok(SplitLine { head, data, warnings })
 }
 
-/// 1 to 256 characters without control characters.
+/// Checks that an id has 1 to 256 characters and no control characters.
 pub(crate) fn check_id(key: &str, id: &str) -> Result<(), Fault> {
     let count = id.chars().count();
     let blame = |what: String| Err(Fault::request(format!("`{key}` {what}"), Some(format!("/{key}"))));
@@ -72,12 +73,12 @@ pub(crate) fn check_id(key: &str, id: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The keys of the line that nobody has read yet.
+/// The keys of the line that have not been read yet.
 #[derive(serde::Deserialize)]
-struct Line<'a>(#[serde(borrow)] BTreeMap<String, &'a RawValue>);
+struct LineKeys<'a>(#[serde(borrow)] BTreeMap<String, &'a RawValue>);
 
-impl Line<'_> {
-    /// `None` where the key is absent or null.
+impl LineKeys<'_> {
+    /// Removes and reads a key; `None` if it is absent or null.
     fn take<T: DeserializeOwned>(&mut self, key: &str) -> Result<Option<T>, Fault> {
         let Some(raw) = self.0.remove(key) else { return Ok(None) };
         serde_json::from_str(raw.get()).map_err(|e| {
@@ -94,7 +95,7 @@ impl Line<'_> {
         Ok(number)
     }
 
-    /// What is left, as one object.
+    /// The remaining keys as one object.
     fn rest(&self) -> String {
         let mut text = String::from("{");
         for (key, raw) in &self.0 {
@@ -112,17 +113,14 @@ impl Line<'_> {
 
     fn refuse_rest(&self, strict: bool, warnings: &mut Vec<Warning>) -> Result<(), Fault> {
         for key in self.0.keys() {
-            let place = pointer("", &[Step::Key(key.clone())]);
+            let at = pointer("", &[PathStep::Key(key.clone())]);
             let hint = nearest(key, KEYS).map(|name| format!("did you mean `{name}`?"));
             if strict {
                 let message = format!("a request line has no key `{key}`");
-                return Err(Fault {
-                    error: Error::InvalidRequest { message, pointer: Some(place), hint }.into(),
-                    pointer: None,
-                });
+                return Err(Error::InvalidRequest { message, pointer: Some(at), hint }.into());
             }
             let message = format!("unknown key `{key}` was ignored");
-            warnings.push(Warning::new(message, Some(place)));
+            warnings.push(Warning::new(message, Some(at)));
         }
         Ok(())
     }
@@ -142,21 +140,17 @@ fn read_domain(worker_type: Option<String>, operation: &str) -> Result<Domain, F
         let likely = likely.or_else(|| owner.map(|(domain, _)| domain.name().to_owned()));
         let hint = likely.map(|name| format!("did you mean worker_type `{name}`?"));
         let error = Error::UnknownOperation { worker_type: name, operation: operation.to_owned(), hint };
-        Fault { error: error.into(), pointer: Some("/worker_type".to_owned()) }
+        Fault::new(error, Some("/worker_type".to_owned()))
     })
 }
 
 fn missing(key: &str, hint: &str) -> Fault {
-    let error = Error::InvalidRequest {
-        message: format!("`{key}` is missing"),
-        pointer: Some(format!("/{key}")),
-        hint: Some(hint.to_owned()),
-    };
-    Fault { error: error.into(), pointer: None }
+    let (message, pointer) = (format!("`{key}` is missing"), Some(format!("/{key}")));
+    Error::InvalidRequest { message, pointer, hint: Some(hint.to_owned()) }.into()
 }
 
 fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Result<EventOptions, Fault> {
-    let body = Body { operation: "", data: raw.get(), pointer: "/events", strict, to_come: &[] };
+    let body = Body { operation: "", data: raw.get(), pointer: "/events", strict, foreign: &[] };
     let options: EventOptions = body.read_plain(warnings).map_err(into_request)?;
     if let Some(preview) = options.preview {
         let ranges = [("every", preview.every, 1, 1000), ("max_side", preview.max_side, 16, 2048)];
@@ -170,9 +164,9 @@ fn read_events(raw: &RawValue, strict: bool, warnings: &mut Vec<Warning>) -> Res
     Ok(options)
 }
 
-/// A fault in the head is the line's, not a parameter's.
+/// A fault in the head concerns the line, not a parameter.
 fn into_request(fault: Fault) -> Fault {
     let hint = fault.error.hint();
     let message = fault.error.to_string();
-    Fault { error: Error::InvalidRequest { message, pointer: fault.pointer, hint }.into(), pointer: None }
+    Error::InvalidRequest { message, pointer: fault.pointer, hint }.into()
 }

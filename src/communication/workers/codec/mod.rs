@@ -1,12 +1,15 @@
-//! One line of bytes to a head and a typed request.
+//! Turns one line of bytes into a head and a typed request.
 //!
-//! Three passes: [`scan`] proves the whole line to be sound JSON and finds its id, [`head`] reads what stands beside
-//! `data`, [`body`] reads `data` into the type of the operation.
+//! Three passes: [`scan`] checks that the whole line is sound JSON and finds its id, [`head`] reads every key but `data`,
+//! and [`body`] reads `data` into the type of the operation.
 
 pub mod body;
+pub mod fault;
 pub(crate) mod head;
+pub mod path;
 pub mod probe;
 pub(crate) mod scan;
+mod tagged;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -21,60 +24,50 @@ use crate::model::interface::Model;
 use crate::postprocessing::interface::Postprocessing;
 use crate::runtime::dispatch::Call;
 use crate::scheduler::interface::Scheduler;
-use body::Body;
+use body::{Body, ForeignField};
+use fault::Fault;
 
-/// Fields of AUTOMATIC1111 and diffusers that generation knows of and does not do yet: `unsupported_feature`, and not
-/// an unknown key.
-const FIELDS_TO_COME: &[&str] = &["control_image", "ip_adapter_image"];
+/// Arguments of diffusers' pipelines that a generation takes under another name.
+const FOREIGN_FIELDS: &[ForeignField] = &[
+    ForeignField { name: "control_image", hint: "use `controlnet`, whose entries have a `model` and an `image`" },
+    ForeignField { name: "ip_adapter_image", hint: "use `ip_adapter`, whose entries have a `model` and an `image`" },
+];
 
 /// A request line that was understood.
 #[derive(Debug)]
 pub struct Decoded {
     pub head: Head,
-    pub ask: Ask,
+    pub request: RoutedRequest,
     pub warnings: Vec<Warning>,
-    /// Of operation and data: two requests with one idempotency key must agree in it.
+    /// Hash of operation and data, in which two requests with one idempotency key must agree.
     pub fingerprint: u64,
 }
 
-/// Above the lane, or below it.
+/// A request, by the side of the lane boundary that carries it out.
 #[derive(Debug)]
-pub enum Ask {
+pub enum RoutedRequest {
+    /// The event loop answers it at once.
     Control(Box<interface::Request>),
+    /// A lane carries it out.
     Call(Box<Call>),
 }
 
-/// An error and where in the line it stands.
-#[derive(Debug)]
-pub struct Fault {
-    pub error: Box<Error>,
-    /// In place of the error's own.
-    pub pointer: Option<String>,
-}
-
-impl Fault {
-    pub(crate) fn request(message: impl Into<String>, pointer: Option<String>) -> Self {
-        let error = Error::InvalidRequest { message: message.into(), pointer, hint: None };
-        Self { error: error.into(), pointer: None }
-    }
-}
-
-/// A line that was not understood, and whom to tell.
+/// A line that was not understood, and the id to answer under.
 #[derive(Debug)]
 pub struct Refused {
     pub request_id: String,
     pub fault: Fault,
 }
 
-/// `line` is without its newline; `fallback_id` is the answer's id where the line names none.
+/// Decodes `line`, which has no newline. The answer gets `fallback_id` if the line names no id.
 ///
 /// # Errors
-/// What is wrong with the line, under the line's own id wherever that can be read.
+/// The line's fault, under the line's own id wherever that can be read.
 pub fn decode(line: &[u8], fallback_id: &str) -> Result<Decoded, Refused> {
     let refuse = |request_id: &str, fault: Fault| Refused { request_id: request_id.to_owned(), fault };
     let text = std::str::from_utf8(line).map_err(|e| {
         let error = Error::InvalidUtf8 { offset: e.valid_up_to() };
-        refuse(fallback_id, Fault { error: error.into(), pointer: None })
+        refuse(fallback_id, error.into())
     })?;
     let scanned = scan::scan(text);
     let request_id = scanned.request_id.filter(|id| head::check_id("request_id", id).is_ok());
@@ -84,23 +77,23 @@ pub fn decode(line: &[u8], fallback_id: &str) -> Result<Decoded, Refused> {
 }
 
 fn understand(text: &str, fallback_id: &str) -> Result<Decoded, Fault> {
-    let head::Read { head, data, mut warnings } = head::read(text, fallback_id)?;
+    let head::SplitLine { head, data, mut warnings } = head::read(text, fallback_id)?;
     check_operation(&head)?;
     let body = Body {
         operation: &head.operation,
         data: &data,
         pointer: if head.shorthand { "" } else { "/data" },
         strict: head.strict,
-        to_come: if head.worker_type == Domain::Inference || head.operation == "estimate" {
-            FIELDS_TO_COME
+        foreign: if head.worker_type == Domain::Inference || head.operation == "estimate" {
+            FOREIGN_FIELDS
         } else {
             &[]
         },
     };
-    let ask = match head.worker_type {
+    let request = match head.worker_type {
         Domain::Communication => match read::<Communication>(&body, &mut warnings)? {
-            interface::Request::Estimate(request) => Ask::Call(Box::new(Call::Estimate(request))),
-            request => Ask::Control(Box::new(request)),
+            interface::Request::Estimate(request) => RoutedRequest::Call(Box::new(Call::Estimate(request))),
+            request => RoutedRequest::Control(Box::new(request)),
         },
         Domain::Device => call(Call::Device(read::<Device>(&body, &mut warnings)?)),
         Domain::Scheduler => call(Call::Scheduler(read::<Scheduler>(&body, &mut warnings)?)),
@@ -111,11 +104,11 @@ fn understand(text: &str, fallback_id: &str) -> Result<Decoded, Fault> {
     };
     let mut hasher = DefaultHasher::new();
     (head.worker_type, &head.operation, &data).hash(&mut hasher);
-    Ok(Decoded { head, ask, warnings, fingerprint: hasher.finish() })
+    Ok(Decoded { head, request, warnings, fingerprint: hasher.finish() })
 }
 
-fn call(call: Call) -> Ask {
-    Ask::Call(Box::new(call))
+fn call(call: Call) -> RoutedRequest {
+    RoutedRequest::Call(Box::new(call))
 }
 
 fn read<I: Interface>(body: &Body<'_>, warnings: &mut Vec<Warning>) -> Result<I::Request, Fault> {
@@ -123,12 +116,12 @@ fn read<I: Interface>(body: &Body<'_>, warnings: &mut Vec<Warning>) -> Result<I:
         let what = format!("`{}.{}`", I::DOMAIN.name(), body.operation);
         let hint = format!("this worker performs {}", quoted(I::OPERATIONS));
         let error = Error::UnsupportedFeature { what, hint: Some(hint), field: None };
-        return Err(Fault { error: error.into(), pointer: Some("/operation".to_owned()) });
+        return Err(Fault::new(error, Some("/operation".to_owned())));
     }
     body.read(warnings)
 }
 
-/// Whether the protocol knows the operation at all.
+/// Checks that the protocol names the operation.
 fn check_operation(head: &Head) -> Result<(), Fault> {
     let operations = TABLE.iter().find(|(domain, _)| *domain == head.worker_type).map_or(&[][..], |(_, names)| names);
     if operations.contains(&head.operation.as_str()) {
@@ -145,38 +138,9 @@ fn check_operation(head: &Head) -> Result<(), Fault> {
         operation: head.operation.clone(),
         hint: Some(hint),
     };
-    Err(Fault { error: error.into(), pointer: None })
+    Err(error.into())
 }
 
 fn quoted(names: &[&str]) -> String {
     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-}
-
-/// One step into JSON.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    Key(String),
-    Index(usize),
-}
-
-/// `path` as a JSON pointer (RFC 6901) below `start`.
-fn pointer(start: &str, path: &[Step]) -> String {
-    let mut pointer = start.to_owned();
-    for step in path {
-        pointer.push('/');
-        match step {
-            Step::Key(key) => pointer.push_str(&key.replace('~', "~0").replace('/', "~1")),
-            Step::Index(index) => pointer.push_str(&index.to_string()),
-        }
-    }
-    pointer
-}
-
-/// `path` for people: `requests.0.steps`.
-fn dotted(path: &[Step]) -> String {
-    let names = path.iter().map(|step| match step {
-        Step::Key(key) => key.clone(),
-        Step::Index(index) => index.to_string(),
-    });
-    names.collect::<Vec<_>>().join(".")
 }

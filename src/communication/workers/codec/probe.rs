@@ -1,5 +1,5 @@
-//! Asks a type for the names of its fields. serde hands a deserializer the names of a struct, aliases among them, and
-//! refuses two names of one field; no list of names has to be kept beside the types.
+//! Finds the field names of a type. serde passes a struct's names and aliases to the deserializer and refuses two names
+//! of one field, so the codec keeps no list of names of its own.
 
 use std::cell::Cell;
 
@@ -7,29 +7,29 @@ use serde::de::value::{Error as Stop, MapDeserializer, SeqDeserializer, StrDeser
 use serde::de::{DeserializeOwned, Error as _, IntoDeserializer, Visitor};
 use serde::{Deserializer, forward_to_deserialize_any};
 
-use crate::communication::workers::codec::Step;
-use crate::communication::workers::codec::body::Tagged;
+use crate::communication::workers::codec::path::PathStep;
+use crate::communication::workers::codec::tagged::Tagged;
 
-/// A struct as serde knows it.
+/// A struct's names, as serde knows them.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct StructShape {
     pub name: &'static str,
-    /// Names and aliases.
+    /// Field names and aliases.
     pub fields: &'static [&'static str],
 }
 
-/// The struct that stands at `path` of a `T`, or of the data of `T`'s variant `operation`.
+/// The struct at `path` of a `T`, or of the data of `T`'s variant `operation`.
 #[must_use]
-pub fn fields<T: DeserializeOwned>(operation: Option<&str>, path: &[Step]) -> Option<Shape> {
+pub fn fields<T: DeserializeOwned>(operation: Option<&str>, path: &[PathStep]) -> Option<StructShape> {
     let shape = Cell::new(None);
-    // Whatever it gives, the walk has left the shape behind.
+    // The walk always fails; the shape is left in the cell.
     let _ = walk::<T>(operation, Probe { path, goal: Goal::Shape(&shape) });
     shape.get()
 }
 
-/// Whether `a` and `b` are two names of one field of the struct at `path`.
+/// True if `a` and `b` are two names of one field of the struct at `path`.
 #[must_use]
-pub fn same_field<T: DeserializeOwned>(operation: Option<&str>, path: &[Step], a: &str, b: &str) -> bool {
+pub fn same_field<T: DeserializeOwned>(operation: Option<&str>, path: &[PathStep], a: &str, b: &str) -> bool {
     let refused = walk::<T>(operation, Probe { path, goal: Goal::Pair(a, b) }).err();
     refused.is_some_and(|stop| stop.to_string().starts_with("duplicate field"))
 }
@@ -43,19 +43,19 @@ fn walk<T: DeserializeOwned>(operation: Option<&str>, probe: Probe<'_>) -> Resul
 
 #[derive(Clone, Copy)]
 enum Goal<'a> {
-    Shape(&'a Cell<Option<Shape>>),
+    Shape(&'a Cell<Option<StructShape>>),
     Pair(&'a str, &'a str),
 }
 
-/// Input that holds nothing but the way to `path`.
+/// An input that contains nothing but the way to `path`.
 #[derive(Clone, Copy)]
 struct Probe<'a> {
-    path: &'a [Step],
+    path: &'a [PathStep],
     goal: Goal<'a>,
 }
 
 impl<'a> Probe<'a> {
-    fn next(self) -> Option<(&'a Step, Self)> {
+    fn next(self) -> Option<(&'a PathStep, Self)> {
         self.path.split_first().map(|(step, path)| (step, Self { path, ..self }))
     }
 }
@@ -71,14 +71,14 @@ impl<'de> IntoDeserializer<'de, Stop> for Probe<'_> {
 impl<'de> Deserializer<'de> for Probe<'_> {
     type Error = Stop;
 
-    /// What may be of several forms is walked into by the form that the path has.
+    /// A type with several forms is entered by the form that the path has.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
-            Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
-            Some((Step::Key(key), inner)) => {
+            Some((PathStep::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
+            Some((PathStep::Key(key), inner)) => {
                 visitor.visit_map(MapDeserializer::new(std::iter::once((key.as_str(), inner))))
             }
-            // What may be a struct or something simpler lets the struct be seen.
+            // A type that is a struct or something simpler shows the struct this way.
             None => visitor.visit_newtype_struct(self),
         }
     }
@@ -93,14 +93,14 @@ impl<'de> Deserializer<'de> for Probe<'_> {
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
-            Some((Step::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
+            Some((PathStep::Index(_), inner)) => visitor.visit_seq(SeqDeserializer::new(std::iter::once(inner))),
             _ => Err(Stop::custom("no array is on the way")),
         }
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match self.next() {
-            Some((Step::Key(key), inner)) => {
+            Some((PathStep::Key(key), inner)) => {
                 visitor.visit_map(MapDeserializer::new(std::iter::once((key.as_str(), inner))))
             }
             _ => Err(Stop::custom("no object is on the way")),
@@ -118,7 +118,7 @@ impl<'de> Deserializer<'de> for Probe<'_> {
         }
         match self.goal {
             Goal::Shape(shape) => {
-                shape.set(Some(Shape { name, fields }));
+                shape.set(Some(StructShape { name, fields }));
                 Err(Stop::custom("seen"))
             }
             Goal::Pair(a, b) => visitor.visit_map(MapDeserializer::new([(a, Zero), (b, Zero)].into_iter())),
@@ -131,7 +131,7 @@ impl<'de> Deserializer<'de> for Probe<'_> {
     }
 }
 
-/// The emptiest value of whatever is wanted.
+/// The zero of any type that is expected.
 #[derive(Clone, Copy)]
 struct Zero;
 

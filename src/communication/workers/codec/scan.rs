@@ -1,5 +1,5 @@
-//! Proves a line to be sound: valid JSON, no key twice in one object, no nesting beyond the limit. Finds its id on the
-//! way, so that a line that breaks off behind its id is still answered with it.
+//! Checks a whole line: valid JSON, no duplicate key in an object, no nesting beyond the limit. It also finds the id, so
+//! that a line that breaks off after its id is still answered under it.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -9,32 +9,32 @@ use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::communication::interface::MAX_DEPTH;
-use crate::communication::workers::codec::{Fault, Step, pointer};
+use crate::communication::workers::codec::fault::Fault;
+use crate::communication::workers::codec::path::{PathStep, pointer};
 use crate::error::Error;
 
 pub(crate) struct Scanned {
-    /// As it stands in the line, not checked.
+    /// As the line has it, unchecked.
     pub(crate) request_id: Option<String>,
     pub(crate) fault: Option<Fault>,
 }
 
 pub(crate) fn scan(text: &str) -> Scanned {
-    let found = Found::default();
+    let found = Findings::default();
     let mut json = serde_json::Deserializer::from_str(text);
     let whole = Scan { found: &found, depth: 0, is_id: false }.deserialize(&mut json).and_then(|()| json.end());
-    let fault =
-        whole.err().map(|e| Fault { error: Error::InvalidJson { message: e.to_string() }.into(), pointer: None });
+    let fault = whole.err().map(|e| Error::InvalidJson { message: e.to_string() }.into());
     Scanned { request_id: found.request_id.into_inner(), fault: fault.or(found.fault.into_inner()) }
 }
 
 #[derive(Default)]
-struct Found {
+struct Findings {
     request_id: RefCell<Option<String>>,
     fault: RefCell<Option<Fault>>,
-    path: RefCell<Vec<Step>>,
+    path: RefCell<Vec<PathStep>>,
 }
 
-impl Found {
+impl Findings {
     fn blame(&self, message: impl FnOnce() -> String) {
         let mut fault = self.fault.borrow_mut();
         if fault.is_none() {
@@ -42,7 +42,7 @@ impl Found {
         }
     }
 
-    fn within<T>(&self, step: Step, work: impl FnOnce() -> T) -> T {
+    fn within<T>(&self, step: PathStep, work: impl FnOnce() -> T) -> T {
         self.path.borrow_mut().push(step);
         let result = work();
         self.path.borrow_mut().pop();
@@ -52,7 +52,7 @@ impl Found {
 
 #[derive(Clone, Copy)]
 struct Scan<'a> {
-    found: &'a Found,
+    found: &'a Findings,
     depth: usize,
     is_id: bool,
 }
@@ -107,7 +107,7 @@ impl<'de> Visitor<'de> for Scan<'_> {
             return Ok(());
         }
         let mut index = 0;
-        while self.found.within(Step::Index(index), || items.next_element_seed(inner))?.is_some() {
+        while self.found.within(PathStep::Index(index), || items.next_element_seed(inner))?.is_some() {
             index += 1;
         }
         Ok(())
@@ -123,7 +123,7 @@ impl<'de> Visitor<'de> for Scan<'_> {
         let mut seen = HashSet::new();
         while let Some(key) = entries.next_key::<String>()? {
             let is_id = depth == 1 && key == "request_id";
-            self.found.within(Step::Key(key.clone()), || {
+            self.found.within(PathStep::Key(key.clone()), || {
                 if !seen.insert(key.clone()) {
                     self.found.blame(|| format!("the key `{key}` stands twice in one object"));
                 }
