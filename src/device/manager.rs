@@ -3,7 +3,6 @@
 use crate::device::interface::{DeviceId, DeviceMemory};
 use crate::device::workers::{cuda, metal};
 use crate::error::{Error, Result};
-use crate::layers::{Manager, Resident};
 use crate::units::Bytes;
 
 /// A device that is ready to compute.
@@ -52,17 +51,6 @@ impl DeviceManager {
             DeviceId::Cpu | DeviceId::Metal => return None,
         };
         Some(DeviceMemory { name: open.id.to_string(), total: Bytes(total), free: Bytes(free) })
-    }
-}
-
-impl Manager for DeviceManager {
-    /// The device itself takes no bytes of the model's budget.
-    fn resident(&self) -> Vec<Resident> {
-        Vec::new()
-    }
-
-    fn evict(&mut self, _want: Bytes) -> Bytes {
-        Bytes(0)
     }
 }
 

@@ -20,6 +20,7 @@ mod guidance;
 mod instruction_sets;
 mod lora_files;
 mod loras;
+mod managers;
 mod mapping;
 mod memory;
 mod model;
