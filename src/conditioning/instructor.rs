@@ -33,7 +33,7 @@ use crate::model::catalog::Catalog;
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelResources;
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::{ClipTokenizer, ENCODERS, Tokenizers};
 use crate::model::networks::clip::FIRST_VECTOR;
 use crate::model::textual_inversion::Inversion;
@@ -73,7 +73,7 @@ pub struct PromptOptions {
     pub backtrack: usize,
     pub embeddings: Vec<EmbeddingChoice>,
     /// What changes the text encoders; decided and opened.
-    pub adapters: Option<Arc<Stack>>,
+    pub adapters: Option<Arc<LoraStack>>,
     /// Samples of the UNet for one image in the largest evaluation, which [`ConditioningInstructor::check`] counts.
     pub passes: usize,
 }
@@ -198,7 +198,7 @@ impl ConditioningInstructor {
             second.fill(count, &tokenizers.second, positions);
         }
 
-        let unchanged = Stack::default();
+        let unchanged = LoraStack::default();
         let stack = options.adapters.as_deref().unwrap_or(&unchanged);
         let adapters = stack.key(&ENCODERS);
         let key = |(text, encoded): (&Text, &EncodeText)| {

@@ -12,13 +12,13 @@ use crate::error::{Error, Result};
 use crate::layers::{Instructor, Manager, Resident};
 use crate::model::catalog::Catalog;
 use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
-use crate::model::hub::at_revision;
 use crate::model::hub::download::fetch;
+use crate::model::hub::reference::at_revision;
 use crate::model::interface::{
     ComponentFacts, EncoderPolicy, HubSettings, Inspection, Loaded, LoadedComponent, Model, ModelEntry, ModelList,
     Pinned, Request, Response, SchedulerFacts, Settings, TextEncoderFacts, UnetFacts, Unloaded, VaeFacts,
 };
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::{
     AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
     VaeManager, form,
@@ -109,7 +109,7 @@ impl ModelResources {
 
     /// The running request will use what is kept of this checkpoint as it is placed, beneath `over` and, but for the networks
     /// that `stack` changes, alone; or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], (stack, placement): (&Stack, &Placement)) {
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], (stack, placement): (&LoraStack, &Placement)) {
         let Placement { compute, vae, quantization, .. } = *placement;
         let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
         let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));

@@ -9,7 +9,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{Domain, Interface, Nothing, OneOrMany};
-use crate::model::checkpoint::Part;
+use crate::model::checkpoint::part::Part;
 use crate::scheduler::config::Prediction;
 use crate::units::{Allowance, Bytes};
 

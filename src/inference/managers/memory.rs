@@ -15,7 +15,7 @@ use crate::inference::workers::estimate::{EstimateTask, Estimation, Needs};
 use crate::layers::{Manager as _, Resident};
 use crate::managers::Managers;
 use crate::model::checkpoint::{CheckpointKey, Part};
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::{ENCODERS, Reach};
 use crate::model::weights::size::Holding;
 use crate::units::Bytes;
@@ -46,7 +46,7 @@ impl InferenceInstructor {
         let gpu = resources.published.room().filter(|(_, on_host)| !on_host);
         let on_host = gpu.is_none();
         let room = gpu.map(|(room, _)| room).or_else(|| self.device.room(&resources.device));
-        let stack = Stack::open(&plan.loras, &plan.checkpoint, ctx)?;
+        let stack = LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?;
         let needs = self.appraise((&plan, &stack), (compute, quantization, on_host), &residents, resources, ctx)?;
         let others = residents.iter().filter(|one| !one.pinned && !is_of(&plan, one));
         let droppable = others.map(|one| one.bytes).sum();
@@ -98,7 +98,7 @@ impl InferenceInstructor {
 
     fn appraise(
         &self,
-        (plan, stack): (&GenerationPlan, &Stack),
+        (plan, stack): (&GenerationPlan, &LoraStack),
         (compute, quantization, on_host): (Dtype, Quantization, bool),
         residents: &[Resident],
         resources: &Managers,
@@ -121,7 +121,7 @@ impl InferenceInstructor {
         &self,
         plan: &mut GenerationPlan,
         placement: &mut Placement,
-        stack: &Stack,
+        stack: &LoraStack,
         (resources, ctx): (&mut Managers, &Context),
     ) -> Result<Settled> {
         plan.memory = plan.memory.quantized(placement.quantization)?;
@@ -132,7 +132,7 @@ impl InferenceInstructor {
         let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
         let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
         let over: Vec<CheckpointKey> = adapted.chain(controls.iter().copied()).collect();
-        let none = Stack::default();
+        let none = LoraStack::default();
         let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
         for key in own.chain(beside) {
             let stack = if key == plan.checkpoint.key { stack } else { &none };

@@ -28,7 +28,7 @@ use crate::inference::workers::preview::{Preview, PreviewTask};
 use crate::inference::workers::prompts::Prompts;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::{Reach, Vae};
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
@@ -47,7 +47,7 @@ pub(crate) struct Shared {
     /// Likewise.
     adaptations: Vec<Option<Adaptation>>,
     /// What changes the networks of the request's model.
-    stack: Arc<Stack>,
+    stack: Arc<LoraStack>,
     /// Hints of ControlNets that earlier requests had made, and that this one made.
     pub(crate) hints: CacheCount,
 }
@@ -103,7 +103,7 @@ impl Shared {
     }
 
     /// What lies over the networks of the request's model.
-    pub(crate) fn stack(&self) -> &Stack {
+    pub(crate) fn stack(&self) -> &LoraStack {
         &self.stack
     }
 
@@ -125,7 +125,7 @@ impl InferenceInstructor {
             prompts: (0..runs).map(|_| None).collect(),
             controls: (0..runs).map(|_| None).collect(),
             adaptations: (0..runs).map(|_| None).collect(),
-            stack: Arc::new(Stack::open(&plan.loras, &plan.checkpoint, ctx)?),
+            stack: Arc::new(LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?),
             hints: CacheCount::default(),
         })
     }

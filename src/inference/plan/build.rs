@@ -19,7 +19,7 @@ use crate::inference::request::lora::choose;
 use crate::inference::request::memory::MemoryOptions;
 use crate::managers::Managers;
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::hub::at_revision;
+use crate::model::hub::reference::at_revision;
 use crate::noise::{Seed, Variation};
 use crate::postprocessing::interface::OutputOptions;
 use crate::scheduler::interface::SamplingOptions;

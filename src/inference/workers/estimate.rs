@@ -10,7 +10,7 @@ use crate::inference::plan::{Entry, GenerationPlan};
 use crate::inference::request::memory::{MemoryPlan, Offload, PartBytes};
 use crate::layers::{Resident, Worker};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::{self, form};
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
@@ -37,7 +37,7 @@ pub struct Estimation;
 pub struct EstimateTask<'a> {
     pub plan: &'a GenerationPlan,
     /// What lies over the networks of its model.
-    pub stack: &'a Stack,
+    pub stack: &'a LoraStack,
     pub holding: Holding,
     /// Under which name the model's time is remembered.
     pub key: &'a str,
@@ -241,7 +241,7 @@ impl Worker<EstimateTask<'_>> for Estimation {
 
 /// Every network that the plan uses, once each.
 fn parts(
-    (plan, stack): (&GenerationPlan, &Stack),
+    (plan, stack): (&GenerationPlan, &LoraStack),
     holding: Holding,
     residents: &[Resident],
     ctx: &Context,

@@ -7,8 +7,10 @@ use serde::de::DeserializeOwned;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::model::catalog::files::{Folder, Found};
-use crate::model::checkpoint::{CONFIG_LIMIT, CheckpointKey, Part, WeightFiles, key, weight_files};
+use crate::model::catalog::files::{ModelFile, ModelFolder};
+use crate::model::checkpoint::files::{CONFIG_LIMIT, WeightFiles, weight_files};
+use crate::model::checkpoint::key::{CheckpointKey, key};
+use crate::model::checkpoint::part::Part;
 use crate::model::weights::open::{Open, OpenTask, Weights, is_pickle};
 use crate::roots::Roots;
 use crate::units::Bytes;
@@ -26,13 +28,13 @@ pub struct ComponentFile {
     pub name: String,
     /// Tells this state of its files from every other.
     pub key: CheckpointKey,
-    config: Option<Found>,
+    config: Option<ModelFile>,
     /// What PEFT says of an adapter beside its weights.
-    peft: Option<Found>,
+    peft: Option<ModelFile>,
     weights: WeightFiles,
     mmap: bool,
     /// The folder that it is; none for a file.
-    folder: Option<Folder>,
+    folder: Option<ModelFolder>,
 }
 
 impl ComponentFile {
@@ -44,7 +46,7 @@ impl ComponentFile {
     pub(crate) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
         let file = path.is_file();
         let place = if file { path.parent().unwrap_or(path) } else { path };
-        let folder = Folder::Disk { path: place.to_owned(), roots: roots.clone() };
+        let folder = ModelFolder::Disk { path: place.to_owned(), roots: roots.clone() };
         let (config, peft, weights) = if file {
             if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
                 readable(name, path)?;
@@ -52,11 +54,11 @@ impl ComponentFile {
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             // Of another file beside it PEFT's configuration says nothing.
             let peft = if own.starts_with(PEFT) { folder.find(PEFT_CONFIG)? } else { None };
-            (None, peft, WeightFiles::of(vec![folder.need(&own)?]))
+            (None, peft, WeightFiles::new(vec![folder.need(&own)?]))
         } else {
             let names = folder.names("");
             let weights = match (stem(&names), only(&names)) {
-                (None, Some(only)) => WeightFiles::of(vec![folder.need(only)?]),
+                (None, Some(only)) => WeightFiles::new(vec![folder.need(only)?]),
                 (stem, _) => weight_files(&folder, "", stem.unwrap_or(STEMS[0]))?,
             };
             (folder.find("config.json")?, folder.find(PEFT_CONFIG)?, weights)
@@ -69,23 +71,23 @@ impl ComponentFile {
 
     /// Whether the folder `path` holds weights under a name that says that they are a network's.
     pub(crate) fn is_network(path: &Path, roots: &Roots) -> bool {
-        stem(&Folder::Disk { path: path.to_owned(), roots: roots.clone() }.names("")).is_some()
+        stem(&ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }.names("")).is_some()
     }
 
     /// Whether the folder `path` holds nothing that is, or once was, a network.
     pub(crate) fn is_hollow(path: &Path, roots: &Roots) -> bool {
-        let names = Folder::Disk { path: path.to_owned(), roots: roots.clone() }.names("");
+        let names = ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }.names("");
         let ends = [".safetensors", ".gguf", ".json", ".bin", ".ckpt", ".pt", ".pth"];
         let whole = names.iter().any(|name| name == "model_index.json");
         stem(&names).is_none() && (whole || !names.iter().any(|name| ends.iter().any(|end| name.ends_with(end))))
     }
 
     /// The folder of the whole model in diffusers' layout whose `part` it is; `None` if it is none's.
-    pub(crate) fn whole(&self, part: Part) -> Option<Folder> {
-        let Some(Folder::Disk { path, roots }) = &self.folder else { return None };
+    pub(crate) fn whole(&self, part: Part) -> Option<ModelFolder> {
+        let Some(ModelFolder::Disk { path, roots }) = &self.folder else { return None };
         let above: PathBuf =
             path.parent().filter(|_| path.file_name().is_some_and(|own| own == part.name()))?.to_owned();
-        let whole = Folder::Disk { path: above, roots: roots.clone() };
+        let whole = ModelFolder::Disk { path: above, roots: roots.clone() };
         matches!(whole.find("model_index.json"), Ok(Some(_))).then_some(whole)
     }
 
@@ -144,7 +146,7 @@ fn only(names: &[String]) -> Option<&String> {
 /// Refuses what is no safetensors file, by its name and by how it begins.
 pub(crate) fn readable(name: &str, path: &Path) -> Result<()> {
     let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let pickle = || Found::open(path).is_ok_and(|(file, _)| is_pickle(&file));
+    let pickle = || ModelFile::open(path).is_ok_and(|(file, _)| is_pickle(&file));
     match end.as_str() {
         "safetensors" => Ok(()),
         "gguf" => Err(Error::ModelUnsupported {

@@ -19,19 +19,19 @@ pub(crate) fn admit(roots: &Roots, path: &Path) -> Result<Option<PathBuf>> {
 
 /// The files of one model by their path within the diffusers layout.
 #[derive(Clone, Debug)]
-pub(crate) enum Folder {
+pub(crate) enum ModelFolder {
     Disk { path: PathBuf, roots: Roots },
     Embedded,
 }
 
 /// A file that was found and may be read.
 #[derive(Clone, Debug)]
-pub(crate) enum Found {
+pub(crate) enum ModelFile {
     Disk(PathBuf),
     Embedded { path: PathBuf, bytes: &'static [u8] },
 }
 
-impl Found {
+impl ModelFile {
     /// What messages call it.
     pub(crate) fn path(&self) -> &Path {
         match self {
@@ -100,7 +100,7 @@ impl Found {
     }
 }
 
-impl Folder {
+impl ModelFolder {
     /// What messages call the folder, or the file `name` in it.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         match self {
@@ -114,14 +114,14 @@ impl Folder {
     ///
     /// # Errors
     /// `path_not_allowed` if it is a link that leads out of the roots.
-    pub(crate) fn find(&self, name: &str) -> Result<Option<Found>> {
+    pub(crate) fn find(&self, name: &str) -> Result<Option<ModelFile>> {
         match self {
             Self::Disk { path, roots } => {
                 let path = path.join(name);
                 // The unresolved path is kept for messages; what it leads to was admitted.
-                Ok(admit(roots, &path)?.map(|_| Found::Disk(path)))
+                Ok(admit(roots, &path)?.map(|_| ModelFile::Disk(path)))
             }
-            Self::Embedded => Ok(demo::file(name).map(|bytes| Found::Embedded { path: self.path(name), bytes })),
+            Self::Embedded => Ok(demo::file(name).map(|bytes| ModelFile::Embedded { path: self.path(name), bytes })),
         }
     }
 
@@ -129,7 +129,7 @@ impl Folder {
     ///
     /// # Errors
     /// `model_corrupt` if it is missing, otherwise as [`Self::find`].
-    pub(crate) fn need(&self, name: &str) -> Result<Found> {
+    pub(crate) fn need(&self, name: &str) -> Result<ModelFile> {
         self.find(name)?.ok_or_else(|| Error::ModelCorrupt { path: self.path(name), message: "is missing".to_owned() })
     }
 

@@ -11,11 +11,14 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result, nearest};
 use crate::model::catalog::component_file::{ComponentFile, readable};
-use crate::model::catalog::files::{Folder, Found, admit};
-use crate::model::checkpoint::builder::Draft;
+use crate::model::catalog::files::{ModelFile, ModelFolder, admit};
+use crate::model::checkpoint::builder::CheckpointBuilder;
+use crate::model::checkpoint::files::WeightFiles;
 use crate::model::checkpoint::identify::is_sdxl;
-use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part, WeightFiles, key};
-use crate::model::hub::{Cache, Reference, Snapshot};
+use crate::model::checkpoint::key::key;
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
+use crate::model::hub::cache::{HubCache, Snapshot};
+use crate::model::hub::reference::Reference;
 use crate::model::interface::Settings;
 use crate::model::weights::open::look;
 use crate::roots::Roots;
@@ -33,7 +36,7 @@ pub struct Catalog {
     default: Option<String>,
     mmap: bool,
     /// Repositories by `owner/name`.
-    pub hub: Cache,
+    pub hub: HubCache,
     /// Those that were asked for, least recently first.
     known: Vec<Arc<Checkpoint>>,
     /// Whether each safetensors file that was come across is a model, by its state.
@@ -69,7 +72,7 @@ impl Catalog {
             roots: Roots::new(settings.roots.clone()),
             default: settings.default.clone(),
             mmap: settings.mmap,
-            hub: Cache::new(&settings.hub),
+            hub: HubCache::new(&settings.hub),
             known: Vec::new(),
             looked: HashMap::new(),
         }
@@ -167,8 +170,8 @@ impl Catalog {
         }
         let roots = &listed.cached.as_ref().map_or_else(|| self.roots.clone(), Snapshot::roots);
         let mut draft = match &listed.path {
-            None => Checkpoint::read(demo::NAME, &Folder::Embedded)?,
-            Some(path) if path.is_dir() => Checkpoint::read(&listed.name, &self.folder(path, roots))?,
+            None => CheckpointBuilder::from_folder(demo::NAME, &ModelFolder::Embedded)?,
+            Some(path) if path.is_dir() => CheckpointBuilder::from_folder(&listed.name, &self.folder(path, roots))?,
             Some(path) => {
                 let (key, files) = self.single(path, roots)?;
                 // A header of thousands of tensors is parsed once.
@@ -180,7 +183,7 @@ impl Catalog {
                     self.known.push(Arc::clone(&known));
                     return Ok(known);
                 }
-                Draft::single(&listed.name, key, files)?
+                CheckpointBuilder::single(&listed.name, key, files)?
             }
         };
         others.iter().try_for_each(|(part, other)| draft.replace(*part, other))?;
@@ -195,15 +198,15 @@ impl Catalog {
         Ok(checkpoint)
     }
 
-    fn folder(&self, path: &Path, roots: &Roots) -> Folder {
-        Folder::Disk { path: path.to_owned(), roots: roots.clone() }
+    fn folder(&self, path: &Path, roots: &Roots) -> ModelFolder {
+        ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }
     }
 
     /// A single file, and what tells its state from others.
     fn single(&self, path: &Path, roots: &Roots) -> Result<(CheckpointKey, WeightFiles)> {
         let folder = self.folder(path.parent().unwrap_or(path), roots);
         let found = folder.need(&path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default())?;
-        Ok((key(&folder, std::slice::from_ref(&found)), WeightFiles::of(vec![found])))
+        Ok((key(&folder, std::slice::from_ref(&found)), WeightFiles::new(vec![found])))
     }
 
     /// Whether a file is a model, by its header.
@@ -215,7 +218,7 @@ impl Catalog {
         if let Some(known) = self.looked.get(&key) {
             return *known;
         }
-        let found: Option<&Found> = files.files.first();
+        let found: Option<&ModelFile> = files.files.first();
         let is = found.is_some_and(|found| look(found).is_ok_and(|weights| is_sdxl(&weights)));
         if self.looked.len() > FOLDERS {
             self.looked.clear();

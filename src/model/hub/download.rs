@@ -11,9 +11,10 @@ use crate::layers::OneOrMany;
 use crate::model::catalog::Catalog;
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::hub::cache::home;
 use crate::model::hub::fetch::{Downloaded, Fetch, FetchTask, Hub, is_weights, mismatch, pinned, select};
+use crate::model::hub::reference::{Reference, at_revision};
 use crate::model::hub::sha256::Digest;
-use crate::model::hub::{Reference, at_revision, home};
 use crate::model::interface::{FetchRequest, Fetched, FetchedFile, HubSettings, Pins};
 use crate::units::Bytes;
 

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::model::catalog::files::Found;
+use crate::model::catalog::files::ModelFile;
 
 const BLOCK: usize = 1 << 20;
 
@@ -20,7 +20,7 @@ impl Worker<&Path> for Digest {
     type Output = String;
 
     fn run(&self, path: &Path, ctx: &Context) -> Result<String> {
-        let (mut file, _) = Found::open(path)?;
+        let (mut file, _) = ModelFile::open(path)?;
         let mut sum = Sha256::new();
         add_rest(&mut sum, &mut file, ctx)?.map_err(|error| Error::ModelCorrupt {
             path: path.to_owned(),

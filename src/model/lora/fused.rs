@@ -1,6 +1,5 @@
-//! Plain LoRA on the CPU, as many rows at a time as stay in the cache, on all threads. What the format's own worker gives
-//! is the same to f32's rounding; this takes one pass through the memory where that takes several, and a network has
-//! gigabytes of it.
+//! Merges plain LoRA on the CPU in one pass over the weight: all adapters for a block of rows at a time, on all threads. The
+//! result equals that of the format's worker up to f32 rounding; the worker takes several passes over gigabytes of memory.
 
 use std::ops::Range;
 
@@ -11,17 +10,17 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::model::lora::formats::Parts;
+use crate::model::lora::formats::task::Parts;
 
-/// Numbers that are worked on at once: 1 MiB in f32.
+/// Elements of a block of rows: 1 MiB in f32.
 const BLOCK: usize = 1 << 18;
 
-/// `W + Σ up · down` in `dtype`, the factors of each in `up`. `None` where the changes are of another kind or do not fit, which the
-/// format then says.
+/// `W + Σ up · down` in `dtype`, with strength and alpha multiplied into `up`. `None` if a change has another format or does
+/// not fit; the format's worker then merges it or reports the misfit.
 ///
 /// # Errors
 /// Those of the device.
-pub(crate) fn changed<'a>(
+pub(crate) fn merge<'a>(
     base: &Tensor,
     dtype: DType,
     changes: impl Iterator<Item = (&'a Parts, f64)>,
@@ -33,7 +32,7 @@ pub(crate) fn changed<'a>(
     }
     let mut factors = Vec::new();
     for (parts, strength) in changes {
-        match plain(parts, (*rows, columns), strength)? {
+        match plain_factors(parts, (*rows, columns), strength)? {
             Some(pair) => factors.push(pair),
             None => return Ok(None),
         }
@@ -44,7 +43,7 @@ pub(crate) fn changed<'a>(
     let Some(numbers) = Numbers::of(stored, start..end) else { return Ok(None) };
     let factors = factors.iter().map(|(up, down)| Factor::of(up, down)).collect::<CandleResult<Vec<_>>>()?;
     let (shape, device, count) = (base.shape(), base.device(), end - start);
-    let sums = Sums { numbers, columns, factors: &factors };
+    let sums = MergeSum { numbers, columns, factors: &factors };
     // Zeroed memory is first touched by the thread that fills it.
     Ok(match dtype {
         DType::BF16 => {
@@ -66,8 +65,12 @@ pub(crate) fn changed<'a>(
     })
 }
 
-/// `up` with all factors and `down`, as matrices in f32.
-fn plain(parts: &Parts, (rows, columns): (usize, usize), strength: f64) -> CandleResult<Option<(Tensor, Tensor)>> {
+/// `up`, scaled by strength and alpha, and `down`, as matrices in f32; `None` if the parts are not plain LoRA.
+fn plain_factors(
+    parts: &Parts,
+    (rows, columns): (usize, usize),
+    strength: f64,
+) -> CandleResult<Option<(Tensor, Tensor)>> {
     const ALL: [&str; 3] = ["lora_up.weight", "lora_down.weight", "alpha"];
     let (Some(up), Some(down)) = (parts.get(ALL[0]), parts.get(ALL[1])) else { return Ok(None) };
     let alpha = parts.get(ALL[2]);
@@ -90,7 +93,7 @@ fn plain(parts: &Parts, (rows, columns): (usize, usize), strength: f64) -> Candl
     Ok(Some(((up * scale)?, down)))
 }
 
-/// A tensor's numbers as they are kept.
+/// The elements of a tensor in its dtype.
 #[derive(Clone, Copy)]
 enum Numbers<'a> {
     F32(&'a [f32]),
@@ -108,7 +111,7 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// Those from `first` on, as many as `wide` takes.
+    /// Fills `wide` with the elements from `first` on.
     fn widen(self, first: usize, wide: &mut [f32]) {
         let range = first..first + wide.len();
         match self {
@@ -132,7 +135,7 @@ impl Factor {
         Ok(Self { up: flat(up)?, down: flat(down)?, rank: up.dim(1)? })
     }
 
-    /// Adds `up · down` of the rows from `first` on to `wide`, whole rows of `columns`.
+    /// Adds `up · down` to `wide`, which holds whole rows of `columns` from row `first` on.
     fn add(&self, first: usize, columns: usize, wide: &mut [f32]) {
         let (rank, rows) = (self.rank, wide.len() / columns);
         let up = &self.up[first * rank..(first + rows) * rank];
@@ -167,15 +170,15 @@ impl Factor {
     }
 }
 
-/// What is summed.
-struct Sums<'a> {
+/// A weight, and the changes to add to it.
+struct MergeSum<'a> {
     numbers: Numbers<'a>,
     columns: usize,
     factors: &'a [Factor],
 }
 
-impl Sums<'_> {
-    /// Makes every number of `all` by `narrow`, which writes f32 as they shall be kept.
+impl MergeSum<'_> {
+    /// Fills `all` with the sum; `narrow` converts f32 into the target dtype.
     fn fill<T: Send>(&self, all: &mut [T], narrow: impl Fn(&[f32], &mut [T]) + Sync) {
         let rows = (BLOCK / self.columns).max(1);
         let parts = all.par_chunks_mut(rows * self.columns).enumerate();
@@ -193,9 +196,10 @@ impl Sums<'_> {
 mod tests {
     use candle_core::{DType, Device, Tensor};
 
-    use super::changed;
+    use super::merge;
     use crate::context::Context;
-    use crate::model::lora::formats::{MergeTask, Parts, of};
+    use crate::model::lora::formats::detect;
+    use crate::model::lora::formats::task::{MergeTask, Parts};
     use crate::noise::{NoiseSource, RngKind};
 
     fn random(seed: u64, shape: &[usize]) -> candle_core::Result<Tensor> {
@@ -205,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_what_the_format_makes_of_each_in_turn() -> crate::error::Result<()> {
+    fn fused_merge_equals_merging_each_adapter_in_turn() -> crate::error::Result<()> {
         let alpha = Tensor::new(3.0_f32, &Device::Cpu)?;
         let one = |seed, up: &[usize], down: &[usize]| -> crate::error::Result<Parts> {
             let parts = [("lora_up.weight", random(seed, up)?), ("lora_down.weight", random(seed + 1, down)?)];
@@ -219,21 +223,21 @@ mod tests {
         ] {
             let base = random(1, shape)?;
             let (first, second) = (one(2, up, down)?, one(4, up, down)?);
-            let fast = changed(&base, DType::F32, [(&first, 0.7), (&second, -0.4)].into_iter())?;
+            let fast = merge(&base, DType::F32, [(&first, 0.7), (&second, -0.4)].into_iter())?;
             let mut slow = base.clone();
             for (parts, strength) in [(&first, 0.7), (&second, -0.4)] {
-                let Some((_, format)) = of("weight", |part| parts.contains_key(part)) else { panic!("no format") };
+                let Some((_, format)) = detect("weight", |part| parts.contains_key(part)) else { panic!("no format") };
                 let task = MergeTask { layer: "layer", tensor: "weight", base: &slow, parts, strength };
                 slow = Context::detached().perform(format.merge, task)?;
             }
-            let Some(fast) = fast else { panic!("not by rows") };
+            let Some(fast) = fast else { panic!("not fused") };
             let worst = (&fast - &slow)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
             assert!(worst < 1e-5, "{shape:?}: {worst}");
-            let half = changed(&base.to_dtype(DType::BF16)?, DType::BF16, [(&first, 0.0)].into_iter())?;
+            let half = merge(&base.to_dtype(DType::BF16)?, DType::BF16, [(&first, 0.0)].into_iter())?;
             assert!(half.is_some_and(|half| half.dtype() == DType::BF16 && half.dims() == shape));
         }
         let wrong = one(2, &[8, 4], &[4, 9])?;
-        assert!(changed(&random(1, &[8, 8])?, DType::F32, [(&wrong, 1.0)].into_iter())?.is_none());
+        assert!(merge(&random(1, &[8, 8])?, DType::F32, [(&wrong, 1.0)].into_iter())?.is_none());
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::lora::{Adapting, Kept, donors};
 use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::clip::ClipTextModel;
@@ -44,7 +44,7 @@ impl EncoderManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<TextEncoders>> {
-        self.adapted(checkpoint, &Stack::default(), placement, ctx)
+        self.adapted(checkpoint, &LoraStack::default(), placement, ctx)
     }
 
     /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
@@ -54,7 +54,7 @@ impl EncoderManager {
     pub fn adapted(
         &mut self,
         checkpoint: &Checkpoint,
-        stack: &Stack,
+        stack: &LoraStack,
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<TextEncoders>> {

@@ -11,8 +11,8 @@ use crate::context::Context;
 use crate::error::Result;
 use crate::kernels::shared_layers::{Layer, Layers, sharing};
 use crate::model::checkpoint::Part;
-use crate::model::lora::Stack;
-use crate::model::lora::merge::{Built, adapting};
+use crate::model::lora::LoraStack;
+use crate::model::lora::merge::{PatchedNetwork, build_patched};
 use crate::model::managers::{Opened, Shelf, ShelfKey};
 use crate::units::Bytes;
 
@@ -89,7 +89,7 @@ impl<T> Deref for Kept<T> {
 
 /// A network that is about to be built: what it shares, and what is changed of it.
 pub(crate) struct Adapting<'a> {
-    stack: &'a Stack,
+    stack: &'a LoraStack,
     part: Part,
     given: Layers,
     held: Held,
@@ -99,12 +99,12 @@ pub(crate) struct Adapting<'a> {
 impl<'a> Adapting<'a> {
     /// Takes from the networks `of` donors, which are of the same checkpoint, device and dtype, what is the same in them.
     pub(crate) fn new<D, T>(
-        stack: &'a Stack,
+        stack: &'a LoraStack,
         part: Part,
         donors: &[Arc<D>],
         of: impl Fn(&D) -> Option<&Kept<T>>,
     ) -> Self {
-        let marks = stack.marks(part);
+        let marks = stack.fingerprints(part);
         let (mut given, mut held) = (Layers::default(), Held::default());
         for donor in donors.iter().filter_map(|donor| of(donor)) {
             for (name, layer) in donor.layers.iter() {
@@ -136,18 +136,18 @@ impl<'a> Adapting<'a> {
     ) -> Result<Loaded<T>> {
         let Self { stack, part, given, held, marks } = self;
         let known: HashSet<&str> = given.names().collect();
-        let touches = stack.touches(part, &known, ctx)?;
+        let patches = stack.patches(part, &known, ctx)?;
         drop(known);
         let (loaded, layers) = sharing(given, || {
-            opened.load(ctx, |vb| match touches.layers.is_empty() {
-                true => load(vb).map(|network| Built { network, spent: Vec::new(), more: Bytes(0) }),
-                false => adapting(&touches, vb, ctx, load),
+            opened.load(ctx, |vb| match patches.layers.is_empty() {
+                true => load(vb).map(|network| PatchedNetwork { network, spent: Vec::new(), added: Bytes(0) }),
+                false => build_patched(&patches, vb, ctx, load),
             })
         });
-        let (Built { network, spent, more }, bytes) = loaded?;
-        spent.into_iter().enumerate().for_each(|(adapter, time)| stack.took(adapter, time));
+        let (PatchedNetwork { network, spent, added }, bytes) = loaded?;
+        spent.into_iter().enumerate().for_each(|(adapter, time)| stack.add_time(adapter, time));
         let network = Kept { network, layers, marks, held: Held::default() };
-        Ok(Loaded { network, given: held, bytes: bytes + more })
+        Ok(Loaded { network, given: held, bytes: bytes + added })
     }
 }
 

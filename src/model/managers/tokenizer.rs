@@ -20,8 +20,9 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 use crate::error::{Error, Result};
 use crate::layers::{Manager, Resident};
 use crate::model::catalog::demo;
-use crate::model::catalog::files::Found;
-use crate::model::checkpoint::{Checkpoint, CheckpointKey, TokenizerFiles};
+use crate::model::catalog::files::ModelFile;
+use crate::model::checkpoint::files::TokenizerFiles;
+use crate::model::checkpoint::{Checkpoint, CheckpointKey};
 use crate::units::Bytes;
 
 /// Longest vocabulary file.
@@ -213,16 +214,16 @@ fn build(vocabulary: Vocabulary, files: Option<&TokenizerFiles>, name: &str, row
     tokenizer(vocabulary.model, &config).map_err(|message| Error::ModelCorrupt { path, message })
 }
 
-fn embedded(name: &str) -> Result<Found> {
+fn embedded(name: &str) -> Result<ModelFile> {
     let bytes = demo::file(name).ok_or_else(|| Error::bug(format!("`{name}` is not embedded")))?;
-    Ok(Found::Embedded { path: name.into(), bytes })
+    Ok(ModelFile::Embedded { path: name.into(), bytes })
 }
 
 /// Whether both tokenizers have the same vocabulary, as in every SDXL checkpoint that brings CLIP's twice. One without
 /// files takes its neighbour's.
 fn same_vocabulary(first: Option<&TokenizerFiles>, second: Option<&TokenizerFiles>) -> bool {
     let (Some(first), Some(second)) = (first, second) else { return true };
-    let same = |a: &Found, b: &Found| {
+    let same = |a: &ModelFile, b: &ModelFile| {
         a.path() == b.path()
             || a.stamp().0 == b.stamp().0
                 && matches!((a.read(VOCABULARY_LIMIT), b.read(VOCABULARY_LIMIT)), (Ok(a), Ok(b)) if a == b)
@@ -247,7 +248,7 @@ fn vocabulary(files: Option<&TokenizerFiles>) -> Result<Vocabulary> {
     };
     let (vocab_bytes, merges_bytes) = (vocab.read(VOCABULARY_LIMIT)?, merges.read(VOCABULARY_LIMIT)?);
     let bytes = (vocab_bytes.len() + merges_bytes.len()) as u64 * BYTES_PER_BYTE;
-    let corrupt = |found: &Found, message: String| Error::ModelCorrupt { path: found.path().to_owned(), message };
+    let corrupt = |found: &ModelFile, message: String| Error::ModelCorrupt { path: found.path().to_owned(), message };
     let words: Words =
         serde_json::from_slice(&vocab_bytes).map_err(|e| corrupt(&vocab, format!("is not a vocabulary: {e}")))?;
     let text = std::str::from_utf8(&merges_bytes).map_err(|e| corrupt(&merges, format!("is not UTF-8: {e}")))?;

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::kernels::{away, quantizing};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::managers::lora::{Adapting, Kept, donors};
 use crate::model::managers::{AFAR, Budget, Opened, Shelf, ShelfKey};
 use crate::model::networks::unet::Unet;
@@ -44,7 +44,7 @@ impl UnetManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<Kept<Unet>>> {
-        self.adapted(checkpoint, &Stack::default(), placement, ctx)
+        self.adapted(checkpoint, &LoraStack::default(), placement, ctx)
     }
 
     /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
@@ -54,7 +54,7 @@ impl UnetManager {
     pub fn adapted(
         &mut self,
         checkpoint: &Checkpoint,
-        stack: &Stack,
+        stack: &LoraStack,
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<Kept<Unet>>> {

@@ -6,7 +6,7 @@
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::checkpoint::Part;
+use crate::model::checkpoint::part::Part;
 use crate::model::weights::fp8_scales::{MARK, check, scaled_by};
 use crate::model::weights::ldm_names::{UnetNames, number};
 use crate::model::weights::open::{Stored, Weights};

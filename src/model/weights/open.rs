@@ -18,7 +18,7 @@ use crate::allocator::{self, FromBits};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::model::catalog::files::Found;
+use crate::model::catalog::files::ModelFile;
 pub(crate) use crate::model::weights::dtype::StoredDtype;
 use crate::model::weights::gguf;
 use crate::units::Bytes;
@@ -241,7 +241,7 @@ pub(crate) struct Open;
 
 /// The files of one network, and where its index, if it has one, says that each tensor is.
 pub(crate) struct OpenTask<'a> {
-    pub(crate) files: &'a [Found],
+    pub(crate) files: &'a [ModelFile],
     pub(crate) index: Option<&'a HashMap<String, String>>,
     /// Whether tensors may be mapped.
     pub(crate) mmap: bool,
@@ -285,21 +285,21 @@ impl Worker<OpenTask<'_>> for Open {
 ///
 /// # Errors
 /// `model_corrupt`, `unsafe_format`.
-pub(crate) fn look(found: &Found) -> Result<Weights> {
+pub(crate) fn look(found: &ModelFile) -> Result<Weights> {
     let (shard, Header { entries, metadata }) = open(found)?;
     let tensors = entries.into_iter().map(|(name, stored)| (name, (0, stored))).collect();
     Ok(Weights { mmap: false, shards: vec![Arc::new(shard)], tensors, metadata })
 }
 
-fn open(found: &Found) -> Result<(Shard, Header<Stored>)> {
+fn open(found: &ModelFile) -> Result<(Shard, Header<Stored>)> {
     match found {
-        Found::Embedded { path, bytes } => {
+        ModelFile::Embedded { path, bytes } => {
             let shard = Shard { path: path.clone(), source: Source::Embedded(bytes) };
             let header = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
             Ok((shard, header))
         }
-        Found::Disk(path) => {
-            let (mut file, length) = Found::open(path)?;
+        ModelFile::Disk(path) => {
+            let (mut file, length) = ModelFile::open(path)?;
             let mut start = [0; 4];
             if read_at(&file, 0, &mut start).is_ok() && start == gguf::MAGIC {
                 let read = gguf::header(&mut std::io::BufReader::new(&file), length);

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::kernels::{bytes_held, stays_as_stored};
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::lora::Stack;
+use crate::model::lora::LoraStack;
 use crate::model::networks::unet::Unet;
 use crate::model::weights::control_lora::MARK;
 use crate::model::weights::ldm_names::RenameControl;
@@ -50,8 +50,8 @@ impl Touched {
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`].
-    pub fn by(stack: &Stack, checkpoint: &Checkpoint, part: Part, holding: Holding, ctx: &Context) -> Result<Self> {
-        let marks = stack.marks(part);
+    pub fn by(stack: &LoraStack, checkpoint: &Checkpoint, part: Part, holding: Holding, ctx: &Context) -> Result<Self> {
+        let marks = stack.fingerprints(part);
         if marks.is_empty() {
             return Ok(Self::default());
         }

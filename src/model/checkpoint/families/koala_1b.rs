@@ -1,6 +1,6 @@
 //! KOALA-1B: one layer a resolution (Lee et al. 2023, <https://arxiv.org/abs/2312.04005>).
 
-use crate::model::checkpoint::families::{Family, PIPELINES};
+use crate::model::checkpoint::families::family::{Family, PIPELINES};
 
 pub(crate) const FAMILY: Family = Family {
     name: "koala_1b",

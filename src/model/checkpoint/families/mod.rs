@@ -1,6 +1,7 @@
 //! Kinds of SDXL by what tells them apart in their files. Data: a network is configured by its own `config.json`, or by
 //! the shapes of its tensors.
 
+pub(crate) mod family;
 pub(crate) mod koala_1b;
 pub(crate) mod koala_700m;
 pub(crate) mod sdxl_base;
@@ -11,29 +12,9 @@ pub(crate) mod segmind_vega;
 pub(crate) mod ssd_1b;
 pub mod variants;
 
+pub use family::Family;
+
 use crate::registry::Registry;
-
-/// What a checkpoint of one kind looks like.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Family {
-    pub name: &'static str,
-    /// Values of `_class_name` in `model_index.json`.
-    pub pipelines: &'static [&'static str],
-    /// Whether it has the CLIP ViT-L encoder besides OpenCLIP's.
-    pub first_encoder: bool,
-    /// `in_channels` of its UNet.
-    pub channels: usize,
-    /// Whether its UNet takes the mask and the masked image beside the latents.
-    pub masks: bool,
-    /// Whether its UNet takes the image that it edits beside the latents.
-    pub edits: bool,
-    /// How many transformers each layer of the way down has, from the highest resolution; `None` if they do not matter.
-    pub depths: Option<&'static [usize]>,
-}
-
-/// The pipelines of diffusers that every text-to-image model works with.
-const PIPELINES: &[&str] =
-    &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"];
 
 pub static FAMILIES: Registry<Family> = Registry::new(
     "model family",

@@ -1,6 +1,6 @@
 //! The text-to-image model.
 
-use crate::model::checkpoint::families::{Family, PIPELINES};
+use crate::model::checkpoint::families::family::{Family, PIPELINES};
 
 pub(crate) const FAMILY: Family = Family {
     name: "sdxl_base",

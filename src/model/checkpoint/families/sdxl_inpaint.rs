@@ -1,6 +1,6 @@
 //! The base model with mask and masked image as further input channels.
 
-use crate::model::checkpoint::families::Family;
+use crate::model::checkpoint::families::family::Family;
 
 pub(crate) const FAMILY: Family = Family {
     name: "sdxl_inpaint",

@@ -1,7 +1,7 @@
 //! The base model with the image to be edited as further input channels (Brooks et al. 2022,
 //! <https://arxiv.org/abs/2211.09800>); CosXL Edit is one.
 
-use crate::model::checkpoint::families::Family;
+use crate::model::checkpoint::families::family::Family;
 
 pub(crate) const FAMILY: Family = Family {
     name: "sdxl_instruct_pix2pix",

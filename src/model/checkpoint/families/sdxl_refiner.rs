@@ -1,6 +1,6 @@
 //! The model that refines the last steps; it has OpenCLIP's encoder only.
 
-use crate::model::checkpoint::families::{Family, PIPELINES};
+use crate::model::checkpoint::families::family::{Family, PIPELINES};
 
 pub(crate) const FAMILY: Family = Family {
     name: "sdxl_refiner",

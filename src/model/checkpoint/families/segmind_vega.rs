@@ -1,6 +1,6 @@
 //! Segmind's Vega, smaller again than SSD-1B (Gupta et al. 2024, <https://arxiv.org/abs/2401.02677>).
 
-use crate::model::checkpoint::families::{Family, PIPELINES};
+use crate::model::checkpoint::families::family::{Family, PIPELINES};
 
 pub(crate) const FAMILY: Family = Family {
     name: "segmind_vega",

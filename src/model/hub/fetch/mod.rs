@@ -21,7 +21,7 @@ use self::http::{Ask, Trouble, ask, pause};
 use crate::context::{Context, Progress};
 use crate::error::{Error, Result};
 use crate::layers::Worker;
-use crate::model::hub::Reference;
+use crate::model::hub::reference::Reference;
 use crate::model::hub::sha256::Digest;
 use crate::model::interface::{FetchedFile, Pins};
 use crate::units::Bytes;

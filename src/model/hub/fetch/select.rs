@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use crate::error::{Error, Result, nearest};
-use crate::model::checkpoint::{Part, VARIANTS};
+use crate::model::checkpoint::files::VARIANTS;
+use crate::model::checkpoint::part::Part;
 
 /// Endings of files that this worker reads.
 const READ: [&str; 4] = ["safetensors", "gguf", "json", "txt"];

@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::{Format, MergeTask};
+use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::task::MergeTask;
 
 pub(crate) const FULL: Format = Format {
     marks: &["diff"],

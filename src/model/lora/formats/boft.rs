@@ -8,7 +8,8 @@ use candle_core::{IndexOp, Tensor};
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::model::lora::formats::{MergeTask, oft};
+use crate::model::lora::formats::oft;
+use crate::model::lora::formats::task::MergeTask;
 
 /// The turned weight, `[O, I·K·K]`.
 pub(crate) fn turn(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<Tensor> {

@@ -9,7 +9,7 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
-use crate::model::lora::formats::MergeTask;
+use crate::model::lora::formats::task::MergeTask;
 
 /// Keeps norms from zero, as LyCORIS does: the distance from 1 to the next f32.
 const EPSILON: f64 = f32::EPSILON as f64;

@@ -6,7 +6,8 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use crate::context::Context;
-use crate::model::lora::formats::{MergeTask, Parts, of};
+use crate::model::lora::formats::detect;
+use crate::model::lora::formats::task::{MergeTask, Parts};
 use crate::noise::{NoiseSource, RngKind};
 
 /// Cases by name and kind of layer, the parts of each, and the layers.
@@ -48,7 +49,7 @@ fn every_format_is_its_formula() {
     let (mut table, mut worst, mut formats) = (String::new(), 0.0_f32, std::collections::BTreeSet::new());
     for ((case, kind), parts) in &goldens.cases {
         for tensor in ["weight", "bias"] {
-            let Some((format, found)) = of(tensor, |part| parts.contains_key(part)) else { continue };
+            let Some((format, found)) = detect(tensor, |part| parts.contains_key(part)) else { continue };
             formats.insert(format);
             for part in parts.keys() {
                 let known = found.parts.contains(&part.as_str());
@@ -76,7 +77,7 @@ fn every_format_is_its_formula() {
 fn strength_zero_leaves_layers_as_they_are() {
     let goldens = Goldens::read();
     for ((case, kind), parts) in goldens.cases.iter().filter(|(_, parts)| !parts.contains_key("rescale")) {
-        let Some((_, format)) = of("weight", |part| parts.contains_key(part)) else { continue };
+        let Some((_, format)) = detect("weight", |part| parts.contains_key(part)) else { continue };
         let base = goldens.base(kind, "weight");
         let task = MergeTask { layer: "layer", tensor: "weight", base, parts, strength: 0.0 };
         let got = Context::detached().perform(format.merge, task).unwrap();
@@ -93,7 +94,7 @@ fn wide_blocks_turn_by_rotations() {
     let base = Tensor::eye(side, candle_core::DType::F32, &Device::Cpu).unwrap();
     let parts = Parts::from([("oft_blocks".to_owned(), blocks)]);
     let task = MergeTask { layer: "layer", tensor: "weight", base: &base, parts: &parts, strength: 1.0 };
-    let (_, format) = of("weight", |part| part == "oft_blocks").unwrap();
+    let (_, format) = detect("weight", |part| part == "oft_blocks").unwrap();
     let turned = Context::detached().perform(format.merge, task).unwrap();
     let product = turned.matmul(&turned.t().unwrap()).unwrap();
     assert!(error(&product, &base) < 1e-5, "{}", error(&product, &base));

@@ -3,8 +3,9 @@
 use candle_core::{Device, Tensor};
 
 use crate::context::Context;
+use crate::model::lora::formats::detect;
 use crate::model::lora::formats::formulas::Goldens;
-use crate::model::lora::formats::{MergeTask, Parts, of, part_limit};
+use crate::model::lora::formats::task::{MergeTask, Parts, part_limit};
 
 fn shaped(shape: &[usize], value: f32) -> Tensor {
     Tensor::full(value, shape, &Device::Cpu).unwrap()
@@ -14,7 +15,7 @@ fn shaped(shape: &[usize], value: f32) -> Tensor {
 fn check(goldens: &Goldens, kind: &str, parts: &Parts, what: &str) -> Option<String> {
     let mut refused = None;
     for tensor in ["weight", "bias"] {
-        let Some((_, format)) = of(tensor, |part| parts.contains_key(part)) else { continue };
+        let Some((_, format)) = detect(tensor, |part| parts.contains_key(part)) else { continue };
         let base = goldens.base(kind, tensor);
         let task = MergeTask { layer: "layer", tensor, base, parts, strength: 0.7 };
         match Context::detached().perform(format.merge, task) {
@@ -100,7 +101,7 @@ fn values_that_are_not_finite_are_misfits() {
 fn layers_that_a_format_does_not_change_are_misfits() {
     let goldens = Goldens::read();
     for ((case, kind), parts) in goldens.cases.iter().filter(|((case, _), _)| case != "norm" && case != "full") {
-        let (_, format) = of("weight", |part| parts.contains_key(part)).unwrap();
+        let (_, format) = detect("weight", |part| parts.contains_key(part)).unwrap();
         for shape in [&[][..], &[16], &[0, 12], &[16, 0], &[3, 5], &[16, 12, 0, 3]] {
             let base = shaped(shape, 1.0);
             let task = MergeTask { layer: "layer", tensor: "weight", base: &base, parts, strength: 1.0 };

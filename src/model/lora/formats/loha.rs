@@ -7,7 +7,8 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::{Format, MergeTask};
+use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::task::MergeTask;
 
 pub(crate) const FORMAT: Format = Format {
     marks: &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],

@@ -9,7 +9,8 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::{Format, MergeTask};
+use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::task::MergeTask;
 
 pub(crate) const FORMAT: Format = Format {
     marks: &["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"],

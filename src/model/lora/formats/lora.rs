@@ -10,7 +10,8 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::{Format, MergeTask};
+use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::task::MergeTask;
 
 pub(crate) const FORMAT: Format = Format {
     marks: &["lora_up.weight", "lora_down.weight"],

@@ -11,7 +11,9 @@ use rayon::prelude::*;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::{Format, MergeTask, boft};
+use crate::model::lora::formats::boft;
+use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::task::MergeTask;
 
 pub(crate) const FORMAT: Format =
     Format { marks: &["oft_blocks"], bias_marks: &[], parts: &["oft_blocks", "rescale", "alpha"], merge: &Oft };

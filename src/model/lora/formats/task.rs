@@ -1,10 +1,30 @@
-//! What a format is given, and the products from which most formats make their change. Every size is compared with the
+//! The input of a format, and the products that most formats build their change from. Every size is compared with the
 //! layer's before anything is multiplied.
+
+use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
-use crate::model::lora::formats::{Parts, dora, misfit, part_limit};
+use crate::model::lora::formats::dora;
+
+/// The tensors of a file for one layer, in f32 on the network's device. Keys are kohya's part names, whoever wrote the
+/// file: `lora_A.weight`, `lora.down.weight` and `lora_linear_layer.down.weight` become `lora_down.weight`,
+/// `lora_B.bias` becomes `lora_up.bias`, and PEFT's `lora_magnitude_vector.weight` becomes `lora_magnitude_vector`.
+pub(crate) type Parts = BTreeMap<String, Tensor>;
+
+/// Most elements that one part of an adapter may have for a tensor of shape `base`. Checked before a part is read, since a
+/// header may claim any size.
+pub(crate) fn part_limit(base: &[usize]) -> usize {
+    // Ranks up to the layer's width, and at least the ranks that people train, however small the layer is.
+    match base {
+        [] | [_] => base.iter().product(),
+        [outputs, inputs, kernel @ ..] => {
+            let width = (*outputs).max(*inputs).max(512);
+            kernel.iter().fold(width.saturating_mul(width), |product, &side| product.saturating_mul(side))
+        }
+    }
+}
 
 /// A tensor of the network, and what a file holds for the layer that it belongs to.
 pub(crate) struct MergeTask<'a> {
@@ -22,7 +42,7 @@ pub(crate) struct MergeTask<'a> {
 
 impl MergeTask<'_> {
     pub(crate) fn misfit(&self, message: impl Into<String>) -> Error {
-        misfit(self.layer, message)
+        Error::ModelUnsupported { name: self.layer.to_owned(), message: message.into() }
     }
 
     /// # Errors

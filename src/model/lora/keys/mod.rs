@@ -1,167 +1,122 @@
-//! Finds the layers of a checkpoint that an adapter file changes, whoever named its keys.
+//! Matches the keys of an adapter file with the layers of a checkpoint, whichever program wrote them.
 //!
-//! A module's name is compared with the names of the checkpoint's own layers, dots and underscores being alike. What
-//! does not fit is renamed first: from the names of the single file to diffusers', and from OpenCLIP's to transformers'.
+//! A module's name is compared with the names of the checkpoint's layers, dots and underscores being equal. If no layer
+//! matches, the name is translated first: from the single-file (LDM) names to diffusers', and from OpenCLIP's to
+//! transformers'.
 
+pub(crate) mod layer_index;
 pub(crate) mod parse;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
-use self::parse::{Key, Place, split};
+pub(crate) use self::layer_index::LayerIndex;
+use self::parse::{Key, Target, parse_key};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::checkpoint::Part;
+use crate::model::checkpoint::part::Part;
 use crate::model::weights::ldm_names::UnetNames;
 use crate::model::weights::open::Weights;
 
-/// DoRA's parts, which have a number for each output.
+/// DoRA's parts, with one number for each output.
 const MAGNITUDES: [&str; 2] = ["dora_scale", "lora_magnitude_vector"];
 
-/// Names the layers of an adapter's keys.
-pub(crate) struct Name;
+/// Matches an adapter's keys with layers.
+pub(crate) struct MatchKeys;
 
-pub(crate) struct NameTask<'a> {
+pub(crate) struct MatchTask<'a> {
     pub(crate) adapter: &'a Weights,
-    pub(crate) networks: &'a [(Part, Table)],
-    /// Residual blocks at each resolution of the UNet's way down.
-    pub(crate) layers: usize,
+    pub(crate) networks: &'a [(Part, LayerIndex)],
+    /// Residual blocks of each down block of the UNet.
+    pub(crate) layers_per_block: usize,
 }
 
-/// What an adapter file holds.
+/// The keys of an adapter file by layer.
 #[derive(Default)]
-pub(crate) struct Named {
+pub(crate) struct MatchedKeys {
     /// By network and layer.
-    pub(crate) layers: BTreeMap<(Part, String), Held>,
-    /// Keys of no layer of the checkpoint.
+    pub(crate) layers: BTreeMap<(Part, String), LayerParts>,
+    /// Keys that match no layer of the checkpoint.
     pub(crate) unknown: Vec<String>,
 }
 
-/// The parts of one layer's change, by the names that all writers share.
-pub(crate) type Held = BTreeMap<String, Source>;
+/// The parts of one layer's change, by kohya's part names.
+pub(crate) type LayerParts = BTreeMap<String, PartRef>;
 
-/// Where a part lies.
+/// The tensor that holds a part.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Source {
-    /// The tensor in the file.
+pub(crate) struct PartRef {
     pub(crate) key: String,
-    /// Which third of its rows, where one tensor is for queries, keys and values.
+    /// For a fused projection of queries, keys and values: which third of its rows.
     pub(crate) third: Option<usize>,
 }
 
-/// The layers of one network of a checkpoint.
-#[derive(Default)]
-pub(crate) struct Table {
-    /// By name with underscores in place of dots.
-    layers: HashMap<String, String>,
-    /// Of every tensor.
-    shapes: HashMap<String, Vec<usize>>,
-}
+impl Worker<MatchTask<'_>> for MatchKeys {
+    type Output = MatchedKeys;
 
-impl Table {
-    pub(crate) fn new(weights: &Weights) -> Self {
-        let mut table = Self::default();
-        for (name, stored) in weights.tensors() {
-            table.shapes.insert(name.to_owned(), stored.shape.clone());
-            if let Some((layer, _)) = name.rsplit_once('.') {
-                table.layers.insert(layer.replace('.', "_"), layer.to_owned());
-            }
-        }
-        table
-    }
-
-    pub(crate) fn shape(&self, tensor: &str) -> Option<&[usize]> {
-        self.shapes.get(tensor).map(Vec::as_slice)
-    }
-
-    /// Whether a name is that of a layer, or of a block of layers.
-    pub(crate) fn has_block(&self, name: &str) -> bool {
-        self.layers
-            .values()
-            .any(|layer| layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
-    }
-
-    /// Names of layers and of blocks of layers.
-    pub(crate) fn blocks(&self) -> BTreeSet<String> {
-        let ends =
-            |layer: &String| layer.match_indices('.').map(|(end, _)| end).chain([layer.len()]).collect::<Vec<_>>();
-        let of = |layer: &String| {
-            ends(layer).into_iter().filter_map(|end| layer.get(..end).map(str::to_owned)).collect::<Vec<_>>()
-        };
-        self.layers.values().flat_map(of).collect()
-    }
-
-    fn layer(&self, flat: &str) -> Option<&str> {
-        self.layers.get(flat).map(String::as_str)
-    }
-}
-
-impl Worker<NameTask<'_>> for Name {
-    type Output = Named;
-
-    fn run(&self, task: NameTask, _: &Context) -> Result<Named> {
-        let mut named = Named::default();
-        let mut whole = BTreeSet::new();
+    fn run(&self, task: MatchTask, _: &Context) -> Result<MatchedKeys> {
+        let mut matched = MatchedKeys::default();
+        let mut indivisible = BTreeSet::new();
         for (key, stored) in task.adapter.tensors() {
-            let found = split(key).map(|key| (task.find(&key), key)).filter(|(found, _)| !found.is_empty());
+            let found = parse_key(key).map(|key| (task.find(&key), key)).filter(|(found, _)| !found.is_empty());
             let Some((found, Key { part, .. })) = found else {
-                named.unknown.push(key.to_owned());
+                matched.unknown.push(key.to_owned());
                 continue;
             };
-            let mut taken = false;
+            let mut used = false;
             for (network, layer, third) in found {
-                // A magnitude of each input is one of all three: they cannot be told apart.
+                // A magnitude per input belongs to the three projections together and cannot be divided.
                 if third.is_some() && part == "dora_scale" && stored.shape.first() == Some(&1) {
-                    whole.insert((network, layer.clone()));
+                    indivisible.insert((network, layer.clone()));
                 }
-                let held = named.layers.entry((network, layer)).or_default();
-                // What is common to the three is so whole.
+                let parts = matched.layers.entry((network, layer)).or_default();
+                // The other parts are common to the three projections.
                 let third = third.filter(|_| part.starts_with("lora_up") || MAGNITUDES.contains(&part.as_str()));
-                // A second key of the same part changes nothing.
-                if !held.contains_key(&part) {
-                    held.insert(part.clone(), Source { key: key.to_owned(), third });
-                    taken = true;
+                // The first key of a part counts, a second one is skipped.
+                if !parts.contains_key(&part) {
+                    parts.insert(part.clone(), PartRef { key: key.to_owned(), third });
+                    used = true;
                 }
             }
-            if !taken {
-                named.unknown.push(key.to_owned());
+            if !used {
+                matched.unknown.push(key.to_owned());
             }
         }
-        for layer in whole {
-            let held = named.layers.remove(&layer).unwrap_or_default();
-            named.unknown.extend(held.into_values().map(|source| source.key));
+        for layer in indivisible {
+            let parts = matched.layers.remove(&layer).unwrap_or_default();
+            matched.unknown.extend(parts.into_values().map(|part| part.key));
         }
-        named.unknown.sort();
-        named.unknown.dedup();
-        Ok(named)
+        matched.unknown.sort();
+        matched.unknown.dedup();
+        Ok(matched)
     }
 }
 
-/// A network's layer, and which third of a fused one it is.
-type Found = (Part, String, Option<usize>);
+/// A layer of a network, and the third of a fused projection that belongs to it.
+type LayerMatch = (Part, String, Option<usize>);
 
-impl NameTask<'_> {
-    fn table(&self, part: Part) -> Option<&Table> {
-        self.networks.iter().find(|(known, _)| *known == part).map(|(_, table)| table)
+impl MatchTask<'_> {
+    fn index(&self, part: Part) -> Option<&LayerIndex> {
+        self.networks.iter().find(|(known, _)| *known == part).map(|(_, index)| index)
     }
 
-    /// The layers that a key is of: one, or three for a fused one, or none.
-    fn find(&self, key: &Key) -> Vec<Found> {
+    /// The layers that a key belongs to: one, three for a fused projection, or none.
+    fn find(&self, key: &Key) -> Vec<LayerMatch> {
         let flat = key.module.replace('.', "_");
-        let has_first = self.table(Part::TextEncoder).is_some();
+        let has_first = self.index(Part::TextEncoder).is_some();
         let text = if has_first { Part::TextEncoder } else { Part::TextEncoder2 };
-        let places: &[Part] = match key.place {
-            Place::Unet => &[Part::Unet],
-            Place::First => &[Part::TextEncoder],
-            Place::Second => &[Part::TextEncoder2],
-            Place::Text => &[text],
-            Place::Any => &[Part::Unet, text],
+        let networks: &[Part] = match key.target {
+            Target::Unet => &[Part::Unet],
+            Target::TextEncoder => &[Part::TextEncoder],
+            Target::TextEncoder2 => &[Part::TextEncoder2],
+            Target::AnyTextEncoder => &[text],
+            Target::Any => &[Part::Unet, text],
         };
-        for &part in places {
-            let Some(table) = self.table(part) else { continue };
+        for &part in networks {
+            let Some(index) = self.index(part) else { continue };
             let found = match part {
-                Part::Unet => of_unet(table, &flat, self.layers).map(|layer| vec![(layer, None)]),
-                _ => of_text(table, &flat, &key.part),
+                Part::Unet => unet_layer(index, &flat, self.layers_per_block).map(|layer| vec![(layer, None)]),
+                _ => text_layers(index, &flat, &key.part),
             };
             if let Some(found) = found {
                 return found.into_iter().map(|(layer, third)| (part, layer.to_owned(), third)).collect();
@@ -171,20 +126,19 @@ impl NameTask<'_> {
     }
 }
 
-/// The UNet's layer that is called `flat`. `layers` is how many residual blocks there are at each resolution.
-fn of_unet<'t>(table: &'t Table, flat: &str, layers: usize) -> Option<&'t str> {
-    // diffusers' attention processors stood between the attention and its projections, and named the output without its
-    // place in a list.
+/// The UNet's layer with the flat name `flat`.
+fn unet_layer<'t>(index: &'t LayerIndex, flat: &str, layers_per_block: usize) -> Option<&'t str> {
+    // Keys from diffusers' attention processors have `processor` before the projection, and no index behind `to_out`.
     let plain = flat.replace("_processor_", "_");
-    let listed = || table.layer(&format!("{plain}_0")).filter(|_| plain.ends_with("_to_out"));
+    let listed = || index.layer(&format!("{plain}_0")).filter(|_| plain.ends_with("_to_out"));
     let renamed = || {
-        let renamed = UnetNames { layers }.rename(&dotted(flat)?)?;
+        let renamed = UnetNames { layers: layers_per_block }.rename(&dotted(flat)?)?;
         Some(renamed.trim_end_matches('.').replace('.', "_"))
     };
-    table.layer(&plain).or_else(listed).or_else(|| table.layer(&renamed()?))
+    index.layer(&plain).or_else(listed).or_else(|| index.layer(&renamed()?))
 }
 
-/// The dots of a name of the single file: as many as its renaming reads, and one behind it.
+/// Puts back the dots that the translation of a single-file name reads, and one at the end.
 fn dotted(flat: &str) -> Option<String> {
     const WHOLE: [(&str, &str); 6] = [
         ("time_embed_0", "time_embed.0."),
@@ -208,8 +162,8 @@ fn dotted(flat: &str) -> Option<String> {
         INNER.iter().find(|(known, _)| *known == rest).map_or(rest.to_owned(), |(_, dotted)| (*dotted).to_owned())
     };
     if let Some(rest) = flat.strip_prefix("middle_block_") {
-        let (place, rest) = rest.split_once('_')?;
-        return Some(format!("middle_block.{place}.{}.", inner(rest)));
+        let (block, rest) = rest.split_once('_')?;
+        return Some(format!("middle_block.{block}.{}.", inner(rest)));
     }
     let side = ["input_blocks", "output_blocks"].into_iter().find(|side| flat.starts_with(side))?;
     let (block, rest) = flat.strip_prefix(side)?.strip_prefix('_')?.split_once('_')?;
@@ -219,8 +173,8 @@ fn dotted(flat: &str) -> Option<String> {
     }
 }
 
-/// The layers of a text encoder that are called `flat`; which third of a fused one each is.
-fn of_text<'t>(table: &'t Table, flat: &str, part: &str) -> Option<Vec<(&'t str, Option<usize>)>> {
+/// The text encoder's layers with the flat name `flat`, each with its third of a fused projection.
+fn text_layers<'t>(index: &'t LayerIndex, flat: &str, part: &str) -> Option<Vec<(&'t str, Option<usize>)>> {
     const OLD: [(&str, &str); 4] = [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")];
     const OPEN_CLIP: [(&str, &str); 6] = [
         ("ln_1", "layer_norm1"),
@@ -231,7 +185,7 @@ fn of_text<'t>(table: &'t Table, flat: &str, part: &str) -> Option<Vec<(&'t str,
         ("attn_in_proj", "self_attn"),
     ];
     let inner = flat.strip_prefix("text_model_").unwrap_or(flat);
-    let layer = |inner: &str| table.layer(&format!("text_model_{inner}")).or_else(|| table.layer(inner));
+    let layer = |inner: &str| index.layer(&format!("text_model_{inner}")).or_else(|| index.layer(inner));
     if let Some(found) = layer(inner) {
         return Some(vec![(found, None)]);
     }
@@ -241,13 +195,13 @@ fn of_text<'t>(table: &'t Table, flat: &str, part: &str) -> Option<Vec<(&'t str,
     if inner == "ln_final" {
         return Some(vec![(layer("final_layer_norm")?, None)]);
     }
-    let (place, rest) = inner.strip_prefix("transformer_resblocks_")?.split_once('_')?;
+    let (block, rest) = inner.strip_prefix("transformer_resblocks_")?.split_once('_')?;
     let (_, own) = OPEN_CLIP.iter().find(|(known, _)| *known == rest)?;
-    let own = format!("encoder_layers_{place}_{own}");
+    let own = format!("encoder_layers_{block}_{own}");
     if rest != "attn_in_proj" {
         return Some(vec![(layer(&own)?, None)]);
     }
-    // Products have rows that can be told apart; of other changes a third is not a change.
+    // Only these formats can be divided by rows.
     let divides = matches!(part, "lora_up.weight" | "lora_down.weight" | "alpha") || MAGNITUDES.contains(&part);
     let thirds = ["q_proj", "k_proj", "v_proj"].iter().enumerate();
     let thirds = thirds.map(|(third, name)| Some((layer(&format!("{own}_{name}"))?, Some(third))));
@@ -256,11 +210,11 @@ fn of_text<'t>(table: &'t Table, flat: &str, part: &str) -> Option<Vec<(&'t str,
 
 #[cfg(test)]
 mod tests {
-    use super::{Table, dotted, of_text, of_unet};
+    use super::{LayerIndex, dotted, text_layers, unet_layer};
 
-    fn table(layers: &[&str]) -> Table {
-        let layers = layers.iter().map(|layer| (layer.replace('.', "_"), (*layer).to_owned())).collect();
-        Table { layers, ..Table::default() }
+    fn index(layers: &[&str]) -> LayerIndex {
+        let tensors: Vec<String> = layers.iter().map(|layer| format!("{layer}.weight")).collect();
+        LayerIndex::of(tensors.iter().map(|name| (name.as_str(), &[][..])))
     }
 
     #[test]
@@ -275,7 +229,7 @@ mod tests {
             "down_blocks.0.downsamplers.0.conv",
             "mid_block.resnets.1.conv_shortcut",
         ];
-        let table = table(&known);
+        let index = index(&known);
         for (name, at) in [
             ("input_blocks_0_0", 0),
             ("input_blocks_4_1_transformer_blocks_0_attn1_to_out_0", 1),
@@ -284,9 +238,9 @@ mod tests {
             ("input_blocks_3_0_op", 2),
             ("middle_block_2_skip_connection", 3),
         ] {
-            assert_eq!(of_unet(&table, name, 2), Some(known[at]), "{name}");
+            assert_eq!(unet_layer(&index, name, 2), Some(known[at]), "{name}");
         }
-        assert_eq!(of_unet(&table, "double_blocks_0_img_attn_qkv", 2), None);
+        assert_eq!(unet_layer(&index, "double_blocks_0_img_attn_qkv", 2), None);
     }
 
     #[test]
@@ -295,14 +249,14 @@ mod tests {
             ["q_proj", "k_proj", "v_proj"].map(|name| format!("text_model.encoder.layers.3.self_attn.{name}"));
         let mut known: Vec<&str> = attention.iter().map(String::as_str).collect();
         known.push("text_model.encoder.layers.3.mlp.fc1");
-        let table = table(&known);
-        let fused = of_text(&table, "transformer_resblocks_3_attn_in_proj", "lora_up.weight").unwrap_or_default();
+        let index = index(&known);
+        let fused = text_layers(&index, "transformer_resblocks_3_attn_in_proj", "lora_up.weight").unwrap_or_default();
         assert_eq!(fused, vec![(known[0], Some(0)), (known[1], Some(1)), (known[2], Some(2))]);
-        assert_eq!(of_text(&table, "transformer_resblocks_3_mlp_c_fc", "alpha"), Some(vec![(known[3], None)]));
+        assert_eq!(text_layers(&index, "transformer_resblocks_3_mlp_c_fc", "alpha"), Some(vec![(known[3], None)]));
         assert_eq!(
-            of_text(&table, "text_model_encoder_layers_3_self_attn_to_q", "alpha"),
+            text_layers(&index, "text_model_encoder_layers_3_self_attn_to_q", "alpha"),
             Some(vec![(known[0], None)])
         );
-        assert_eq!(of_text(&table, "transformer_resblocks_3_attn_in_proj", "lokr_w1"), None);
+        assert_eq!(text_layers(&index, "transformer_resblocks_3_attn_in_proj", "lokr_w1"), None);
     }
 }
