@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::value::MapAccessDeserializer;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -86,15 +86,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
             type Value = OneOrMany<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("one or a list of them")
+                f.write_str("an array, or one element of it")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> std::result::Result<OneOrMany<T>, A::Error> {
-                let mut elements = Vec::new();
-                while let Some(element) = all.next_element()? {
-                    elements.push(element);
-                }
-                Ok(OneOrMany(elements))
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> std::result::Result<OneOrMany<T>, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(list)).map(OneOrMany)
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<OneOrMany<T>, A::Error> {

@@ -7,7 +7,7 @@ use crate::conditioning::init_image::{InpaintingFill, Margins, ResizeMode};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount, EmbeddingRequest, PromptWeighting};
 use crate::device::interface::{Dtype, Quantization};
 use crate::image::source::ImageSource;
-use crate::inference::request::controlnet::ControlNetList;
+use crate::inference::request::controlnet::ControlNetOptions;
 use crate::inference::request::guidance::{DynamicThresholdingOptions, FreeUOptions, SkipLayerOptions};
 use crate::inference::request::lora::{AppliedAdapter, LoraList};
 pub use crate::inference::request::memory::DecodeExtent;
@@ -292,7 +292,7 @@ pub struct GenerateRequest {
     pub offload: Option<Offload>,
     /// ControlNets and the images that they are shown, at most 8: a list, or an object for one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub controlnet: Option<ControlNetList>,
+    pub controlnet: Option<OneOrMany<ControlNetOptions>>,
     /// T2I-Adapters, up to 8: pictures of edges, depth or the like that the image follows. An object alone is a list of
     /// one. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]

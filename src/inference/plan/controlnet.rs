@@ -13,8 +13,9 @@ use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface::GenerateRequest;
 use crate::inference::plan::build::within;
 use crate::inference::plan::{ControlPlan, GenerationPlan};
-use crate::inference::request::controlnet::{ControlNetList, ControlNetOptions, MOST};
+use crate::inference::request::controlnet::{ControlNetOptions, MOST};
 use crate::inference::workers::control::{Control, Controls, Shown};
+use crate::layers::OneOrMany;
 use crate::layers::Resident;
 use crate::managers::Managers;
 use crate::model::checkpoint::Checkpoint;
@@ -40,7 +41,7 @@ impl InferenceInstructor {
     /// # Errors
     /// A value that cannot be used, a network that cannot be found, an image that cannot be read.
     pub(crate) fn controls(&self, request: &GenerateRequest, resources: &mut Managers) -> Result<Vec<ControlPlan>> {
-        let Some(ControlNetList(entries)) = &request.controlnet else { return Ok(Vec::new()) };
+        let Some(OneOrMany(entries)) = &request.controlnet else { return Ok(Vec::new()) };
         if entries.len() > MOST {
             return Err(Error::invalid(
                 "controlnet",
@@ -148,8 +149,8 @@ fn place(options: &ControlPlan, net: &ControlNet, ctx: &Context) -> Result<Optio
 }
 
 /// What a request says, with every value that was decided.
-pub(crate) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<ControlNetList> {
-    let ControlNetList(entries) = request.controlnet.as_ref()?;
+pub(crate) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<OneOrMany<ControlNetOptions>> {
+    let OneOrMany(entries) = request.controlnet.as_ref()?;
     let decided = |(options, plan): (&ControlNetOptions, &ControlPlan)| ControlNetOptions {
         preprocessor: Some(plan.hint.preprocessor.to_owned()),
         parameters: options.parameters.map(|_| plan.hint.parameters),
@@ -160,7 +161,7 @@ pub(crate) fn said(request: &GenerateRequest, plans: &[ControlPlan]) -> Option<C
         resize_mode: Some(plan.hint.resize),
         ..options.clone()
     };
-    Some(ControlNetList(entries.iter().zip(plans).map(decided).collect()))
+    Some(OneOrMany(entries.iter().zip(plans).map(decided).collect()))
 }
 
 /// Whether something in memory is a network of the generation.

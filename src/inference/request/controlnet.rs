@@ -1,11 +1,5 @@
 //! What a request says of ControlNets: which network is shown which image, how strongly and when.
 
-use std::borrow::Cow;
-use std::fmt;
-
-use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::init_image::ResizeMode;
@@ -17,7 +11,7 @@ pub const MOST: usize = 8;
 
 /// One image that steers a generation, and the ControlNet that is shown it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(default)]
+#[serde(default, expecting = "an array of objects, or one object")]
 #[schemars(deny_unknown_fields)]
 pub struct ControlNetOptions {
     /// A ControlNet, a ControlNet Union or a Control-LoRA: a safetensors file, with its ending or without, or a folder in
@@ -54,50 +48,4 @@ pub struct ControlNetOptions {
     /// How an image of other proportions is brought to the size: `stretch`, `crop` or `fill`. Default: `stretch`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize_mode: Option<ResizeMode>,
-}
-
-/// The field `controlnet`: a list, or an object for a list of one.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(transparent)]
-pub struct ControlNetList(pub Vec<ControlNetOptions>);
-
-impl<'de> Deserialize<'de> for ControlNetList {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OneOrMany;
-
-        impl<'de> Visitor<'de> for OneOrMany {
-            type Value = ControlNetList;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an array of objects, or one object")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<ControlNetList, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(options) = items.next_element()? {
-                    entries.push(options);
-                }
-                Ok(ControlNetList(entries))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ControlNetList, A::Error> {
-                ControlNetOptions::deserialize(MapAccessDeserializer::new(map))
-                    .map(|options| ControlNetList(vec![options]))
-            }
-        }
-
-        deserializer.deserialize_any(OneOrMany)
-    }
-}
-
-impl JsonSchema for ControlNetList {
-    fn schema_name() -> Cow<'static, str> {
-        "ControlWishes".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let one = generator.subschema_for::<ControlNetOptions>();
-        let many = generator.subschema_for::<Vec<ControlNetOptions>>();
-        schemars::json_schema!({ "anyOf": [many, one] })
-    }
 }

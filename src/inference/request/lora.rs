@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::image_adapters::AdapterFacts;
 use crate::error::{Error, Result};
 use crate::inference::plan::build::within;
 use crate::inference::request::lora_blocks::Blocks;
+use crate::layers::OneOrMany;
 use crate::model::catalog::Catalog;
 use crate::model::lora::{LoraChoice, LoraFacts, MOST};
 use crate::model::networks::unet::UnetConfig;
@@ -51,83 +52,57 @@ pub struct LoraOptions {
     pub blocks: Option<Blocks>,
 }
 
-/// The field `loras`: a list, or its one element alone. A string is the element of that `model`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(transparent)]
-pub struct LoraList(pub Vec<LoraOptions>);
-
-/// One element.
-struct One(LoraOptions);
-
 impl LoraOptions {
     fn named(name: &str) -> Self {
         Self { model: Some(name.to_owned()), ..Self::default() }
     }
 }
 
-impl<'de> Deserialize<'de> for One {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
+/// The field `loras`: a list, or its one element alone. A string is the element of that `model`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "OneOrMany<LoraEntry>")]
+pub struct LoraList(pub Vec<LoraOptions>);
 
-        impl<'de> Visitor<'de> for Form {
-            type Value = One;
+impl From<OneOrMany<LoraEntry>> for LoraList {
+    fn from(OneOrMany(entries): OneOrMany<LoraEntry>) -> Self {
+        Self(entries.into_iter().map(|LoraEntry(options)| options).collect())
+    }
+}
+
+/// Options, or the `model` alone.
+struct LoraEntry(LoraOptions);
+
+impl<'de> Deserialize<'de> for LoraEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntryVisitor;
+
+        impl<'de> Visitor<'de> for EntryVisitor {
+            type Value = LoraEntry;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object, or the name of a file")
             }
 
-            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<One, E> {
-                Ok(One(LoraOptions::named(name)))
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<LoraEntry, E> {
+                Ok(LoraEntry(LoraOptions::named(name)))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<One, A::Error> {
-                LoraOptions::deserialize(MapAccessDeserializer::new(map)).map(One)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<LoraEntry, A::Error> {
+                LoraOptions::deserialize(MapAccessDeserializer::new(map)).map(LoraEntry)
             }
 
-            fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<One, D::Error> {
-                LoraOptions::deserialize(deserializer).map(One)
-            }
-        }
-
-        deserializer.deserialize_any(Form)
-    }
-}
-
-impl<'de> Deserialize<'de> for LoraList {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-
-        impl<'de> Visitor<'de> for Form {
-            type Value = LoraList;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an array of objects and names of files, or one of them")
-            }
-
-            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<LoraList, E> {
-                Ok(LoraList(vec![LoraOptions::named(name)]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<LoraList, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(One(options)) = items.next_element()? {
-                    entries.push(options);
-                }
-                Ok(LoraList(entries))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<LoraList, A::Error> {
-                LoraOptions::deserialize(MapAccessDeserializer::new(map)).map(|options| LoraList(vec![options]))
+            fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<LoraEntry, D::Error> {
+                LoraOptions::deserialize(deserializer).map(LoraEntry)
             }
         }
 
-        deserializer.deserialize_any(Form)
+        deserializer.deserialize_any(EntryVisitor)
     }
 }
 
 impl JsonSchema for LoraList {
     fn schema_name() -> Cow<'static, str> {
-        "LoraWishes".into()
+        "LoraList".into()
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {

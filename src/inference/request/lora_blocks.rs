@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -88,20 +89,12 @@ impl<'de> Deserialize<'de> for Blocks {
                 f.write_str("an object of numbers, or an array of them")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Blocks, A::Error> {
-                let mut named = BTreeMap::new();
-                while let Some((block, weight)) = map.next_entry()? {
-                    named.insert(block, weight);
-                }
-                Ok(Blocks::Named(named))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Blocks, A::Error> {
+                BTreeMap::deserialize(MapAccessDeserializer::new(map)).map(Blocks::Named)
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Blocks, A::Error> {
-                let mut listed = Vec::new();
-                while let Some(weight) = items.next_element()? {
-                    listed.push(weight);
-                }
-                Ok(Blocks::Listed(listed))
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Blocks, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(items)).map(Blocks::Listed)
             }
         }
 

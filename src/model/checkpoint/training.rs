@@ -5,9 +5,9 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use crate::model::catalog::files::{ModelFile, ModelFolder};
-use crate::model::checkpoint::infer_config::SCALING;
 use crate::model::checkpoint::families::variants::Variant;
 use crate::model::checkpoint::files::CONFIG_LIMIT;
+use crate::model::checkpoint::infer_config::SCALING;
 use crate::model::checkpoint::part::Part;
 use crate::model::networks::vae::VaeConfig;
 use crate::model::weights::open::Weights;
