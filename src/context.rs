@@ -69,7 +69,7 @@ pub enum Progress {
         file: String,
         /// Bytes of all files so far.
         bytes_done: Bytes,
-        /// Bytes of all files, as far as the hub has told their sizes.
+        /// Bytes of all files, as far as the hub has reported their sizes.
         bytes_total: Bytes,
     },
     /// A preview of the image after `step` steps, as PNG bytes.

@@ -287,11 +287,11 @@ impl From<candle_core::Error> for Error {
 }
 
 /// Adds the stage to the error of a tensor operation.
-pub trait Stage<T> {
+pub trait StageContext<T> {
     fn stage(self, stage: &'static str) -> Result<T>;
 }
 
-impl<T> Stage<T> for candle_core::Result<T> {
+impl<T> StageContext<T> for candle_core::Result<T> {
     fn stage(self, stage: &'static str) -> Result<T> {
         self.map_err(|source| Error::of_tensors(stage, source))
     }
@@ -318,7 +318,7 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
 
 #[cfg(test)]
 mod tests {
-    use super::{Error, Stage as _};
+    use super::{Error, StageContext as _};
 
     fn check(text: &str, is_memory: bool) {
         let failed: candle_core::Result<()> = Err(candle_core::Error::Msg(text.to_owned()).bt());

@@ -156,7 +156,7 @@ pub struct Resident {
     /// In which numbers, and where, a network is held, to be compared with the same of a request; `None` for all else.
     #[serde(skip)]
     pub form: Option<String>,
-    /// What tells the adapters that lie over it.
+    /// Key of the adapters that change it.
     #[serde(skip)]
     pub over: Option<u64>,
 }

@@ -19,10 +19,9 @@
 //! ```
 //!
 //! Above the lane: async, JSON, no tensors. Below it: blocking, tensors, no tokio. A lane is one thread that owns its
-//! managers as plain fields. There are three: `compute` makes images; `desk` answers whatever needs no compute while an
-//! image is made; `hub` downloads, which nobody else shall wait for. The latter two have managers of their own that stay
-//! empty, and the desk reads what the first holds from
-//! [`managers::Published`].
+//! managers as plain fields. There are three: `compute` makes images, `query` answers requests that need no compute
+//! while an image is made, and `hub` downloads. The latter two have managers of their own that stay empty; they read the
+//! state of the compute lane from [`managers::Published`].
 //!
 //! | where | what |
 //! |---|---|

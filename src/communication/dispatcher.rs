@@ -60,7 +60,7 @@ struct Admission<'a> {
     now: Instant,
 }
 
-/// What an idempotency key means for a request.
+/// The effect of an idempotency key on a request.
 enum Share {
     /// The request runs.
     Runs,

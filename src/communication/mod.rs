@@ -1,4 +1,4 @@
-//! The wire: newline-delimited JSON on stdin and stdout. `PROTOCOL.md` beside this file is its contract.
+//! The wire: newline-delimited JSON on stdin and stdout. `PROTOCOL.md` in this folder is its contract.
 
 pub mod dispatcher;
 pub mod instructor;

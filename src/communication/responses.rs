@@ -148,7 +148,7 @@ pub struct ErrorLine<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Scope {
+pub enum ErrorScope {
     /// This request is the reason.
     Request,
     /// The state of the worker is the reason; another request would fail too.
@@ -168,7 +168,7 @@ pub struct ErrorBody {
     pub pointer: Option<String>,
     /// True if the same request may succeed later.
     pub retryable: bool,
-    pub scope: Scope,
+    pub scope: ErrorScope,
     /// With `out_of_memory`: the stage of the work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<&'static str>,
@@ -196,8 +196,8 @@ impl From<&Error> for ErrorBody {
             | Error::Draining
             | Error::DeviceLost { .. }
             | Error::DeviceUnavailable { .. }
-            | Error::OutOfMemory { .. } => Scope::Worker,
-            _ => Scope::Request,
+            | Error::OutOfMemory { .. } => ErrorScope::Worker,
+            _ => ErrorScope::Request,
         };
         let mut body = Self {
             code: error.code(),

@@ -117,7 +117,7 @@ struct Aliased {
 /// Collects the structs of an operation's data and their aliases.
 fn find_aliases<I: Interface>(operation: &'static str, path: &mut Vec<PathStep>, found: &mut Vec<Aliased>) {
     let Some(StructShape { name, fields }) = probe::fields::<I::Request>(Some(operation), path) else {
-        // The elements of an array are one step further down.
+        // The elements of an array are one level deeper.
         if path.last() != Some(&PathStep::Index(0)) && !path.is_empty() && path.len() < 2 * NESTING {
             path.push(PathStep::Index(0));
             find_aliases::<I>(operation, path, found);

@@ -25,7 +25,7 @@ use crate::runtime::config::{MainInterface, OnEof};
 use crate::runtime::dispatch;
 use crate::runtime::lane::{Build, Lane, LaneEvent};
 
-/// How the process ends.
+/// The end of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     Drained,
@@ -77,7 +77,7 @@ enum Message {
     Writer(WriterEvent),
 }
 
-/// Serves until the input has ended and every request is answered, or until the worker is told to end.
+/// Serves until the input has ended and every request is answered, or until a request or signal ends the worker.
 ///
 /// # Errors
 /// The system's, if it is out of threads or descriptors.

@@ -10,7 +10,7 @@ use crate::conditioning::instructor::{ConditioningInstructor, ConditioningResour
 use crate::conditioning::workers::image_adapters::{Look, LookTask, Outline, OutlineTask};
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::image::source::{ImageFile, ImageSource};
 use crate::layers::OneOrMany;
 use crate::model::catalog::Catalog;

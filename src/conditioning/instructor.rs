@@ -27,7 +27,7 @@ use crate::conditioning::workers::syntax::unescaped;
 use crate::context::{Context, Stage as Part};
 use crate::device::instructor::Placement;
 use crate::device::scope::ScopedResources;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::layers::Instructor;
 use crate::model::catalog::Catalog;
 use crate::model::catalog::component_file::ComponentFile;

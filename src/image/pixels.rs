@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::image::resample::{self, Filter};
 
 /// An RGB image, one byte a channel, rows from the top, no padding: `data` holds `height · width · 3` bytes.

@@ -21,13 +21,13 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 pub struct Workers {
     pub main_interface: MainInterface,
-    pub instructors: Instructors,
+    pub instructors: InstructorSettings,
 }
 
 /// The sections of the domains.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Instructors {
+pub struct InstructorSettings {
     pub device: device::interface::Settings,
     pub scheduler: scheduler::interface::Settings,
     pub model: model::interface::Settings,

@@ -80,7 +80,7 @@ pub struct Instructors {
 impl Instructors {
     /// # Errors
     /// `unknown_name` if a setting names something that this worker does not have.
-    pub fn new(settings: &config::Instructors) -> Result<Self> {
+    pub fn new(settings: &config::InstructorSettings) -> Result<Self> {
         let postprocessing = PostprocessingInstructor::new(settings.postprocessing.clone());
         let roots = postprocessing.roots().clone();
         Ok(Self {

@@ -59,7 +59,7 @@ pub type Build = Arc<dyn Fn() -> Result<(Instructors, Managers)> + Send + Sync>;
 
 /// The builds of the compute lane, which opens the device, and of the other lanes.
 #[must_use]
-pub fn builds(settings: config::Instructors, published: Arc<Published>) -> (Build, Build) {
+pub fn builds(settings: config::InstructorSettings, published: Arc<Published>) -> (Build, Build) {
     let query = move || {
         let managers = Managers::new(&settings.model, Arc::clone(&published));
         Ok((Instructors::new(&settings)?, managers))
@@ -139,7 +139,7 @@ impl LaneThread {
 
     /// Runs a job. The flag is false if a panic left the resources in an unknown state.
     fn perform(&self, job: Job, (instructors, managers): &mut (Instructors, Managers)) -> (Done, bool) {
-        // With downloads on, the job may turn out to be blocked on one.
+        // With downloads on, the job may be blocked on one.
         let kept = (managers.model().catalog.hub.download && job.call.downloads_missing()).then(|| job.clone());
         let Job { request_id, call, cancel, deadline, preview } = job;
         let notify = Arc::clone(&self.notify);

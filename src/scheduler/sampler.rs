@@ -5,7 +5,7 @@
 use candle_core::Tensor;
 
 use crate::context::Context;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::noise::NoiseSource;
 use crate::scheduler::plan::{Calls, Level, SamplingPlan};
 

@@ -34,14 +34,14 @@ struct OutboxState {
     taken: u64,
     events: usize,
     event_bytes: usize,
-    streams: HashMap<String, Stream>,
+    streams: HashMap<String, EventStream>,
     dropped: u64,
     closed: bool,
 }
 
 /// The events of one request.
 #[derive(Default)]
-struct Stream {
+struct EventStream {
     seq: u64,
     dropped: u64,
     /// Number of the line with this request's last event, if that is progress.

@@ -8,7 +8,7 @@ use crate::conditioning::interface::PromptWeighting;
 use crate::conditioning::workers::emphasis::{States, masked as masked_rows, weigh};
 use crate::conditioning::workers::prompt::Side;
 use crate::context::Context;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::layers::Worker;
 use crate::model::managers::TextEncoders;
 use crate::model::networks::clip::{ClipInput, ClipRow, ClipTextModel};

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor};
 
 use crate::context::Context;
 use crate::device::instructor::Placement;
-use crate::error::{Result, Stage};
+use crate::error::{Result, StageContext};
 use crate::image::pixels::{Region, Rgb8};
 use crate::image::resample::Filter;
 use crate::image::source::ImageFile;

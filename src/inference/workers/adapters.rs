@@ -7,7 +7,7 @@ use candle_core::Tensor;
 
 use crate::conditioning::image_adapters::{Adaptation, Features};
 use crate::context::Context;
-use crate::error::{Error, Result, Stage as _};
+use crate::error::{Error, Result, StageContext as _};
 use crate::layers::Worker;
 use crate::model::networks::unet::{Pictures, ReadPictures, ReadText, Unet};
 

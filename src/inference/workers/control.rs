@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use crate::context::Context;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::inference::workers::denoise::Moment;
 use crate::model::checkpoint::CheckpointKey;
 use crate::model::networks::controlnet::{ControlInput, ControlNet, Hint, Residuals};

@@ -10,7 +10,7 @@ use crate::conditioning::image_adapters::Adaptation;
 use crate::conditioning::instructor::Conditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
-use crate::error::{Error, Result, Stage as _};
+use crate::error::{Error, Result, StageContext as _};
 use crate::inference::plan::TimeIds;
 use crate::inference::plan::guidance::{Guidance, Role};
 use crate::inference::workers::adapters::{Adapters, ReadAdapters, ReadAdaptersTask};

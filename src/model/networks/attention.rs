@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
 use crate::model::networks::Check;
 use crate::model::networks::interventions::{Change, Perturbed, SelfAttention};

@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, shared_layers};
 use crate::model::networks::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
 

@@ -7,7 +7,7 @@ use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Padding};
 use crate::model::networks::clip::{ClipConfig, EncoderLayer};
 use crate::model::networks::{Check, Judge, MAX_LAYERS, loading};

@@ -7,7 +7,7 @@
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Activation, Conv2d, ConvShape, Epilogue, Padding};
 use crate::model::networks::attention::TextReader;
 pub use crate::model::networks::controlnet_config::ControlNetConfig;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use candle_core::{D, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
 use crate::model::networks::attention::KeysValues;
 use crate::model::networks::clip_vision::Seen;

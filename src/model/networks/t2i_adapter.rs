@@ -10,7 +10,7 @@ use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Conv2d, Epilogue};
 use crate::model::networks::resnet::load_same_conv;
 use crate::model::networks::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, loading};

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use candle_core::{Result as CandleResult, Tensor};
 
-use crate::error::{Error, Result, Stage as _};
+use crate::error::{Error, Result, StageContext as _};
 use crate::kernels::{GroupNorm, Statistics};
 use crate::model::networks::Check;
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Activation, Conv2d, GroupNorm};
 use crate::model::networks::attention::{KeysValues, TextReader};
 use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};

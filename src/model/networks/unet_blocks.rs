@@ -6,7 +6,7 @@
 use candle_core::{Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Padding, concat_channels};
 use crate::model::networks::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
 use crate::model::networks::interventions;

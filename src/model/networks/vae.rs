@@ -8,7 +8,7 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Conv2d, Epilogue, GroupNorm, Linear, Mask, Padding, attention};
 use crate::model::networks::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
 use crate::model::networks::tiling::{Strips, cut};

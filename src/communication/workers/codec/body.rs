@@ -18,7 +18,7 @@ pub struct Body<'a> {
     pub operation: &'a str,
     /// JSON text.
     pub data: &'a str,
-    /// Where `data` stands in the line.
+    /// JSON pointer to `data` in the line.
     pub pointer: &'a str,
     /// True if an unknown key is an error, false if it is a warning.
     pub strict: bool,
