@@ -340,7 +340,7 @@ impl Catalog {
     fn locate_cached(&self, reference: &Reference) -> Result<Listed> {
         let name = reference.to_string();
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
-        let path = snapshot.path().join(snapshot.meant(&reference.path));
+        let path = snapshot.path().join(snapshot.resolve(&reference.path));
         let ended = path.with_added_extension("safetensors");
         for path in [path, ended] {
             let Some(real) = admit(&snapshot.roots(), &path)? else { continue };
@@ -357,7 +357,7 @@ impl Catalog {
         let whole = snapshot.path().join(&reference.path);
         // A folder brings its configuration along, so the file alone goes second.
         let path = match ComponentFile::find(name, &whole, &snapshot.roots(), self.mmap) {
-            Err(_) if reference.is_whole() => snapshot.path().join(snapshot.meant(&reference.path)),
+            Err(_) if reference.is_whole() => snapshot.path().join(snapshot.resolve(&reference.path)),
             _ => whole,
         };
         let ended = path.with_added_extension("safetensors");

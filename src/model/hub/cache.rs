@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::model::catalog::files::ModelFile;
-use crate::model::hub::reference::{Reference, is_commit, may_be_named};
+use crate::model::hub::reference::{Reference, is_commit, is_valid_name};
 use crate::model::interface::HubSettings;
 use crate::roots::Roots;
 
@@ -15,7 +15,7 @@ const REF_LIMIT: u64 = 256;
 /// Limits on listing a snapshot: files, and levels of folders.
 const MOST_FILES: usize = 10_000;
 const DEPTH: usize = 8;
-/// How the weights of a network begin that is one part of something in a folder of its own.
+/// Stems of weight files that, in a subfolder, belong to one network of a larger model.
 const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 /// Most repositories that listing the cache considers.
 const MOST_REPOSITORIES: usize = 10_000;
@@ -23,39 +23,39 @@ const MOST_REPOSITORIES: usize = 10_000;
 /// Where Hugging Face's tools keep what they have downloaded.
 #[derive(Clone, Debug)]
 pub struct HubCache {
-    /// None where there is no home folder either.
+    /// `None` if there is no home folder either.
     folder: Option<PathBuf>,
-    /// Whether what is missing may be downloaded.
+    /// True if missing files may be downloaded.
     pub download: bool,
 }
 
-/// One commit of one repository, as far as it is in the cache.
+/// One commit of one repository, possibly incomplete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The repository's own folder of the cache, beneath which all its files lie.
+    /// The repository's folder in the cache, which holds all its files.
     folder: PathBuf,
     pub commit: String,
 }
 
 impl Snapshot {
-    /// The files by their paths in the repository: links to where they are stored.
+    /// The folder with the files by their paths in the repository, as links to their blobs.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.folder.join("snapshots").join(&self.commit)
     }
 
-    /// The path in the repository that is meant by `path`: a repository that is no model in diffusers' layout, and of
-    /// which one file of weights is here, stands for that file.
+    /// Resolves `path` in the repository. The empty path is the only weight file, if the repository is not a diffusers
+    /// folder and the cache has exactly one.
     #[must_use]
-    pub fn meant(&self, path: &Path) -> PathBuf {
+    pub fn resolve(&self, path: &Path) -> PathBuf {
         if path.as_os_str().is_empty() && !self.path().join("model_index.json").exists() {
             let files = self.files();
             let mut weights = files.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
-            let part = |name: &str| {
+            let is_component = |name: &str| {
                 name.rsplit_once('/').is_some_and(|(_, own)| STEMS.iter().any(|stem| own.starts_with(stem)))
             };
             if let (Some(only), None) = (weights.next(), weights.next())
-                && !part(only)
+                && !is_component(only)
             {
                 return PathBuf::from(only);
             }
@@ -63,7 +63,7 @@ impl Snapshot {
         path.to_owned()
     }
 
-    /// The files that are here, by their paths in the repository.
+    /// The cached files, by their paths in the repository.
     #[must_use]
     pub fn files(&self) -> Vec<String> {
         let mut names = Vec::new();
@@ -83,7 +83,7 @@ impl Snapshot {
         names
     }
 
-    /// The files of this repository, and nothing else of the cache.
+    /// Restricts access to the files of this repository.
     #[must_use]
     pub fn roots(&self) -> Roots {
         Roots::new([self.folder.clone()])
@@ -91,11 +91,12 @@ impl Snapshot {
 }
 
 impl HubCache {
-    /// The folder is that of the settings, `$HF_HUB_CACHE`, `$HF_HOME/hub`, `$XDG_CACHE_HOME/huggingface/hub` or
-    /// `~/.cache/huggingface/hub`, whichever is named first. `HF_HUB_OFFLINE` overrules that downloads are on.
+    /// The folder comes from the settings, `$HF_HUB_CACHE`, `$HF_HOME/hub`, `$XDG_CACHE_HOME/huggingface/hub` or
+    /// `~/.cache/huggingface/hub`, in this order. `HF_HUB_OFFLINE` switches downloads off.
     #[must_use]
     pub fn new(settings: &HubSettings) -> Self {
-        let folder = settings.cache.clone().or_else(|| named("HF_HUB_CACHE")).or_else(|| Some(home()?.join("hub")));
+        let folder =
+            settings.cache.clone().or_else(|| env_folder("HF_HUB_CACHE")).or_else(|| Some(home()?.join("hub")));
         let offline = env::var("HF_HUB_OFFLINE")
             .is_ok_and(|value| matches!(value.trim().to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
         Self { folder, download: settings.download && !offline }
@@ -106,18 +107,18 @@ impl HubCache {
         self.folder.as_deref()
     }
 
-    /// The snapshot that is meant, if it is here.
+    /// The snapshot of a repository, if it is cached.
     ///
     /// # Errors
-    /// `model_corrupt` for a revision that leads to no commit, `path_not_allowed` for one that leads out of the
-    /// repository's folder.
+    /// `model_corrupt` for a revision whose ref holds no commit, `path_not_allowed` for one that leads out of
+    /// the repository's folder.
     pub fn find(&self, reference: &Reference) -> Result<Option<Snapshot>> {
         let Some(folder) = self.folder.as_ref().map(|cache| cache.join(folder_name(&reference.repository))) else {
             return Ok(None);
         };
-        let commit = match is_commit(reference.wanted()) {
-            true => reference.wanted().to_lowercase(),
-            false => match commit_of(&folder, reference.wanted())? {
+        let commit = match is_commit(reference.revision()) {
+            true => reference.revision().to_lowercase(),
+            false => match commit_of(&folder, reference.revision())? {
                 Some(commit) => commit,
                 None => return Ok(None),
             },
@@ -126,8 +127,7 @@ impl HubCache {
         Ok(snapshot.path().is_dir().then_some(snapshot))
     }
 
-    /// Every repository of a model of which something is here, by name: at `main`, or at the commits that are here
-    /// where `main` is not.
+    /// Every cached model repository, sorted: at `main`, or if that is not cached, at each cached commit.
     #[must_use]
     pub fn references(&self) -> Vec<Reference> {
         let names = |folder: &Path| -> Vec<String> {
@@ -139,7 +139,7 @@ impl HubCache {
             let Some((owner, name)) = folder.strip_prefix("models--").and_then(|name| name.split_once("--")) else {
                 continue;
             };
-            if !may_be_named(owner) || !may_be_named(name) {
+            if !is_valid_name(owner) || !is_valid_name(name) {
                 continue;
             }
             let reference = Reference { repository: format!("{owner}/{name}"), revision: None, path: PathBuf::new() };
@@ -155,24 +155,26 @@ impl HubCache {
         found
     }
 
-    /// What to say of a repository that is not here.
+    /// The error for a repository that is not cached.
     #[must_use]
     pub fn missing(&self, reference: &Reference) -> Error {
         let name = reference.to_string();
         match self.download {
             true => Error::Unfetched { name, otherwise: None },
-            false => Error::Offline { what: format!("`{name}`, which is neither beneath a root nor in the cache,") },
+            false => {
+                Error::Offline { what: format!("`{name}`, which is neither under a model root nor in the cache,") }
+            }
         }
     }
 }
 
-/// The folder of a repository in the cache.
+/// The name of a repository's folder in the cache.
 #[must_use]
 pub fn folder_name(repository: &str) -> String {
     format!("models--{}", repository.replace('/', "--"))
 }
 
-/// The commit that a branch or a tag of a repository stood at when it was downloaded.
+/// The commit of a branch or tag when it was downloaded.
 fn commit_of(folder: &Path, revision: &str) -> Result<Option<String>> {
     let path = folder.join("refs").join(revision);
     let roots = Roots::new([folder.to_owned()]);
@@ -185,13 +187,13 @@ fn commit_of(folder: &Path, revision: &str) -> Result<Option<String>> {
     if is_commit(commit) { Ok(Some(commit.to_lowercase())) } else { Err(corrupt()) }
 }
 
-/// A folder that the environment names.
-fn named(variable: &str) -> Option<PathBuf> {
+/// A folder from an environment variable.
+fn env_folder(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// The folder of Hugging Face's tools.
 pub(crate) fn home() -> Option<PathBuf> {
-    let cache = || named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
-    named("HF_HOME").or_else(|| Some(cache()?.join("huggingface")))
+    let cache = || env_folder("XDG_CACHE_HOME").or_else(|| Some(env_folder("HOME")?.join(".cache")));
+    env_folder("HF_HOME").or_else(|| Some(cache()?.join("huggingface")))
 }

@@ -1,4 +1,4 @@
-//! Decides what a `fetch` downloads, and whether it needs the network at all.
+//! Plans a `fetch` request: which files it downloads, and whether the cache already has them.
 
 use std::env;
 use std::fs;
@@ -12,22 +12,25 @@ use crate::model::catalog::Catalog;
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::hub::cache::home;
-use crate::model::hub::fetch::{Downloaded, Fetch, FetchTask, Hub, is_weights, mismatch, pinned, select};
+use crate::model::hub::fetch::pins::{mismatch, pinned};
+use crate::model::hub::fetch::select::{is_weights, select};
+use crate::model::hub::fetch::session::HubEndpoint;
+use crate::model::hub::fetch::{Downloaded, Fetch, FetchTask};
 use crate::model::hub::reference::{Reference, at_revision};
 use crate::model::hub::sha256::Digest;
 use crate::model::interface::{FetchRequest, Fetched, FetchedFile, HubSettings, Pins};
 use crate::units::Bytes;
 
-/// Most paths and patterns of one request, and the longest of them in bytes.
+/// Most paths and patterns of one request, and the longest one in bytes.
 const MOST: usize = 256;
 const LONGEST: usize = 1024;
-const ENDPOINT: &str = "https://huggingface.co";
+const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// Downloads what a request names, unless it is in the cache already and cannot have changed.
+/// Downloads the files of a request, except those in the cache at a fixed commit.
 ///
 /// # Errors
-/// `offline` where downloads are off; `invalid_parameter`, `path_not_allowed`; those of [`Fetch`]: `model_not_found`,
-/// `download_failed`, `unsafe_format`, and `model_corrupt` for a file that has not the hash that is pinned.
+/// `offline` if downloads are off; `invalid_parameter`, `path_not_allowed`; those of [`Fetch`]: `model_not_found`,
+/// `download_failed`, `unsafe_format`, and `model_corrupt` for a file without its pinned hash.
 pub(crate) fn fetch(
     options: &FetchRequest,
     settings: &HubSettings,
@@ -39,29 +42,29 @@ pub(crate) fn fetch(
     let Some(mut reference) = Reference::parse(&name, "model")? else {
         return Err(Error::invalid("model", "must be `owner/name` of a repository of the hub"));
     };
-    let named = reference.clone();
+    let requested = reference.clone();
     let files = files(options, &mut reference)?;
-    let asked = Asked { reference: &reference, files: &files, pins: options.sha256.as_ref() };
+    let query = CacheQuery { reference: &reference, files: &files, pins: options.sha256.as_ref() };
     let exact = !files.iter().any(|file| file.contains(['*', '?']));
-    let here = match !catalog.hub.download || (reference.is_fixed() && exact) {
-        true => asked.find(catalog, ctx)?,
+    let cached = match !catalog.hub.download || (reference.is_fixed() && exact) {
+        true => query.find(catalog, ctx)?,
         false => None,
     };
-    let downloaded = match here {
-        Some(here) => here,
+    let downloaded = match cached {
+        Some(cached) => cached,
         None if !catalog.hub.download => {
             return Err(Error::Offline { what: format!("`model.fetch` of `{reference}`") });
         }
         None => {
-            let hub = hub(settings, catalog)?;
-            let task = FetchTask { hub: &hub, reference: &reference, files: &files, pins: asked.pins };
+            let hub = endpoint(settings, catalog)?;
+            let task = FetchTask { hub: &hub, reference: &reference, files: &files, pins: query.pins };
             ctx.perform(&Fetch, task)?
         }
     };
     let Downloaded { commit, files } = downloaded;
     let sum = |wanted: &dyn Fn(&FetchedFile) -> bool| files.iter().filter(|file| wanted(file)).map(|f| f.bytes).sum();
     Ok(Fetched {
-        model: called(&named, &files).to_string(),
+        model: model_name(&requested, &files).to_string(),
         revision: commit,
         bytes: sum(&|_| true),
         downloaded: sum(&|file| !file.cached),
@@ -70,15 +73,15 @@ pub(crate) fn fetch(
     })
 }
 
-/// What requests call what was downloaded: the repository, or the one file that was wanted of it.
-fn called(named: &Reference, files: &[FetchedFile]) -> Reference {
+/// The name of the downloaded model in requests: the repository, or its one downloaded file.
+fn model_name(requested: &Reference, files: &[FetchedFile]) -> Reference {
     match files {
-        [only] if is_weights(&only.name) => Reference { path: PathBuf::from(&only.name), ..named.clone() },
-        _ => named.clone(),
+        [only] if is_weights(&only.name) => Reference { path: PathBuf::from(&only.name), ..requested.clone() },
+        _ => requested.clone(),
     }
 }
 
-/// The paths and patterns of a request; a path behind the name of the repository is one.
+/// The paths and patterns of a request, including the path after the repository's name.
 fn files(options: &FetchRequest, reference: &mut Reference) -> Result<Vec<String>> {
     let wrong = |message: String| Err(Error::invalid("files", message));
     let path = std::mem::take(&mut reference.path);
@@ -103,26 +106,26 @@ fn files(options: &FetchRequest, reference: &mut Reference) -> Result<Vec<String
     Ok(files.clone())
 }
 
-/// What a request names.
-struct Asked<'a> {
+/// A search of the cache for the files of a request.
+struct CacheQuery<'a> {
     reference: &'a Reference,
     files: &'a [String],
     pins: Option<&'a Pins>,
 }
 
-impl Asked<'_> {
-    /// What is asked for, if all of it is in the cache.
+impl CacheQuery<'_> {
+    /// The files, if all of them are in the cache.
     fn find(&self, catalog: &Catalog, ctx: &Context) -> Result<Option<Downloaded>> {
         let Some(snapshot) = catalog.hub.find(self.reference)? else { return Ok(None) };
         let (path, roots) = (snapshot.path(), snapshot.roots());
-        let whole = || {
+        let is_complete = || {
             let name = self.reference.to_string();
-            let meant = path.join(snapshot.meant(Path::new("")));
+            let own_file = path.join(snapshot.resolve(Path::new("")));
             Checkpoint::open_folder(&name, &path, &roots).is_ok()
                 || ComponentFile::find(&name, &path, &roots, true).is_ok()
-                || ComponentFile::find(&name, &meant, &roots, true).is_ok()
+                || ComponentFile::find(&name, &own_file, &roots, true).is_ok()
         };
-        if self.files.is_empty() && !whole() {
+        if self.files.is_empty() && !is_complete() {
             return Ok(None);
         }
         let names = snapshot.files();
@@ -130,10 +133,10 @@ impl Asked<'_> {
         let pinned = pinned(self.pins, &chosen)?;
         let mut files = Vec::with_capacity(chosen.len());
         for name in chosen {
-            let place = roots.beneath(&path.join(&name), "files")?;
-            let bytes = Bytes(fs::metadata(&place).map_or(0, |meta| meta.len()));
-            let pin = pinned.iter().find(|(of, _)| *of == name);
-            let sha256 = pin.map(|_| ctx.perform(&Digest, place.as_path())).transpose()?;
+            let file = roots.beneath(&path.join(&name), "files")?;
+            let bytes = Bytes(fs::metadata(&file).map_or(0, |meta| meta.len()));
+            let pin = pinned.iter().find(|(file, _)| *file == name);
+            let sha256 = pin.map(|_| ctx.perform(&Digest, file.as_path())).transpose()?;
             if let (Some((_, pin)), Some(hash)) = (pin, &sha256)
                 && pin != hash
             {
@@ -145,28 +148,28 @@ impl Asked<'_> {
     }
 }
 
-fn hub(settings: &HubSettings, catalog: &Catalog) -> Result<Hub> {
+fn endpoint(settings: &HubSettings, catalog: &Catalog) -> Result<HubEndpoint> {
     let failed = |message: String| Error::DownloadFailed { message };
     let endpoint = settings.endpoint.clone().or_else(|| env::var("HF_ENDPOINT").ok().filter(|text| !text.is_empty()));
-    let endpoint = endpoint.unwrap_or_else(|| ENDPOINT.to_owned()).trim_end_matches('/').to_owned();
+    let endpoint = endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()).trim_end_matches('/').to_owned();
     let cache = catalog.hub.folder().ok_or_else(|| failed("there is no folder for the cache of the hub".to_owned()))?;
     let cache = std::path::absolute(cache).map_err(|error| failed(format!("the cache has no path: {error}")))?;
-    Ok(Hub { endpoint, token: token(settings)?, cache })
+    Ok(HubEndpoint { endpoint, token: token(settings)?, cache })
 }
 
-/// What tells the hub who asks.
+/// The access token, from the settings or the environment.
 fn token(settings: &HubSettings) -> Result<Option<String>> {
     let read = |path: &Path| fs::read_to_string(path).map(|text| text.trim().to_owned());
-    let said = |text: String| Some(text.trim().to_owned()).filter(|text| !text.is_empty());
+    let non_empty = |text: String| Some(text.trim().to_owned()).filter(|text| !text.is_empty());
     if let Some(path) = &settings.token_file {
         let text = read(path).map_err(|error| Error::DownloadFailed {
-            message: format!("`{}`, which shall hold the token, cannot be read: {error}", path.display()),
+            message: format!("cannot read the token file `{}`: {error}", path.display()),
         })?;
-        return Ok(said(text));
+        return Ok(non_empty(text));
     }
-    if let Some(token) = env::var("HF_TOKEN").ok().and_then(said) {
+    if let Some(token) = env::var("HF_TOKEN").ok().and_then(non_empty) {
         return Ok(Some(token));
     }
     let path = env::var_os("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home()?.join("token")));
-    Ok(path.and_then(|path| read(&path).ok()).and_then(said))
+    Ok(path.and_then(|path| read(&path).ok()).and_then(non_empty))
 }

@@ -10,19 +10,19 @@ const MAIN: &str = "main";
 /// Longest owner, name or revision, in bytes; the hub allows 96 for a name.
 const LONGEST: usize = 128;
 
-/// A repository, and what is meant of it: `owner/name@revision/path/of/a/file`.
+/// A repository, or a file or folder in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reference {
     /// `owner/name`
     pub repository: String,
     /// A branch, a tag or a commit; `None` is the branch `main`.
     pub revision: Option<String>,
-    /// The part of the repository that is meant; empty for the whole.
+    /// A path in the repository; empty for the whole.
     pub path: PathBuf,
 }
 
 impl Reference {
-    /// What `name` means on the hub; `None` if it has not the form. `field` is where it stood in the request.
+    /// Parses `owner/name@revision/path`; `None` if `name` has another form. `field` is the request field, for messages.
     ///
     /// # Errors
     /// `path_not_allowed` for `..`, `invalid_parameter` for a revision that no repository can have.
@@ -40,7 +40,7 @@ impl Reference {
             Some((own, revision)) => (own, Some(revision.replace("%2F", "/").replace("%2f", "/"))),
             None => (*named, None),
         };
-        if !may_be_named(owner) || !may_be_named(own) {
+        if !is_valid_name(owner) || !is_valid_name(own) {
             return Ok(None);
         }
         if let Some(revision) = &revision {
@@ -50,22 +50,22 @@ impl Reference {
         Ok(Some(Self { repository: format!("{owner}/{own}"), revision, path: rest.iter().collect() }))
     }
 
-    /// The revision that is meant.
+    /// The revision, `main` by default.
     #[must_use]
-    pub fn wanted(&self) -> &str {
+    pub fn revision(&self) -> &str {
         self.revision.as_deref().unwrap_or(MAIN)
     }
 
-    /// Whether the repository is meant, and no file or folder of it.
+    /// True if it names the repository and no file or folder in it.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.path.as_os_str().is_empty()
     }
 
-    /// Whether the revision is a commit, which never comes to mean something else.
+    /// True if the revision is a commit, which cannot move.
     #[must_use]
     pub fn is_fixed(&self) -> bool {
-        is_commit(self.wanted())
+        is_commit(self.revision())
     }
 }
 
@@ -80,10 +80,10 @@ impl fmt::Display for Reference {
     }
 }
 
-/// `model` at the revision that a request names beside it.
+/// `model` with the `revision` of the request appended.
 ///
 /// # Errors
-/// `invalid_parameter` for a revision of what is no repository, or that `model` names already.
+/// `invalid_parameter` for a revision of a model that is not a repository, or that already names one.
 pub fn at_revision(model: Option<&str>, revision: Option<&str>) -> Result<Option<String>> {
     let Some(revision) = revision else { return Ok(model.map(str::to_owned)) };
     let wrong = |message: String| Err(Error::invalid("revision", message));
@@ -97,7 +97,7 @@ pub fn at_revision(model: Option<&str>, revision: Option<&str>) -> Result<Option
     }
 }
 
-pub(crate) fn may_be_named(part: &str) -> bool {
+pub(crate) fn is_valid_name(part: &str) -> bool {
     let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let ends = |c: char| matches!(c, '.' | '-');
     (1..=LONGEST).contains(&part.len())
@@ -113,8 +113,8 @@ fn check_revision(revision: &str, field: &str) -> Result<()> {
         return Err(Error::PathNotAllowed { path: PathBuf::from(revision) });
     }
     let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+');
-    let sound = |part: &str| !part.is_empty() && !part.starts_with(['.', '-']) && part.chars().all(known);
-    if revision.len() > LONGEST || !revision.split('/').all(sound) {
+    let is_valid = |part: &str| !part.is_empty() && !part.starts_with(['.', '-']) && part.chars().all(known);
+    if revision.len() > LONGEST || !revision.split('/').all(is_valid) {
         return Err(Error::invalid(field, "must have a branch, a tag or a commit for its revision"));
     }
     Ok(())

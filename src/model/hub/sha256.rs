@@ -13,7 +13,7 @@ use crate::model::catalog::files::ModelFile;
 
 const BLOCK: usize = 1 << 20;
 
-/// Sums a file up, in hexadecimal digits.
+/// Hashes a file; the result is in hexadecimal digits.
 pub(crate) struct Digest;
 
 impl Worker<&Path> for Digest {
@@ -30,7 +30,7 @@ impl Worker<&Path> for Digest {
     }
 }
 
-/// Adds what is left of a file. The inner error is the system's.
+/// Adds the rest of a file. The inner error is an I/O error.
 pub(crate) fn add_rest(sum: &mut Sha256, file: &mut File, ctx: &Context) -> Result<io::Result<()>> {
     let mut block = vec![0; BLOCK];
     loop {

@@ -1,4 +1,4 @@
-//! One file from the hub into `blobs/`, from where an earlier attempt ended, and only what has the right hash.
+//! Downloads one file into `blobs/`: resumes an earlier attempt, and keeps only a file with the right hash.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
@@ -8,15 +8,17 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
-use crate::model::hub::fetch::http::{Answer, Ask, Head, Trouble, ask, pause};
-use crate::model::hub::fetch::{RunningStats, Session, mismatch};
+use crate::model::hub::fetch::http::{HubError, HubRequest, HubResponse, ResponseHead, send, sleep};
+use crate::model::hub::fetch::pins::mismatch;
+use crate::model::hub::fetch::progress::DownloadProgress;
+use crate::model::hub::fetch::session::{DownloadSession, cache_error};
 use crate::model::hub::sha256::{add_rest, digits};
 use crate::model::interface::FetchedFile;
 use crate::units::Bytes;
 
-/// How often it is looked whether another process has done with a file.
-const LOOK: Duration = Duration::from_millis(200);
-/// Redirections within the hub that are followed to find what names a file.
+/// Interval at which the lock of another process is polled.
+const LOCK_POLL: Duration = Duration::from_millis(200);
+/// Redirects within the hub that are followed to find the file's etag.
 const HOPS: usize = 5;
 
 /// A file in `blobs/`.
@@ -25,23 +27,76 @@ pub(crate) struct Blob {
     pub(crate) file: FetchedFile,
 }
 
-impl Session<'_> {
+/// The beginning of a file, in `<etag>.incomplete`.
+struct PartialFile {
+    path: PathBuf,
+    /// The blob that it becomes.
+    target: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl PartialFile {
+    fn open(path: PathBuf, target: PathBuf) -> Result<Self, HubError> {
+        let failed = |error: io::Error| HubError::Fatal(cache_error(&path, &error));
+        if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
+            fs::remove_file(&path).map_err(failed)?;
+        }
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = file.map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        Ok(Self { path, target, file, length })
+    }
+
+    fn failed(&self, error: &io::Error) -> HubError {
+        cache_error(&self.target, error).into()
+    }
+
+    /// Empties the file, and fails so that the next attempt starts anew.
+    fn restart<T>(&mut self, message: &str) -> Result<T, HubError> {
+        self.truncate()?;
+        Err(HubError::Transient(message.to_owned()))
+    }
+
+    fn truncate(&mut self) -> Result<(), HubError> {
+        self.length = 0;
+        self.file.set_len(0).map_err(|error| self.failed(&error))
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), HubError> {
+        self.length += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(|error| self.failed(&error))
+    }
+
+    fn seek(&mut self, position: u64) -> Result<(), HubError> {
+        self.file.seek(SeekFrom::Start(position)).map(drop).map_err(|error| self.failed(&error))
+    }
+
+    /// Makes it the blob.
+    fn finish(self) -> Result<(), HubError> {
+        let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.path, &self.target));
+        renamed.map_err(|error| self.failed(&error))
+    }
+
+    fn remove(&self) -> Result<(), HubError> {
+        fs::remove_file(&self.path).map_err(|error| self.failed(&error))
+    }
+}
+
+impl DownloadSession<'_> {
     /// One attempt at a file.
     pub(crate) fn blob(
         &self,
         name: &str,
         pin: Option<&str>,
-        running_stats: &mut RunningStats<'_>,
-    ) -> Result<Blob, Trouble> {
-        let (url, etag, answer) = self.look_up(name)?;
+        progress: &mut DownloadProgress<'_>,
+    ) -> Result<Blob, HubError> {
+        let (url, etag, response) = self.look_up(name)?;
         let path = self.cache.blob_path(&etag);
-        // A name of this form is the hash of a large file.
-        let own = Some(etag.as_str()).filter(|etag| etag.len() == 64 && etag.bytes().all(|b| b.is_ascii_hexdigit()));
-        let own = own.map(str::to_lowercase);
-        let failed = |error: io::Error| Trouble::End(self.unwritten(&path, &error));
-        fs::create_dir_all(path.parent().unwrap_or(&path)).map_err(failed)?;
+        let folder = path.parent().unwrap_or(&path);
+        fs::create_dir_all(folder).map_err(|error| HubError::Fatal(cache_error(&path, &error)))?;
         let _lock = self.lock(&etag)?;
-        let described = |bytes: u64, cached: bool, sha256: Option<String>| FetchedFile {
+        let file = |bytes: u64, cached: bool, sha256: Option<String>| FetchedFile {
             name: name.to_owned(),
             bytes: Bytes(bytes),
             cached,
@@ -50,122 +105,136 @@ impl Session<'_> {
         if let Ok(meta) = fs::symlink_metadata(&path)
             && meta.is_file()
         {
-            // Another commit, or another process, has brought it.
+            // Another commit or another process has downloaded it.
             let sha256 = pin.map(|pin| self.verified(&path, name, pin)).transpose()?;
-            running_stats.add(meta.len());
-            return Ok(Blob { file: described(meta.len(), true, sha256), path });
+            progress.add(meta.len());
+            return Ok(Blob { file: file(meta.len(), true, sha256), path });
         }
-        let part = path.with_file_name(format!("{etag}.incomplete"));
-        if fs::symlink_metadata(&part).is_ok_and(|meta| !meta.is_file()) {
-            fs::remove_file(&part).map_err(failed)?;
-        }
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&part);
-        let file = file.as_mut().map_err(|error| Trouble::End(self.unwritten(&part, error)))?;
-        let mut have = file.metadata().map_err(failed)?.len();
-        let mut answer = match answer {
-            Some(answer) if have == 0 => answer,
+        let mut partial = PartialFile::open(path.with_file_name(format!("{etag}.incomplete")), path.clone())?;
+        let response = match response {
+            Some(response) if partial.length == 0 => response,
             _ => {
-                let from = (have > 0).then_some(have);
-                ask(&self.api, &self.repo, Ask { url, from, follow: true }, self.ctx)?
+                let from = (partial.length > 0).then_some(partial.length);
+                send(&self.api, &self.repo, HubRequest { url, from, follow: true }, self.ctx)?
             }
         };
-        if answer.head.status == 416 {
-            // There is nothing after what is here: too much is, or all of it and the hash will tell.
-            let whole = answer.head.get("content-range").and_then(whole_of);
-            if whole != Some(have) {
-                file.set_len(0).map_err(failed)?;
-                return Err(Trouble::Again("what was begun does not fit the file".to_owned()));
-            }
-        } else {
-            self.check(answer.head.status, name)?;
-            if answer.head.is_redirection() {
-                return Err(Trouble::Again("the hub redirects without end".to_owned()));
-            }
-        }
-        let (start, size) = extent(&answer.head, have);
-        if start != have {
-            have = 0;
-            file.set_len(0).map_err(failed)?;
-            if start != 0 {
-                return Err(Trouble::Again("the hub sends another part than was asked for".to_owned()));
-            }
-        }
-        if size.is_some_and(|size| have > size) {
-            file.set_len(0).map_err(failed)?;
-            return Err(Trouble::Again("more was begun than the file has".to_owned()));
-        }
-        if let Some(size) = size {
-            running_stats.expect(size);
-        }
-        let mut sum = Sha256::new();
-        let resumed = have > 0;
-        if resumed {
-            file.seek(SeekFrom::Start(0)).map_err(failed)?;
-            add_rest(&mut sum, file, self.ctx)?.map_err(failed)?;
-            running_stats.add(have);
-        }
-        if answer.head.status != 416 {
-            file.seek(SeekFrom::Start(have)).map_err(failed)?;
-            while let Some(bytes) = answer.chunk()? {
-                have += bytes.len() as u64;
-                if size.is_some_and(|size| have > size) {
-                    file.set_len(0).map_err(failed)?;
-                    return Err(Trouble::Again("more came than the file has".to_owned()));
-                }
-                file.write_all(&bytes).map_err(failed)?;
-                sum.update(&bytes);
-                running_stats.kept = have;
-                running_stats.add(bytes.len() as u64);
-            }
-        }
-        if let Some(size) = size.filter(|size| *size != have) {
-            return Err(Trouble::Again(format!("{have} of {size} bytes came")));
-        }
-        let hash = digits(sum);
-        if let Some(own) = own.filter(|own| *own != hash) {
-            fs::remove_file(&part).map_err(failed)?;
+        let size = self.check_extent(name, &response.head, &mut partial)?;
+        let resumed = partial.length > 0;
+        let hash = self.receive(response, size, &mut partial, progress)?;
+        // The etag of a large file is its hash.
+        let is_hash = etag.len() == 64 && etag.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if is_hash && !etag.eq_ignore_ascii_case(&hash) {
+            partial.remove()?;
             if resumed {
-                return Err(Trouble::Again("what was begun is another file's".to_owned()));
+                return Err(HubError::Transient("the partial download was of another file".to_owned()));
             }
-            let message = format!("`{name}` came with the SHA-256 {hash}, and the hub says {own}");
+            let etag = etag.to_lowercase();
+            let message = format!("`{name}` has the SHA-256 {hash}, and the hub gives {etag}");
             return Err(Error::DownloadFailed { message }.into());
         }
         if let Some(pin) = pin.filter(|pin| *pin != hash) {
-            fs::remove_file(&part).map_err(failed)?;
+            partial.remove()?;
             return Err(mismatch(name, &hash, pin).into());
         }
-        file.sync_all().map_err(failed)?;
-        fs::rename(&part, &path).map_err(failed)?;
-        Ok(Blob { file: described(have, false, Some(hash)), path })
+        let bytes = partial.length;
+        partial.finish()?;
+        Ok(Blob { file: file(bytes, false, Some(hash)), path })
     }
 
-    /// The address of a file, the name of its blob, and the answer that brings its bytes, if the hub has them itself
-    /// and does not redirect to where it stores them.
-    fn look_up(&self, name: &str) -> Result<(String, String, Option<Answer<'_>>), Trouble> {
+    /// Compares a response with the partial file, which is emptied if the response starts at the beginning. Returns the
+    /// size of the whole file, if the hub gives it.
+    fn check_extent(
+        &self,
+        name: &str,
+        head: &ResponseHead,
+        partial: &mut PartialFile,
+    ) -> Result<Option<u64>, HubError> {
+        if head.status == 416 {
+            // Nothing follows the partial file: it is complete, which the hash will confirm, or too long.
+            if head.header("content-range").and_then(whole_size) != Some(partial.length) {
+                return partial.restart("the partial download does not fit the file");
+            }
+        } else {
+            self.check_status(head.status, name)?;
+            if head.is_redirect() {
+                return Err(HubError::Transient("the hub redirects without end".to_owned()));
+            }
+        }
+        let (start, size) = extent(head, partial.length);
+        if start != partial.length {
+            partial.truncate()?;
+            if start != 0 {
+                return Err(HubError::Transient("the hub sends another range than requested".to_owned()));
+            }
+        }
+        if size.is_some_and(|size| partial.length > size) {
+            return partial.restart("the partial download is longer than the file");
+        }
+        Ok(size)
+    }
+
+    /// Appends the body of a response to the partial file. Returns the SHA-256 of the whole file.
+    fn receive(
+        &self,
+        mut response: HubResponse<'_>,
+        size: Option<u64>,
+        partial: &mut PartialFile,
+        progress: &mut DownloadProgress<'_>,
+    ) -> Result<String, HubError> {
+        if let Some(size) = size {
+            progress.expect(size);
+        }
+        let mut sum = Sha256::new();
+        if partial.length > 0 {
+            partial.seek(0)?;
+            add_rest(&mut sum, &mut partial.file, self.ctx)?.map_err(|error| partial.failed(&error))?;
+            progress.add(partial.length);
+        }
+        if response.head.status != 416 {
+            partial.seek(partial.length)?;
+            while let Some(bytes) = response.chunk()? {
+                if size.is_some_and(|size| partial.length + bytes.len() as u64 > size) {
+                    return partial.restart("the hub sends more bytes than the file has");
+                }
+                partial.append(&bytes)?;
+                sum.update(&bytes);
+                progress.kept = partial.length;
+                progress.add(bytes.len() as u64);
+            }
+        }
+        match size.filter(|size| *size != partial.length) {
+            Some(size) => Err(HubError::Transient(format!("{} of {size} bytes arrived", partial.length))),
+            None => Ok(digits(sum)),
+        }
+    }
+
+    /// The URL and etag of a file, and the response with its bytes, unless the hub redirects to its storage.
+    fn look_up(&self, name: &str) -> Result<(String, String, Option<HubResponse<'_>>), HubError> {
         let path = encoded(name);
         let mut url = format!("{}/{}/resolve/{}/{path}", self.endpoint, self.repo.url(), self.commit);
         for _ in 0..HOPS {
-            let answer = ask(&self.api, &self.repo, Ask { url: url.clone(), from: None, follow: false }, self.ctx)?;
-            self.check(answer.head.status, name)?;
-            if let Some(commit) = answer.head.get("x-repo-commit")
+            let request = HubRequest { url: url.clone(), from: None, follow: false };
+            let response = send(&self.api, &self.repo, request, self.ctx)?;
+            self.check_status(response.head.status, name)?;
+            if let Some(commit) = response.head.header("x-repo-commit")
                 && commit != self.commit
             {
-                return Err(Error::DownloadFailed { message: format!("`{name}` came of another commit") }.into());
+                return Err(
+                    Error::DownloadFailed { message: format!("the hub sends `{name}` of another commit") }.into()
+                );
             }
-            let redirected = answer.head.is_redirection();
-            let said = answer.head.get("x-linked-etag").or(answer.head.get("etag").filter(|_| !redirected));
-            if let Some(said) = said {
-                return Ok((url, sound_etag(said, name)?, (!redirected).then_some(answer)));
+            let redirected = response.head.is_redirect();
+            let etag = response.head.header("x-linked-etag").or(response.head.header("etag").filter(|_| !redirected));
+            if let Some(etag) = etag {
+                return Ok((url, valid_etag(etag, name)?, (!redirected).then_some(response)));
             }
-            let near = answer.head.get("location").and_then(|to| self.within(to)).filter(|_| redirected);
-            url = near.ok_or_else(|| Error::DownloadFailed {
-                message: format!("`{name}`: the hub does not say what names the file"),
-            })?;
+            let next = response.head.header("location").and_then(|to| self.within(to)).filter(|_| redirected);
+            url = next.ok_or_else(|| Error::DownloadFailed { message: format!("`{name}`: the hub gives no etag") })?;
         }
         Err(Error::DownloadFailed { message: format!("`{name}`: the hub redirects without end") }.into())
     }
 
-    /// The address that a redirection leads to, if it stays with the hub.
+    /// The target of a redirect, if it is on the hub's own host.
     fn within(&self, location: &str) -> Option<String> {
         let scheme = self.endpoint.find("://")? + 3;
         let host = self.endpoint.get(scheme..)?.find('/').map_or(self.endpoint.len(), |end| scheme + end);
@@ -176,52 +245,52 @@ impl Session<'_> {
         location.strip_prefix(origin).is_some_and(|rest| rest.starts_with('/')).then(|| location.to_owned())
     }
 
-    /// Waits until no other process downloads the file, as Hugging Face's tools do.
-    fn lock(&self, etag: &str) -> Result<File, Trouble> {
+    /// Waits until no other process downloads the file, with the lock that Hugging Face's tools use.
+    fn lock(&self, etag: &str) -> Result<File, HubError> {
         let folder = self.home.join(".locks").join(self.repo.folder_name());
         let path = folder.join(format!("{etag}.lock"));
-        let failed = |error: io::Error| Trouble::End(self.unwritten(&path, &error));
+        let failed = |error: io::Error| HubError::Fatal(cache_error(&path, &error));
         fs::create_dir_all(&folder).map_err(failed)?;
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) => pause(LOOK, self.ctx)?,
+                Err(TryLockError::WouldBlock) => sleep(LOCK_POLL, self.ctx)?,
                 Err(TryLockError::Error(error)) => return Err(failed(error)),
             }
         }
     }
 }
 
-/// Where the bytes of an answer begin, and the length of the whole file.
-fn extent(head: &Head, have: u64) -> (u64, Option<u64>) {
-    let range = head.get("content-range");
+/// The offset at which a response begins, and the size of the whole file.
+fn extent(head: &ResponseHead, have: u64) -> (u64, Option<u64>) {
+    let range = head.header("content-range");
     match head.status {
-        416 => (have, range.and_then(whole_of)),
+        416 => (have, range.and_then(whole_size)),
         206 => {
             let start = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok());
-            (start.unwrap_or(u64::MAX), range.and_then(whole_of))
+            (start.unwrap_or(u64::MAX), range.and_then(whole_size))
         }
-        _ => (0, head.get("content-length").and_then(|length| length.trim().parse().ok())),
+        _ => (0, head.header("content-length").and_then(|length| length.trim().parse().ok())),
     }
 }
 
-/// The length after the slash of `Content-Range`.
-fn whole_of(range: &str) -> Option<u64> {
+/// The size after the slash of `Content-Range`.
+fn whole_size(range: &str) -> Option<u64> {
     range.rsplit_once('/')?.1.trim().parse().ok()
 }
 
-/// What names the file's blob, which becomes the name of a file.
-fn sound_etag(said: &str, name: &str) -> Result<String> {
-    let etag = said.trim().trim_start_matches("W/").trim_matches('"');
+/// The etag of a file, which becomes a file name.
+fn valid_etag(etag: &str, name: &str) -> Result<String> {
+    let etag = etag.trim().trim_start_matches("W/").trim_matches('"');
     let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
     match (1..=128).contains(&etag.len()) && etag.chars().all(known) {
         true => Ok(etag.to_owned()),
-        false => Err(Error::DownloadFailed { message: format!("`{name}`: the hub names it in an unknown form") }),
+        false => Err(Error::DownloadFailed { message: format!("`{name}`: the hub gives an invalid etag") }),
     }
 }
 
-/// A path as it stands in an address.
+/// Percent-encodes a path.
 fn encoded(path: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'/');
     path.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()

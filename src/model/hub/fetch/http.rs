@@ -1,5 +1,5 @@
-//! One request to the hub. It runs on a thread of its own, because a connection may be silent for longer than whoever
-//! waits for it wants to wait: they leave, and the thread ends with its next word or its timeout.
+//! One HTTP request to the hub, on a thread of its own: the caller can be cancelled while the connection is silent, and the
+//! thread then ends with its next message or its timeout.
 
 use std::io::Read;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -11,107 +11,115 @@ use hf_hub::api::sync::Api;
 use crate::context::Context;
 use crate::error::Error;
 
-/// How long a connection may take to stand.
+/// Timeout for connecting.
 const CONNECT: Duration = Duration::from_secs(20);
-/// How long the hub may take to begin its answer.
+/// Timeout for the head of the response.
 const ANSWER: Duration = Duration::from_secs(60);
-/// How long a connection may be silent.
+/// Timeout between two reads of the body.
 const SILENCE: Duration = Duration::from_secs(30);
-/// How often it is looked whether the request still wants the answer.
-const GLANCE: Duration = Duration::from_millis(50);
-/// Bytes that are handed over at once.
+/// Interval at which a wait checks for cancellation.
+const POLL: Duration = Duration::from_millis(50);
+/// Bytes of one chunk of the body.
 const CHUNK: usize = 128 << 10;
-/// Chunks that may lie between the two threads.
-const AHEAD: usize = 4;
+/// Chunks that the thread may read ahead.
+const READ_AHEAD: usize = 4;
 
-/// Why a request to the hub gave nothing.
+/// The failure of a request to the hub.
 #[derive(Debug)]
-pub(crate) enum Trouble {
-    /// There is no use in asking again.
-    End(Error),
-    /// The connection or the hub failed; it may work the next time.
-    Again(String),
+pub(crate) enum HubError {
+    /// Trying again would not help.
+    Fatal(Error),
+    /// The connection or the hub failed; another attempt may succeed.
+    Transient(String),
 }
 
-impl From<Error> for Trouble {
+impl From<Error> for HubError {
     fn from(error: Error) -> Self {
-        Self::End(error)
+        Self::Fatal(error)
     }
 }
 
-/// What is asked for.
-pub(crate) struct Ask {
+/// A GET request.
+pub(crate) struct HubRequest {
     pub(crate) url: String,
-    /// The first byte that is wanted, for a part of a file.
+    /// The first byte to send, for the rest of a file.
     pub(crate) from: Option<u64>,
-    /// Whether redirections are followed. The token goes to the host of `url` alone.
+    /// Follow redirects. The token is sent only to the host of `url`.
     pub(crate) follow: bool,
 }
 
 /// Status and headers.
 #[derive(Debug)]
-pub(crate) struct Head {
+pub(crate) struct ResponseHead {
     pub(crate) status: u16,
     headers: Vec<(String, String)>,
 }
 
-impl Head {
+impl ResponseHead {
     /// The value of a header; `name` is in lower case.
-    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    pub(crate) fn is_redirection(&self) -> bool {
+    pub(crate) fn is_redirect(&self) -> bool {
         (300..400).contains(&self.status)
     }
 }
 
-enum Word {
-    Head(Head),
+/// A message of the connection's thread.
+enum Message {
+    Head(ResponseHead),
     Chunk(Vec<u8>),
     End,
     Failed(String),
 }
 
-/// An answer that has begun.
-pub(crate) struct Answer<'a> {
-    pub(crate) head: Head,
-    words: Receiver<Word>,
+/// A response whose head has arrived.
+pub(crate) struct HubResponse<'a> {
+    pub(crate) head: ResponseHead,
+    messages: Receiver<Message>,
     ctx: &'a Context,
 }
 
-/// Asks, and waits for the head of the answer.
-pub(crate) fn ask<'a>(api: &Api, repo: &Repo, ask: Ask, ctx: &'a Context) -> Result<Answer<'a>, Trouble> {
+/// Sends a request and waits for the head of the response.
+pub(crate) fn send<'a>(
+    api: &Api,
+    repo: &Repo,
+    request: HubRequest,
+    ctx: &'a Context,
+) -> Result<HubResponse<'a>, HubError> {
     ctx.checkpoint()?;
-    let (say, words) = sync_channel(AHEAD);
+    let (sender, messages) = sync_channel(READ_AHEAD);
     let (api, repo) = (api.clone(), repo.clone());
-    let spawned = std::thread::Builder::new().name("hub-wire".to_owned()).spawn(move || carry(&api, repo, &ask, &say));
-    spawned.map_err(|error| Trouble::Again(format!("no thread for a connection: {error}")))?;
-    match next(&words, ctx)? {
-        Some(Word::Head(head)) => Ok(Answer { head, words, ctx }),
-        Some(Word::Failed(message)) => Err(Trouble::Again(message)),
-        Some(Word::Chunk(_) | Word::End) | None => Err(unanswered()),
+    let spawned = std::thread::Builder::new()
+        .name("hub-connection".to_owned())
+        .spawn(move || transfer(&api, repo, &request, &sender));
+    spawned.map_err(|error| HubError::Transient(format!("no thread for a connection: {error}")))?;
+    match next(&messages, ctx)? {
+        Some(Message::Head(head)) => Ok(HubResponse { head, messages, ctx }),
+        Some(Message::Failed(message)) => Err(HubError::Transient(message)),
+        Some(Message::Chunk(_) | Message::End) | None => Err(disconnected()),
     }
 }
 
-impl Answer<'_> {
+impl HubResponse<'_> {
     /// The next bytes of the body; `None` at its end.
-    pub(crate) fn chunk(&mut self) -> Result<Option<Vec<u8>>, Trouble> {
-        match next(&self.words, self.ctx)? {
-            Some(Word::Chunk(bytes)) => Ok(Some(bytes)),
-            Some(Word::Failed(message)) => Err(Trouble::Again(message)),
-            Some(Word::End) => Ok(None),
-            Some(Word::Head(_)) | None => Err(unanswered()),
+    pub(crate) fn chunk(&mut self) -> Result<Option<Vec<u8>>, HubError> {
+        match next(&self.messages, self.ctx)? {
+            Some(Message::Chunk(bytes)) => Ok(Some(bytes)),
+            Some(Message::Failed(message)) => Err(HubError::Transient(message)),
+            Some(Message::End) => Ok(None),
+            Some(Message::Head(_)) | None => Err(disconnected()),
         }
     }
 
     /// The whole body, at most `limit` bytes.
-    pub(crate) fn body(mut self, limit: usize) -> Result<Vec<u8>, Trouble> {
+    pub(crate) fn body(mut self, limit: usize) -> Result<Vec<u8>, HubError> {
         let mut body = Vec::new();
         while let Some(bytes) = self.chunk()? {
             body.extend(bytes);
             if body.len() > limit {
-                let message = format!("the hub answers with more than {limit} bytes");
+                let message = format!("the hub sends more than {limit} bytes");
                 return Err(Error::DownloadFailed { message }.into());
             }
         }
@@ -119,75 +127,76 @@ impl Answer<'_> {
     }
 }
 
-fn unanswered() -> Trouble {
-    Trouble::Again("the connection ended before the answer".to_owned())
+fn disconnected() -> HubError {
+    HubError::Transient("the connection ended before the response".to_owned())
 }
 
-/// Waits for a word; none where there will be no more.
-fn next(words: &Receiver<Word>, ctx: &Context) -> Result<Option<Word>, Trouble> {
+/// Waits for the next message; `None` after the last one.
+fn next(messages: &Receiver<Message>, ctx: &Context) -> Result<Option<Message>, HubError> {
     loop {
         ctx.checkpoint()?;
-        match words.recv_timeout(GLANCE) {
-            Ok(word) => return Ok(Some(word)),
+        match messages.recv_timeout(POLL) {
+            Ok(message) => return Ok(Some(message)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(None),
         }
     }
 }
 
-/// Waits without being deaf.
-pub(crate) fn pause(time: Duration, ctx: &Context) -> Result<(), Error> {
+/// Sleeps, but wakes on cancellation.
+pub(crate) fn sleep(time: Duration, ctx: &Context) -> Result<(), Error> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         ctx.checkpoint()?;
-        std::thread::sleep(GLANCE.min(end.saturating_duration_since(Instant::now())));
+        std::thread::sleep(POLL.min(end.saturating_duration_since(Instant::now())));
     }
     ctx.checkpoint()
 }
 
-/// The thread's own side. A word that nobody hears ends it.
-fn carry(api: &Api, repo: Repo, ask: &Ask, say: &SyncSender<Word>) {
-    // hf-hub's request brings the token and the name of the program, and its redirections keep the token at home.
-    let request = api.repo(repo).info_request().uri(ask.url.as_str());
-    let request = match ask.from {
-        Some(from) => request.header("Range", format!("bytes={from}-")),
-        None => request,
+/// Runs on the connection's thread, and ends early if the receiver is gone.
+fn transfer(api: &Api, repo: Repo, request: &HubRequest, sender: &SyncSender<Message>) {
+    // hf-hub's request carries the token and the user agent, and drops the token on redirects to another host.
+    let call = api.repo(repo).info_request().uri(request.url.as_str());
+    let call = match request.from {
+        Some(from) => call.header("Range", format!("bytes={from}-")),
+        None => call,
     };
-    // Lengths and ranges are those of the file, and not of a compressed form of it.
-    let request = request.header("Accept-Encoding", "identity").config();
-    let request = request
+    // Lengths and ranges must count the bytes of the file, not of a compressed form.
+    let call = call
+        .header("Accept-Encoding", "identity")
+        .config()
         .http_status_as_error(false)
-        .max_redirects(if ask.follow { 10 } else { 0 })
+        .max_redirects(if request.follow { 10 } else { 0 })
         .timeout_resolve(Some(CONNECT))
         .timeout_connect(Some(CONNECT))
         .timeout_recv_response(Some(ANSWER))
         .timeout_per_read(Some(SILENCE))
         .build();
-    let answer = match request.call() {
-        Ok(answer) => answer,
-        Err(error) => return drop(say.send(Word::Failed(error.to_string()))),
+    let response = match call.call() {
+        Ok(response) => response,
+        Err(error) => return drop(sender.send(Message::Failed(error.to_string()))),
     };
-    let (parts, body) = answer.into_parts();
+    let (parts, body) = response.into_parts();
     let text = |value: &[u8]| String::from_utf8_lossy(value).into_owned();
     let headers = parts.headers.iter().map(|(name, value)| (name.as_str().to_owned(), text(value.as_bytes())));
-    let head = Head { status: parts.status.as_u16(), headers: headers.collect() };
-    if say.send(Word::Head(head)).is_err() {
+    let head = ResponseHead { status: parts.status.as_u16(), headers: headers.collect() };
+    if sender.send(Message::Head(head)).is_err() {
         return;
     }
     let mut body = body.into_reader();
     loop {
         let mut bytes = vec![0; CHUNK];
-        let word = match body.read(&mut bytes) {
-            Ok(0) => Word::End,
+        let message = match body.read(&mut bytes) {
+            Ok(0) => Message::End,
             Ok(count) => {
                 bytes.truncate(count);
-                Word::Chunk(bytes)
+                Message::Chunk(bytes)
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => Word::Failed(error.to_string()),
+            Err(error) => Message::Failed(error.to_string()),
         };
-        let last = !matches!(word, Word::Chunk(_));
-        if say.send(word).is_err() || last {
+        let last = !matches!(message, Message::Chunk(_));
+        if sender.send(message).is_err() || last {
             return;
         }
     }

@@ -1,4 +1,4 @@
-//! Which files of a repository are wanted: those that a request names, or those that a model consists of.
+//! Selects the files of a repository to download: those that the request names, or the files of a model.
 
 use std::path::PathBuf;
 
@@ -6,22 +6,22 @@ use crate::error::{Error, Result, nearest};
 use crate::model::checkpoint::files::VARIANTS;
 use crate::model::checkpoint::part::Part;
 
-/// Endings of files that this worker reads.
-const READ: [&str; 4] = ["safetensors", "gguf", "json", "txt"];
-/// Endings of files that can run code when they are read.
+/// Extensions of files that this worker reads.
+const READABLE: [&str; 4] = ["safetensors", "gguf", "json", "txt"];
+/// Extensions of files that can run code when they are loaded.
 const PICKLES: [&str; 6] = ["bin", "ckpt", "pt", "pth", "pkl", "pickle"];
-/// Folders of a model in diffusers' layout beside those of its networks.
+/// Folders of a diffusers model without weights.
 const FOLDERS: [&str; 3] = ["tokenizer", "tokenizer_2", "scheduler"];
-/// How the weights of networks begin that are a repository of their own.
+/// Stems of weight files in a repository of a single network.
 const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
-/// Names that a message lists.
+/// Most names that a message lists.
 const SHOWN: usize = 8;
 
-/// The ones of `files` that are wanted, sorted. None of them is a pickle file.
+/// The selected ones of `files`, sorted. Pickle files are never selected.
 ///
 /// # Errors
-/// `invalid_parameter` for names and patterns that lead to nothing, and where it must be said which files are meant;
-/// `unsafe_format` where all that there is are pickle files, `model_unsupported` for what this worker cannot read.
+/// `invalid_parameter` for names and patterns without a match, and if the choice is ambiguous; `unsafe_format` if there are
+/// only pickle files; `model_unsupported` for other files that this worker cannot read.
 pub(crate) fn select(repository: &str, files: &[String], wanted: &[String]) -> Result<Vec<String>> {
     let mut chosen = if wanted.is_empty() { default(repository, files)? } else { named(files, wanted)? };
     chosen.sort();
@@ -29,7 +29,7 @@ pub(crate) fn select(repository: &str, files: &[String], wanted: &[String]) -> R
     Ok(chosen)
 }
 
-/// Whether `name` is a file of weights.
+/// True if `name` is a weight file.
 pub(crate) fn is_weights(name: &str) -> bool {
     matches!(ending(name).as_str(), "safetensors" | "gguf")
 }
@@ -39,15 +39,15 @@ fn ending(name: &str) -> String {
     own.rsplit_once('.').map(|(_, end)| end.to_lowercase()).unwrap_or_default()
 }
 
-fn is_read(name: &str) -> bool {
-    READ.contains(&ending(name).as_str())
+fn is_readable(name: &str) -> bool {
+    READABLE.contains(&ending(name).as_str())
 }
 
 fn is_pickle(name: &str) -> bool {
     PICKLES.contains(&ending(name).as_str())
 }
 
-/// Folder and name.
+/// Splits a path into folder and file name.
 fn split(name: &str) -> (&str, &str) {
     name.rsplit_once('/').unwrap_or(("", name))
 }
@@ -57,9 +57,9 @@ fn named(files: &[String], wanted: &[String]) -> Result<Vec<String>> {
     for pattern in wanted {
         if pattern.contains(['*', '?']) {
             let before = chosen.len();
-            chosen.extend(files.iter().filter(|name| is_read(name) && matches(pattern, name)).cloned());
+            chosen.extend(files.iter().filter(|name| is_readable(name) && matches(pattern, name)).cloned());
             if chosen.len() == before {
-                let message = format!("has `{pattern}`, which fits no file that this worker reads");
+                let message = format!("has `{pattern}`, which matches no file that this worker reads");
                 return Err(Error::invalid("files", message));
             }
             continue;
@@ -80,8 +80,8 @@ fn named(files: &[String], wanted: &[String]) -> Result<Vec<String>> {
         if is_pickle(pattern) {
             return Err(Error::UnsafeFormat { path: PathBuf::from(pattern) });
         }
-        if !is_read(pattern) {
-            let message = format!("this worker reads files that end in {}", READ.join(", "));
+        if !is_readable(pattern) {
+            let message = format!("this worker reads files that end in {}", READABLE.join(", "));
             return Err(Error::ModelUnsupported { name: pattern.clone(), message });
         }
         chosen.push(pattern.clone());
@@ -89,7 +89,7 @@ fn named(files: &[String], wanted: &[String]) -> Result<Vec<String>> {
     Ok(chosen)
 }
 
-/// What diffusers would load: of weights in several number formats the ones that are not marked as another's.
+/// The files that diffusers would load: of several number formats, the one without a variant in its name.
 fn default(repository: &str, files: &[String]) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|known| known == name);
     if has("model_index.json") {
@@ -135,14 +135,14 @@ fn default(repository: &str, files: &[String]) -> Result<Vec<String>> {
     }
 }
 
-/// The weights and the configuration of the network whose folder `dir` is; nothing if it is none's.
+/// The weights and configuration of the network in `dir`; empty if there is none.
 fn network(files: &[String], dir: &str) -> Vec<String> {
     let own = STEMS.iter().map(|stem| weights(files, dir, stem)).find(|weights| !weights.is_empty());
     let config = files.iter().filter(|name| split(name) == (dir, "config.json")).cloned();
     own.map(|own| own.into_iter().chain(config).collect()).unwrap_or_default()
 }
 
-/// The weights of one network: one file, or an index with its parts.
+/// The weights of one network: one file, or an index with its shards.
 fn weights(files: &[String], dir: &str, stem: &str) -> Vec<String> {
     let own: Vec<(&str, &String)> =
         files.iter().filter(|name| split(name).0 == dir).map(|name| (split(name).1, name)).collect();
@@ -165,11 +165,11 @@ fn weights(files: &[String], dir: &str, stem: &str) -> Vec<String> {
     Vec::new()
 }
 
-/// Whether `name` fits `pattern`, in which `*` stands for any characters, `/` among them, and `?` for one.
+/// True if `name` matches `pattern`: `*` stands for any characters including `/`, `?` for one.
 pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
     let (mut at, mut here) = (0, 0);
-    // Where the last star stood, and how much of the name it has swallowed.
+    // Position after the last star, and how much of the name the star has matched.
     let mut star: Option<(usize, usize)> = None;
     while here < name.len() {
         match pattern.get(at) {
