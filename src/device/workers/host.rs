@@ -1,14 +1,17 @@
-//! The host's CPU and memory, as `/proc` and the control groups tell. Where there is no `/proc`, nothing is known.
+//! CPU and memory of the host. On Linux, limits of control groups are read as well; figures that a system does not offer
+//! are `None`.
 
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
+
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
 use crate::allocator::{self, Usage};
 use crate::device::interface::{CpuInfo, HostMemory, ProcessMemory};
 use crate::kernels::simd;
 use crate::units::Bytes;
 
-/// The instruction sets that the kernels have, or could have, a use for; `flags` of x86, then `Features` of ARM.
+/// Instruction sets that the kernels use or could use: `flags` of x86, then `Features` of ARM.
 const INSTRUCTION_SETS: &[&str] = &[
     "avx",
     "avx2",
@@ -39,37 +42,54 @@ pub(crate) fn cores() -> usize {
 }
 
 pub(crate) fn cpu() -> CpuInfo {
-    parse_cpuinfo(&read_to_string("/proc/cpuinfo").unwrap_or_default())
-}
-
-fn parse_cpuinfo(text: &str) -> CpuInfo {
-    let value = |wanted: &str| {
-        let lines = text.lines().filter_map(|line| line.split_once(':'));
-        lines.into_iter().find(|(key, _)| key.trim() == wanted).map(|(_, value)| value.trim())
-    };
-    let flags: Vec<&str> = value("flags").or_else(|| value("Features")).unwrap_or_default().split(' ').collect();
+    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
+    let brand = system.ok().and_then(|system| Some(system.cpus().first()?.brand().trim().to_owned()));
     CpuInfo {
-        model: value("model name").map(str::to_owned),
-        instruction_sets: INSTRUCTION_SETS
-            .iter()
-            .filter(|set| flags.contains(set))
-            .map(|&set| set.to_owned())
-            .collect(),
+        model: brand.filter(|brand| !brand.is_empty()),
+        instruction_sets: instruction_sets(&read_to_string("/proc/cpuinfo").unwrap_or_default()),
         cpu_features: simd::level().name(),
     }
 }
 
+/// Known sets among the first CPU's flags.
+fn instruction_sets(cpuinfo: &str) -> Vec<String> {
+    let value = |wanted: &str| {
+        let mut lines = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+        lines.find(|(key, _)| key.trim() == wanted).map(|(_, value)| value.trim())
+    };
+    let flags: Vec<&str> = value("flags").or_else(|| value("Features")).unwrap_or_default().split(' ').collect();
+    INSTRUCTION_SETS.iter().filter(|set| flags.contains(set)).map(|&set| set.to_owned()).collect()
+}
+
 pub(crate) fn memory() -> HostMemory {
-    let info = read_to_string("/proc/meminfo").unwrap_or_default();
+    let refresh = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(refresh).ok().filter(|system| system.total_memory() > 0);
+    let total = system.as_ref().map(|system| Bytes(system.total_memory()));
+    let available = system.as_ref().map(|system| Bytes(system.available_memory()));
     let groups = group_folders(&read_to_string("/proc/self/cgroup").unwrap_or_default(), Path::new("/sys/fs/cgroup"));
-    within_limits(kib_line(&info, "MemTotal"), kib_line(&info, "MemAvailable"), &groups)
+    within_limits(total, available, &groups)
 }
 
 pub(crate) fn process() -> ProcessMemory {
     let status = read_to_string("/proc/self/status").unwrap_or_default();
     let Usage { mapped, kept, .. } = allocator::usage();
     let line = |key| kib_line(&status, key);
-    ProcessMemory { rss: line("VmRSS"), peak_rss: line("VmHWM"), anonymous: line("RssAnon"), mapped, kept }
+    ProcessMemory {
+        rss: line("VmRSS").or_else(resident_set),
+        peak_rss: line("VmHWM"),
+        anonymous: line("RssAnon"),
+        mapped,
+        kept,
+    }
+}
+
+/// Resident bytes of this process on a system without `/proc`.
+fn resident_set() -> Option<Bytes> {
+    let pid = sysinfo::get_current_pid().ok()?;
+    let mut system = System::new().ok()?;
+    let refresh = ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, refresh);
+    system.process(pid).map(|process| Bytes(process.memory()))
 }
 
 /// `Key:   123 kB`
@@ -79,12 +99,12 @@ fn kib_line(text: &str, key: &str) -> Option<Bytes> {
     Some(Bytes(kib.saturating_mul(Bytes::KIB)))
 }
 
-/// The machine's memory, cut down by every limit of the groups in `folders`.
+/// The machine's memory within the limits of every group in `folders`.
 fn within_limits(total: Option<Bytes>, available: Option<Bytes>, folders: &[PathBuf]) -> HostMemory {
     let mut memory = HostMemory { total, available, limited_by_cgroup: false };
     for folder in folders {
         let Some((limit, used)) = group_memory(folder) else { continue };
-        // An absent limit is written as a number near 2⁶³ in version 1.
+        // Version 1 writes a missing limit as a number near 2⁶³.
         if memory.total.is_some_and(|total| limit < total) {
             memory.total = Some(limit);
             memory.limited_by_cgroup = true;
@@ -95,9 +115,8 @@ fn within_limits(total: Option<Bytes>, available: Option<Bytes>, folders: &[Path
     memory
 }
 
-/// The folders that may hold a limit for this process: its own groups and all above them, of version 2 (`0::/path`)
-/// and version 1 (`4:memory:/path`). Inside a container the path is often that of the host, and only the mount's own
-/// root is there.
+/// Folders that may hold a limit for this process: its own groups and their ancestors, of version 2 (`0::/path`) and
+/// version 1 (`4:memory:/path`). Inside a container the path is often the host's, and only the mount's root exists.
 fn group_folders(cgroup: &str, mount: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for line in cgroup.lines() {
@@ -114,7 +133,7 @@ fn group_folders(cgroup: &str, mount: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// Limit and use in bytes; `None` without a limit. Cached files that are not in use count as free.
+/// Limit and use; `None` without a limit. Inactive cached files count as free.
 fn group_memory(folder: &Path) -> Option<(Bytes, Bytes)> {
     let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let (limit, used) = match number("memory.max") {
@@ -130,7 +149,7 @@ fn group_memory(folder: &Path) -> Option<(Bytes, Bytes)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Bytes, group_folders, kib_line, parse_cpuinfo, within_limits};
+    use super::{Bytes, group_folders, instruction_sets, kib_line, within_limits};
 
     fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
@@ -149,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_limit_cuts_total_and_available() {
+    fn cgroup_limit_reduces_total_and_available() {
         let stat = ("memory.stat", "anon 250\ninactive_file 50\n");
         check_limit(&[("memory.max", "400\n"), ("memory.current", "300\n"), stat], 400, 150, true);
         check_limit(&[("memory.max", "max\n"), ("memory.current", "300\n")], 1000, 900, false);
@@ -160,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn every_group_above_the_own_one_is_asked() {
+    fn limits_of_every_ancestor_group_are_read() {
         let mount = std::path::Path::new("/m");
         let folders = group_folders("4:cpu,memory:/a/b\n1:cpu:/x\n0::/c\n", mount);
         let expected = ["/m/memory/a/b", "/m/memory/a", "/m/memory/", "/m/c", "/m/"].map(std::path::PathBuf::from);
@@ -168,10 +187,9 @@ mod tests {
     }
 
     #[test]
-    fn proc_files_are_understood() {
+    fn proc_files_are_parsed() {
         assert_eq!(kib_line("VmPeak:\t 9 kB\nVmRSS:\t  12 kB\n", "VmRSS"), Some(Bytes(12 * 1024)));
-        let cpu = parse_cpuinfo("model name\t: A CPU\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n");
-        assert_eq!(cpu.model.as_deref(), Some("A CPU"));
-        assert_eq!(cpu.instruction_sets, ["avx2", "avx512_bf16", "amx_bf16"]);
+        let sets = instruction_sets("model name\t: A CPU\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n");
+        assert_eq!(sets, ["avx2", "avx512_bf16", "amx_bf16"]);
     }
 }
