@@ -61,8 +61,9 @@ pub enum Error {
     ImageDecodeFailed { message: String },
     #[error("the image is too large: {message}")]
     ImageTooLarge { message: String },
-    #[error("out of memory in {stage}: {needed} needed, {free} free")]
-    OutOfMemory { stage: &'static str, needed: Bytes, free: Bytes, fits: Option<String> },
+    /// `needed` and `free` are `None` until somebody who planned the work, or knows the device, fills them in.
+    #[error("out of memory in {stage}: {} needed, {} free", needed.unwrap_or_default(), free.unwrap_or_default())]
+    OutOfMemory { stage: &'static str, needed: Option<Bytes>, free: Option<Bytes>, fits: Option<String> },
     #[error("device `{device}` is not available: {message}")]
     DeviceUnavailable { device: String, message: String, hint: Option<String> },
     #[error("device `{device}` was lost: {message}")]
@@ -246,7 +247,7 @@ impl Error {
     pub fn of_tensors(stage: &'static str, source: candle_core::Error) -> Self {
         let text = source.to_string().to_lowercase();
         if ["out of memory", "out_of_memory", "outofmemory", "alloc_failed"].iter().any(|sign| text.contains(sign)) {
-            return Self::OutOfMemory { stage, needed: Bytes(0), free: Bytes(0), fits: None };
+            return Self::OutOfMemory { stage, needed: None, free: None, fits: None };
         }
         Self::Compute { stage, source }
     }

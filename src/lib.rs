@@ -36,7 +36,7 @@
 //! | [`model`] | checkpoints in folders and single files, the hub, weights, adapters (`lora/formats/`), the shelves on which networks are kept and their one budget (`managers/budget.rs`), and the networks (`networks/`) |
 //! | [`postprocessing`] | image files, their metadata and names; above conditioning, which delivers hints as images |
 //! | [`conditioning`] | prompts to embeddings, images to hints |
-//! | [`throughput`] [`managers`] | how long work took; every manager as a plain field |
+//! | [`managers`] | every manager as a plain field, and what the compute thread publishes: throughput, residents, memory |
 //! | [`inference`] | the recipe of an image: one run over latents or several; prediction type, guidance, masks and what ControlNets and adapters add live in its workers; `plan/memory_policy.rs` is what is done where memory is short |
 //! | [`runtime`] | `configs/workers_config.json` and the flags over it, the compute thread, the one match over domains |
 //! | [`communication`] | the wire |
@@ -77,7 +77,6 @@ pub mod scheduler;
 pub mod model;
 pub mod postprocessing;
 pub mod conditioning;
-pub mod throughput;
 pub mod managers;
 pub mod inference;
 pub mod runtime;

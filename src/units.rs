@@ -16,7 +16,6 @@ pub struct Bytes(pub u64);
 impl Bytes {
     pub const KIB: u64 = 1 << 10;
     pub const MIB: u64 = 1 << 20;
-    pub const GIB: u64 = 1 << 30;
 
     #[must_use]
     pub fn saturating_sub(self, other: Self) -> Self {

@@ -214,8 +214,8 @@ impl From<&Error> for ErrorBody {
         };
         if let Error::OutOfMemory { stage, needed, free, fits } = error {
             body.stage = Some(stage);
-            body.needed = Some(*needed);
-            body.free = Some(*free);
+            body.needed = Some(needed.unwrap_or_default());
+            body.free = Some(free.unwrap_or_default());
             body.fits.clone_from(fits);
         }
         body

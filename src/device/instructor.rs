@@ -1,4 +1,4 @@
-//! Decides which device computes, and in which dtype.
+//! Chooses the device that computes, and its dtypes.
 
 use crate::allocator;
 use crate::context::Context;
@@ -6,14 +6,15 @@ use crate::device::interface::{
     CpuFeatures, Device, DeviceEntry, DeviceId, DeviceInfo, DeviceList, DeviceMemory, DeviceRequest, Dtype,
     MemoryReport, Quantization, Request, Response, Settings,
 };
-use crate::device::manager::{DeviceManager, Opened};
+use crate::device::manager::DeviceManager;
+use crate::device::workers::opened::OpenDevice;
 use crate::device::workers::{cuda, host, metal};
 use crate::error::{Error, Result};
 use crate::kernels::simd::{self, Level};
 use crate::layers::Instructor;
 use crate::units::Bytes;
 
-/// Where one request computes, decided.
+/// The device and dtypes of one request.
 #[derive(Clone, Debug)]
 pub struct Placement {
     pub device: candle_core::Device,
@@ -23,19 +24,19 @@ pub struct Placement {
     pub compute: Dtype,
     /// The VAE, which overflows in f16.
     pub vae: Dtype,
-    /// Of the UNet.
+    /// Quantization of the UNet.
     pub quantization: Quantization,
-    /// Whether the UNet's weights stay on the host, or in their files, and come to the device a layer at a time.
+    /// True if the UNet's weights stay on the host, or in their files, and are copied to the device a layer at a time.
     pub away: bool,
 }
 
 impl Placement {
-    /// The same with what a request wishes for, if it wishes.
+    /// The same with the quantization that a request asks for, if any.
     ///
     /// # Errors
     /// `unsupported_feature` for INT8 on a GPU.
-    pub fn quantized(self, options: Option<Quantization>) -> Result<Self> {
-        let quantization = options.unwrap_or(self.quantization);
+    pub fn quantized(self, requested: Option<Quantization>) -> Result<Self> {
+        let quantization = requested.unwrap_or(self.quantization);
         if quantization == Quantization::Int8 && !self.device.is_cpu() {
             return Err(Error::UnsupportedFeature {
                 what: format!("int8 on `{}`", self.name),
@@ -57,15 +58,15 @@ impl DeviceInstructor {
         Self { settings }
     }
 
-    /// The device of this worker, opened if it is not yet, and the dtypes for a request that wishes for `options`.
-    /// Only the compute thread may call this: CUDA's stream belongs to the thread that opened it.
+    /// The worker's device, opened if necessary, and the dtypes for a request that asks for `requested`. Only the compute
+    /// thread may call this: CUDA's stream belongs to the thread that opened it.
     ///
     /// # Errors
-    /// `device_unavailable`; `unknown_name` for a device in the configuration that is none; `unsupported_feature` for
-    /// a dtype or quantization the device does not have.
-    pub fn place(&self, resources: &mut DeviceManager, options: Option<Dtype>) -> Result<Placement> {
+    /// `device_unavailable`; `unknown_name` for an unknown device in the configuration; `unsupported_feature` for a dtype or
+    /// quantization that the device lacks.
+    pub fn place(&self, resources: &mut DeviceManager, requested: Option<Dtype>) -> Result<Placement> {
         let opened = self.open(resources)?;
-        let dtypes = Dtypes::choose(opened.id, opened.capability, options.or(self.settings.dtype))?;
+        let dtypes = Dtypes::choose(opened.id, opened.capability, requested.or(self.settings.dtype))?;
         Placement {
             device: opened.device.clone(),
             name: opened.id.to_string(),
@@ -77,58 +78,57 @@ impl DeviceInstructor {
         .quantized(None)
     }
 
-    /// The quantization of a request that wishes for `options`.
+    /// The quantization for a request that asks for `requested`.
     #[must_use]
-    pub fn quantization(&self, options: Option<Quantization>) -> Quantization {
-        options.unwrap_or(self.settings.quantization)
+    pub fn quantization(&self, requested: Option<Quantization>) -> Quantization {
+        requested.unwrap_or(self.settings.quantization)
     }
 
     /// The dtype that [`Self::place`] would choose, without opening a device.
     ///
     /// # Errors
-    /// `unknown_name` for a device in the configuration that is none; `unsupported_feature` for a dtype the device
-    /// does not have.
-    pub fn dtype(&self, resources: &DeviceManager, options: Option<Dtype>) -> Result<Dtype> {
-        let (id, capability) = match (self.options()?, resources.opened()) {
+    /// `unknown_name` for an unknown device in the configuration; `unsupported_feature` for a dtype that the device lacks.
+    pub fn dtype(&self, resources: &DeviceManager, requested: Option<Dtype>) -> Result<Dtype> {
+        let (id, capability) = match (self.requested()?, resources.opened()) {
             (DeviceRequest::Exactly(id), None) => (id, None),
             (_, Some(opened)) => (opened.id, opened.capability),
             (DeviceRequest::Auto, None) => (DeviceId::Cpu, None),
         };
-        Ok(Dtypes::choose(id, capability, options.or(self.settings.dtype))?.compute)
+        Ok(Dtypes::choose(id, capability, requested.or(self.settings.dtype))?.compute)
     }
 
-    /// Bytes free on the device, where that can be read.
+    /// Bytes free on the device; `None` if they cannot be read.
     #[must_use]
     pub fn free(&self, resources: &DeviceManager) -> Option<Bytes> {
-        self.room(resources).map(|room| room.free)
+        self.memory_status(resources).map(|memory| memory.free)
     }
 
-    /// What the device has for this process, where that can be read: the GPU's memory, or the host's, within the limits
-    /// of the configuration.
+    /// The GPU's memory, or the host's, within the limits of the configuration; `None` if it cannot be read.
     #[must_use]
-    pub fn room(&self, resources: &DeviceManager) -> Option<Room> {
+    pub fn memory_status(&self, resources: &DeviceManager) -> Option<MemoryStatus> {
+        let on_host = resources.opened().is_none_or(|opened| opened.device.is_cpu());
         if let Some(DeviceMemory { total, free, .. }) = resources.memory() {
             let limit = self.settings.device_memory.of(Some(total)).unwrap_or(total).min(total);
-            return Some(Room { total: limit, free: free.saturating_sub(total.saturating_sub(limit)) });
+            let free = free.saturating_sub(total.saturating_sub(limit));
+            return Some(MemoryStatus { total: limit, free, on_host });
         }
-        let measured = host::memory();
+        let host = host::memory();
         let kept = allocator::usage().kept;
-        let free = measured.available.map(|available| available + kept);
-        match self.settings.host_memory.of(measured.total) {
-            None => Some(Room { total: measured.total?, free: free? }),
-            Some(limit) => {
-                // Where the process cannot see itself, the limit is as if nothing were taken.
-                let taken = host::process().anonymous.unwrap_or_default().saturating_sub(kept);
-                let left = limit.saturating_sub(taken);
-                Some(Room {
-                    total: measured.total.map_or(limit, |total| total.min(limit)),
-                    free: free.map_or(left, |free| free.min(left)),
-                })
-            }
-        }
+        let free = host.available.map(|available| available + kept);
+        let Some(limit) = self.settings.host_memory.of(host.total) else {
+            return Some(MemoryStatus { total: host.total?, free: free?, on_host });
+        };
+        // If the process cannot measure itself, it counts as empty.
+        let taken = host::process().anonymous.unwrap_or_default().saturating_sub(kept);
+        let left = limit.saturating_sub(taken);
+        Some(MemoryStatus {
+            total: host.total.map_or(limit, |total| total.min(limit)),
+            free: free.map_or(left, |free| free.min(left)),
+            on_host,
+        })
     }
 
-    fn options(&self) -> Result<DeviceRequest> {
+    fn requested(&self) -> Result<DeviceRequest> {
         match &self.settings.device {
             Some(name) => name.parse(),
             None if self.settings.auto_detect => Ok(DeviceRequest::Auto),
@@ -136,8 +136,8 @@ impl DeviceInstructor {
         }
     }
 
-    fn open<'a>(&self, resources: &'a mut DeviceManager) -> Result<&'a Opened> {
-        let id = match (self.options()?, resources.opened()) {
+    fn open<'a>(&self, resources: &'a mut DeviceManager) -> Result<&'a OpenDevice> {
+        let id = match (self.requested()?, resources.opened()) {
             (DeviceRequest::Exactly(id), _) => id,
             (DeviceRequest::Auto, Some(opened)) => opened.id,
             (DeviceRequest::Auto, None) => first_that_opens(resources),
@@ -170,7 +170,7 @@ impl DeviceInstructor {
         });
         devices.push(entry(DeviceId::Cpu, host::cpu().model));
 
-        let chosen = match (self.options()?, resources.opened()) {
+        let chosen = match (self.requested()?, resources.opened()) {
             (DeviceRequest::Exactly(id), _) => Some(id.to_string()),
             (DeviceRequest::Auto, Some(opened)) => Some(opened.id.to_string()),
             (DeviceRequest::Auto, None) => {
@@ -221,12 +221,12 @@ impl Instructor for DeviceInstructor {
     }
 }
 
-/// Settles, before anything is computed, which of the CPU's instruction sets the whole process uses.
+/// Selects the CPU instruction sets of the whole process; called once, before the first computation.
 ///
 /// # Errors
-/// `device_unavailable`, naming what the machine has, where that lacks what is wished for.
-pub fn choose_cpu_features(options: CpuFeatures) -> Result<()> {
-    let wanted = options.level().unwrap_or_else(simd::best);
+/// `device_unavailable`, naming the machine's instruction sets, if it lacks those requested.
+pub fn choose_cpu_features(requested: CpuFeatures) -> Result<()> {
+    let wanted = requested.level().unwrap_or_else(simd::best);
     if wanted.is_here() {
         tracing::info!(cpu_features = simd::choose(wanted).name(), "the CPU's kernels");
         return Ok(());
@@ -240,16 +240,18 @@ pub fn choose_cpu_features(options: CpuFeatures) -> Result<()> {
     })
 }
 
-/// Memory that weights and feature maps are in, of a GPU or the host.
+/// Memory of a GPU or the host, for weights and feature maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// What may be in use.
+pub struct MemoryStatus {
+    /// Bytes that may be in use.
     pub total: Bytes,
-    /// What of it is free, and what the allocator keeps for reuse.
+    /// Free bytes, including those that the allocator keeps for reuse.
     pub free: Bytes,
+    /// True if the CPU computes.
+    pub on_host: bool,
 }
 
-/// What a device computes in.
+/// Dtypes of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dtypes {
     pub compute: Dtype,
@@ -257,15 +259,14 @@ pub struct Dtypes {
 }
 
 impl Dtypes {
-    /// `options`, or the fastest dtype that is safe on the device: f32 on the CPU, bf16 on CUDA from compute capability
-    /// 8.0, f16 before that and on Metal. The VAE never computes in f16, in which it overflows: it takes bf16 where
-    /// the GPU has it, else f32.
+    /// `requested`, or the fastest dtype that is safe on the device: f32 on the CPU, bf16 on CUDA from compute capability
+    /// 8.0, f16 below 8.0 and on Metal. The VAE overflows in f16: it takes bf16 if the GPU has it, else f32.
     ///
     /// # Errors
     /// `unsupported_feature` for bf16 on a GPU before compute capability 8.0.
-    pub fn choose(id: DeviceId, capability: Option<(u32, u32)>, options: Option<Dtype>) -> Result<Self> {
+    pub fn choose(id: DeviceId, capability: Option<(u32, u32)>, requested: Option<Dtype>) -> Result<Self> {
         let gpu_has_bf16 = matches!(id, DeviceId::Cuda(_)) && capability.is_some_and(|capability| capability >= (8, 0));
-        let compute = options.unwrap_or(match id {
+        let compute = requested.unwrap_or(match id {
             DeviceId::Cpu => Dtype::F32,
             DeviceId::Cuda(_) if gpu_has_bf16 => Dtype::Bf16,
             DeviceId::Cuda(_) | DeviceId::Metal => Dtype::F16,
@@ -286,14 +287,15 @@ impl Dtypes {
     }
 }
 
-/// CUDA before Metal before the CPU, which always opens. A GPU that is there but does not open is logged.
+/// The first of CUDA, Metal and the CPU that opens; the CPU always does. A GPU that is present but fails to open is
+/// logged.
 fn first_that_opens(resources: &mut DeviceManager) -> DeviceId {
     for id in [DeviceId::Cuda(0), DeviceId::Metal] {
         match resources.open(id) {
             Ok(_) => return id,
-            // A build without the device's code has a hint to say so; then there is nothing to worry about.
-            Err(error) if error.hint().is_some() => tracing::debug!(%error, "auto detection passes over `{id}`"),
-            Err(error) => tracing::warn!(%error, "auto detection passes over `{id}`"),
+            // The hint says that this build lacks the device's code, which is no reason for a warning.
+            Err(error) if error.hint().is_some() => tracing::debug!(%error, "auto detection skips `{id}`"),
+            Err(error) => tracing::warn!(%error, "auto detection skips `{id}`"),
         }
     }
     DeviceId::Cpu

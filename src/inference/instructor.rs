@@ -3,19 +3,19 @@
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::context::{Context, Engine, Progress, Stage};
 use crate::device::instructor::DeviceInstructor;
-use crate::device::interface::{Dtype, Quantization};
+use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
 use crate::inference::interface::{
     BatchRequest, CacheUse, GenerateRequest, Generated, GeneratedBatch, Image, Inference, RefinerOptions, Request,
     Response, Settings,
 };
+use crate::inference::managers::memory::{MemoryPlanner, MemoryTask};
 use crate::inference::plan::GenerationPlan;
 use crate::inference::plan::controlnet::told;
 use crate::inference::request::lora::written;
 use crate::inference::workers::paste::{PasteBack, PasteTask};
 use crate::layers::Instructor;
 use crate::managers::Managers;
-use crate::model::checkpoint::Checkpoint;
 use crate::model::instructor::ModelInstructor;
 use crate::noise::{RngKind, Seed, Variation};
 use crate::postprocessing::instructor::{Delivery, PostprocessingInstructor};
@@ -80,6 +80,19 @@ impl Instructor for InferenceInstructor {
 }
 
 impl InferenceInstructor {
+    /// Estimates a generation; nothing is made.
+    ///
+    /// # Errors
+    /// Those of [`Self::plan`] and of the files' headers.
+    pub fn estimate(&self, request: &GenerateRequest, resources: &mut Managers, ctx: &Context) -> Result<Response> {
+        let mut plan = self.plan(request, resources)?;
+        self.memory().estimate(&mut plan, resources, ctx).map(Response::Estimate)
+    }
+
+    pub(crate) fn memory(&self) -> MemoryPlanner<'_> {
+        MemoryPlanner { device: &self.device, max_side: self.settings.max_side as usize }
+    }
+
     fn batch(&self, batch: &BatchRequest, resources: &mut Managers, ctx: &Context) -> Result<GeneratedBatch> {
         let limit = self.settings.max_batch_size as usize;
         if batch.requests.is_empty() || batch.requests.len() > limit {
@@ -109,14 +122,19 @@ impl InferenceInstructor {
         plan.parameters.quantization = Some(placement.quantization);
         let mut images = Vec::with_capacity(plan.seeds.len());
         let mut shared = self.shared(&plan, ctx)?;
-        let mut settled = self.settle(&mut plan, &mut placement, shared.stack(), (resources, ctx))?;
+        let memory = self.memory();
+        let task = MemoryTask { plan: &mut plan, placement: &mut placement, stack: shared.stack() };
+        let mut planned = memory.plan_memory(task, resources, ctx)?;
         // Each image alone: it then depends on its own request only, to the last bit.
         for (index, seed) in plan.seeds.clone().into_iter().enumerate() {
             let mut pixels = loop {
                 let latents = self.draw(&plan, seed, &mut shared, (&placement, &mut *resources, ctx));
                 match latents.and_then(|latents| self.pixels(&plan, &latents, &placement, resources, ctx)) {
                     Ok(pixels) => break pixels,
-                    Err(error) => self.degrade(error, &mut settled, &mut plan, &mut placement, (resources, ctx))?,
+                    Err(error) => {
+                        let task = MemoryTask { plan: &mut plan, placement: &mut placement, stack: shared.stack() };
+                        memory.degrade(error, &mut planned, task, resources, ctx)?;
+                    }
                 }
             };
             if let Some(paste) = shared.paste() {
@@ -142,7 +160,7 @@ impl InferenceInstructor {
         let (embeddings, cache) = shared.told();
         let cache = CacheUse { embeddings: cache, hints: shared.hints };
         let adapters = shared.adapted();
-        let memory = settled.told;
+        let memory = planned.report;
         Ok(Generated { images, model, parameters: Box::new(plan.parameters), embeddings, cache, memory, adapters })
     }
 
@@ -209,11 +227,6 @@ impl InferenceInstructor {
         };
         ImageText::new(&parameters, &request)
     }
-}
-
-/// Under which name the time of a model is remembered.
-pub(crate) fn throughput_key(checkpoint: &Checkpoint, compute: Dtype, quantization: Quantization) -> String {
-    format!("{:?} {} {}", checkpoint.key, compute.name(), quantization.name())
 }
 
 /// What an operation is about must be in its request.

@@ -1,44 +1,26 @@
-//! Every manager as a plain field, owned by one thread, and the order in which they give memory back.
+//! Every manager as a plain field, owned by one thread, and the one order in which they free memory.
 
-use std::sync::{Arc, Mutex, PoisonError};
+mod published;
+pub mod throughput;
+
+use std::sync::Arc;
+
+pub use published::Published;
 
 use crate::allocator;
 use crate::conditioning::instructor::ConditioningResources;
 use crate::conditioning::manager::{EmbeddingManager, HintManager};
-use crate::device::instructor::Room;
+use crate::device::instructor::MemoryStatus;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};
 use crate::model::instructor::ModelResources;
 use crate::model::interface::Settings as ModelSettings;
 use crate::model::managers::Reach;
-use crate::throughput::Throughput;
 use crate::units::Bytes;
-
-/// What the compute thread lets the desk thread see.
-#[derive(Debug, Default)]
-pub struct Published {
-    pub throughput: Throughput,
-    residents: Mutex<Vec<Resident>>,
-    room: Mutex<Option<(Room, bool)>>,
-}
-
-impl Published {
-    /// What the compute thread held after its last job.
-    #[must_use]
-    pub fn residents(&self) -> Vec<Resident> {
-        self.residents.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The room that its device had then, and whether that is the host.
-    #[must_use]
-    pub fn room(&self) -> Option<(Room, bool)> {
-        *self.room.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 pub struct Managers {
     pub device: DeviceManager,
-    /// Embeddings and hints, and the networks that they and everything else are made with.
+    /// Embeddings, hints and all networks.
     pub conditioning: ConditioningResources,
     pub published: Arc<Published>,
 }
@@ -71,14 +53,20 @@ impl Managers {
         all
     }
 
-    /// Lets the desk see what is kept now.
-    pub fn publish(&self, room: Option<Room>) {
-        let on_host = self.device.opened().is_none_or(|opened| opened.device.is_cpu());
-        *self.published.room.lock().unwrap_or_else(PoisonError::into_inner) = room.map(|room| (room, on_host));
-        *self.published.residents.lock().unwrap_or_else(PoisonError::into_inner) = self.resident();
+    /// Publishes what is kept now, and the device's `memory`.
+    pub fn publish(&self, memory: Option<MemoryStatus>) {
+        self.published.set(self.resident(), memory);
     }
 
-    /// Frees at least `want` if it can, and says how much it freed. What is cheapest to have again goes first: hints,
+    /// Bytes that [`Self::free_memory`] could free, tokenizers not counted.
+    #[must_use]
+    pub fn evictable(&self, reach: Reach) -> Bytes {
+        let ConditioningResources { model, embeddings, hints } = &self.conditioning;
+        let caches = embeddings.resident().into_iter().chain(hints.resident());
+        caches.map(|one| one.bytes).sum::<Bytes>() + model.budget.evictable(reach)
+    }
+
+    /// Frees at least `want` if it can, and returns the bytes freed. The cheapest to get back goes first: hints,
     /// embeddings, tokenizers, then networks in the order of [`Budget`](crate::model::managers::Budget).
     pub fn free_memory(&mut self, want: Bytes, reach: Reach) -> Bytes {
         let ConditioningResources { model, embeddings, hints } = &mut self.conditioning;
@@ -95,5 +83,10 @@ impl Managers {
         }
         allocator::release();
         freed
+    }
+
+    /// Frees everything that is neither pinned nor in use at this moment, and returns the bytes freed.
+    pub fn free_idle(&mut self) -> Bytes {
+        self.free_memory(Bytes(u64::MAX), Reach::Idle)
     }
 }

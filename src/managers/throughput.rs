@@ -1,10 +1,13 @@
-//! How long work took on this machine: measured while it is done, read by estimates.
+//! Throughput of this machine: measured during work, read by estimates.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// What a measurement is of. Time is taken to grow with `units`, which holds well enough between image sizes.
+use crate::device::interface::{Dtype, Quantization};
+use crate::model::checkpoint::CheckpointKey;
+
+/// A kind of work. Its time is assumed to grow with its units, which holds well enough between image sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Work {
     /// Unit: one latent position of one sample through the UNet once.
@@ -13,18 +16,26 @@ pub enum Work {
     Decode,
 }
 
-/// Shared by the compute thread, which writes, and the desk thread, which answers estimates.
+/// The model, and the arithmetic it runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ThroughputKey {
+    pub model: CheckpointKey,
+    pub dtype: Dtype,
+    pub quantization: Quantization,
+}
+
+/// Shared by the compute thread, which records, and the query thread, which answers estimates.
 #[derive(Debug, Default)]
 pub struct Throughput {
-    seconds_per_unit: Mutex<HashMap<(String, Work), f64>>,
+    seconds_per_unit: Mutex<HashMap<(ThroughputKey, Work), f64>>,
 }
 
 impl Throughput {
-    /// Models remembered; a pool that goes through more starts over.
+    /// Measurements that are kept; all are dropped before one more is added.
     const LIMIT: usize = 256;
 
-    /// Remembers the latest measurement of `work` with the model and dtype named by `key`.
-    pub fn record(&self, key: &str, work: Work, units: usize, took: Duration) {
+    /// Replaces the measurement of `work`.
+    pub fn record(&self, key: ThroughputKey, work: Work, units: usize, took: Duration) {
         if units == 0 {
             return;
         }
@@ -32,13 +43,13 @@ impl Throughput {
         if table.len() >= Self::LIMIT {
             table.clear();
         }
-        table.insert((key.to_owned(), work), took.as_secs_f64() / units as f64);
+        table.insert((key, work), took.as_secs_f64() / units as f64);
     }
 
-    /// Seconds that `units` of `work` will take, if any was ever measured.
+    /// Seconds that `units` of `work` will take; `None` if it was never measured.
     #[must_use]
-    pub fn expect(&self, key: &str, work: Work, units: usize) -> Option<f64> {
+    pub fn expect(&self, key: ThroughputKey, work: Work, units: usize) -> Option<f64> {
         let table = self.seconds_per_unit.lock().unwrap_or_else(PoisonError::into_inner);
-        table.get(&(key.to_owned(), work)).map(|seconds| seconds * units as f64)
+        table.get(&(key, work)).map(|seconds| seconds * units as f64)
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::allocator;
 use crate::context::Context;
-use crate::device::instructor::{Placement, Room};
+use crate::device::instructor::{MemoryStatus, Placement};
 use crate::device::interface::Quantization;
 use crate::device::scope::{RequestScope, ScopedResources};
 use crate::error::{Error, Result};
@@ -74,24 +74,25 @@ impl ModelResources {
         managers.into_iter().flat_map(Manager::resident).collect()
     }
 
-    /// A request begins on `device`, which has this room. Weights that no request uses are kept or not by what there is
-    /// now.
-    pub fn begin(&self, room: Option<Room>, on_host: bool) {
-        // Mapped weights are the system's cache of the files, which it counts as available.
-        let mapped = if on_host { allocator::usage().mapped } else { Bytes(0) };
-        let taken = self.budget.bytes().saturating_sub(mapped);
-        let whole = room.map(|room| room.free + taken);
-        let capacity = match (self.cache_size, room, whole) {
-            (Allowance::Auto, Some(room), Some(whole)) => whole.saturating_sub(Bytes(room.total.0 / LEFT_FREE)),
-            (Allowance::Auto | Allowance::Share(_), ..) if room.is_none() => Bytes(0),
-            (options, room, _) => options.of(room.map(|room| room.total)).unwrap_or_default(),
+    /// Begins a request: sets the budget for networks that it does not use by the device's memory.
+    pub fn begin(&self, memory: Option<MemoryStatus>) {
+        let usable = memory.map(|memory| {
+            // Mapped weights are the system's cache of the files, which it counts as available.
+            let mapped = if memory.on_host { allocator::usage().mapped } else { Bytes(0) };
+            memory.free + self.budget.bytes().saturating_sub(mapped)
+        });
+        let capacity = match (self.cache_size, memory, usable) {
+            (Allowance::Auto, Some(memory), Some(usable)) => usable.saturating_sub(Bytes(memory.total.0 / LEFT_FREE)),
+            (Allowance::Auto, ..) => Bytes(0),
+            (limit, memory, _) => limit.of(memory.map(|memory| memory.total)).unwrap_or_default(),
         };
-        self.budget.begin(capacity, whole);
+        self.budget.begin(capacity, usable);
     }
 
     /// Frees the text encoders of a checkpoint, whose prompts have been encoded, if that is the policy.
     pub fn encoded(&mut self, checkpoint: &Checkpoint) {
-        let crowded = || self.budget.room().is_some_and(|whole| checkpoint.file_bytes().0 > whole.0 / 100 * CROWDED);
+        let crowded =
+            || self.budget.usable().is_some_and(|usable| checkpoint.file_bytes().0 > usable.0 / 100 * CROWDED);
         let release = match self.text_encoders {
             EncoderPolicy::Auto => crowded(),
             EncoderPolicy::Keep => false,
@@ -107,9 +108,9 @@ impl ModelResources {
         self.encoders.shelf.let_go(checkpoint.key);
     }
 
-    /// The running request will use what is kept of this checkpoint as it is placed, beneath `over` and, but for the networks
-    /// that `stack` changes, alone; or of this file beside one.
-    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], (stack, placement): (&LoraStack, &Placement)) {
+    /// Marks networks of a checkpoint, or of a component file, as used by the running request: those with adapters in `over`,
+    /// and those that `stack` does not change.
+    pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], stack: &LoraStack, placement: &Placement) {
         let Placement { compute, vae, quantization, .. } = *placement;
         let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
         let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));
@@ -121,8 +122,8 @@ impl ModelResources {
         self.adapters.claim(key);
     }
 
-    /// Frees the UNets of a checkpoint that lie where this request will not have them, whole or away, unless they are pinned.
-    pub fn settled(&mut self, key: CheckpointKey, placement: &Placement) {
+    /// Frees the UNets of a checkpoint that are not offloaded as `placement` asks, unless they are pinned.
+    pub fn drop_other_form(&mut self, key: CheckpointKey, placement: &Placement) {
         let form = form(placement.compute, placement.quantization, !placement.away);
         self.unets.shelf.drop_form(key, &form);
     }

@@ -20,7 +20,6 @@ use crate::postprocessing::interface as postprocessing;
 use crate::runtime::config;
 use crate::scheduler::instructor::SchedulerInstructor;
 use crate::scheduler::interface as scheduler;
-use crate::units::Bytes;
 
 /// A typed request of any domain that a lane carries out.
 #[derive(Clone, Debug)]
@@ -125,14 +124,14 @@ impl Instructors {
         if !compute {
             return reply;
         }
-        let room = lead.device.room(&managers.device);
-        managers.publish(room);
-        reply.map_err(|error| match (error, room) {
+        let memory = lead.device.memory_status(&managers.device);
+        managers.publish(memory);
+        reply.map_err(|error| match error {
             // The device's own error has no numbers.
-            (Error::OutOfMemory { stage, needed, free: Bytes(0), fits }, Some(room)) => {
-                Error::OutOfMemory { stage, needed, free: room.free, fits }
+            Error::OutOfMemory { stage, needed, free: None, fits } => {
+                Error::OutOfMemory { stage, needed, free: memory.map(|memory| memory.free), fits }
             }
-            (other, _) => other,
+            other => other,
         })
     }
 
@@ -142,8 +141,8 @@ impl Instructors {
             return Ok(RequestScope::Query { residents: managers.published.residents() });
         }
         let placement = self.inference.device.place(&mut managers.device, None)?;
-        let room = self.inference.device.room(&managers.device);
-        managers.model().begin(room, placement.device.is_cpu());
+        let memory = self.inference.device.memory_status(&managers.device);
+        managers.model().begin(memory);
         Ok(RequestScope::Compute { placement })
     }
 }

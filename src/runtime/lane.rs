@@ -10,10 +10,8 @@ use std::time::{Duration, Instant};
 use crate::context::{CancelToken, Context, Engine, PreviewOptions, Progress, Stage};
 use crate::error::{Error, Result};
 use crate::managers::{Managers, Published};
-use crate::model::managers::Reach;
 use crate::runtime::config;
 use crate::runtime::dispatch::{Call, Instructors, Reply};
-use crate::units::Bytes;
 
 /// Stack of a lane's thread in bytes.
 const STACK: usize = 16 << 20;
@@ -153,8 +151,8 @@ impl LaneThread {
             match (instructors.dispatch(call, managers, &ctx), again) {
                 // Memory kept for later requests may be enough for this one.
                 (Err(Error::OutOfMemory { stage, needed, .. }), Some(again)) => {
-                    let freed = managers.free_memory(Bytes(u64::MAX), Reach::Idle);
-                    tracing::warn!(request_id, stage, %needed, %freed, "out of memory; trying again after evicting everything");
+                    let freed = managers.free_idle();
+                    tracing::warn!(request_id, stage, ?needed, %freed, "out of memory; trying again after evicting everything");
                     ctx.warn(format!(
                         "memory ran out in {stage}; everything cached was evicted and the work started again"
                     ));

@@ -59,7 +59,7 @@ fn device_names_are_read() {
 }
 
 #[test]
-fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
+fn placement_on_the_cpu_follows_the_request_then_the_settings() {
     let mut resources = DeviceManager::default();
     let placed = instructor("cpu").place(&mut resources, None).unwrap();
     assert!(placed.device.is_cpu());
@@ -72,7 +72,7 @@ fn a_placement_on_the_cpu_follows_the_wish_then_the_settings() {
 }
 
 #[test]
-fn quantization_follows_the_wish_then_the_settings() {
+fn quantization_follows_the_request_then_the_settings() {
     use Quantization::{Int8, None as Without};
     let settings = Settings { device: Some("cpu".to_owned()), quantization: Int8, ..Settings::default() };
     let check = |instructor: DeviceInstructor, options, expected| {
@@ -151,7 +151,7 @@ fn info_tells_the_device_that_computes() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn memory_is_told_in_plausible_numbers() {
+fn memory_report_is_plausible() {
     let Response::Memory(report) = ask("cpu", Request::Memory(Nothing {})).unwrap() else { panic!("not a memory") };
     let (total, available) = report.host.total.zip(report.host.available).unwrap();
     assert!(available <= total && total.0 > 1 << 27, "{report:?}");

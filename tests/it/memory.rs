@@ -78,7 +78,7 @@ fn sizes() -> Vec<usize> {
 }
 
 #[test]
-fn large_blocks_are_aligned_to_huge_pages_and_others_as_asked() {
+fn large_blocks_are_aligned_to_huge_pages_and_others_as_requested() {
     let allocator = Allocator::new(AMPLE);
     for size in sizes() {
         for align in [1, 64, 4096, HUGE, 4 * HUGE] {

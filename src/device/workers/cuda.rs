@@ -1,8 +1,8 @@
-//! CUDA devices. The libraries are looked for before they are used: candle panics where libcuda is missing.
+//! CUDA devices. Libraries are loaded before candle uses them: it panics if libcuda is missing.
 
-use crate::device::manager::Opened;
+use crate::device::workers::opened::OpenDevice;
 
-/// A GPU as the driver names it; its place in the list is its ordinal.
+/// A GPU as the driver names it; its index in the list is its ordinal.
 pub(crate) struct Gpu {
     pub(crate) name: Option<String>,
 }
@@ -14,7 +14,7 @@ pub(crate) const HINT: Option<&str> = None;
 
 #[cfg(not(feature = "cuda"))]
 mod backend {
-    use super::{Gpu, Opened};
+    use super::{Gpu, OpenDevice};
 
     const ABSENT: &str = "this worker was built without CUDA";
 
@@ -22,7 +22,7 @@ mod backend {
         Err(ABSENT.to_owned())
     }
 
-    pub(crate) fn open(_ordinal: usize) -> Result<Opened, String> {
+    pub(crate) fn open(_ordinal: usize) -> Result<OpenDevice, String> {
         Err(ABSENT.to_owned())
     }
 
@@ -35,17 +35,17 @@ mod backend {
 mod backend {
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 
-    use super::{Gpu, Opened};
+    use super::{Gpu, OpenDevice};
     use crate::device::interface::DeviceId;
     use crate::device::workers::guarded;
 
-    /// What candle opens at run time: the driver, and CUDA 13's matrix and random number libraries.
+    /// Libraries that candle opens at run time: the driver, and CUDA 13's matrix and random number libraries.
     const LIBRARIES: [&str; 3] = ["libcuda.so.1", "libcublas.so.13", "libcurand.so.10"];
 
-    /// The GPUs the driver shows, in its order.
+    /// The driver's GPUs in its order.
     ///
     /// # Errors
-    /// Why there is none, in words.
+    /// The reason there is none.
     pub(crate) fn gpus() -> Result<Vec<Gpu>, String> {
         libraries()?;
         guarded(|| {
@@ -61,8 +61,8 @@ mod backend {
     /// Opens a GPU for the calling thread: candle makes its stream here.
     ///
     /// # Errors
-    /// Why it cannot be opened, in words.
-    pub(crate) fn open(ordinal: usize) -> Result<Opened, String> {
+    /// The reason it cannot be opened.
+    pub(crate) fn open(ordinal: usize) -> Result<OpenDevice, String> {
         let count = gpus()?.len();
         if ordinal >= count {
             return Err(format!("the driver shows {count} GPU(s), counted from 0"));
@@ -72,7 +72,7 @@ mod backend {
             let context = device.as_cuda_device().map_err(|error| error.to_string())?.cuda_stream().context().clone();
             let (major, minor) = context.compute_capability().map_err(|error| error.to_string())?;
             let capability = u32::try_from(major).ok().zip(u32::try_from(minor).ok());
-            Ok(Opened { id: DeviceId::Cuda(ordinal), description: context.name().ok(), capability, device })
+            Ok(OpenDevice { id: DeviceId::Cuda(ordinal), description: context.name().ok(), capability, device })
         })
     }
 

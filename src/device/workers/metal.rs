@@ -1,6 +1,6 @@
 //! Apple's GPU, through Metal.
 
-use crate::device::manager::Opened;
+use crate::device::workers::opened::OpenDevice;
 
 #[cfg(not(feature = "metal"))]
 pub(crate) const HINT: Option<&str> = Some("build the worker with `--features metal` on a Mac");
@@ -8,18 +8,18 @@ pub(crate) const HINT: Option<&str> = Some("build the worker with `--features me
 pub(crate) const HINT: Option<&str> = None;
 
 /// # Errors
-/// Why it cannot be opened, in words.
+/// The reason it cannot be opened.
 #[cfg(not(feature = "metal"))]
-pub(crate) fn open() -> Result<Opened, String> {
+pub(crate) fn open() -> Result<OpenDevice, String> {
     Err("this worker was built without Metal".to_owned())
 }
 
 /// # Errors
-/// Why it cannot be opened, in words.
+/// The reason it cannot be opened.
 #[cfg(feature = "metal")]
-pub(crate) fn open() -> Result<Opened, String> {
+pub(crate) fn open() -> Result<OpenDevice, String> {
     crate::device::workers::guarded(|| {
         let device = candle_core::Device::new_metal(0).map_err(|error| error.to_string())?;
-        Ok(Opened { id: crate::device::interface::DeviceId::Metal, description: None, capability: None, device })
+        Ok(OpenDevice { id: crate::device::interface::DeviceId::Metal, description: None, capability: None, device })
     })
 }

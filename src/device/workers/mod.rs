@@ -1,10 +1,11 @@
-//! Looking at the machine: which devices it has, how much memory, what its CPU can do.
+//! Inspects the machine: its devices, memory and CPU features.
 
 pub(crate) mod cuda;
 pub(crate) mod host;
 pub(crate) mod metal;
+pub(crate) mod opened;
 
-/// Runs what a driver's binding may answer with a panic, and gives the panic's text as an error.
+/// Calls a driver's binding, and returns the text of its panic as an error.
 #[cfg(any(feature = "cuda", feature = "metal"))]
 fn guarded<T>(work: impl FnOnce() -> Result<T, String> + std::panic::UnwindSafe) -> Result<T, String> {
     std::panic::catch_unwind(work).unwrap_or_else(|panic| {

@@ -1,246 +1,207 @@
-//! Where an image's weights and feature maps go: what they need is estimated, the ladder is climbed before the work, and
-//! again when a device has no memory left.
+//! Owns a generation's memory: plans it before the work, evicts what others left in memory, and degrades the plan when a
+//! device runs out of memory.
 
 use crate::context::Context;
-use crate::device::instructor::{Placement, Room};
-use crate::device::interface::{Dtype, Quantization};
+use crate::device::instructor::{DeviceInstructor, MemoryStatus, Placement};
 use crate::error::{Error, Result};
-use crate::inference::instructor::{InferenceInstructor, throughput_key};
-use crate::inference::interface::{Estimate, GenerateRequest, Response};
+use crate::inference::interface::Estimate;
+use crate::inference::managers::estimate::Estimator;
 use crate::inference::plan::GenerationPlan;
 use crate::inference::plan::controlnet::is_of;
-use crate::inference::plan::memory_policy::{Available, Choice, choose, next};
+use crate::inference::plan::memory_estimate::MemoryEstimate;
+use crate::inference::plan::memory_policy::{AvailableMemory, MemoryDecision, decide, next_fallback};
 use crate::inference::request::memory::{Fallback, Largest, MemoryPlan, MemoryStrategy, MemoryUse, Offload};
-use crate::inference::workers::estimate::{EstimateTask, Estimation, Needs};
-use crate::layers::{Manager as _, Resident};
+use crate::layers::Resident;
 use crate::managers::Managers;
-use crate::model::checkpoint::{CheckpointKey, Part};
+use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::lora::LoraStack;
 use crate::model::managers::{ENCODERS, Reach};
-use crate::model::weights::size::Holding;
+use crate::model::weights::size::WeightFormat;
 use crate::units::Bytes;
 
-/// Sides of the sizes that are tried for the largest that fits, in pixels.
-const STEP: usize = 64;
-/// How often what others use is dropped until the system shows it as free.
-const TRIES: usize = 4;
+/// Step between the sides that are tried for the largest image that fits, in pixels.
+const SIDE_STEP: usize = 64;
+/// Evictions that are tried until the system shows their bytes as free.
+const EVICTIONS: usize = 4;
 
-/// How the images of a request are made.
-pub(crate) struct Settled {
-    pub(crate) told: MemoryUse,
-    needs: Needs,
+/// Plans the memory of generations.
+#[derive(Clone, Copy)]
+pub(crate) struct MemoryPlanner<'a> {
+    pub(crate) device: &'a DeviceInstructor,
+    /// Longest side of an image, in pixels.
+    pub(crate) max_side: usize,
 }
 
-impl InferenceInstructor {
-    /// What the generation would need; nothing is made.
+/// A generation to be planned. The plan and the placement take on the decision.
+pub(crate) struct MemoryTask<'a> {
+    pub(crate) plan: &'a mut GenerationPlan,
+    pub(crate) placement: &'a mut Placement,
+    /// Adapters of the request's model.
+    pub(crate) stack: &'a LoraStack,
+}
+
+/// The memory plan in effect.
+pub(crate) struct PlannedMemory {
+    pub(crate) report: MemoryUse,
+    estimate: MemoryEstimate,
+}
+
+/// Bytes that were missing in a stage of the work.
+struct Shortage {
+    stage: &'static str,
+    needed: Bytes,
+    free: Option<Bytes>,
+}
+
+impl MemoryPlanner<'_> {
+    /// Plans the memory of a generation within what is free, and evicts what is in its way.
     ///
     /// # Errors
-    /// Those of [`Self::plan`].
-    pub fn estimate(&self, request: &GenerateRequest, resources: &mut Managers, ctx: &Context) -> Result<Response> {
-        let mut plan = self.plan(request, resources)?;
-        let compute = self.device.dtype(&resources.device, plan.dtype)?;
-        let quantization = self.device.quantization(plan.quantization);
-        plan.memory = plan.memory.quantized(quantization)?;
-        let residents = resources.published.residents();
-        // Where a GPU computes, only its own thread can ask it.
-        let gpu = resources.published.room().filter(|(_, on_host)| !on_host);
-        let on_host = gpu.is_none();
-        let room = gpu.map(|(room, _)| room).or_else(|| self.device.room(&resources.device));
-        let stack = LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?;
-        let needs = self.appraise((&plan, &stack), (compute, quantization, on_host), &residents, resources, ctx)?;
-        let others = residents.iter().filter(|one| !one.pinned && !is_of(&plan, one));
-        let droppable = others.map(|one| one.bytes).sum();
-        let available = room.map(|Room { free, .. }| Available { free, droppable });
-        Ok(Response::Estimate(self.told(&plan, &needs, available)))
-    }
-
-    fn told(&self, plan: &GenerationPlan, needs: &Needs, available: Option<Available>) -> Estimate {
-        let first = plan.memory.first();
-        let choice = available.map(|available| choose(needs, plan.memory, available));
-        let (memory, needed) = match &choice {
-            Some(choice) => (choice.told.clone(), choice.needed),
-            None => (MemoryUse { means: first, ..MemoryUse::default() }, needs.needed(first)),
-        };
-        let fits = |needed: Bytes, dropped: bool| {
-            available.map(|Available { free, droppable }| needed <= free + if dropped { droppable } else { Bytes(0) })
-        };
-        let mut ways = vec![MemoryStrategy {
-            fallback: None,
-            needed: needs.needed(first),
-            fits: fits(needs.needed(first), false),
-        }];
-        let mut means = first;
-        for fallback in Fallback::ALL {
-            let Some(higher) = plan.memory.degrade(means, fallback) else { continue };
-            means = higher;
-            ways.push(MemoryStrategy {
-                fallback: Some(fallback),
-                needed: needs.needed(means),
-                fits: fits(needs.needed(means), true),
-            });
-        }
-        Estimate {
-            weights: needs.weights(),
-            parts: needs.parts(),
-            activations: needs.activations(memory.means),
-            activations_unet: needs.denoise(memory.means),
-            activations_decode: needs.decode(memory.means),
-            needed,
-            free: available.map(|available| available.free),
-            fits: choice.as_ref().map(|choice| choice.fits),
-            largest: available.and_then(|available| self.largest(plan, needs, available)),
-            memory,
-            ways,
-            evaluations: needs.evaluations,
-            seconds: needs.seconds,
-        }
-    }
-
-    fn appraise(
+    /// `out_of_memory` if it cannot fit, before anything is loaded for it.
+    pub(crate) fn plan_memory(
         &self,
-        (plan, stack): (&GenerationPlan, &LoraStack),
-        (compute, quantization, on_host): (Dtype, Quantization, bool),
-        residents: &[Resident],
-        resources: &Managers,
+        task: MemoryTask<'_>,
+        managers: &mut Managers,
         ctx: &Context,
-    ) -> Result<Needs> {
-        let holding = Holding { compute, quantization, on_host };
-        let key = throughput_key(&plan.checkpoint, compute, quantization);
-        ctx.perform(
-            &Estimation,
-            EstimateTask { plan, stack, holding, key: &key, throughput: &resources.published.throughput, residents },
-        )
-    }
-
-    /// Decides how the images are made in the room that there is, and makes place for them. `stack` lies over the model's own
-    /// networks.
-    ///
-    /// # Errors
-    /// `out_of_memory` where they cannot, before anything is loaded for it.
-    pub(crate) fn settle(
-        &self,
-        plan: &mut GenerationPlan,
-        placement: &mut Placement,
-        stack: &LoraStack,
-        (resources, ctx): (&mut Managers, &Context),
-    ) -> Result<Settled> {
+    ) -> Result<PlannedMemory> {
+        let MemoryTask { plan, placement, stack } = task;
         plan.memory = plan.memory.quantized(placement.quantization)?;
-        let on_host = placement.device.is_cpu();
-        let room = self.device.room(&resources.device);
-        resources.model().begin(room, on_host);
-        let own = [plan.checkpoint.key].into_iter().chain(plan.further.iter().map(|further| further.checkpoint.key));
-        let controls: Vec<CheckpointKey> = plan.controls.iter().map(|control| control.net.key).collect();
-        let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
-        let over: Vec<CheckpointKey> = adapted.chain(controls.iter().copied()).collect();
-        let none = LoraStack::default();
-        let beside = controls.iter().copied().chain(plan.adapters.networks().map(|(_, found)| found.key));
-        for key in own.chain(beside) {
-            let stack = if key == plan.checkpoint.key { stack } else { &none };
-            resources.model().claim(key, &over, (stack, placement));
-        }
-        let holding = (placement.compute, placement.quantization, on_host);
-        let mut needs = self.appraise((plan, stack), holding, &resources.resident(), resources, ctx)?;
-        let first = plan.memory.first();
-        let mut free = room.map(|room| room.free);
-        let mut dropped = None;
-        // Nothing is dropped for what would not fit even so, nor more than the way needs that is gone then.
-        let planned = free.map(|free| {
-            choose(&needs, plan.memory, Available { free, droppable: droppable(resources, Reach::Others) })
-        });
-        if let (Some(Choice { needed, fits: false, .. }), Some(now)) = (&planned, free) {
-            // Text encoders that leave may not fit beside the networks for which they left.
-            let stays: Vec<Resident> =
-                resources.resident().into_iter().filter(|one| one.pinned || one.used_ms.is_none()).collect();
-            let anew = self.appraise((plan, stack), holding, &stays, resources, ctx)?;
-            let idle = Available { free: now, droppable: droppable(resources, Reach::Idle) };
-            if !choose(&anew, plan.memory, idle).fits {
-                return Err(self.refused(plan, &needs, ("planning", *needed, now), resources));
-            }
-            resources.free_memory(Bytes(u64::MAX), Reach::Idle);
-            (dropped, free) = (free, self.device.free(&resources.device));
-            needs = self.appraise((plan, stack), holding, &resources.resident(), resources, ctx)?;
-        }
-        let means = planned.map_or(first, |planned| planned.told.means);
-        for _ in 0..TRIES {
-            let Some(short) = free.map(|free| needs.needed(means).saturating_sub(free)) else { break };
-            if short == Bytes(0)
-                || droppable(resources, Reach::Others) == Bytes(0)
-                || resources.free_memory(short, Reach::Others) == Bytes(0)
-            {
-                break;
-            }
-            dropped = dropped.or(free);
-            free = self.device.free(&resources.device);
-            // What adapters leave as it is may have lain in a network that went.
-            needs = self.appraise((plan, stack), holding, &resources.resident(), resources, ctx)?;
-        }
-        let Some(free) = free else {
-            self.settled(plan, placement, resources);
-            return Ok(Settled { told: MemoryUse { means: first, ..MemoryUse::default() }, needs });
+        let status = self.device.memory_status(&managers.device);
+        managers.model().begin(status);
+        claim(plan, placement, stack, managers);
+        let format = WeightFormat {
+            compute: placement.compute,
+            quantization: placement.quantization,
+            on_host: placement.device.is_cpu(),
         };
-        let Choice { mut told, needed, fits } = choose(&needs, plan.memory, Available { free, droppable: Bytes(0) });
-        if !fits {
-            return Err(self.refused(plan, &needs, ("planning", needed, free), resources));
+        let estimator = Estimator { plan, stack, format, ctx };
+        let estimate = estimator.memory(&managers.resident())?;
+        let mut planning = Planning { planner: *self, estimator, managers, estimate, evicted: false };
+        let report = match status {
+            Some(MemoryStatus { free, .. }) => planning.fit(free)?,
+            None => MemoryUse { plan: plan.memory.first(), ..MemoryUse::default() },
+        };
+        let estimate = planning.estimate;
+        if !report.fallbacks.is_empty() {
+            let (fallbacks, why) = (&report.fallbacks, &report.why);
+            tracing::info!(request_id = ctx.request_id(), ?fallbacks, why, "memory is short");
         }
-        if let Some(before) = dropped {
-            told.fallbacks.insert(0, Fallback::Drop);
-            told.why.get_or_insert(format!("{needed} needed, {before} free"));
+        apply(report.plan, plan, placement);
+        for key in models(plan) {
+            managers.model().drop_other_form(key, placement);
         }
-        if !told.fallbacks.is_empty() {
-            tracing::info!(request_id = ctx.request_id(), fallbacks = ?told.fallbacks, why = told.why, "memory is short");
-        }
-        apply(told.means, plan, placement);
-        self.settled(plan, placement, resources);
-        Ok(Settled { told, needs })
+        Ok(PlannedMemory { report, estimate })
     }
 
-    /// UNets that lie elsewhere than was decided go.
-    fn settled(&self, plan: &GenerationPlan, placement: &Placement, resources: &mut Managers) {
-        let further = plan.further.iter().map(|further| further.checkpoint.key);
-        for key in [plan.checkpoint.key].into_iter().chain(further) {
-            resources.model().settled(key, placement);
-        }
-    }
-
-    /// After a device had no memory left: the next rung, for which the work is to begin again.
+    /// Takes the next fallback after a device ran out of memory; the work then starts again.
     ///
     /// # Errors
-    /// `out_of_memory`, with what was needed and free, after the last rung; any other error as it is.
+    /// `out_of_memory`, with the bytes needed and free, after the last fallback; any other error as it is.
     pub(crate) fn degrade(
         &self,
         error: Error,
-        settled: &mut Settled,
-        plan: &mut GenerationPlan,
-        placement: &mut Placement,
-        (resources, ctx): (&mut Managers, &Context),
+        planned: &mut PlannedMemory,
+        task: MemoryTask<'_>,
+        managers: &mut Managers,
+        ctx: &Context,
     ) -> Result<()> {
         let Error::OutOfMemory { stage, .. } = error else { return Err(error) };
-        let freed = resources.free_memory(Bytes(u64::MAX), Reach::Idle);
-        let Some((fallback, means)) = next(plan.memory, &settled.told) else {
-            let free = self.device.free(&resources.device).unwrap_or_default();
-            return Err(self.refused(plan, &settled.needs, (stage, settled.needs.needed(plan.means), free), resources));
+        let MemoryTask { plan, placement, .. } = task;
+        let freed = managers.free_idle();
+        let PlannedMemory { report, estimate } = planned;
+        let Some((fallback, next)) = next_fallback(plan.memory, report) else {
+            let free = self.device.free(&managers.device);
+            let shortage = Shortage { stage, needed: estimate.needed(plan.means), free };
+            return Err(self.out_of_memory(plan, estimate, shortage, managers));
         };
-        tracing::warn!(request_id = ctx.request_id(), stage, %freed, ?fallback, "out of memory; begun again in less");
-        ctx.warn(format!("memory ran out in {stage}; the image was begun again in a way that takes less"));
-        settled.told.fallbacks.push(fallback);
-        settled.told.means = means;
-        settled.told.why.get_or_insert(format!("memory ran out in {stage}"));
-        apply(means, plan, placement);
+        tracing::warn!(request_id = ctx.request_id(), stage, %freed, ?fallback, "out of memory; started again with less");
+        ctx.warn(format!("memory ran out in {stage}; the image was started again in a way that needs less"));
+        report.fallbacks.push(fallback);
+        report.plan = next;
+        report.why.get_or_insert_with(|| format!("memory ran out in {stage}"));
+        apply(next, plan, placement);
         Ok(())
     }
 
-    fn refused(
+    /// Frees memory for a model that is not loaded, such as a refiner after its base.
+    pub(crate) fn free_for(&self, checkpoint: &Checkpoint, managers: &mut Managers) {
+        let is_loaded = |one: &Resident| one.kind == "unet" && one.name == checkpoint.name;
+        if managers.resident().iter().any(is_loaded) {
+            return;
+        }
+        let Some(free) = self.device.free(&managers.device) else { return };
+        let short = checkpoint.file_bytes().saturating_sub(free);
+        if short > Bytes(0) {
+            managers.free_memory(short, Reach::Idle);
+        }
+    }
+
+    /// Estimates a generation outside the compute thread, from what that thread published.
+    ///
+    /// # Errors
+    /// `unsupported_feature` for a dtype or offload that the device excludes; those of the files' headers.
+    pub(crate) fn estimate(&self, plan: &mut GenerationPlan, managers: &Managers, ctx: &Context) -> Result<Estimate> {
+        let compute = self.device.dtype(&managers.device, plan.dtype)?;
+        let quantization = self.device.quantization(plan.quantization);
+        plan.memory = plan.memory.quantized(quantization)?;
+        // Only its own thread can ask a GPU for its memory.
+        let gpu = managers.published.memory().filter(|memory| !memory.on_host);
+        let format = WeightFormat { compute, quantization, on_host: gpu.is_none() };
+        let status = gpu.or_else(|| self.device.memory_status(&managers.device));
+        let residents = managers.published.residents();
+        let stack = LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?;
+        let estimator = Estimator { plan, stack: &stack, format, ctx };
+        let estimate = estimator.memory(&residents)?;
+        let others = residents.iter().filter(|one| !one.pinned && !is_of(plan, one));
+        let evictable = others.map(|one| one.bytes).sum();
+        let available = status.map(|MemoryStatus { free, .. }| AvailableMemory { free, evictable });
+        Ok(Estimate {
+            evaluations: estimator.evaluations(),
+            seconds: estimator.seconds(&managers.published.throughput),
+            ..self.report(plan, &estimate, available)
+        })
+    }
+
+    /// The memory of an estimate; its time is left out.
+    fn report(&self, plan: &GenerationPlan, estimate: &MemoryEstimate, available: Option<AvailableMemory>) -> Estimate {
+        let first = plan.memory.first();
+        let decision = available.map(|available| decide(estimate, plan.memory, available));
+        let fits = decision.as_ref().map(|decision| decision.fits);
+        let (memory, needed) = match decision {
+            Some(MemoryDecision { report, needed, .. }) => (report, needed),
+            None => (MemoryUse { plan: first, ..MemoryUse::default() }, estimate.needed(first)),
+        };
+        Estimate {
+            weights: estimate.weights(),
+            parts: estimate.parts(),
+            activations: estimate.activations.peak(memory.plan),
+            activations_unet: estimate.activations.denoise(memory.plan),
+            activations_decode: estimate.activations.decode(memory.plan),
+            needed,
+            free: available.map(|available| available.free),
+            fits,
+            largest: available.and_then(|available| self.largest(plan, estimate, available)),
+            memory,
+            ways: strategies(plan, estimate, available),
+            evaluations: 0,
+            seconds: None,
+        }
+    }
+
+    fn out_of_memory(
         &self,
         plan: &GenerationPlan,
-        needs: &Needs,
-        (stage, needed, free): (&'static str, Bytes, Bytes),
-        resources: &Managers,
+        estimate: &MemoryEstimate,
+        shortage: Shortage,
+        managers: &Managers,
     ) -> Error {
-        let residents = resources.resident();
+        let Shortage { stage, needed, free } = shortage;
+        let residents = managers.resident();
         let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
         let mut hints = Vec::new();
-        let available = Available { free, droppable: droppable(resources, Reach::Others) };
-        if let Some(Largest { width, height }) = self.largest(plan, needs, available) {
+        let available =
+            AvailableMemory { free: free.unwrap_or_default(), evictable: managers.evictable(Reach::Others) };
+        if let Some(Largest { width, height }) = self.largest(plan, estimate, available) {
             hints.push(format!("an image of about {width}×{height} would fit"));
         }
         if !pinned.is_empty() {
@@ -250,31 +211,144 @@ impl InferenceInstructor {
             hints.push(format!("{bytes} are pinned: {}", names.join(", ")));
         }
         let fits = (!hints.is_empty()).then(|| hints.join("; "));
-        Error::OutOfMemory { stage, needed, free, fits }
+        Error::OutOfMemory { stage, needed: Some(needed), free, fits }
     }
 
-    /// The largest size of the plan's proportions that fits, in whichever way the request leaves open.
-    fn largest(&self, plan: &GenerationPlan, needs: &Needs, available: Available) -> Option<Largest> {
+    /// The largest image of the plan's proportions that fits, with any fallback that the request leaves open.
+    fn largest(&self, plan: &GenerationPlan, estimate: &MemoryEstimate, available: AvailableMemory) -> Option<Largest> {
         let (width, height) = (plan.size.width, plan.size.height);
-        let most = self.settings.max_side as usize / STEP;
-        (1..=most).rev().find_map(|count| {
-            let longer = (count * STEP) as f64 / width.max(height) as f64;
-            let side = |side: usize| ((side as f64 * longer / STEP as f64).round() as usize).max(1) * STEP;
-            let found = Largest { width: side(width), height: side(height) };
-            let scale = (found.width * found.height) as f64 / (width * height) as f64;
-            choose(&needs.scaled(scale), plan.memory, available).fits.then_some(found)
+        (1..=self.max_side / SIDE_STEP).rev().find_map(|count| {
+            let longer = (count * SIDE_STEP) as f64 / width.max(height) as f64;
+            let side = |side: usize| ((side as f64 * longer / SIDE_STEP as f64).round() as usize).max(1) * SIDE_STEP;
+            let largest = Largest { width: side(width), height: side(height) };
+            let scale = (largest.width * largest.height) as f64 / (width * height) as f64;
+            decide(&estimate.scaled(scale), plan.memory, available).fits.then_some(largest)
         })
     }
 }
 
-/// Bytes that can go.
-fn droppable(resources: &Managers, reach: Reach) -> Bytes {
-    let caches =
-        resources.conditioning.embeddings.resident().into_iter().chain(resources.conditioning.hints.resident());
-    caches.map(|one| one.bytes).sum::<Bytes>() + resources.conditioning.model.budget.evictable(reach)
+/// A plan that is being fitted into the device's memory.
+struct Planning<'a> {
+    planner: MemoryPlanner<'a>,
+    estimator: Estimator<'a>,
+    managers: &'a mut Managers,
+    /// With what is in memory now.
+    estimate: MemoryEstimate,
+    /// True once something was evicted.
+    evicted: bool,
 }
 
-fn apply(means: MemoryPlan, plan: &mut GenerationPlan, placement: &mut Placement) {
-    plan.means = means;
-    placement.away = means.offload == Offload::Sequential;
+impl Planning<'_> {
+    /// Decides for `free` bytes, and evicts as much as the decision needs.
+    fn fit(&mut self, free: Bytes) -> Result<MemoryUse> {
+        // Nothing is evicted for a generation that would not fit even then, nor more than its plan needs.
+        let decision = self.decide(AvailableMemory { free, evictable: self.managers.evictable(Reach::Others) });
+        let mut now = free;
+        if !decision.fits {
+            now = self.evict_idle(decision.needed, free)?;
+        }
+        now = self.evict_others(decision.report.plan, now)?;
+        let MemoryDecision { mut report, needed, fits } =
+            self.decide(AvailableMemory { free: now, evictable: Bytes(0) });
+        if !fits {
+            return Err(self.refusal(needed, now));
+        }
+        if self.evicted {
+            report.fallbacks.insert(0, Fallback::Drop);
+            report.why.get_or_insert_with(|| format!("{needed} needed, {free} free"));
+        }
+        Ok(report)
+    }
+
+    /// Evicts even networks that this request uses, if it then fits: text encoders that are freed later may not fit
+    /// beside the networks for which they are freed. Returns the bytes that are free then.
+    fn evict_idle(&mut self, needed: Bytes, free: Bytes) -> Result<Bytes> {
+        let mut staying = self.managers.resident();
+        staying.retain(|one| one.pinned || one.used_ms.is_none());
+        let estimate = self.estimator.memory(&staying)?;
+        let available = AvailableMemory { free, evictable: self.managers.evictable(Reach::Idle) };
+        if !decide(&estimate, self.estimator.plan.memory, available).fits {
+            return Err(self.refusal(needed, free));
+        }
+        self.managers.free_idle();
+        self.evicted(free)
+    }
+
+    /// Evicts as much of other requests' networks as `plan` is short of. Returns the bytes that are free then.
+    fn evict_others(&mut self, plan: MemoryPlan, mut free: Bytes) -> Result<Bytes> {
+        for _ in 0..EVICTIONS {
+            let short = self.estimate.needed(plan).saturating_sub(free);
+            if short == Bytes(0)
+                || self.managers.evictable(Reach::Others) == Bytes(0)
+                || self.managers.free_memory(short, Reach::Others) == Bytes(0)
+            {
+                break;
+            }
+            free = self.evicted(free)?;
+        }
+        Ok(free)
+    }
+
+    /// Measures and estimates again: an adapted network may have shared its layers with one that was evicted.
+    fn evicted(&mut self, before: Bytes) -> Result<Bytes> {
+        self.evicted = true;
+        self.estimate = self.estimator.memory(&self.managers.resident())?;
+        Ok(self.planner.device.free(&self.managers.device).unwrap_or(before))
+    }
+
+    fn decide(&self, available: AvailableMemory) -> MemoryDecision {
+        decide(&self.estimate, self.estimator.plan.memory, available)
+    }
+
+    fn refusal(&self, needed: Bytes, free: Bytes) -> Error {
+        let shortage = Shortage { stage: "planning", needed, free: Some(free) };
+        self.planner.out_of_memory(self.estimator.plan, &self.estimate, shortage, self.managers)
+    }
+}
+
+/// Marks the networks in memory that the request will use, so that they are the last to be evicted.
+fn claim(plan: &GenerationPlan, placement: &Placement, stack: &LoraStack, managers: &mut Managers) {
+    let controlnets = || plan.controls.iter().map(|control| control.net.key);
+    let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
+    let over: Vec<CheckpointKey> = adapted.chain(controlnets()).collect();
+    let bare = LoraStack::default();
+    let adapters = plan.adapters.networks().map(|(_, file)| file.key);
+    for key in models(plan).chain(controlnets()).chain(adapters) {
+        let stack = if key == plan.checkpoint.key { stack } else { &bare };
+        managers.model().claim(key, &over, stack, placement);
+    }
+}
+
+/// The request's model and those of later passes.
+fn models(plan: &GenerationPlan) -> impl Iterator<Item = CheckpointKey> + '_ {
+    std::iter::once(plan.checkpoint.key).chain(plan.further.iter().map(|further| further.checkpoint.key))
+}
+
+/// Every fallback that the request leaves open, each on top of those before it.
+fn strategies(
+    plan: &GenerationPlan,
+    estimate: &MemoryEstimate,
+    available: Option<AvailableMemory>,
+) -> Vec<MemoryStrategy> {
+    let strategy = |fallback: Option<Fallback>, memory: MemoryPlan| {
+        let needed = estimate.needed(memory);
+        let fits = available.map(|AvailableMemory { free, evictable }| match fallback {
+            None => needed <= free,
+            Some(_) => needed <= free + evictable,
+        });
+        MemoryStrategy { fallback, needed, fits }
+    };
+    let mut memory = plan.memory.first();
+    let mut strategies = vec![strategy(None, memory)];
+    for fallback in Fallback::ALL {
+        let Some(degraded) = plan.memory.degrade(memory, fallback) else { continue };
+        memory = degraded;
+        strategies.push(strategy(Some(fallback), memory));
+    }
+    strategies
+}
+
+fn apply(memory: MemoryPlan, plan: &mut GenerationPlan, placement: &mut Placement) {
+    plan.means = memory;
+    placement.away = memory.offload == Offload::Sequential;
 }

@@ -13,7 +13,7 @@ use crate::context::{Context, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::image::pixels::{Gray8, Rgb8};
-use crate::inference::instructor::{InferenceInstructor, throughput_key};
+use crate::inference::instructor::InferenceInstructor;
 use crate::inference::interface::DecodeExtent;
 use crate::inference::plan::controlnet::ControlledRun;
 use crate::inference::plan::guidance::Guidance;
@@ -27,15 +27,15 @@ use crate::inference::workers::latents::{Encode, EncodeTask, Masking, Outside, h
 use crate::inference::workers::preview::{Preview, PreviewTask};
 use crate::inference::workers::prompts::Prompts;
 use crate::managers::Managers;
+use crate::managers::throughput::{ThroughputKey, Work};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::LoraStack;
-use crate::model::managers::{Reach, Vae};
+use crate::model::managers::Vae;
 use crate::model::networks::vae::Extent;
 use crate::noise::{NoiseSource, Seed};
 use crate::postprocessing::upscaler::UpscaleTask;
 use crate::scheduler::plan::SamplingPlan;
-use crate::throughput::Work;
-use crate::units::{Bytes, ImageSize};
+use crate::units::ImageSize;
 
 /// What every image of a request has in common, made once.
 pub(crate) struct Shared {
@@ -365,7 +365,7 @@ impl InferenceInstructor {
     ) -> Result<Tensor> {
         let Run { checkpoint, sampling, before, pass, .. } = run;
         if plan.further.iter().any(|further| further.checkpoint.key != plan.checkpoint.key) {
-            self.make_place(checkpoint, resources);
+            self.memory().free_for(checkpoint, resources);
         }
         let Shared { canvas, prompts, controls, adaptations, hints, stack } = shared;
         // They are named for the request's model; a refiner is another one.
@@ -444,19 +444,9 @@ impl InferenceInstructor {
             ctx.perform(&Denoise, task)
         })?;
         let units = run.guidance.evaluations(sampling) * run.size.width * run.size.height / 64;
-        let key = throughput_key(checkpoint, placement.compute, placement.quantization);
-        resources.published.throughput.record(&key, Work::Evaluation, units, begun.elapsed());
+        let key = throughput_key(checkpoint, placement);
+        resources.published.throughput.record(key, Work::Evaluation, units, begun.elapsed());
         Ok(latents)
-    }
-
-    /// Frees what is kept where the device has no room for a model that is not in memory, as a refiner beside its base.
-    fn make_place(&self, checkpoint: &Checkpoint, resources: &mut Managers) {
-        let here = resources.resident().iter().any(|one| one.kind == "unet" && one.name == checkpoint.name);
-        let free = self.device.free(&resources.device).filter(|_| !here);
-        let short = free.map_or(Bytes(0), |free| checkpoint.file_bytes().saturating_sub(free));
-        if short > Bytes(0) {
-            resources.free_memory(short, Reach::Idle);
-        }
     }
 
     /// The picture of `latents`.
@@ -483,10 +473,14 @@ impl InferenceInstructor {
             ctx.perform(&Decode, task)
         })?;
         let units = latents.elem_count() / plan.checkpoint.vae.latent_channels.max(1);
-        let key = throughput_key(&plan.checkpoint, placement.compute, placement.quantization);
-        resources.published.throughput.record(&key, Work::Decode, units, start.elapsed());
+        let key = throughput_key(&plan.checkpoint, placement);
+        resources.published.throughput.record(key, Work::Decode, units, start.elapsed());
         images.into_iter().next().ok_or_else(|| Error::bug("the decoder gave no image"))
     }
+}
+
+fn throughput_key(checkpoint: &Checkpoint, placement: &Placement) -> ThroughputKey {
+    ThroughputKey { model: checkpoint.key, dtype: placement.compute, quantization: placement.quantization }
 }
 
 /// The latents that a run starts from, where `fill` puts something else beneath the mask.

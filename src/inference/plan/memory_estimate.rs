@@ -1,466 +1,375 @@
-//! What a generation will need, before it begins: bytes of weights from the headers of their files, bytes of feature maps
-//! from the networks' shapes, seconds from what was measured.
+//! Arithmetic on a generation's estimated memory: its peak under each [`MemoryPlan`].
 
-use crate::context::Context;
-use crate::device::interface::{Dtype, Quantization};
-use crate::error::Result;
-use crate::inference::interface::DecodeExtent;
-use crate::inference::plan::controlnet::is_of;
-use crate::inference::plan::{Entry, GenerationPlan};
-use crate::inference::request::memory::{MemoryPlan, Offload, PartBytes};
-use crate::layers::{Resident, Worker};
-use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::lora::LoraStack;
-use crate::model::managers::{self, form};
-use crate::model::networks::footprint::Footprint;
-use crate::model::networks::vae::Extent;
-use crate::model::weights::size::{Holding, Touched, Weighed};
-use crate::throughput::{Throughput, Work};
-use crate::units::{Bytes, ImageSize};
+use crate::inference::request::memory::{DecodeExtent, MemoryPlan, Offload, PartBytes};
+use crate::model::weights::size::{AdaptedBytes, WeightBytes};
+use crate::units::Bytes;
 
-/// Vocabularies and merges of both tokenizers, which are CLIP's in every SDXL model.
-const TOKENIZERS: Bytes = Bytes(22 * Bytes::MIB);
-/// Blocks that the CPU's kernels lay their numbers in.
-const WORKING: Bytes = Bytes(8 * Bytes::MIB);
-/// Parts that may leave.
-const ENCODERS: &str = "text_encoders";
-const UNET: &str = "unet";
-/// Parts that look at images before the text is read.
-const VAE: &str = "vae";
-const CONTROLNET: &str = "controlnet";
-const ADAPTER: &str = "adapter";
-/// What is no weights.
-const VOCABULARIES: &str = "tokenizers";
-
-pub struct Estimation;
-
-pub struct EstimateTask<'a> {
-    pub plan: &'a GenerationPlan,
-    /// What lies over the networks of its model.
-    pub stack: &'a LoraStack,
-    pub holding: Holding,
-    /// Under which name the model's time is remembered.
-    pub key: &'a str,
-    pub throughput: &'a Throughput,
-    /// What is in memory.
-    pub residents: &'a [Resident],
-}
-
-/// What a generation needs, by part.
+/// Estimated memory of a generation.
 #[derive(Clone, Debug)]
-pub struct Needs {
-    parts: Vec<Need>,
-    /// Feature maps of one pass of the UNet.
-    pass: f64,
-    /// How many passes a step makes at most.
-    passes: usize,
-    /// The text as the UNet reads it, in all passes.
-    text: f64,
-    /// Feature maps of the decoder by extent.
-    whole: f64,
-    strips: f64,
-    /// Of the encoder by extent; none where no picture is encoded.
-    encode: [f64; 2],
-    /// What threads work with, whatever they do.
-    least: f64,
-    pub evaluations: usize,
-    pub seconds: Option<f64>,
+pub struct MemoryEstimate {
+    /// Each network that it uses, once.
+    pub(crate) networks: Vec<NetworkEstimate>,
+    pub(crate) activations: ActivationEstimate,
 }
 
+/// A kind of network. Text encoders of one model count as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NetworkPart {
+    TextEncoders,
+    Unet,
+    Vae,
+    ControlNet,
+    Adapter,
+    Lora,
+    /// Vocabularies and merges; no weights.
+    Tokenizers,
+}
+
+/// Estimated memory of one network's weights.
 #[derive(Clone, Debug)]
-struct Need {
-    told: PartBytes,
-    weighed: Weighed,
-    pinned: bool,
-    /// Whether a UNet is here whose weights stay away.
-    afar: bool,
-    /// What is to be had beside of a network that is here, because adapters change it.
-    lacks: Bytes,
-    /// Which of the models that follow each other it belongs to; `None` for what all use.
-    turn: Option<usize>,
+pub(crate) struct NetworkEstimate {
+    pub(crate) part: NetworkPart,
+    /// The model's name in requests.
+    pub(crate) name: String,
+    pub(crate) weights: WeightBytes,
+    pub(crate) loaded: bool,
+    pub(crate) pinned: bool,
+    /// True if a UNet is in memory in offloaded form.
+    pub(crate) loaded_offloaded: bool,
+    /// Extra bytes for adapted layers when the base network is already loaded.
+    pub(crate) adapted: Bytes,
+    /// Index among the models that run one after another; `None` if all of them use it.
+    pub(crate) model: Option<usize>,
 }
 
-impl Needs {
+/// Estimated feature maps, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ActivationEstimate {
+    /// One guidance pass of the UNet.
+    pub(crate) pass: f64,
+    /// Guidance passes of one step, at most.
+    pub(crate) passes: usize,
+    /// Keys and values of the text in all passes.
+    pub(crate) text: f64,
+    pub(crate) decode: ExtentBytes,
+    /// `None` if no image is encoded.
+    pub(crate) encode: Option<ExtentBytes>,
+    /// Working memory of threads, at all times.
+    pub(crate) workspace: f64,
+}
+
+/// Feature maps of the VAE's encoder or decoder by extent, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExtentBytes {
+    pub(crate) whole: f64,
+    pub(crate) strips: f64,
+}
+
+impl MemoryEstimate {
     /// Bytes of all weights.
     #[must_use]
     pub fn weights(&self) -> Bytes {
-        self.parts.iter().filter(|need| need.told.part != VOCABULARIES).map(|need| need.told.bytes).sum()
+        let weights = self.networks.iter().filter(|network| network.part != NetworkPart::Tokenizers);
+        weights.map(|network| network.weights.total).sum()
     }
 
-    /// By part.
+    /// Bytes by network.
     #[must_use]
     pub fn parts(&self) -> Vec<PartBytes> {
-        self.parts.iter().map(|need| need.told.clone()).collect()
+        self.networks.iter().map(NetworkEstimate::report).collect()
     }
 
-    /// Feature maps of the UNet and the text.
+    /// Bytes to allocate, less those that freed weights return. A refiner replaces its base if memory is too short for
+    /// both.
     #[must_use]
-    pub fn denoise(&self, means: MemoryPlan) -> Bytes {
-        Bytes((self.text + self.pass * if means.slice { 1.0 } else { self.passes as f64 }) as u64)
-    }
-
-    /// Feature maps of the decoder, beside the text.
-    #[must_use]
-    pub fn decode(&self, means: MemoryPlan) -> Bytes {
-        let maps = if means.decode == DecodeExtent::Strips { self.strips } else { self.whole };
-        Bytes((self.text + maps) as u64)
-    }
-
-    /// The largest moment of the feature maps.
-    #[must_use]
-    pub fn activations(&self, means: MemoryPlan) -> Bytes {
-        let [whole, strips] = self.encode;
-        let encode = if means.decode == DecodeExtent::Strips { strips } else { whole };
-        self.denoise(means).max(self.decode(means)).max(Bytes(encode as u64)) + Bytes(self.least as u64)
-    }
-
-    /// Bytes still to be had, less what those weights give back that leave. A refiner takes its base's place where there is
-    /// no room for both.
-    #[must_use]
-    pub fn needed(&self, means: MemoryPlan) -> Bytes {
-        let turns = self.parts.iter().filter_map(|need| need.turn).max().unwrap_or(0);
-        let most = (0..=turns).map(|turn| {
-            let of = |bytes: &dyn Fn(&Need) -> i64| -> i64 {
-                self.parts.iter().filter(|need| need.turn.is_none_or(|own| own == turn)).map(bytes).sum()
+    pub fn needed(&self, plan: MemoryPlan) -> Bytes {
+        let last = self.networks.iter().filter_map(|network| network.model).max().unwrap_or(0);
+        let peak = (0..=last).map(|model| {
+            let sum = |bytes: &dyn Fn(&NetworkEstimate) -> i64| -> i64 {
+                self.networks.iter().filter(|one| one.model.is_none_or(|own| own == model)).map(bytes).sum()
             };
-            let drawing = of(&|need| need.drawing(means)) + self.activations(means).0 as i64;
-            // Where text encoders leave, what comes after them is not there yet.
-            let with_vae = self.encode[0] > 0.0;
-            let encoding = of(&|need| need.encoding(with_vae)) + self.least as i64;
-            if means.offload == Offload::None { drawing } else { drawing.max(encoding) }
+            let denoising = sum(&|network| network.while_denoising(plan)) + self.activations.peak(plan).0 as i64;
+            if plan.offload == Offload::None {
+                return denoising;
+            }
+            // Text encoders that are freed are gone before later networks are loaded.
+            let encodes_images = self.activations.encode.is_some();
+            let encoding = sum(&|network| network.while_encoding(encodes_images)) + self.activations.workspace as i64;
+            denoising.max(encoding)
         });
-        Bytes(most.max().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
+        Bytes(peak.max().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
     }
 
     /// The same for an image of `scale` times as many pixels.
     #[must_use]
     pub fn scaled(&self, scale: f64) -> Self {
-        let Self { pass, whole, strips, encode, .. } = *self;
-        let encode = encode.map(|bytes| bytes * scale);
-        Self { pass: pass * scale, whole: whole * scale, strips: strips * scale, encode, ..self.clone() }
+        let ActivationEstimate { pass, decode, encode, .. } = self.activations;
+        let activations = ActivationEstimate {
+            pass: pass * scale,
+            decode: decode.scaled(scale),
+            encode: encode.map(|encode| encode.scaled(scale)),
+            ..self.activations
+        };
+        Self { activations, ..self.clone() }
     }
 }
 
-impl Need {
-    /// Adapters change a part of it: that is in memory anew, unless the changed network is here.
-    fn adapt(&mut self, Touched { before, after }: Touched, is_here: bool, on_host: bool) {
-        let Weighed { bytes, mapped, away, .. } = self.weighed;
-        let more = if on_host { after.saturating_sub(before.away) } else { Bytes(0) };
-        self.weighed.bytes = bytes + after.saturating_sub(before.bytes);
-        self.weighed.away = away + more;
-        self.told.bytes = self.weighed.bytes;
-        if is_here || !self.told.loaded {
-            self.weighed.mapped = mapped.saturating_sub(before.mapped);
-            self.told.mapped = self.weighed.mapped;
+impl ActivationEstimate {
+    /// Feature maps of the UNet and the text.
+    pub(crate) fn denoise(&self, plan: MemoryPlan) -> Bytes {
+        Bytes((self.text + self.pass * if plan.slice { 1.0 } else { self.passes as f64 }) as u64)
+    }
+
+    /// Feature maps of the decoder and the text.
+    pub(crate) fn decode(&self, plan: MemoryPlan) -> Bytes {
+        Bytes((self.text + self.decode.of(plan)) as u64)
+    }
+
+    /// The largest sum at any time.
+    pub(crate) fn peak(&self, plan: MemoryPlan) -> Bytes {
+        let encode = self.encode.map_or(0.0, |encode| encode.of(plan));
+        self.denoise(plan).max(self.decode(plan)).max(Bytes(encode as u64)) + Bytes(self.workspace as u64)
+    }
+}
+
+impl ExtentBytes {
+    fn of(self, plan: MemoryPlan) -> f64 {
+        if plan.decode == DecodeExtent::Strips { self.strips } else { self.whole }
+    }
+
+    fn scaled(self, scale: f64) -> Self {
+        Self { whole: self.whole * scale, strips: self.strips * scale }
+    }
+}
+
+impl NetworkPart {
+    /// Its name on the wire.
+    fn name(self) -> &'static str {
+        match self {
+            Self::TextEncoders => "text_encoders",
+            Self::Unet => "unet",
+            Self::Vae => "vae",
+            Self::ControlNet => "controlnet",
+            Self::Adapter => "adapter",
+            Self::Lora => "lora",
+            Self::Tokenizers => "tokenizers",
+        }
+    }
+}
+
+impl NetworkEstimate {
+    fn report(&self) -> PartBytes {
+        PartBytes {
+            part: self.part.name(),
+            name: self.name.clone(),
+            bytes: self.weights.total,
+            mapped: self.weights.mapped,
+            loaded: self.loaded,
+        }
+    }
+
+    /// Adds layers that adapters change: they are allocated again, unless the adapted network is loaded.
+    pub(crate) fn adapt(&mut self, layers: AdaptedBytes, is_loaded: bool, on_host: bool) {
+        let AdaptedBytes { before, after } = layers;
+        let WeightBytes { total, mapped, offloaded, .. } = self.weights;
+        let more = if on_host { after.saturating_sub(before.offloaded) } else { Bytes(0) };
+        self.weights.total = total + after.saturating_sub(before.total);
+        self.weights.offloaded = offloaded + more;
+        if is_loaded || !self.loaded {
+            self.weights.mapped = mapped.saturating_sub(before.mapped);
         } else {
-            self.lacks = self.lacks + after.saturating_sub(before.mapped);
+            self.adapted = self.adapted + after.saturating_sub(before.mapped);
         }
     }
 
-    /// Bytes that were had before. A mapped file that was read is memory that counts as free.
-    fn had(&self) -> i64 {
-        let Weighed { bytes, mapped, .. } = self.weighed;
-        if self.told.loaded { bytes.saturating_sub(mapped).0 as i64 } else { 0 }
+    /// Bytes that are allocated already. Mapped files that were read count as free memory.
+    fn allocated(&self) -> i64 {
+        let WeightBytes { total, mapped, .. } = self.weights;
+        if self.loaded { total.saturating_sub(mapped).0 as i64 } else { 0 }
     }
 
-    /// What is held of a network whose weights stay away, and is free again where it goes.
-    fn had_afar(&self) -> i64 {
-        let Weighed { away, passing, .. } = self.weighed;
-        if self.afar { away.saturating_sub(passing).0 as i64 } else { 0 }
+    /// Bytes that the offloaded form in memory holds, and that are free once it is evicted.
+    fn allocated_offloaded(&self) -> i64 {
+        let WeightBytes { offloaded, transient, .. } = self.weights;
+        if self.loaded_offloaded { offloaded.saturating_sub(transient).0 as i64 } else { 0 }
     }
 
-    /// Bytes still to be had while the text is encoded, before which images have been read: `with_vae` as latents.
-    fn encoding(&self, with_vae: bool) -> i64 {
-        let part = self.told.part;
-        if [ENCODERS, CONTROLNET, ADAPTER].contains(&part) || (part == VAE && with_vae) { self.whole() } else { 0 }
+    /// Bytes to allocate for the whole network.
+    fn to_allocate(&self) -> i64 {
+        (self.weights.total + self.adapted).0 as i64 - self.allocated()
     }
 
-    /// Bytes still to be had while the image is made; below 0 where some are given back.
-    fn drawing(&self, means: MemoryPlan) -> i64 {
-        let away = self.weighed.away;
-        let back = if self.pinned { 0 } else { self.had() };
-        match (self.told.part, means.offload) {
-            (ENCODERS, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -back,
-            (UNET, Offload::Sequential) => away.0 as i64 - self.had_afar() - back,
-            // It makes place for the one that is here whole.
-            (UNET, _) if !self.pinned => self.whole() - self.had_afar(),
-            _ => self.whole(),
+    /// Bytes to allocate while prompts are encoded, before which images have been read.
+    fn while_encoding(&self, encodes_images: bool) -> i64 {
+        match self.part {
+            NetworkPart::TextEncoders | NetworkPart::ControlNet | NetworkPart::Adapter => self.to_allocate(),
+            NetworkPart::Vae if encodes_images => self.to_allocate(),
+            NetworkPart::Vae | NetworkPart::Unet | NetworkPart::Lora | NetworkPart::Tokenizers => 0,
         }
     }
 
-    /// Bytes still to be had of all of it.
-    fn whole(&self) -> i64 {
-        (self.weighed.bytes + self.lacks).0 as i64 - self.had()
-    }
-}
-
-impl Worker<EstimateTask<'_>> for Estimation {
-    type Output = Needs;
-
-    fn run(&self, task: EstimateTask<'_>, ctx: &Context) -> Result<Needs> {
-        let EstimateTask { plan, stack, holding, key, throughput, residents } = task;
-        let of = |size: ImageSize| size.width * size.height / 64;
-        let last = of(plan.last_size());
-        let positions = of(plan.size).max(last);
-        let element = holding.compute.tensor().size_in_bytes();
-        // The VAE never computes in f16.
-        let wide = if holding.compute == Dtype::F16 { Dtype::F32.tensor().size_in_bytes() } else { element };
-        let decode = |extent| plan.checkpoint.vae.decode_bytes(64 * last, wide, extent) as f64;
-        let encode = |extent| plan.checkpoint.vae.encode_bytes(64 * positions, wide, extent) as f64;
-        let takes_mask = plan.checkpoint.unet.in_channels > plan.checkpoint.vae.latent_channels;
-        let enlarged = plan.further.iter().any(|further| matches!(further.entry, Entry::Pixels(_)));
-        let encodes = plan.editing.is_some() || takes_mask || enlarged;
-        let passes = plan.guidance.all_roles().len();
-        let Footprint { maps, skips, text } = plan.checkpoint.unet.footprint(positions, holding.on_host)?;
-        // What ControlNets add stays while it runs, and a sum beside what is added to it.
-        let added = skips * plan.controls.len().min(2) as f64;
-        let runs = || {
-            let further = plan.further.iter().map(|further| (&further.sampling, of(further.size)));
-            std::iter::once((&plan.sampling, of(plan.size))).chain(further)
-        };
-        let units = runs().map(|(sampling, positions)| plan.guidance.evaluations(sampling) * positions).sum();
-        let images = plan.seeds.len();
-        let seconds = throughput
-            .expect(key, Work::Evaluation, units)
-            .zip(throughput.expect(key, Work::Decode, last))
-            .map(|(denoise, decode)| (denoise + decode) * images as f64);
-        Ok(Needs {
-            parts: parts((plan, stack), holding, residents, ctx)?,
-            pass: (maps + added) * element as f64,
-            passes,
-            text: text * (passes * element) as f64,
-            whole: decode(Extent::Whole),
-            strips: decode(Extent::Strips),
-            encode: if encodes { [Extent::Whole, Extent::Strips].map(encode) } else { [0.0; 2] },
-            least: if holding.on_host { WORKING.0 as f64 } else { 0.0 },
-            evaluations: runs().map(|(sampling, _)| sampling.evaluations()).sum::<usize>() * images,
-            seconds,
-        })
-    }
-}
-
-/// Every network that the plan uses, once each.
-fn parts(
-    (plan, stack): (&GenerationPlan, &LoraStack),
-    holding: Holding,
-    residents: &[Resident],
-    ctx: &Context,
-) -> Result<Vec<Need>> {
-    let mut needs: Vec<Need> = Vec::new();
-    let mut add = |part: &'static str, kind: &str, name: &str, weighed: Weighed, turn: Option<usize>| {
-        let quantization = if [UNET, CONTROLNET].contains(&part) { holding.quantization } else { Quantization::None };
-        // The VAE never computes in f16.
-        let wide = part == VAE && holding.compute == Dtype::F16;
-        let dtype = if wide { Dtype::F32 } else { holding.compute };
-        let here = |away| {
-            let form = form(dtype, quantization, away);
-            let is = move |one: &&Resident| one.kind == kind && one.form.as_ref().is_none_or(|own| *own == form);
-            let all = residents.iter().filter(is).filter(|one| one.name == name && is_of(plan, one));
-            // Alone, or beneath the adapters of this request.
-            let over = match part {
-                UNET => stack.key(&[Part::Unet]),
-                ENCODERS => stack.key(&managers::ENCODERS),
-                _ => return all.into_iter().next(),
-            };
-            all.into_iter().find(|one| one.over.is_none() || over.is_some_and(|over| over.is(one.over)))
-        };
-        let resident = here(false);
-        let Weighed { bytes, mapped, .. } = weighed;
-        let told = PartBytes { part, name: name.to_owned(), bytes, mapped, loaded: resident.is_some() };
-        let afar = part == UNET && here(true).is_some();
-        let pinned = resident.is_some_and(|one| one.pinned);
-        needs.push(Need { told, weighed, pinned, afar, lacks: Bytes(0), turn });
-    };
-    let mut models: Vec<&Checkpoint> = vec![&plan.checkpoint];
-    for further in &plan.further {
-        if models.iter().all(|model| model.key != further.checkpoint.key) {
-            models.push(&further.checkpoint);
-        }
-    }
-    for (turn, model) in models.into_iter().enumerate() {
-        let weigh = |part| Weighed::part(model, part, holding, ctx);
-        let mut encoders = weigh(Part::TextEncoder2)?;
-        if model.text_encoder.is_some() {
-            let first = weigh(Part::TextEncoder)?;
-            encoders = Weighed {
-                bytes: encoders.bytes + first.bytes,
-                mapped: encoders.mapped + first.mapped,
-                away: encoders.away + first.away,
-                passing: encoders.passing.max(first.passing),
-            };
-        }
-        add(ENCODERS, "encoder", &model.name, encoders, Some(turn));
-        add(UNET, "unet", &model.name, weigh(Part::Unet)?, Some(turn));
-        if turn == 0 {
-            add(VAE, "vae", &model.name, weigh(Part::Vae)?, None);
-        }
-    }
-    if holding.on_host {
-        let weighed = Weighed { bytes: TOKENIZERS, away: TOKENIZERS, ..Weighed::default() };
-        add(VOCABULARIES, "tokenizer", &plan.checkpoint.name, weighed, None);
-    }
-    for (at, control) in plan.controls.iter().enumerate() {
-        if plan.controls.iter().position(|other| other.net.key == control.net.key) == Some(at) {
-            add(
-                CONTROLNET,
-                "controlnet",
-                &control.net.name,
-                Weighed::control(&control.net, &plan.checkpoint, holding, ctx)?,
-                None,
-            );
-        }
-    }
-    for lora in &plan.loras {
-        add("lora", "lora", &lora.file.name, Weighed::component_file(&lora.file, holding, ctx)?, None);
-    }
-    for (kind, found) in plan.adapters.networks() {
-        add(ADAPTER, kind, &found.name, Weighed::component_file(found, holding, ctx)?, None);
-    }
-    for (part, kind, networks) in [(ENCODERS, "encoder", &managers::ENCODERS[..]), (UNET, "unet", &[Part::Unet])] {
-        let Some(over) = stack.key(networks) else { continue };
-        let of_plan = |need: &&mut Need| need.told.part == part && need.told.name == plan.checkpoint.name;
-        let Some(need) = needs.iter_mut().find(of_plan) else { continue };
-        let is_here =
-            |one: &Resident| one.kind == kind && one.name == need.told.name && over.is(one.over) && need.told.loaded;
-        let is_here = residents.iter().any(is_here);
-        for &network in networks {
-            if network != Part::TextEncoder || plan.checkpoint.text_encoder.is_some() {
-                need.adapt(Touched::by(stack, &plan.checkpoint, network, holding, ctx)?, is_here, holding.on_host);
+    /// Bytes to allocate while the image is made; below 0 if more are freed.
+    fn while_denoising(&self, plan: MemoryPlan) -> i64 {
+        let freed = if self.pinned { 0 } else { self.allocated() };
+        match (self.part, plan.offload) {
+            (NetworkPart::TextEncoders, Offload::TextEncoders | Offload::Sequential) if !self.pinned => -freed,
+            (NetworkPart::Unet, Offload::Sequential) => {
+                self.weights.offloaded.0 as i64 - self.allocated_offloaded() - freed
             }
+            // The offloaded form is evicted for the whole one.
+            (NetworkPart::Unet, _) if !self.pinned => self.to_allocate() - self.allocated_offloaded(),
+            _ => self.to_allocate(),
         }
     }
-    Ok(needs)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Need, Needs, PartBytes, Touched, Weighed};
-    use crate::inference::interface::DecodeExtent;
-    use crate::inference::plan::memory_policy::{Available, choose, next};
-    use crate::inference::request::memory::{Fallback, MemoryOptions, MemoryUse, Offload};
+    use super::{
+        ActivationEstimate, AdaptedBytes, ExtentBytes, MemoryEstimate, NetworkEstimate, NetworkPart, WeightBytes,
+    };
+    use crate::inference::plan::memory_policy::{AvailableMemory, decide, next_fallback};
+    use crate::inference::request::memory::{DecodeExtent, Fallback, MemoryOptions, MemoryUse, Offload};
     use crate::units::Bytes;
 
-    /// 100 of text encoders, a UNet of 500 that takes 50 away from its device, and feature maps of 200 in two passes, 400 for
-    /// whole pictures and 150 for strips.
-    fn needs(loaded: bool) -> Needs {
-        let need = |part: &'static str, bytes, away| {
-            let weighed = Weighed { bytes: Bytes(bytes), away: Bytes(away), passing: Bytes(20), ..Weighed::default() };
-            let told = PartBytes { part, name: "m".into(), bytes: Bytes(bytes), mapped: Bytes(0), loaded };
-            Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) }
-        };
-        Needs {
-            parts: vec![need("text_encoders", 100, 100), need("unet", 500, 50)],
-            pass: 100.0,
-            passes: 2,
-            text: 0.0,
-            whole: 400.0,
-            strips: 150.0,
-            encode: [0.0; 2],
-            least: 0.0,
-            evaluations: 1,
-            seconds: None,
+    fn network(part: NetworkPart, weights: WeightBytes, loaded: bool) -> NetworkEstimate {
+        NetworkEstimate {
+            part,
+            name: "m".into(),
+            weights,
+            loaded,
+            pinned: false,
+            loaded_offloaded: false,
+            adapted: Bytes(0),
+            model: Some(0),
         }
     }
 
-    fn check(options: MemoryOptions, (free, droppable): (u64, u64), fallbacks: &[Fallback], needed: u64, fits: bool) {
-        let available = Available { free: Bytes(free), droppable: Bytes(droppable) };
-        let choice = choose(&needs(false), options, available);
+    /// Text encoders of 100 bytes, a UNet of 500, or 50 if it is offloaded, and feature maps of 200 in two passes, of 400
+    /// for whole images and 150 for strips.
+    fn estimate(loaded: bool) -> MemoryEstimate {
+        let network = |part, total, offloaded| {
+            let weights = WeightBytes {
+                total: Bytes(total),
+                mapped: Bytes(0),
+                offloaded: Bytes(offloaded),
+                transient: Bytes(20),
+            };
+            network(part, weights, loaded)
+        };
+        MemoryEstimate {
+            networks: vec![network(NetworkPart::TextEncoders, 100, 100), network(NetworkPart::Unet, 500, 50)],
+            activations: ActivationEstimate {
+                pass: 100.0,
+                passes: 2,
+                text: 0.0,
+                decode: ExtentBytes { whole: 400.0, strips: 150.0 },
+                encode: None,
+                workspace: 0.0,
+            },
+        }
+    }
+
+    fn available(free: u64, evictable: u64) -> AvailableMemory {
+        AvailableMemory { free: Bytes(free), evictable: Bytes(evictable) }
+    }
+
+    fn check(options: MemoryOptions, available: AvailableMemory, fallbacks: &[Fallback], needed: u64, fits: bool) {
+        let decision = decide(&estimate(false), options, available);
         assert_eq!(
-            (choice.told.fallbacks.as_slice(), choice.needed, choice.fits),
+            (decision.report.fallbacks.as_slice(), decision.needed, decision.fits),
             (fallbacks, Bytes(needed), fits),
-            "{free} free"
+            "{available:?}"
         );
     }
 
     #[test]
-    fn rungs_are_taken_in_their_order_as_far_as_they_help() {
+    fn fallbacks_are_taken_in_order_as_far_as_they_help() {
         let open = MemoryOptions::default();
-        check(open, (1000, 0), &[], 1000, true);
-        check(open, (999, 1), &[Fallback::Drop], 1000, true);
-        check(open, (998, 1), &[Fallback::Drop, Fallback::Strips], 800, true);
-        check(open, (799, 0), &[Fallback::Strips, Fallback::Slice], 750, true);
-        check(open, (749, 0), &[Fallback::Strips, Fallback::Slice, Fallback::TextEncoders], 650, true);
+        check(open, available(1000, 0), &[], 1000, true);
+        check(open, available(999, 1), &[Fallback::Drop], 1000, true);
+        check(open, available(998, 1), &[Fallback::Drop, Fallback::Strips], 800, true);
+        check(open, available(799, 0), &[Fallback::Strips, Fallback::Slice], 750, true);
+        check(open, available(749, 0), &[Fallback::Strips, Fallback::Slice, Fallback::TextEncoders], 650, true);
         let all = [Fallback::Strips, Fallback::Slice, Fallback::TextEncoders, Fallback::Sequential];
-        check(open, (649, 0), &all, 200, true);
-        check(open, (199, 0), &all, 200, false);
+        check(open, available(649, 0), &all, 200, true);
+        check(open, available(199, 0), &all, 200, false);
     }
 
     #[test]
-    fn what_is_asked_for_is_neither_climbed_to_nor_past() {
+    fn requested_choices_stay() {
         let whole = MemoryOptions { decode: DecodeExtent::Whole, ..MemoryOptions::default() };
-        // Passes do not help where the decoder is the largest moment.
-        check(whole, (900, 0), &[Fallback::TextEncoders], 900, true);
+        // Slicing does not help while the decoder is the peak.
+        check(whole, available(900, 0), &[Fallback::TextEncoders], 900, true);
         let nothing = MemoryOptions {
             decode: DecodeExtent::Strips,
             slice: Some(false),
             offload: Offload::None,
             ..MemoryOptions::default()
         };
-        check(nothing, (1, 0), &[], 800, false);
+        check(nothing, available(1, 0), &[], 800, false);
         let sequential = MemoryOptions { offload: Offload::Sequential, ..MemoryOptions::default() };
-        check(sequential, (450, 0), &[], 450, true);
+        check(sequential, available(450, 0), &[], 450, true);
     }
 
     #[test]
-    fn a_loaded_network_that_leaves_gives_its_bytes_back() {
-        let away = MemoryOptions {
+    fn loaded_network_that_is_offloaded_frees_its_bytes() {
+        let offloaded = MemoryOptions {
             decode: DecodeExtent::Strips,
             slice: Some(true),
             offload: Offload::TextEncoders,
             ..MemoryOptions::default()
         };
-        assert_eq!(needs(true).needed(away.first()), Bytes(50));
-        assert_eq!(needs(true).needed(MemoryOptions { offload: Offload::None, ..away }.first()), Bytes(150));
+        assert_eq!(estimate(true).needed(offloaded.first()), Bytes(50));
+        let kept = MemoryOptions { offload: Offload::None, ..offloaded };
+        assert_eq!(estimate(true).needed(kept.first()), Bytes(150));
     }
 
     #[test]
-    fn a_network_that_is_here_from_afar_is_not_here_whole() {
-        let mut needs = needs(false);
-        needs.parts.iter_mut().for_each(|need| need.afar = need.told.part == "unet");
+    fn offloaded_network_in_memory_does_not_count_as_loaded_whole() {
+        let mut estimate = estimate(false);
+        estimate.networks[1].loaded_offloaded = true;
         let least = MemoryOptions { decode: DecodeExtent::Strips, slice: Some(true), ..MemoryOptions::default() };
-        let needed = |offload| needs.needed(MemoryOptions { offload, ..least }.first());
-        // Its 30 go where it is loaded whole.
+        let needed = |offload| estimate.needed(MemoryOptions { offload, ..least }.first());
+        // Its 30 bytes are freed when it is loaded whole.
         assert_eq!((needed(Offload::None), needed(Offload::Sequential)), (Bytes(720), Bytes(170)));
     }
 
     #[test]
-    fn images_are_read_beside_the_text_encoders() {
-        let mut needs = needs(false);
-        let told = PartBytes { part: "vae", ..needs.parts[0].told.clone() };
-        let weighed = Weighed { bytes: Bytes(700), ..Weighed::default() };
-        needs.parts.push(Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: None });
-        needs.encode = [1.0; 2];
-        let means = MemoryOptions { offload: Offload::Sequential, ..MemoryOptions::default() }.first();
-        let drawing = needs.needed(means);
-        needs.parts[0].weighed.bytes = Bytes(1000);
-        assert_eq!((drawing, needs.needed(means)), (Bytes(1150), Bytes(1700)));
+    fn images_are_encoded_while_text_encoders_are_loaded() {
+        let mut estimate = estimate(false);
+        let weights = WeightBytes { total: Bytes(700), ..WeightBytes::default() };
+        estimate.networks.push(NetworkEstimate { model: None, ..network(NetworkPart::Vae, weights, false) });
+        estimate.activations.encode = Some(ExtentBytes { whole: 1.0, strips: 1.0 });
+        let plan = MemoryOptions { offload: Offload::Sequential, ..MemoryOptions::default() }.first();
+        let denoising = estimate.needed(plan);
+        estimate.networks[0].weights.total = Bytes(1000);
+        assert_eq!((denoising, estimate.needed(plan)), (Bytes(1150), Bytes(1700)));
     }
 
     #[test]
-    fn what_adapters_change_is_had_anew_unless_it_is_here() {
-        let weighed = |bytes, mapped| Weighed { bytes: Bytes(bytes), mapped: Bytes(mapped), ..Weighed::default() };
-        let touched = Touched { before: weighed(120, 100), after: Bytes(240) };
-        let needed = |loaded, is_here| {
-            let told = PartBytes { part: "unet", name: "m".into(), bytes: Bytes(500), mapped: Bytes(400), loaded };
-            let weighed = weighed(500, 400);
-            let mut need = Need { told, weighed, pinned: false, afar: false, lacks: Bytes(0), turn: Some(0) };
-            need.adapt(touched, is_here, true);
-            need.whole()
+    fn adapted_layers_are_allocated_unless_they_are_loaded() {
+        let weights = |total, mapped| WeightBytes { total: Bytes(total), mapped: Bytes(mapped), ..Default::default() };
+        let layers = AdaptedBytes { before: weights(120, 100), after: Bytes(240) };
+        let needed = |loaded, adapted_loaded| {
+            let mut network = network(NetworkPart::Unet, weights(500, 400), loaded);
+            network.adapt(layers, adapted_loaded, true);
+            network.to_allocate()
         };
         assert_eq!((needed(false, false), needed(true, false), needed(true, true)), (620, 540, 300));
     }
 
     #[test]
-    fn a_device_without_memory_has_every_rung_left_climbed_once() {
+    fn device_out_of_memory_takes_every_fallback_once() {
         let options = MemoryOptions::default();
-        let mut told = MemoryUse { means: options.first(), ..MemoryUse::default() };
-        while let Some((fallback, means)) = next(options, &told) {
-            told.fallbacks.push(fallback);
-            told.means = means;
+        let mut report = MemoryUse { plan: options.first(), ..MemoryUse::default() };
+        while let Some((fallback, plan)) = next_fallback(options, &report) {
+            report.fallbacks.push(fallback);
+            report.plan = plan;
         }
-        assert_eq!(told.fallbacks, Fallback::ALL);
+        assert_eq!(report.fallbacks, Fallback::ALL);
         assert_eq!(
-            (told.means.decode, told.means.slice, told.means.offload),
+            (report.plan.decode, report.plan.slice, report.plan.offload),
             (DecodeExtent::Strips, true, Offload::Sequential)
         );
     }

@@ -1,26 +1,25 @@
-//! The ladder that is climbed where memory is short: what a request leaves open is decided for less memory, one rung at a
-//! time, until it fits. The rungs go from what costs nothing but a reload to what costs most time:
+//! Chooses how an image is made if memory is short. Choices that a request leaves open fall back to ones that need less,
+//! one at a time, until the generation fits. Fallbacks are in the order of their cost, from a reload to much time:
 //!
-//! 1. `drop`: caches and networks that the request does not use go, in the order of [`Managers::free_memory`].
-//! 2. `strips`: pictures are decoded some rows at a time. The pixels are the same but for rounding.
-//! 3. `slice`: guidance's passes are made one after another. They differ from those of one batch by rounding at most.
-//! 4. `text_encoders`: they leave when the prompts have been encoded.
-//! 5. `sequential`: the UNet's weights come a layer at a time. The pixels are the same.
+//! 1. `drop`: caches, and networks that the request does not use, are evicted in the order of [`Managers::free_memory`].
+//! 2. `strips`: images are decoded some rows at a time. The pixels are the same up to rounding.
+//! 3. `slice`: guidance runs its passes one after another, which differ from those of one batch by rounding at most.
+//! 4. `text_encoders`: the text encoders are freed once the prompts are encoded.
+//! 5. `sequential`: the UNet's weights are copied to the device a layer at a time. The pixels are the same.
 //!
-//! It is climbed before the work, by what is measured or set as the limit, and again when a device says that it has no
-//! memory left.
+//! They are chosen before the work, by the memory that is measured or configured, and again whenever a device reports
+//! that it is out of memory.
 //!
-//! [`Managers::free_memory`]: crate::managers::Managers::make_room
+//! [`Managers::free_memory`]: crate::managers::Managers::free_memory
 
 use crate::device::interface::Quantization;
 use crate::error::{Error, Result};
-use crate::inference::interface::DecodeExtent;
-use crate::inference::request::memory::{Fallback, MemoryOptions, MemoryPlan, MemoryUse, Offload};
-use crate::inference::workers::estimate::Needs;
+use crate::inference::plan::memory_estimate::MemoryEstimate;
+use crate::inference::request::memory::{DecodeExtent, Fallback, MemoryOptions, MemoryPlan, MemoryUse, Offload};
 use crate::units::Bytes;
 
 impl MemoryOptions {
-    /// What is done where there is room.
+    /// The plan if memory is plentiful.
     #[must_use]
     pub fn first(self) -> MemoryPlan {
         MemoryPlan {
@@ -30,10 +29,10 @@ impl MemoryOptions {
         }
     }
 
-    /// The same for a network in `quantization`: bytes are made once, when a layer is loaded.
+    /// The same for a UNet in `quantization`: weights are quantized once, when a layer is loaded.
     ///
     /// # Errors
-    /// `unsupported_feature` where it cannot be done as is wished.
+    /// `unsupported_feature` if the requested `offload` excludes it.
     pub fn quantized(self, quantization: Quantization) -> Result<Self> {
         let whole_unet = quantization == Quantization::Int8;
         if whole_unet && self.offload == Offload::Sequential {
@@ -46,83 +45,85 @@ impl MemoryOptions {
         Ok(Self { whole_unet, ..self })
     }
 
-    /// `means` one rung higher; `None` where the rung is taken, or not left open.
+    /// `plan` with `fallback`; `None` if it is in effect already, or excluded by the request.
     #[must_use]
-    pub fn degrade(self, means: MemoryPlan, fallback: Fallback) -> Option<MemoryPlan> {
-        match fallback {
-            Fallback::Drop => Some(means),
-            Fallback::Strips => (self.decode == DecodeExtent::Auto && means.decode != DecodeExtent::Strips)
-                .then_some(MemoryPlan { decode: DecodeExtent::Strips, ..means }),
-            Fallback::Slice => (self.slice.is_none() && !means.slice).then_some(MemoryPlan { slice: true, ..means }),
-            Fallback::TextEncoders => (self.offload == Offload::Auto && means.offload == Offload::None)
-                .then_some(MemoryPlan { offload: Offload::TextEncoders, ..means }),
+    pub fn degrade(self, plan: MemoryPlan, fallback: Fallback) -> Option<MemoryPlan> {
+        let is_open = match fallback {
+            Fallback::Drop => true,
+            Fallback::Strips => self.decode == DecodeExtent::Auto && plan.decode != DecodeExtent::Strips,
+            Fallback::Slice => self.slice.is_none() && !plan.slice,
+            Fallback::TextEncoders => self.offload == Offload::Auto && plan.offload == Offload::None,
             Fallback::Sequential => {
-                (self.offload == Offload::Auto && !self.whole_unet && means.offload != Offload::Sequential)
-                    .then_some(MemoryPlan { offload: Offload::Sequential, ..means })
+                self.offload == Offload::Auto && !self.whole_unet && plan.offload != Offload::Sequential
             }
-        }
+        };
+        is_open.then_some(match fallback {
+            Fallback::Drop => plan,
+            Fallback::Strips => MemoryPlan { decode: DecodeExtent::Strips, ..plan },
+            Fallback::Slice => MemoryPlan { slice: true, ..plan },
+            Fallback::TextEncoders => MemoryPlan { offload: Offload::TextEncoders, ..plan },
+            Fallback::Sequential => MemoryPlan { offload: Offload::Sequential, ..plan },
+        })
     }
 }
 
-/// What there is for a request.
+/// Memory that a request can have.
 #[derive(Clone, Copy, Debug)]
-pub struct Available {
+pub struct AvailableMemory {
     /// Bytes free now.
     pub free: Bytes,
-    /// Bytes that dropping what the request does not use would add.
-    pub droppable: Bytes,
+    /// Bytes that evicting everything the request does not use would add.
+    pub evictable: Bytes,
 }
 
-/// What was chosen for the room that there is.
+/// The choice for the memory that is available.
 #[derive(Clone, Debug)]
-pub struct Choice {
-    pub told: MemoryUse,
-    /// Bytes still to be had.
+pub struct MemoryDecision {
+    pub report: MemoryUse,
+    /// Bytes to allocate.
     pub needed: Bytes,
     pub fits: bool,
 }
 
-/// The lowest rung at which a request fits, or the highest that helps where it does not.
+/// Takes as few fallbacks as needed for the generation to fit, or all that help if it does not.
 #[must_use]
-pub fn choose(needs: &Needs, options: MemoryOptions, available: Available) -> Choice {
-    let Available { free, droppable } = available;
-    let mut means = options.first();
-    let mut needed = needs.needed(means);
+pub fn decide(estimate: &MemoryEstimate, options: MemoryOptions, available: AvailableMemory) -> MemoryDecision {
+    let AvailableMemory { free, evictable } = available;
+    let mut plan = options.first();
+    let mut needed = estimate.needed(plan);
     let mut fallbacks = Vec::new();
     let first = needed;
-    let mut room = free;
+    let mut usable = free;
     for fallback in Fallback::ALL {
-        if needed <= room {
+        if needed <= usable {
             break;
         }
         if fallback == Fallback::Drop {
-            if droppable > Bytes(0) {
+            if evictable > Bytes(0) {
                 fallbacks.push(fallback);
-                room = room + droppable;
+                usable = usable + evictable;
             }
             continue;
         }
-        let Some(higher) = options.degrade(means, fallback) else { continue };
-        let less = needs.needed(higher);
-        // A rung that saves nothing costs time for nothing.
+        let Some(degraded) = options.degrade(plan, fallback) else { continue };
+        let less = estimate.needed(degraded);
+        // A fallback that saves nothing only costs time.
         if less < needed {
-            (means, needed) = (higher, less);
+            (plan, needed) = (degraded, less);
             fallbacks.push(fallback);
         }
     }
+    // `auto` that did not fall back to `strips` is `whole`.
+    if plan.decode == DecodeExtent::Auto {
+        plan.decode = DecodeExtent::Whole;
+    }
     let why = (!fallbacks.is_empty()).then(|| format!("{first} needed, {free} free"));
-    Choice { told: MemoryUse { means: settled(means), fallbacks, why }, needed, fits: needed <= room }
+    MemoryDecision { report: MemoryUse { plan, fallbacks, why }, needed, fits: needed <= usable }
 }
 
-/// The next rung after a device had no memory left, whatever was planned: its own count is the true one.
+/// The next fallback after a device ran out of memory. Estimates do not matter then: the device knows better.
 #[must_use]
-pub fn next(options: MemoryOptions, told: &MemoryUse) -> Option<(Fallback, MemoryPlan)> {
-    let mut fallbacks = Fallback::ALL.into_iter().filter(|fallback| !told.fallbacks.contains(fallback));
-    fallbacks.find_map(|fallback| options.degrade(told.means, fallback).map(|means| (fallback, means)))
-}
-
-/// `auto` that met no want of room is `whole`.
-fn settled(means: MemoryPlan) -> MemoryPlan {
-    let decode = if means.decode == DecodeExtent::Auto { DecodeExtent::Whole } else { means.decode };
-    MemoryPlan { decode, ..means }
+pub fn next_fallback(options: MemoryOptions, report: &MemoryUse) -> Option<(Fallback, MemoryPlan)> {
+    let mut fallbacks = Fallback::ALL.into_iter().filter(|fallback| !report.fallbacks.contains(fallback));
+    fallbacks.find_map(|fallback| options.degrade(report.plan, fallback).map(|plan| (fallback, plan)))
 }

@@ -6,6 +6,7 @@ pub mod guidance;
 pub(crate) mod guidance_build;
 pub(crate) mod init_image;
 pub(crate) mod instruct_pix2pix;
+pub mod memory_estimate;
 pub mod memory_policy;
 pub(crate) mod passes;
 

@@ -1,52 +1,51 @@
-//! What a request may say of memory, and what is said of it: how an image is made in less of it, and what that is
-//! estimated to take.
+//! Memory on the wire: the choices that a request may make, those that were made for it, and their estimated cost.
 
 use serde::{Deserialize, Serialize};
 
 use crate::units::Bytes;
 
-/// How much of a picture is decoded, or encoded, at a time. The pixels are the same but for rounding.
+/// How much of an image is decoded, or encoded, at a time. The pixels are the same up to rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DecodeExtent {
-    /// `whole` where that much memory is free, otherwise `strips`.
+    /// `whole` if that much memory is free, otherwise `strips`.
     #[default]
     Auto,
-    /// All of it: the fastest.
+    /// The whole image at once: the fastest.
     Whole,
-    /// 64 rows at each resolution: less than half the memory, for up to twice the time.
+    /// 64 rows at a time at each resolution: less than half the memory, up to twice the time.
     Strips,
 }
 
-/// Which weights leave the device while they are not used. The image is the same.
+/// Weights that leave the device while they are not used. The image is the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Offload {
-    /// As few as there is room for.
+    /// As few as memory allows.
     #[default]
     Auto,
-    /// None, beyond what the setting `text_encoders` says.
+    /// None, beyond those that the setting `text_encoders` releases.
     None,
-    /// The text encoders, when the prompts have been encoded.
+    /// The text encoders, once the prompts are encoded.
     TextEncoders,
-    /// Those too, and the UNet's weights stay on the host, from where each layer's come when its turn is there. On the CPU
-    /// they stay in their files, and are laid out for the kernels at every use: slower, in less memory.
+    /// The text encoders, and the UNet: its weights stay on the host, and each layer's are copied when it runs. On the CPU
+    /// they stay in their files and are packed for the kernels at every use: slower, in less memory.
     Sequential,
 }
 
-/// A way to need less memory, in the order in which they are taken.
+/// A way to need less memory. Variants are in the order in which they are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Fallback {
-    /// Caches, and networks that this request does not use, are dropped.
+    /// Caches, and networks that this request does not use, are evicted.
     Drop,
-    /// Pictures are decoded some rows at a time.
+    /// Images are decoded some rows at a time.
     Strips,
-    /// The passes of guidance are made one after another, not in one batch.
+    /// Guidance runs its passes one after another instead of in one batch.
     Slice,
-    /// The text encoders leave when the prompts have been encoded.
+    /// The text encoders are freed once the prompts are encoded.
     TextEncoders,
-    /// The UNet's weights come a layer at a time.
+    /// The UNet's weights are copied to the device a layer at a time.
     Sequential,
 }
 
@@ -54,38 +53,38 @@ impl Fallback {
     pub const ALL: [Self; 5] = [Self::Drop, Self::Strips, Self::Slice, Self::TextEncoders, Self::Sequential];
 }
 
-/// What a request and the configuration leave open, or do not.
+/// Memory choices of the request and the configuration; the others are open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryOptions {
     pub decode: DecodeExtent,
-    /// `None`: where room is short.
+    /// `None`: only if memory is short.
     pub slice: Option<bool>,
     pub offload: Offload,
-    /// Whether the UNet's weights cannot come a layer at a time.
+    /// True if the UNet cannot be offloaded layer by layer.
     pub whole_unet: bool,
 }
 
-/// How an image is made, as far as memory goes.
+/// Memory choices in effect.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct MemoryPlan {
-    /// Whether pictures are decoded `whole` or in `strips`.
+    /// Images are decoded `whole` or in `strips`.
     pub decode: DecodeExtent,
-    /// Whether the passes of guidance are made one after another.
+    /// True if guidance runs its passes one after another.
     pub slice: bool,
-    /// Which weights leave: `none`, `text_encoders` or `sequential`.
+    /// Offloaded weights: `none`, `text_encoders` or `sequential`.
     pub offload: Offload,
 }
 
-/// What was done for want of memory, and why.
+/// Memory choices in effect, and the reason for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct MemoryUse {
     #[serde(flatten)]
-    pub means: MemoryPlan,
-    /// What was chosen because room was short, in that order. What the request or the configuration asked for is not among
+    pub plan: MemoryPlan,
+    /// Fallbacks taken because memory was short, in that order. Choices of the request or the configuration are not among
     /// them.
     #[serde(rename = "rungs")]
     pub fallbacks: Vec<Fallback>,
-    /// Why: the bytes that were needed and free.
+    /// The reason: bytes that were needed and free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
@@ -95,24 +94,24 @@ pub struct MemoryUse {
 pub struct PartBytes {
     /// `text_encoders`, `unet`, `vae`, `controlnet`, `adapter`, `lora`; on the CPU `tokenizers`
     pub part: &'static str,
-    /// What requests call its model.
+    /// The model's name in requests.
     pub name: String,
     pub bytes: Bytes,
-    /// What of them stays in its files, which are mapped.
+    /// Part of `bytes` that stays in mapped files.
     pub mapped: Bytes,
-    /// Whether they are in memory already.
+    /// True if they are in memory already.
     pub loaded: bool,
 }
 
-/// One way to make the image.
+/// One way to make the image, and its cost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct MemoryStrategy {
-    /// The last rung that is taken; `null` for none.
+    /// The last fallback that is taken; `null` for none.
     #[serde(rename = "rung")]
     pub fallback: Option<Fallback>,
-    /// Bytes still to be had.
+    /// Bytes to allocate.
     pub needed: Bytes,
-    /// Whether they are free; for `drop` and what follows, once everything else is dropped.
+    /// True if they are free; from `drop` on, once everything that the request does not use is evicted.
     pub fits: Option<bool>,
 }
 

@@ -4,7 +4,6 @@ pub mod adapters;
 pub mod control;
 pub mod decode;
 pub mod denoise;
-pub mod estimate;
 pub mod guidance;
 pub mod latents;
 pub mod paste;

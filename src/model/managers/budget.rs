@@ -1,37 +1,36 @@
-//! One budget for the weights of every kind, and the order in which they give way.
+//! One budget for networks of every kind, and the order in which they are evicted.
 //!
-//! What is wanted now is always kept, however large. Others stay as long as all of them together fit the capacity. The
-//! first to go is what was used by the earliest request; of what one request used, the network that is cheapest to have
-//! again: [`ORDER`]. Three things never go: what is pinned, what somebody computes with at this moment, as dropping that
-//! would free nothing, and, unless memory has run out, what the running request has used.
+//! A network that is needed now is always kept, however large. Others stay as long as all of them together fit the
+//! capacity. Networks of the earliest request are evicted first, and among those of one request the cheapest to get back:
+//! [`ORDER`]. Never evicted are pinned networks, those in use at this moment, because that would free nothing, and, unless
+//! memory has run out, those that the running request has used.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::allocator;
-use crate::model::managers::WORTH;
 use crate::units::Bytes;
 
-/// Kinds of networks that one request used, in the order in which they go; what is not named here goes before them.
+/// Order of eviction among the networks that one request used; kinds that are missing here are evicted first.
 const ORDER: [&str; 8] = ["image_encoder", "ip_adapter", "t2i_adapter", "lora", "encoder", "controlnet", "vae", "unet"];
 
-/// What all shelves may hold together. Clones are the same budget.
+/// Limits the bytes that all shelves hold together. Clones share one budget.
 #[derive(Clone)]
 pub struct Budget(Rc<State>);
 
 struct State {
-    shelves: RefCell<Vec<Rc<dyn Rack>>>,
+    shelves: RefCell<Vec<Rc<dyn BudgetShelf>>>,
     capacity: Cell<Bytes>,
-    /// What weights and feature maps may take together, where that is known.
-    room: Cell<Option<Bytes>>,
-    /// Counts requests; 0 where none is told of, and then nothing is protected.
+    /// Bytes for weights and feature maps together; `None` if unknown.
+    usable: Cell<Option<Bytes>>,
+    /// Number of the running request; 0 before the first, when nothing is protected.
     age: Cell<u64>,
     /// Counts uses.
     tick: Cell<u64>,
 }
 
-/// When something was last used.
+/// The time of a network's last use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Used {
     age: u64,
@@ -41,35 +40,35 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// Greater the later.
+    /// Increases with each use.
     pub(crate) fn order(self) -> u64 {
         self.tick
     }
 }
 
-/// An entry of a shelf as the budget sees it.
-pub(crate) struct Line {
+/// A network on a shelf, as the budget sees it.
+pub(crate) struct BudgetEntry {
     pub(crate) used: Used,
     pub(crate) bytes: Bytes,
     pub(crate) pinned: bool,
-    /// Whether somebody else holds it.
+    /// True if it is in use.
     pub(crate) busy: bool,
 }
 
-/// A shelf, whatever lies on it.
-pub(crate) trait Rack {
+/// A shelf of any network type.
+pub(crate) trait BudgetShelf {
     fn kind(&self) -> &'static str;
-    fn lines(&self) -> Vec<Line>;
-    /// Drops an entry. Gives the bytes that this frees.
+    fn entries(&self) -> Vec<BudgetEntry>;
+    /// Drops the entry last used at `used`, and returns the bytes freed.
     fn discard(&self, used: Used) -> Bytes;
 }
 
-/// How far making place may go.
+/// The networks that may be evicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// What the running request has used stays.
+    /// Those that the running request has not used.
     Others,
-    /// That may go too, where nobody computes with it now.
+    /// Those too, unless they are in use at this moment.
     Idle,
 }
 
@@ -79,44 +78,44 @@ impl Budget {
         Self(Rc::new(State {
             shelves: RefCell::default(),
             capacity: Cell::new(capacity),
-            room: Cell::new(None),
+            usable: Cell::new(None),
             age: Cell::new(0),
             tick: Cell::new(0),
         }))
     }
 
-    /// A request begins, for which all may hold `capacity`, and all and its feature maps `room`.
-    pub fn begin(&self, capacity: Bytes, room: Option<Bytes>) {
+    /// Begins a request: `capacity` is for all networks, `usable` for networks and feature maps.
+    pub fn begin(&self, capacity: Bytes, usable: Option<Bytes>) {
         self.0.age.set(self.0.age.get() + 1);
         self.0.capacity.set(capacity);
-        self.0.room.set(room);
+        self.0.usable.set(usable);
     }
 
-    /// What [`Self::begin`] was told.
+    /// Bytes for networks and feature maps of the running request; `None` if unknown.
     #[must_use]
-    pub fn room(&self) -> Option<Bytes> {
-        self.0.room.get()
+    pub fn usable(&self) -> Option<Bytes> {
+        self.0.usable.get()
     }
 
-    /// Bytes that are held.
+    /// Bytes held.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        self.lines(|_| true).map(|(_, line)| line.bytes).sum()
+        self.entries(|_| true).map(|(_, entry)| entry.bytes).sum()
     }
 
-    /// Bytes that are held and pinned.
+    /// Bytes held and pinned.
     #[must_use]
     pub fn pinned(&self) -> Bytes {
-        self.lines(|line| line.pinned).map(|(_, line)| line.bytes).sum()
+        self.entries(|entry| entry.pinned).map(|(_, entry)| entry.bytes).sum()
     }
 
     /// Bytes that [`Self::evict`] could free.
     #[must_use]
     pub fn evictable(&self, reach: Reach) -> Bytes {
-        self.lines(|line| self.may_go(line, reach)).map(|(_, line)| line.bytes).sum()
+        self.entries(|entry| self.is_evictable(entry, reach)).map(|(_, entry)| entry.bytes).sum()
     }
 
-    /// Makes place for `bytes` before they are there, so that the old and the new need not fit together.
+    /// Evicts for `bytes` before they are loaded, so that old and new networks need not fit together.
     pub(crate) fn reserve(&self, bytes: Bytes) {
         let excess = (self.bytes() + bytes).saturating_sub(self.0.capacity.get());
         if excess > Bytes(0) {
@@ -124,25 +123,26 @@ impl Budget {
         }
     }
 
-    /// Frees at least `want` if it can, in the order written above. Gives what was freed.
+    /// Frees at least `want` if it can, in the module's order, and returns the bytes freed.
     pub fn evict(&self, want: Bytes, reach: Reach) -> Bytes {
-        let mut going: Vec<(Rc<dyn Rack>, Line)> = self.lines(|line| self.may_go(line, reach)).collect();
-        going.sort_by_key(|(rack, Line { used, .. })| {
-            let rank = ORDER.iter().position(|kind| *kind == rack.kind());
+        let mut candidates: Vec<(Rc<dyn BudgetShelf>, BudgetEntry)> =
+            self.entries(|entry| self.is_evictable(entry, reach)).collect();
+        candidates.sort_by_key(|(shelf, BudgetEntry { used, .. })| {
+            let rank = ORDER.iter().position(|kind| *kind == shelf.kind());
             (used.age, rank.map_or(0, |rank| rank + 1), used.tick)
         });
         let mut freed = Bytes(0);
-        for (rack, line) in going {
+        for (shelf, entry) in candidates {
             if freed >= want {
                 break;
             }
-            freed = freed + rack.discard(line.used);
+            freed = freed + shelf.discard(entry.used);
         }
         give_back(freed);
         freed
     }
 
-    /// A use at this moment.
+    /// Counts a use at this moment.
     pub(crate) fn used(&self) -> Used {
         let tick = self.0.tick.get() + 1;
         self.0.tick.set(tick);
@@ -150,25 +150,34 @@ impl Budget {
         Used { age: self.0.age.get(), tick, at: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) }
     }
 
-    pub(crate) fn join(&self, rack: Rc<dyn Rack>) {
-        self.0.shelves.borrow_mut().push(rack);
+    pub(crate) fn join(&self, shelf: Rc<dyn BudgetShelf>) {
+        self.0.shelves.borrow_mut().push(shelf);
     }
 
-    fn may_go(&self, line: &Line, reach: Reach) -> bool {
-        let of_request = self.0.age.get() > 0 && line.used.age == self.0.age.get();
-        !line.pinned && !line.busy && (reach == Reach::Idle || !of_request)
+    fn is_evictable(&self, entry: &BudgetEntry, reach: Reach) -> bool {
+        let of_request = self.0.age.get() > 0 && entry.used.age == self.0.age.get();
+        !entry.pinned && !entry.busy && (reach == Reach::Idle || !of_request)
     }
 
-    fn lines(&self, wanted: impl Fn(&Line) -> bool) -> impl Iterator<Item = (Rc<dyn Rack>, Line)> {
-        let of = |rack: &Rc<dyn Rack>| rack.lines().into_iter().map(|line| (Rc::clone(rack), line)).collect::<Vec<_>>();
-        let all: Vec<_> = self.0.shelves.borrow().iter().flat_map(of).filter(|(_, line)| wanted(line)).collect();
+    fn entries(
+        &self,
+        wanted: impl Fn(&BudgetEntry) -> bool,
+    ) -> impl Iterator<Item = (Rc<dyn BudgetShelf>, BudgetEntry)> {
+        let mut all = Vec::new();
+        for shelf in self.0.shelves.borrow().iter() {
+            let entries = shelf.entries().into_iter().filter(&wanted);
+            all.extend(entries.map(|entry| (Rc::clone(shelf), entry)));
+        }
         all.into_iter()
     }
 }
 
-/// Returns what was freed to the system: the allocator keeps blocks for reuse, and the next weights have other sizes.
+/// Freed bytes from which it is worth asking the allocator to release memory.
+const RELEASED_FROM: Bytes = Bytes(8 * Bytes::MIB);
+
+/// Returns freed memory to the system: the allocator keeps blocks for reuse, but the next weights have other sizes.
 pub(crate) fn give_back(freed: Bytes) {
-    if freed >= WORTH {
+    if freed >= RELEASED_FROM {
         allocator::release();
     }
 }

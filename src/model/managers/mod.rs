@@ -25,7 +25,7 @@ pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;
 pub use vae::{Vae, VaeManager};
 
-use self::budget::{Line, Rack, Used, give_back};
+use self::budget::{BudgetEntry, BudgetShelf, Used, give_back};
 use self::lora::Held;
 use crate::context::Context;
 use crate::device::instructor::Placement;
@@ -262,21 +262,21 @@ impl<T> Entry<T> {
     }
 }
 
-impl<T> Rack for Entries<T> {
+impl<T> BudgetShelf for Entries<T> {
     fn kind(&self) -> &'static str {
         self.kind
     }
 
-    fn lines(&self) -> Vec<Line> {
-        let line = |(entry, bytes): (&Entry<T>, Bytes)| Line {
+    fn entries(&self) -> Vec<BudgetEntry> {
+        let of = |(entry, bytes): (&Entry<T>, Bytes)| BudgetEntry {
             used: entry.used,
             bytes,
             pinned: entry.pinned,
             busy: entry.is_busy(),
         };
-        let coming = Line { used: Used::default(), bytes: self.coming_bytes(), pinned: false, busy: true };
+        let coming = BudgetEntry { used: Used::default(), bytes: self.coming_bytes(), pinned: false, busy: true };
         let coming = Some(coming).filter(|coming| coming.bytes > Bytes(0));
-        self.list.borrow().iter().zip(self.counted()).map(line).chain(coming).collect()
+        self.list.borrow().iter().zip(self.counted()).map(of).chain(coming).collect()
     }
 
     fn discard(&self, used: Used) -> Bytes {
@@ -310,9 +310,6 @@ impl<T> Manager for Shelf<T> {
     }
 }
 
-/// Freed bytes from which on it is worth asking the allocator to let go of them.
-const WORTH: Bytes = Bytes(8 * Bytes::MIB);
-
 /// A network whose header was read and whose weights were not.
 pub(crate) struct Opened<'a> {
     /// What progress calls it.
@@ -342,8 +339,8 @@ impl<'a> Opened<'a> {
         let (component, device) = (self.component, &self.placement.device);
         let task = ReadTask { component, weights: &self.weights, compute: self.dtype, device };
         ctx.perform(&Read, task)?.build(ctx, load).map_err(|error| match error {
-            Error::OutOfMemory { stage, needed: Bytes(0), free, fits } => {
-                Error::OutOfMemory { stage, needed: self.bytes(), free, fits }
+            Error::OutOfMemory { stage, needed: None, free, fits } => {
+                Error::OutOfMemory { stage, needed: Some(self.bytes()), free, fits }
             }
             other => other,
         })
