@@ -6,7 +6,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::layers::Worker;
 use crate::units::Bytes;
 
 /// Cancellation of a request, set by the event loop and read by the lane.
@@ -165,16 +164,6 @@ impl Context {
             return Err(Error::DeadlineExceeded);
         }
         Ok(())
-    }
-
-    /// Runs a worker after a checkpoint, in a tracing span. This is the only way to run one.
-    ///
-    /// # Errors
-    /// Those of [`Self::checkpoint`] and of the worker.
-    pub fn perform<Task, W: Worker<Task> + ?Sized>(&self, worker: &W, task: Task) -> Result<W::Output> {
-        self.checkpoint()?;
-        let span = tracing::debug_span!("perform", worker = std::any::type_name::<W>());
-        span.in_scope(|| worker.run(task, self))
     }
 
     /// Announces a stage, runs it, and adds its time to the request's timings.

@@ -39,7 +39,7 @@ pub enum Error {
     #[error("no model `{name}`")]
     ModelNotFound { name: String, hint: Option<String> },
     /// A repository of the hub that is not in the cache and may be downloaded.
-    #[error("no model `{name}` in the cache of the hub")]
+    #[error("no model `{name}` in the hub cache")]
     Unfetched {
         name: String,
         /// The error to report if it is not downloaded; set if the cache has parts of it.
@@ -51,7 +51,7 @@ pub enum Error {
     ModelUnsupported { name: String, message: String },
     #[error("`{}` is a pickle file, which can run code when it is read", path.display())]
     UnsafeFormat { path: PathBuf },
-    #[error("`{}` lies outside the configured roots", path.display())]
+    #[error("`{}` is outside the configured folders", path.display())]
     PathNotAllowed { path: PathBuf },
     #[error("{what} needs the network, and downloads are off")]
     Offline { what: String },
@@ -68,11 +68,11 @@ pub enum Error {
     DeviceUnavailable { device: String, message: String, hint: Option<String> },
     #[error("device `{device}` was lost: {message}")]
     DeviceLost { device: String, message: String },
-    #[error("{stage} gave numbers that are not finite")]
+    #[error("{stage} produced values that are not finite")]
     Numerical { stage: &'static str, hint: Option<String> },
     #[error("the image was blocked by the safety check")]
     SafetyBlocked,
-    #[error("`{}` exists already", path.display())]
+    #[error("`{}` already exists", path.display())]
     OutputExists { path: PathBuf },
     #[error("`{}` cannot be written: {message}", path.display())]
     OutputWriteFailed { path: PathBuf, message: String },

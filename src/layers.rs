@@ -181,3 +181,15 @@ pub trait Worker<Task>: Send + Sync {
     /// The work's failure, with a stable code.
     fn run(&self, task: Task, ctx: &Context) -> Result<Self::Output>;
 }
+
+impl Context {
+    /// Runs a worker after a checkpoint, in a tracing span. This is the only way to run one.
+    ///
+    /// # Errors
+    /// Those of [`Self::checkpoint`] and of the worker.
+    pub fn perform<Task, W: Worker<Task> + ?Sized>(&self, worker: &W, task: Task) -> Result<W::Output> {
+        self.checkpoint()?;
+        let span = tracing::debug_span!("perform", worker = std::any::type_name::<W>());
+        span.in_scope(|| worker.run(task, self))
+    }
+}
