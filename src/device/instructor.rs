@@ -113,7 +113,7 @@ impl DeviceInstructor {
             return Some(MemoryStatus { total: limit, free, on_host });
         }
         let host = host::memory();
-        let kept = allocator::usage().kept;
+        let kept = allocator::usage().cached;
         let free = host.available.map(|available| available + kept);
         let Some(limit) = self.settings.host_memory.of(host.total) else {
             return Some(MemoryStatus { total: host.total?, free: free?, on_host });

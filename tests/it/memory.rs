@@ -161,7 +161,7 @@ fn threads_never_share_a_block() {
     });
     let usage = allocator.usage();
     assert_eq!(usage.live, Bytes(0));
-    assert!(usage.kept <= Bytes(64 * Bytes::MIB) && usage.kept <= usage.peak, "{usage:?}");
+    assert!(usage.cached <= Bytes(64 * Bytes::MIB) && usage.cached <= usage.peak, "{usage:?}");
     allocator.release();
 }
 
@@ -172,9 +172,9 @@ fn kept_blocks_never_exceed_the_limit() {
     let usage = Usage { live: Bytes(40 * Bytes::MIB), peak: Bytes(40 * Bytes::MIB), ..Usage::default() };
     assert_eq!(allocator.usage(), usage);
     drop(held);
-    assert_eq!(allocator.usage().kept, Bytes(20 * Bytes::MIB));
+    assert_eq!(allocator.usage().cached, Bytes(20 * Bytes::MIB));
     drop(Memory::new(&allocator, 24 * MIB));
-    assert!(allocator.usage().kept <= Bytes(20 * Bytes::MIB), "{:?}", allocator.usage());
+    assert!(allocator.usage().cached <= Bytes(20 * Bytes::MIB), "{:?}", allocator.usage());
     for _ in 0..2000 {
         drop(Memory::new(&allocator, LARGE));
     }
@@ -195,7 +195,7 @@ fn what_is_kept_never_raises_the_peak() {
         }
         let usage = allocator.usage();
         most = usage.live.0.max(most);
-        assert!(usage.live + usage.kept <= usage.peak, "round {round}: {usage:?}");
+        assert!(usage.live + usage.cached <= usage.peak, "round {round}: {usage:?}");
     }
     assert!(allocator.usage().peak.0 >= most && most > 0);
     drop(held);
@@ -210,11 +210,11 @@ fn a_smaller_request_is_served_by_a_part_of_what_waits() {
     let usage = allocator.usage();
     assert_eq!((usage.live, usage.peak), (Bytes(9 * Bytes::MIB), Bytes(40 * Bytes::MIB)));
     // The rest begins with a huge page.
-    assert_eq!(usage.kept, Bytes(30 * Bytes::MIB));
+    assert_eq!(usage.cached, Bytes(30 * Bytes::MIB));
     let rest = Memory::new(&allocator, 30 * MIB);
-    assert_eq!(allocator.usage().kept, Bytes(0));
+    assert_eq!(allocator.usage().cached, Bytes(0));
     drop((held, rest));
-    assert_eq!(allocator.usage().kept, Bytes(39 * Bytes::MIB));
+    assert_eq!(allocator.usage().cached, Bytes(39 * Bytes::MIB));
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn released_memory_returns_to_the_system() {
     let start = memory.start.addr();
     assert_eq!(resident(start, 64 * MIB), 64 * MIB);
     drop(memory);
-    assert_eq!(allocator.usage().kept, Bytes(64 * Bytes::MIB));
+    assert_eq!(allocator.usage().cached, Bytes(64 * Bytes::MIB));
     allocator.release();
     assert_eq!(allocator.usage(), Usage::default());
     // Another thread's mapping may have taken the place; it would not be wholly resident.

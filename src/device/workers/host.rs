@@ -72,7 +72,7 @@ pub(crate) fn memory() -> HostMemory {
 
 pub(crate) fn process() -> ProcessMemory {
     let status = read_to_string("/proc/self/status").unwrap_or_default();
-    let Usage { mapped, kept, .. } = allocator::usage();
+    let Usage { mapped, cached: kept, .. } = allocator::usage();
     let line = |key| kib_line(&status, key);
     ProcessMemory {
         rss: line("VmRSS").or_else(resident_set),
