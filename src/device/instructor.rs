@@ -227,11 +227,11 @@ impl Instructor for DeviceInstructor {
 /// `device_unavailable`, naming the machine's instruction sets, if it lacks those requested.
 pub fn choose_cpu_features(requested: CpuFeatures) -> Result<()> {
     let wanted = requested.level().unwrap_or_else(simd::best);
-    if wanted.is_here() {
+    if wanted.is_supported() {
         tracing::info!(cpu_features = simd::choose(wanted).name(), "the CPU's kernels");
         return Ok(());
     }
-    let here = Level::ALL.into_iter().filter(|level| level.is_here()).map(|level| format!("`{}`", level.name()));
+    let here = Level::ALL.into_iter().filter(|level| level.is_supported()).map(|level| format!("`{}`", level.name()));
     let here = here.collect::<Vec<_>>().join(", ");
     Err(Error::DeviceUnavailable {
         device: DeviceId::Cpu.to_string(),

@@ -13,7 +13,7 @@ impl StoredWeight {
     pub fn numbers(&self, dtype: DType) -> Result<Tensor> {
         match self.coding().dtype() {
             Some(own) if own == dtype && self.scale() == 1.0 => self.tensor().reshape(self.dims()),
-            _ => cpu::numbers(self, dtype),
+            _ => cpu::dequantize::to_tensor(self, dtype),
         }
     }
 

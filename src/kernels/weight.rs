@@ -14,7 +14,7 @@ use crate::kernels::{cpu, int8_policy, load_stats, offload};
 #[derive(Clone, Debug)]
 pub(crate) enum Weight {
     /// On the CPU.
-    Packed(Arc<cpu::Packed>),
+    Packed(Arc<cpu::PackedWeight>),
     /// `[O, I]` or `[O, K, K, C]`.
     Tensor(Tensor),
     /// As the file has it, on the host; [`Weight::beside`] brings it.
@@ -39,9 +39,9 @@ impl Weight {
         Ok(Self::Packed(Arc::new(Self::packed(weight, compute, conv)?)))
     }
 
-    fn packed(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<cpu::Packed> {
+    fn packed(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<cpu::PackedWeight> {
         let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
-        cpu::Packed::new(weight, compute, by_filters)
+        cpu::PackedWeight::new(weight, compute, by_filters)
     }
 
     /// As [`Self::new`], of one that is on a GPU.
@@ -57,7 +57,7 @@ impl Weight {
         if !weight.device().is_cpu() {
             candle_core::bail!("INT8 weights are for the CPU");
         }
-        Ok(Self::Packed(Arc::new(cpu::Packed::int8(weight)?)))
+        Ok(Self::Packed(Arc::new(cpu::PackedWeight::int8(weight)?)))
     }
 
     /// Of the layer `vb`: in bytes where [`quantizing`] has it so.
@@ -65,7 +65,7 @@ impl Weight {
         if !weight.device().is_cpu() || !int8_policy::is_chosen(&vb.prefix(), weight.dims()) {
             return Self::new(weight, vb.dtype(), conv);
         }
-        let packed = cpu::Packed::int8(&weight.used(vb.dtype())?)?;
+        let packed = cpu::PackedWeight::int8(&weight.used(vb.dtype())?)?;
         int8_policy::count(weight.bytes().saturating_sub(packed.bytes()));
         load_stats::count(weight, packed.bytes());
         Ok(Self::Packed(Arc::new(packed)))

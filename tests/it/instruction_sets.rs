@@ -42,7 +42,7 @@ fn psnr(ours: &image::RgbImage, reference: &image::RgbImage) -> f64 {
 fn check(dtype: &str, least: &LeastPsnr) {
     let reference = draw(Level::Portable, "f32");
     for level in Level::ALL {
-        if !level.is_here() {
+        if !level.is_supported() {
             println!("{:<12} {dtype}: NOT RUN, this machine does not have it", level.name());
             continue;
         }
@@ -64,7 +64,7 @@ fn f32_gives_the_same_picture_with_every_instruction_set() {
 
 #[test]
 fn an_instruction_set_that_is_not_here_ends_the_start_and_names_those_that_are() {
-    let Some(absent) = Level::ALL.into_iter().find(|level| !level.is_here()) else {
+    let Some(absent) = Level::ALL.into_iter().find(|level| !level.is_supported()) else {
         println!("NOT RUN: this machine has every instruction set");
         return;
     };
@@ -73,7 +73,7 @@ fn an_instruction_set_that_is_not_here_ends_the_start_and_names_those_that_are()
     assert_eq!(worker.rest(), (vec![], Some(69)));
     let said = worker.stderr();
     assert!(said.contains(&format!("got `{}`", absent.name())), "{said}");
-    for level in Level::ALL.into_iter().filter(|level| level.is_here()) {
+    for level in Level::ALL.into_iter().filter(|level| level.is_supported()) {
         assert!(said.contains(&format!("`{}`", level.name())), "{} is not in {said}", level.name());
     }
 }

@@ -1,23 +1,29 @@
 //! Attention in blocks of queries and keys with a running softmax: Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
-//! Scores exist one block at a time, in f32. Both products run on the micro-kernels of the linear layers, the keys and
-//! values laid as panels of weights are.
+//! Scores exist one block at a time, in f32. Both products run on the micro-kernels of the linear layers, with the keys and
+//! values packed as panels of weights are.
 
-use crate::kernels::Mask;
-use crate::kernels::cpu::element::Element;
-use crate::kernels::cpu::epilogue::Target;
-use crate::kernels::cpu::gemm::Block;
-use crate::kernels::cpu::micro::{A_BYTES, A_STRIDE, Call, Micro, Operands, PANEL};
-use crate::kernels::cpu::packed::Aligned;
-use crate::kernels::cpu::parallel::{Scratch, Shared, for_each, threads, with_scratch};
-use crate::kernels::cpu::simd;
-use crate::kernels::cpu::softmax::Row;
-use crate::kernels::cpu::streaming_pack::{BLOCK, Lines, WORD, turn};
-
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use rayon::prelude::ParallelSliceMut;
+
+use crate::kernels::cpu::aligned::{UninitBuffer, uninit_numbers};
+use crate::kernels::cpu::element::Element;
+use crate::kernels::cpu::elementwise::{round_scaled, scale};
+use crate::kernels::cpu::gemm::F32_CHAIN;
+use crate::kernels::cpu::micro::MicroKernel;
+use crate::kernels::cpu::micro::tile::{A_BYTES, Operands, PANEL, TileCall};
+use crate::kernels::cpu::parallel::{OutputTiles, for_each, for_each_part, threads};
+use crate::kernels::cpu::row_block::{ROW_F32S, RowBlock};
+use crate::kernels::cpu::scratch::{Scratch, with_scratch};
+use crate::kernels::cpu::simd::multiversion;
+use crate::kernels::cpu::softmax::{ScoreRow, SoftmaxRow, SoftmaxState};
+use crate::kernels::cpu::transpose::{BLOCK, Lines, WORD, transpose_words};
+use crate::kernels::mask::Mask;
+
 /// Queries of a block, at most.
-const QUERIES: usize = 336;
-/// Keys of a block: as many f32 probabilities as a row of a block holds.
+const MAX_QUERIES: usize = 336;
+/// Keys of a block: as many as there are f32 in the row of a left operand.
 const KEYS: usize = A_BYTES / 4;
 
 /// `[B, L, heads · D]` with unit stride in the last axis.
@@ -29,7 +35,7 @@ pub(crate) struct Tokens<'a, T> {
 }
 
 #[derive(Clone, Copy)]
-pub(crate) struct Size {
+pub(crate) struct AttentionShape {
     pub(crate) batch: usize,
     pub(crate) queries: usize,
     pub(crate) keys: usize,
@@ -38,334 +44,349 @@ pub(crate) struct Size {
     pub(crate) depth: usize,
 }
 
-struct Attention<'a, T> {
-    q: Tokens<'a, T>,
-    k: Tokens<'a, T>,
-    v: Tokens<'a, T>,
-    size: Size,
-    mask: Mask,
-    micro: Micro,
+/// One call of attention.
+pub(crate) struct AttentionTask<'a, T> {
+    pub(crate) q: Tokens<'a, T>,
+    pub(crate) k: Tokens<'a, T>,
+    pub(crate) v: Tokens<'a, T>,
+    pub(crate) shape: AttentionShape,
+    pub(crate) mask: Mask,
 }
 
-/// Keys and values of every head as panels, made once for all blocks of queries.
-struct Laid {
-    /// `[head of a sample, block of keys, 2]` times `side` bytes: the keys of the block, then its values.
-    memory: Aligned,
+struct Attention<'a, T> {
+    task: &'a AttentionTask<'a, T>,
+    micro: MicroKernel,
+    /// Scales scores to exponents of 2.
+    factor: f32,
+}
+
+/// Keys and values of every head as panels, packed once for all blocks of queries. A *pair* is one head of one sample.
+struct PackedKeysValues {
+    /// `[pair, block of keys, 2]` times `side` bytes: the keys of the block, then its values.
+    memory: UninitBuffer,
     side: usize,
     /// Blocks of keys.
     blocks: usize,
 }
 
-impl Laid {
-    fn keys(&self, pair: usize, block: usize) -> *mut u8 {
-        self.memory.at((pair * self.blocks + block) * 2 * self.side)
-    }
-
-    fn values(&self, pair: usize, block: usize) -> *mut u8 {
-        self.keys(pair, block).wrapping_add(self.side)
+impl PackedKeysValues {
+    /// The panels of the keys and of the values.
+    fn block(&self, pair: usize, block: usize) -> (&[MaybeUninit<u8>], &[MaybeUninit<u8>]) {
+        self.memory.as_slice()[(pair * self.blocks + block) * 2 * self.side..][..2 * self.side].split_at(self.side)
     }
 }
 
-/// Gives `[B, Lq, heads · D]`.
-pub(crate) fn attention<T: Element>(q: Tokens<T>, k: Tokens<T>, v: Tokens<T>, size: Size, mask: Mask) -> Vec<T> {
-    let Size { batch, queries, keys, heads, depth } = size;
+/// Returns `[B, Lq, heads · D]`.
+#[expect(unsafe_code, reason = "tiles of one result are written by several threads")]
+pub(crate) fn attention<T: Element>(task: &AttentionTask<T>) -> Vec<T> {
+    let AttentionShape { batch, queries, keys, heads, depth } = task.shape;
     let count = batch * queries * heads * depth;
     if keys == 0 || count == 0 {
         return vec![T::zero(); count];
     }
-    let mut out = T::unwritten(count);
-    let micro = Micro::new(!T::IS_F32);
+    let micro = MicroKernel::new(!T::IS_F32);
     let pairs = batch * heads;
     let wanted = (4 * threads()).div_ceil(pairs).min(queries.div_ceil(4 * micro.rows));
-    let blocks = queries.div_ceil(QUERIES).max(wanted);
+    let blocks = queries.div_ceil(MAX_QUERIES).max(wanted);
     let block = queries.div_ceil(blocks).next_multiple_of(micro.rows);
     let blocks = queries.div_ceil(block);
-    let work = Attention { q, k, v, size, mask, micro };
-    let laid = work.lay();
-    let shared = Shared::new(&mut out);
+    let factor = (std::f64::consts::LOG2_E / (depth as f64).sqrt()) as f32;
+    let work = Attention { task, micro, factor };
+    let packed = work.pack_keys_values();
+    let mut out = Box::new_uninit_slice(count);
+    // SAFETY: every task writes its own queries of its own head, each line once.
+    let tiles = unsafe { OutputTiles::new(&mut out) };
     for_each(pairs * blocks, 2 * pairs * queries * keys * depth, |task| {
         let (pair, start) = (task / blocks, (task % blocks) * block);
         let rows = start..(start + block).min(queries);
-        with_scratch(|scratch| work.block(pair, rows, &laid, &shared, scratch));
+        with_scratch(|scratch| work.attend(work.query_block(pair, rows, scratch), &packed, tiles));
     });
-    out
+    // SAFETY: the tasks cover all queries of all heads.
+    unsafe { out.assume_init() }.into_vec()
 }
 
-/// A left operand in blocks of at most [`A_BYTES`] of depth each, and a right one in panels.
-struct Sides {
-    /// Rows of a block, the micro-kernel's filling included.
+/// The shape of a product: a left operand in blocks of at most [`A_BYTES`] of depth each, and a right one in panels.
+#[derive(Clone, Copy)]
+struct ProductShape {
+    /// Rows of a block, padded for the micro-kernel.
     rows: usize,
-    /// Numbers of the depth, filled up to a multiple of 32.
+    /// Numbers of the depth, padded to a multiple of 32.
     depth: usize,
     /// Numbers of the depth in one block.
     step: usize,
 }
 
+/// All rows of `a` times panels of `b`.
+struct Product<'a> {
+    shape: ProductShape,
+    a: &'a RowBlock<'a>,
+    b: &'a [MaybeUninit<u8>],
+    /// Adds to the sums.
+    add: bool,
+}
+
+/// A block of queries of one head, and its scratch memory.
+struct QueryBlock<'a> {
+    pair: usize,
+    /// Queries.
+    rows: Range<usize>,
+    /// The product of the queries with the keys.
+    shape: ProductShape,
+    /// The queries, `[blocks of the depth, rows]`.
+    q: RowBlock<'a>,
+    /// The powers of the scores: the left operand of the product with the values.
+    p: RowBlock<'a>,
+    /// `[panel, rows, 32]`
+    scores: &'a mut [f32],
+    /// The products with the values, `[panel, rows, 32]`.
+    sums: &'a mut [f32],
+    softmax: &'a mut [SoftmaxState],
+}
+
 impl<T: Element> Attention<'_, T> {
-    fn sides(&self, rows: usize, depth: usize) -> Sides {
+    fn product_shape(&self, rows: usize, depth: usize) -> ProductShape {
         let depth = depth.next_multiple_of(PANEL);
-        let longest = if T::IS_F32 { 128 } else { A_BYTES / self.micro.operands.size() };
-        Sides { rows: rows.next_multiple_of(self.micro.rows), depth, step: depth.min(longest) }
+        let longest = if T::IS_F32 { F32_CHAIN } else { A_BYTES / self.micro.operands.size() };
+        ProductShape { rows: rows.next_multiple_of(self.micro.rows), depth, step: depth.min(longest) }
     }
 
-    fn lay(&self) -> Laid {
-        let Size { batch, keys, heads, depth, .. } = self.size;
+    fn pack_keys_values(&self) -> PackedKeysValues {
+        let AttentionShape { batch, keys, heads, depth, .. } = self.task.shape;
         let (pairs, blocks) = (batch * heads, keys.div_ceil(KEYS));
         let columns = depth.next_multiple_of(PANEL);
         let side = KEYS.min(keys.next_multiple_of(PANEL)) * columns * self.micro.operands.size();
-        let laid = Laid { memory: Aligned::unwritten(pairs * blocks * 2 * side), side, blocks };
-        for_each(pairs * blocks, 2 * pairs * keys * columns, |task| {
+        let mut memory = UninitBuffer::new(pairs * blocks * 2 * side);
+        let parts = memory.as_mut_words().par_chunks_mut(2 * side / WORD);
+        for_each_part(parts, 2 * pairs * keys * columns, |task, to| {
             let (pair, block) = (task / blocks, task % blocks);
             let range = block * KEYS..(block * KEYS + KEYS).min(keys);
-            self.lay_keys(self.at(&self.k, pair), range.clone(), laid.keys(pair, block));
-            self.lay_values(self.at(&self.v, pair), range, laid.values(pair, block));
+            self.pack_keys(pair, range.clone(), to);
+            self.pack_values(pair, range, &mut to[side / WORD..]);
         });
-        laid
+        PackedKeysValues { memory, side, blocks }
     }
 
-    /// Where the first token of head `pair` stands, heads counted over all samples.
-    fn at(&self, tokens: &Tokens<T>, pair: usize) -> usize {
-        pair / self.size.heads * tokens.sample_stride + pair % self.size.heads * self.size.depth
+    /// The index of the first token of a head.
+    fn first_token(&self, tokens: &Tokens<T>, pair: usize) -> usize {
+        let AttentionShape { heads, depth, .. } = self.task.shape;
+        pair / heads * tokens.sample_stride + pair % heads * depth
     }
 
-    /// One head of one sample, queries `rows`.
-    fn block(&self, pair: usize, rows: Range<usize>, laid: &Laid, out: &Shared<T>, scratch: &mut Scratch) {
-        self.micro.within(|| self.within(pair, rows, laid, out, scratch));
-    }
-
-    #[expect(unsafe_code, reason = "rows of a result that is shared with other tasks, and operands of micro-kernels")]
-    fn within(&self, pair: usize, rows: Range<usize>, laid: &Laid, out: &Shared<T>, scratch: &mut Scratch) {
-        let Size { queries, keys, heads, depth, .. } = self.size;
-        let count = rows.len();
-        let (sample, head) = (pair / heads, pair % heads);
-        let Scratch { rows: wide_q, sums, values, scores, marks, .. } = scratch;
-
-        let over_depth = self.sides(count, depth);
-        let padded = over_depth.rows;
-        let blocks = over_depth.depth.div_ceil(over_depth.step);
-        let q = wide_q.at_least(blocks * padded * A_STRIDE);
-        for (i, first) in (0..depth).step_by(over_depth.step).enumerate() {
-            // SAFETY: each block has `padded` rows.
-            let block = unsafe { Block::new(q.wrapping_add(i * padded * A_STRIDE), self.micro.operands) };
-            let wide = over_depth.step.min(over_depth.depth - first);
-            let taken = over_depth.step.min(depth - first);
-            for (to, row) in rows.clone().enumerate() {
-                let start = self.at(&self.q, pair) + row * self.q.token_stride + first;
-                block.put(to, 0, &self.q.numbers[start..start + taken]);
-                block.clear(to, taken, wide - taken);
-            }
-        }
-
-        let columns = over_depth.depth; // of the values, filled up to whole panels
-        let sums = sums.at_least(columns * padded * 4).cast::<f32>(); // [panel, rows, 32]
-        let p = values.at_least(padded * A_STRIDE);
-        // SAFETY: there are `padded` rows.
-        let p_block = unsafe { Block::new(p, self.micro.operands) };
-        let scores = scores.at_least(KEYS * padded * 4).cast::<f32>(); // [panel, rows, 32]
-        marks.clear();
-        marks.resize(count, Mark { greatest: f32::NEG_INFINITY, total: 0.0 });
-
-        let end = match self.mask {
-            Mask::None => keys,
-            Mask::Causal => keys.min(rows.end),
+    /// Computes a block of queries.
+    fn attend(&self, mut block: QueryBlock, packed: &PackedKeysValues, out: OutputTiles<T>) {
+        let keys = match self.task.mask {
+            Mask::None => self.task.shape.keys,
+            Mask::Causal => self.task.shape.keys.min(block.rows.end),
         };
-        let factor = (std::f64::consts::LOG2_E / (depth as f64).sqrt()) as f32;
-        for first in (0..end).step_by(KEYS) {
-            // Of the whole block, as its panels are; what lies behind the end of a mask is not seen.
-            let width = KEYS.min(keys - first);
-            let over_keys = self.sides(count, width);
-            let k = laid.keys(pair, first / KEYS);
-            self.multiply(&over_depth, q, k, over_keys.depth / PANEL, scores, false);
-
-            // Probabilities take the place of a left operand, in blocks of the depth as micro-kernels take it.
-            for (i, mark) in marks.iter_mut().enumerate() {
-                let seen = match self.mask {
-                    Mask::None => width,
-                    Mask::Causal => (rows.start + i + 1).saturating_sub(first).min(width),
-                };
-                // SAFETY: row `i` of every panel of scores was written by the product.
-                let line = unsafe { Scores::new(scores.wrapping_add(i * PANEL), padded * PANEL) };
-                let before = mark.greatest;
-                let row = Row {
-                    scores: line,
-                    seen,
-                    keys: over_keys.depth,
-                    factor,
-                    operands: self.micro.operands,
-                    to: p.wrapping_add(i * A_STRIDE),
-                };
-                let now = row.greatest(before);
-                if now == f32::NEG_INFINITY {
-                    p_block.clear(i, 0, over_keys.depth);
-                    continue;
-                }
-                // SAFETY: a row of the block holds the operands of all keys of this step.
-                let total = unsafe { row.powers(now) };
-                if now > before && before > f32::NEG_INFINITY {
-                    let shrink = ((before - now) * factor).exp2();
-                    mark.total *= shrink;
-                    for panel in 0..columns / PANEL {
-                        let start = sums.wrapping_add((panel * padded + i) * PANEL);
-                        // SAFETY: a row of 32 sums of this task.
-                        simd::scale(unsafe { std::slice::from_raw_parts_mut(start, PANEL) }, shrink);
-                    }
-                }
-                mark.total += total;
-                mark.greatest = now;
+        self.micro.on_thread(|| {
+            self.pack_queries(&mut block);
+            for first in (0..keys).step_by(KEYS) {
+                self.attend_to_keys(&mut block, first, packed);
             }
-            let v = laid.values(pair, first / KEYS);
-            let whole = Sides { step: over_keys.depth, ..over_keys };
-            self.multiply(&whole, p, v, columns / PANEL, sums, first > 0);
+            self.write(&block, out);
+        });
+    }
+
+    fn query_block<'a>(&self, pair: usize, rows: Range<usize>, scratch: &'a mut Scratch) -> QueryBlock<'a> {
+        let Scratch { rows: q, sums, values, scores, softmax, .. } = scratch;
+        let operands = self.micro.operands;
+        let shape = self.product_shape(rows.len(), self.task.shape.depth);
+        let blocks = shape.depth.div_ceil(shape.step);
+        softmax.clear();
+        softmax.resize(rows.len(), SoftmaxState::EMPTY);
+        QueryBlock {
+            pair,
+            rows,
+            q: RowBlock::new(q.scratch(blocks * shape.rows * ROW_F32S), operands),
+            p: RowBlock::new(values.scratch(shape.rows * ROW_F32S), operands),
+            scores: scores.scratch(KEYS * shape.rows),
+            sums: sums.scratch(shape.depth * shape.rows),
+            softmax,
+            shape,
         }
-        // SAFETY: this head of these queries belongs to this task, and lies within the result.
-        let target = unsafe { Target::new(out.at(0)) };
-        for (i, row) in rows.enumerate() {
-            for start in (0..depth).step_by(PANEL) {
-                let from = sums.wrapping_add((start / PANEL * padded + i) * PANEL);
-                // SAFETY: a row of 32 sums of this task.
-                let from = unsafe { std::slice::from_raw_parts(from, PANEL) };
-                let line =
-                    target.line(((sample * queries + row) * heads + head) * depth + start, PANEL.min(depth - start));
-                simd::round_scaled(from, 1.0 / marks[i].total, line);
+    }
+
+    fn pack_queries(&self, block: &mut QueryBlock) {
+        let (tokens, depth, shape) = (&self.task.q, self.task.shape.depth, block.shape);
+        let head = self.first_token(tokens, block.pair);
+        for (i, first) in (0..depth).step_by(shape.step).enumerate() {
+            let padded = shape.step.min(shape.depth - first);
+            let taken = shape.step.min(depth - first);
+            for (to, row) in block.rows.clone().enumerate() {
+                let start = head + row * tokens.token_stride + first;
+                block.q.write(i * shape.rows + to, 0, &tokens.numbers[start..start + taken]);
+                block.q.clear(i * shape.rows + to, taken, padded - taken);
             }
         }
     }
 
-    /// Every panel of `b` with all rows; sums are `[panel, rows, 32]`.
+    /// Adds one block of keys, which begins with key `first`, to the running softmax and the sums of the values.
+    fn attend_to_keys(&self, block: &mut QueryBlock, first: usize, packed: &PackedKeysValues) {
+        // All keys of the block, as the panels have them; the softmax ignores those that the mask hides.
+        let width = KEYS.min(self.task.shape.keys - first);
+        let over_keys = self.product_shape(block.rows.len(), width);
+        let (k, v) = packed.block(block.pair, first / KEYS);
+        let scores = &mut block.scores[..over_keys.depth * block.shape.rows];
+        self.multiply(&Product { shape: block.shape, a: &block.q, b: k, add: false }, scores);
+        for row in 0..block.rows.len() {
+            let visible = match self.task.mask {
+                Mask::None => width,
+                Mask::Causal => (block.rows.start + row + 1).saturating_sub(first).min(width),
+            };
+            self.update_softmax(block, row, visible, over_keys.depth);
+        }
+        let over_keys = ProductShape { step: over_keys.depth, ..over_keys };
+        self.multiply(&Product { shape: over_keys, a: &block.p, b: v, add: first > 0 }, block.sums);
+    }
+
+    /// Writes the powers of one row of scores, and scales the sums so far if the maximum has grown.
+    #[expect(unsafe_code, reason = "scores are read without a check of their bounds")]
+    #[inline]
+    fn update_softmax(&self, block: &mut QueryBlock, row: usize, visible: usize, keys: usize) {
+        let stride = block.shape.rows * PANEL;
+        let scores = &block.scores[row * PANEL..][..(keys / PANEL - 1) * stride + PANEL];
+        // SAFETY: the slice ends with the last of `keys / 32` lines, `stride` apart.
+        let scores = unsafe { ScoreRow::new(scores, stride) };
+        let factor = self.factor;
+        let softmax_row = SoftmaxRow { scores, visible, keys, factor, operands: self.micro.operands };
+        let state = &mut block.softmax[row];
+        let before = state.max;
+        let max = softmax_row.max(before);
+        if max == f32::NEG_INFINITY {
+            return block.p.clear(row, 0, keys);
+        }
+        let sum = softmax_row.powers(max, block.p.row_mut(row));
+        if max > before && before > f32::NEG_INFINITY {
+            let shrink = ((before - max) * factor).exp2();
+            state.sum *= shrink;
+            for line in block.sums[row * PANEL..].chunks_mut(stride) {
+                scale(&mut line[..PANEL], shrink);
+            }
+        }
+        state.sum += sum;
+        state.max = max;
+    }
+
+    /// Divides the sums by the sums of the powers and writes the result.
+    fn write(&self, block: &QueryBlock, out: OutputTiles<T>) {
+        let AttentionShape { queries, heads, depth, .. } = self.task.shape;
+        let (sample, head) = (block.pair / heads, block.pair % heads);
+        for (i, row) in block.rows.clone().enumerate() {
+            let factor = 1.0 / block.softmax[i].sum;
+            for start in (0..depth).step_by(PANEL) {
+                let from = &block.sums[(start / PANEL * block.shape.rows + i) * PANEL..][..PANEL];
+                let at = ((sample * queries + row) * heads + head) * depth + start;
+                round_scaled(from, factor, out.line(at, PANEL.min(depth - start)));
+            }
+        }
+    }
+
+    /// `sums` is `[panel, rows, 32]` and decides how many panels are multiplied.
     #[expect(unsafe_code, reason = "micro-kernels take pointers")]
-    fn multiply(&self, sides: &Sides, a: *const u8, b: *const u8, panels: usize, sums: *mut f32, add: bool) {
-        let size = self.micro.operands.size();
-        for panel in 0..panels {
-            for (i, first) in (0..sides.depth).step_by(sides.step).enumerate() {
-                let b = b.wrapping_add((panel * sides.depth + first) * PANEL * size);
-                let depth = sides.step.min(sides.depth - first);
-                for row in (0..sides.rows).step_by(self.micro.rows) {
-                    let call = Call {
-                        a: a.wrapping_add((i * sides.rows + row) * A_STRIDE),
+    fn multiply(&self, product: &Product, sums: &mut [f32]) {
+        let &Product { shape, a, b, add } = product;
+        let panel_bytes = shape.depth * PANEL * self.micro.operands.size();
+        for (b, sums) in b.chunks_exact(panel_bytes).zip(sums.chunks_exact_mut(shape.rows * PANEL)) {
+            for (i, first) in (0..shape.depth).step_by(shape.step).enumerate() {
+                let b = b[first * PANEL * self.micro.operands.size()..].as_ptr().cast();
+                let depth = shape.step.min(shape.depth - first);
+                for row in (0..shape.rows).step_by(self.micro.rows) {
+                    let call = TileCall {
+                        a: a.rows_from(i * shape.rows + row),
                         b,
                         depth,
-                        c: sums.wrapping_add((panel * sides.rows + row) * PANEL),
+                        c: sums[row * PANEL..].as_mut_ptr(),
                         rows: self.micro.rows,
                         add: add || i > 0,
                     };
-                    // SAFETY: operands and sums are laid for whole micro-tiles and multiples of 32 of the depth.
+                    // SAFETY: operands and sums have whole tiles of rows and a depth padded to a multiple of 32.
                     unsafe { self.micro.run(&call) }
                 }
             }
         }
     }
 
-    /// Keys `range` as panels `[D, 32]` of 32 keys each, filled up with zeros.
-    #[expect(unsafe_code, reason = "memory seen as numbers")]
-    fn lay_keys(&self, at: usize, range: Range<usize>, start: *mut u8) {
-        let depth = self.size.depth;
+    /// Packs keys `range` as panels `[D, 32]` of 32 keys each, padded with zeros.
+    fn pack_keys(&self, pair: usize, range: Range<usize>, to: &mut [MaybeUninit<u32>]) {
+        let (tokens, depth) = (&self.task.k, self.task.shape.depth);
+        let at = self.first_token(tokens, pair);
         let padded = depth.next_multiple_of(PANEL);
-        let panels = range.len().div_ceil(PANEL);
-        let count = panels * padded * PANEL;
         let size = self.micro.operands.size();
         let words = padded * size / WORD;
-        let token = |n: usize| {
-            let start = at + (range.start + n) * self.k.token_stride;
-            &self.k.numbers[start..start + depth]
-        };
-        for p in 0..panels {
-            let lines = PANEL.min(range.len() - p * PANEL);
+        for (p, first) in range.clone().step_by(PANEL).enumerate() {
+            let lines = PANEL.min(range.end - first);
+            let start = at + first * tokens.token_stride;
             if size == size_of::<T>() {
-                let to = start.cast::<u32>().wrapping_add(p * words * PANEL);
-                // SAFETY: as many words are there, for this task alone; any bits are a number. What is left in those of the
-                // next panel is written after, and behind the last panel the values are laid after the keys.
-                let to = unsafe { std::slice::from_raw_parts_mut(to, (words + BLOCK) * PANEL) };
-                let first = at + (range.start + p * PANEL) * self.k.token_stride;
-                let from = Lines::new(&self.k.numbers[first..], self.k.token_stride, (lines, depth));
-                turn(from, words, to);
+                // The words of a panel are followed by unspecified ones, where the next panel or the values are written
+                // afterwards.
+                let to = &mut to[p * words * PANEL..][..(words + BLOCK) * PANEL];
+                let from = Lines::of(&tokens.numbers[start..], tokens.token_stride, lines, depth);
+                transpose_words(from, words, to);
                 continue;
             }
-            // SAFETY: as above.
-            let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
-            let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
+            let to = &mut uninit_numbers::<f32>(to)[p * padded * PANEL..][..padded * PANEL];
             if lines < PANEL || depth < padded {
-                to.fill(0.0);
+                to.fill(MaybeUninit::new(0.0));
             }
             for n in 0..lines {
-                for (to, from) in to.iter_mut().skip(n).step_by(PANEL).zip(token(p * PANEL + n)) {
-                    *to = from.widen();
+                let token = &tokens.numbers[start + n * tokens.token_stride..][..depth];
+                for (to, from) in to.iter_mut().skip(n).step_by(PANEL).zip(token) {
+                    to.write(from.widen());
                 }
             }
         }
     }
 
-    /// Values `range` as panels `[keys, 32]` of 32 channels each, filled up with zeros to a multiple of 32 keys.
-    #[expect(unsafe_code, reason = "memory seen as numbers")]
-    fn lay_values(&self, at: usize, range: Range<usize>, start: *mut u8) {
-        let depth = self.size.depth;
+    /// Packs values `range` as panels `[keys, 32]` of 32 channels each, padded with zeros to a multiple of 32 keys.
+    fn pack_values(&self, pair: usize, range: Range<usize>, to: &mut [MaybeUninit<u32>]) {
+        let (tokens, depth) = (&self.task.v, self.task.shape.depth);
+        let at = self.first_token(tokens, pair);
         let padded = range.len().next_multiple_of(PANEL);
-        let panels = depth.div_ceil(PANEL);
         let zeros = [T::zero(); PANEL];
-        let count = panels * padded * PANEL;
-        for p in 0..panels {
-            let columns = PANEL.min(depth - p * PANEL);
-            let token = |n: usize| {
-                let start = at + (range.start + n) * self.v.token_stride + p * PANEL;
-                &self.v.numbers[start..start + columns]
-            };
-            match self.micro.operands {
-                Operands::F32 => {
-                    // SAFETY: `count` numbers are there, for this task alone.
-                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), count) };
-                    let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
-                    for (n, to) in to.chunks_exact_mut(PANEL).enumerate() {
-                        if n < range.len() {
-                            simd::widen_slice(token(n), &mut to[..columns]);
-                            to[columns..].fill(0.0);
-                        } else {
-                            to.fill(0.0);
-                        }
+        for (p, channel) in (0..depth).step_by(PANEL).enumerate() {
+            let columns = PANEL.min(depth - channel);
+            let token = |n: usize| &tokens.numbers[at + (range.start + n) * tokens.token_stride + channel..][..columns];
+            let panel = p * padded * PANEL..(p + 1) * padded * PANEL;
+            if self.micro.operands == Operands::F32 {
+                for (n, to) in uninit_numbers::<f32>(to)[panel].chunks_exact_mut(PANEL).enumerate() {
+                    if n < range.len() {
+                        widen_into(token(n), &mut to[..columns]);
+                        to[columns..].fill(MaybeUninit::new(0.0));
+                    } else {
+                        to.fill(MaybeUninit::new(0.0));
                     }
                 }
-                _ => {
-                    // SAFETY: as above; the numbers are bf16.
-                    let to = unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), count) };
-                    let to = &mut to[p * padded * PANEL..(p + 1) * padded * PANEL];
-                    if columns < PANEL || range.len() < padded {
-                        to.fill(T::zero());
-                    }
-                    for (i, to) in to.chunks_exact_mut(2 * PANEL).take(range.len().div_ceil(2)).enumerate() {
-                        let odd = if 2 * i + 1 < range.len() { token(2 * i + 1) } else { &zeros[..columns] };
-                        simd::interleave(token(2 * i), odd, to);
-                    }
-                }
+                continue;
+            }
+            let to = &mut uninit_numbers::<T>(to)[panel];
+            if columns < PANEL || range.len() < padded {
+                to.fill(MaybeUninit::new(T::zero()));
+            }
+            for (i, to) in to.chunks_exact_mut(2 * PANEL).take(range.len().div_ceil(2)).enumerate() {
+                let odd = if 2 * i + 1 < range.len() { token(2 * i + 1) } else { &zeros[..columns] };
+                interleave(token(2 * i), odd, to);
             }
         }
     }
 }
 
-/// The running softmax of one query.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Mark {
-    /// Of the scores so far, before the factor.
-    greatest: f32,
-    total: f32,
-}
-
-/// Lines of 32 numbers, some distance apart.
-#[derive(Clone, Copy)]
-pub(crate) struct Scores {
-    start: *const f32,
-    stride: usize,
-}
-
-impl Scores {
-    /// # Safety
-    /// Every line that is asked for is there, and nothing writes it meanwhile.
-    #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]
-    unsafe fn new(start: *const f32, stride: usize) -> Self {
-        Self { start, stride }
+multiversion! {
+    fn widen_into<T>(from: &[T], to: &mut [MaybeUninit<f32>]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            to.write(from.widen());
+        }
     }
 
-    #[expect(unsafe_code, reason = "rows of tiles are read by their strides")]
-    #[inline(always)]
-    pub(crate) fn at<'a>(self, line: usize) -> &'a [f32; PANEL] {
-        // SAFETY: that of `new`.
-        unsafe { &*self.start.wrapping_add(line * self.stride).cast::<[f32; PANEL]>() }
+    /// Writes pairs of a number of `even` and one of `odd`. The loop over 32 pairs is compiled by itself, without a remainder.
+    fn interleave<T>(even: &[T], odd: &[T], to: &mut [MaybeUninit<T>]) {
+        if let (Some(even), Some(odd)) = (even.first_chunk::<32>(), odd.first_chunk::<32>()) {
+            for ((to, even), odd) in to.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                *to = [MaybeUninit::new(*even), MaybeUninit::new(*odd)];
+            }
+        } else {
+            for ((to, even), odd) in to.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                *to = [MaybeUninit::new(*even), MaybeUninit::new(*odd)];
+            }
+        }
     }
 }

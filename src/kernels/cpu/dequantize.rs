@@ -1,18 +1,35 @@
-//! Numbers from the ways in which files write them, [`GRAIN`] at a time where they are written in blocks. What a byte of a
-//! block means: <https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>; sums and products are made in f32, in
+//! Decodes the number formats of weight files, [`GRAIN`] numbers at a time where a file stores blocks. The block layouts are
+//! defined in <https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>; sums and products are computed in f32, in
 //! the order in which `d · q + m` is written there.
 
-use candle_core::{DType, Result};
+use std::mem::MaybeUninit;
+
+use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::kernels::block_format::{Coding, GRAIN};
-use crate::kernels::cpu::element::{Element, Held};
-use crate::kernels::cpu::simd::{self, levels};
-use crate::kernels::cpu::streaming_pack::Rows;
+use crate::kernels::cpu::element::Element;
+use crate::kernels::cpu::elementwise;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::simd;
+use crate::kernels::cpu::simd::multiversion;
+use crate::kernels::cpu::tensor_guard::TensorGuard;
 use crate::kernels::stored_weight::StoredWeight;
 
-/// Writes the numbers from number `first` of `bytes` on. Of blocks, `first` and the count are multiples of [`GRAIN`].
+/// Weights in the format of their file, `[outputs, depth]`.
+pub(crate) struct EncodedRows<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) coding: Coding,
+    /// The dtype that the numbers are rounded to; f32 if they are not rounded.
+    pub(crate) rounded: DType,
+    /// Multiplier of the numbers.
+    pub(crate) scale: f32,
+    pub(crate) outputs: usize,
+    pub(crate) depth: usize,
+}
+
+/// Writes the numbers of `bytes` from number `first` on. For blocks, `first` and the count are multiples of [`GRAIN`].
 pub(crate) fn decode(coding: Coding, bytes: &[u8], first: usize, to: &mut [f32]) {
     let (numbers, size) = coding.block();
     let bytes = &bytes[first / numbers * size..];
@@ -35,51 +52,61 @@ pub(crate) fn decode(coding: Coding, bytes: &[u8], first: usize, to: &mut [f32])
     }
 }
 
-/// As [`decode`], times the scale.
-pub(crate) fn scaled(rows: &Rows, first: usize, to: &mut [f32]) {
+/// [`decode`], times the scale.
+pub(crate) fn decode_scaled(rows: &EncodedRows, first: usize, to: &mut [f32]) {
     decode(rows.coding, rows.bytes, first, to);
     if rows.scale != 1.0 {
-        simd::scale(to, rows.scale);
+        elementwise::scale(to, rows.scale);
     }
 }
 
-/// As [`scaled`], rounded, if it is so, and widened again.
-pub(crate) fn rounded(rows: &Rows, first: usize, to: &mut [f32]) {
-    scaled(rows, first, to);
+/// [`decode_scaled`], rounded to the dtype of `rows` and widened again.
+pub(crate) fn decode_rounded(rows: &EncodedRows, first: usize, to: &mut [f32]) {
+    decode_scaled(rows, first, to);
     match rows.rounded {
-        DType::BF16 => round_through(to, &mut [bf16::ZERO; 16]),
-        DType::F16 => round_through(to, &mut [f16::ZERO; 16]),
+        DType::BF16 => round_trip(to, bf16::ZERO),
+        DType::F16 => round_trip(to, f16::ZERO),
         _ => {}
     }
 }
 
-/// All numbers of `weight`, rounded once.
-pub(crate) fn numbers<T: Element>(weight: &StoredWeight) -> Result<Vec<T>> {
+/// All numbers of `weight`, rounded once to `dtype`, which is f32, bf16 or f16.
+pub(crate) fn to_tensor(weight: &StoredWeight, dtype: DType) -> Result<Tensor> {
+    match dtype {
+        DType::BF16 => Tensor::from_vec(numbers::<bf16>(weight)?, weight.dims(), &Device::Cpu),
+        DType::F16 => Tensor::from_vec(numbers::<f16>(weight)?, weight.dims(), &Device::Cpu),
+        _ => Tensor::from_vec(numbers::<f32>(weight)?, weight.dims(), &Device::Cpu)?.to_dtype(dtype),
+    }
+}
+
+#[expect(unsafe_code, reason = "results are written to uninitialized memory")]
+fn numbers<T: Element>(weight: &StoredWeight) -> Result<Vec<T>> {
     const LINE: usize = 2048;
     let tensor = weight.tensor().contiguous()?;
-    let held = Held::new(&tensor);
+    let guard = TensorGuard::new(&tensor);
     let count = weight.dims().iter().product::<usize>();
     let (coding, scale) = (weight.coding(), weight.scale());
-    let rows = Rows { bytes: held.bytes()?, coding, rounded: DType::F32, scale, outputs: 1, depth: count };
-    let mut all = T::unwritten(count);
+    let rows = EncodedRows { bytes: guard.bytes()?, coding, rounded: DType::F32, scale, outputs: 1, depth: count };
+    let mut all = Box::new_uninit_slice(count);
     all.par_chunks_mut(LINE).enumerate().for_each(|(i, part)| {
         let mut wide = [0.0; LINE];
         let wide = &mut wide[..part.len()];
-        scaled(&rows, i * LINE, wide);
+        decode_scaled(&rows, i * LINE, wide);
         narrow(wide, part);
     });
-    Ok(all)
+    // SAFETY: `narrow` has written every part.
+    Ok(unsafe { all.assume_init() }.into_vec())
 }
 
-/// As [`decode`], of f16 alone, rounded to bf16.
-pub(crate) fn f16_to_bf16(bytes: &[u8], first: usize, to: &mut [bf16]) {
+/// Rounds f16 numbers of `bytes` from number `first` on to bf16.
+pub(crate) fn f16_to_bf16(bytes: &[u8], first: usize, to: &mut [MaybeUninit<bf16>]) {
     let bytes = &bytes[2 * first..2 * (first + to.len())];
     #[cfg(target_arch = "x86_64")]
     if simd::rounds_bf16() {
         let (lines, rest) = to.as_chunks_mut::<32>();
         let (from, from_rest) = bytes.as_chunks::<64>();
         #[expect(unsafe_code, reason = "a function compiled for more than the baseline")]
-        // SAFETY: the level says that AVX-512 BF16 is here.
+        // SAFETY: the level has AVX-512 BF16.
         unsafe {
             avx512::f16_to_bf16(from, lines);
         }
@@ -103,18 +130,18 @@ fn e4m3(byte: u8) -> f32 {
     f32::from_bits(wide | (u32::from(byte & 0x80) << 24))
 }
 
-/// Scale and minimum `j` of the twelve bytes in which Q4_K and Q5_K have eight of each, six bits long.
+/// Scale and minimum `j` of the twelve bytes in which Q4_K and Q5_K store eight of each, six bits long.
 #[inline(always)]
-fn scale_and_least(packed: &[u8], j: usize) -> (f32, f32) {
-    let (scale, least) = if j < 4 {
+fn scale_and_min(packed: &[u8], j: usize) -> (f32, f32) {
+    let (scale, min) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
         ((packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
     };
-    (f32::from(scale), f32::from(least))
+    (f32::from(scale), f32::from(min))
 }
 
-/// For each block of 256, whose parts of 32 begin with `$part` in the first: `$body` writes one part.
+/// Runs `$body` for each part of 32 numbers of blocks of 256; `$first` is the part of the first block to begin with.
 macro_rules! parts {
     ($bytes:ident, $first:ident, $to:ident, $size:literal, |$block:ident, $part:ident, $out:ident| $body:block) => {
         let blocks = $bytes.as_chunks::<$size>().0;
@@ -125,7 +152,7 @@ macro_rules! parts {
     };
 }
 
-levels! {
+multiversion! {
     fn f16s(bytes: &[u8], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(bytes.as_chunks().0) {
             *to = f16::from_le_bytes(*from).widen();
@@ -138,9 +165,9 @@ levels! {
         }
     }
 
-    fn narrow_f16s(bytes: &[u8], to: &mut [bf16]) {
+    fn narrow_f16s(bytes: &[u8], to: &mut [MaybeUninit<bf16>]) {
         for (to, from) in to.iter_mut().zip(bytes.as_chunks().0) {
-            *to = bf16::round(f16::from_le_bytes(*from).widen());
+            to.write(bf16::round(f16::from_le_bytes(*from).widen()));
         }
     }
 
@@ -156,27 +183,24 @@ levels! {
         }
     }
 
-    /// Rounds through a narrower dtype.
-    fn round_through<T>(numbers: &mut [f32], narrow: &mut [T; 16]) {
+    /// Rounds the numbers to `T` and widens them again.
+    fn round_trip<T>(numbers: &mut [f32], _narrow: T) {
         let (blocks, rest) = numbers.as_chunks_mut::<16>();
         for block in blocks {
-            T::round_block(block, narrow);
-            for (number, narrow) in block.iter_mut().zip(narrow.iter()) {
-                *number = narrow.widen();
-            }
+            T::round_trip_block(block);
         }
         for number in rest {
             *number = T::round(*number).widen();
         }
     }
 
-    fn narrow<T>(from: &[f32], to: &mut [T]) {
+    fn narrow<T>(from: &[f32], to: &mut [MaybeUninit<T>]) {
         let ((blocks, rest), (to_blocks, to_rest)) = (from.as_chunks::<16>(), to.as_chunks_mut::<16>());
         for (to, from) in to_blocks.iter_mut().zip(blocks) {
             T::round_block(from, to);
         }
         for (to, from) in to_rest.iter_mut().zip(rest) {
-            *to = T::round(*from);
+            to.write(T::round(*from));
         }
     }
 
@@ -233,22 +257,22 @@ levels! {
         }
     }
 
-    /// 16 scales and minima, a nibble each; 64 bytes of fours of numbers; d; d of the minima.
+    /// 16 bytes of scales and minima, a nibble each; 64 bytes of four numbers each; d; d of the minima.
     fn q2k(bytes: &[u8], first: usize, to: &mut [f32]) {
         parts!(bytes, first, to, 84, |block, part, out| {
             let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
             let (bits, shift) = (&block[16 + part / 4 * 32..][..32], part % 4 * 2);
             for (half, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
                 let scale = block[2 * part + half];
-                let (scale, least) = (d * f32::from(scale & 15), dmin * f32::from(scale >> 4));
+                let (scale, min) = (d * f32::from(scale & 15), dmin * f32::from(scale >> 4));
                 for l in 0..16 {
-                    out[l] = scale * f32::from((bits[16 * half + l] >> shift) & 3) - least;
+                    out[l] = scale * f32::from((bits[16 * half + l] >> shift) & 3) - min;
                 }
             }
         });
     }
 
-    /// 32 bytes of third bits, 64 of fours of numbers, 12 of 16 scales of six bits, d.
+    /// 32 bytes of third bits, 64 bytes of four numbers each, 12 bytes of 16 scales of six bits, d.
     fn q3k(bytes: &[u8], first: usize, to: &mut [f32]) {
         parts!(bytes, first, to, 110, |block, part, out| {
             let d = f16_at(block, 108);
@@ -267,32 +291,32 @@ levels! {
         });
     }
 
-    /// d, d of the minima, 12 bytes of scales and minima, 128 of nibbles.
+    /// d, d of the minima, 12 bytes of scales and minima, 128 bytes of nibbles.
     fn q4k(bytes: &[u8], first: usize, to: &mut [f32]) {
         parts!(bytes, first, to, 144, |block, part, out| {
-            let (scale, least) = scale_and_least(&block[4..16], part);
-            let (scale, least) = (f16_at(block, 0) * scale, f16_at(block, 2) * least);
+            let (scale, min) = scale_and_min(&block[4..16], part);
+            let (scale, min) = (f16_at(block, 0) * scale, f16_at(block, 2) * min);
             let (nibbles, shift) = (&block[16 + part / 2 * 32..][..32], part % 2 * 4);
             for l in 0..32 {
-                out[l] = scale * f32::from((nibbles[l] >> shift) & 15) - least;
+                out[l] = scale * f32::from((nibbles[l] >> shift) & 15) - min;
             }
         });
     }
 
-    /// As Q4_K, with 32 bytes of fifth bits before the nibbles.
+    /// The layout of Q4_K with 32 bytes of fifth bits before the nibbles.
     fn q5k(bytes: &[u8], first: usize, to: &mut [f32]) {
         parts!(bytes, first, to, 176, |block, part, out| {
-            let (scale, least) = scale_and_least(&block[4..16], part);
-            let (scale, least) = (f16_at(block, 0) * scale, f16_at(block, 2) * least);
+            let (scale, min) = scale_and_min(&block[4..16], part);
+            let (scale, min) = (f16_at(block, 0) * scale, f16_at(block, 2) * min);
             let (fifths, nibbles, shift) = (&block[16..48], &block[48 + part / 2 * 32..][..32], part % 2 * 4);
             for l in 0..32 {
                 let number = ((nibbles[l] >> shift) & 15) | (((fifths[l] >> part) & 1) << 4);
-                out[l] = scale * f32::from(number) - least;
+                out[l] = scale * f32::from(number) - min;
             }
         });
     }
 
-    /// 128 bytes of nibbles, 64 of pairs of bits, 16 scales of a byte, d.
+    /// 128 bytes of nibbles, 64 bytes of four pairs of bits each, 16 scales of a byte, d.
     fn q6k(bytes: &[u8], first: usize, to: &mut [f32]) {
         parts!(bytes, first, to, 210, |block, part, out| {
             let d = f16_at(block, 208);
@@ -316,14 +340,14 @@ mod avx512 {
     use std::arch::x86_64::{
         __m512bh, __m512i, _mm256_loadu_si256, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_storeu_si512,
     };
-    use std::mem::transmute;
+    use std::mem::{MaybeUninit, transmute};
 
     use half::bf16;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(crate) fn f16_to_bf16(from: &[[u8; 64]], to: &mut [[bf16; 32]]) {
+    pub(crate) fn f16_to_bf16(from: &[[u8; 64]], to: &mut [[MaybeUninit<bf16>; 32]]) {
         for (to, from) in to.iter_mut().zip(from) {
-            // SAFETY: 64 bytes are read, and as many written; any bits are f16 and bf16.
+            // SAFETY: 64 bytes are read and 64 written; any bits are f16 and bf16.
             unsafe {
                 let half = |at: usize| _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().add(at).cast()));
                 let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(half(32), half(0)));

@@ -1,14 +1,14 @@
-//! The left operand of a convolution: for each output position the input numbers under the kernel, gathered block by
-//! block and never as a whole.
+//! The left operand of a convolution: for each output position the input numbers under the kernel. They are gathered block
+//! by block; the whole im2col matrix never exists.
 
 use std::ops::Range;
 
-use crate::kernels::ConvShape;
+use crate::kernels::conv_shape::ConvShape;
 use crate::kernels::cpu::element::Element;
-use crate::kernels::cpu::gemm::{Block, Rows};
+use crate::kernels::cpu::row_block::{LeftOperand, RowBlock};
 
 /// Rows are output positions `(b, y, x)`; the depth is `(ky, kx, c)`.
-pub(crate) struct Patches<'a, T> {
+pub(crate) struct Im2col<'a, T> {
     /// `[B, H, W, C]`
     pub(crate) numbers: &'a [T],
     pub(crate) height: usize,
@@ -18,18 +18,18 @@ pub(crate) struct Patches<'a, T> {
     pub(crate) shape: ConvShape,
 }
 
-impl<T: Element> Rows for Patches<'_, T> {
-    fn fill(&self, rows: Range<usize>, depth: Range<usize>, block: Block) {
+impl<T: Element> LeftOperand for Im2col<'_, T> {
+    fn pack(&self, rows: Range<usize>, depth: Range<usize>, block: &mut RowBlock) {
         if depth.is_empty() {
             return;
         }
         let ConvShape { inputs: channels, kernel, stride, padding, .. } = self.shape;
-        let span = kernel * channels; // one row of the kernel: adjacent in the input too
+        let span = kernel * channels; // one row of the kernel, which is contiguous in the input too
         let mut x = rows.start % self.out_width;
         let mut y = rows.start / self.out_width % self.out_height;
         let mut sample = rows.start / (self.out_width * self.out_height);
         for line in 0..rows.len() {
-            // Columns of the kernel that lie on the input: `low..high`.
+            // Columns `low..high` of the kernel lie on the input.
             let low = padding.left.saturating_sub(x * stride).min(kernel);
             let high = (self.width + padding.left).saturating_sub(x * stride).clamp(low, kernel);
             let mut done = 0;
@@ -52,10 +52,10 @@ impl<T: Element> Rows for Patches<'_, T> {
                     block.clear(line, at + last - from, to - last);
                 }
                 if first < last {
-                    // Column `x · stride + kx - left`, which is on the input for `kx` in `low..high`.
+                    // Column `x · stride + kx - left` is on the input for `kx` in `low..high`.
                     let base = (sample * self.height + input_row) * self.width * channels;
                     let start = base + x * stride * channels + first - padding.left * channels;
-                    block.put(line, at + first - from, &self.numbers[start..start + (last - first)]);
+                    block.write(line, at + first - from, &self.numbers[start..start + (last - first)]);
                 }
             }
             x += 1;

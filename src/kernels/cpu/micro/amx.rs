@@ -1,34 +1,34 @@
-//! Microkernels on AMX, the matrix unit of Intel's Xeons: eight tile registers of 16 rows × 64 bytes, products of bf16
+//! Micro-kernels on AMX, the matrix unit of Intel's Xeons: eight tile registers of 16 rows × 64 bytes, products of bf16
 //! into f32 and of signed bytes into i32. Intel, Software Developer's Manual, volume 1 chapter 18 and volume 2.
 //!
-//! Four tiles are the 32 × 32 sums, two hold the left operand, two the weights: four loads feed four products. Inline
-//! assembly, because the intrinsics are not in stable Rust.
+//! Four tiles are the 32 × 32 sums, two hold the left operand, two the weights: four loads feed four products. The code is
+//! inline assembly because stable Rust lacks the intrinsics.
 //!
-//! This file has been run under emulation only (`tests/it/tile_emulator.rs` executes its machine code instruction by
-//! instruction), never on a processor that has AMX, and never been timed by us.
+//! These kernels have run only under emulation (`tests/kernels/tile_emulator.rs` executes their machine code instruction by
+//! instruction), never on a processor with AMX, and their speed has not been measured.
 
 use std::arch::asm;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL};
+use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall};
 
 /// Rows of a tile.
 const TILE_ROWS: usize = 16;
-/// Bytes in a row of a tile: what a step consumes of each row of the left operand.
+/// Bytes in a row of a tile: the part of each row of the left operand that one step multiplies.
 const TILE_BYTES: usize = 64;
 /// Bytes between rows of sums, and between rows of a panel (a pair of bf16, or four bytes, for each of its outputs).
 const ROW: usize = PANEL * 4;
 /// Depth of a step.
 const BF16_STEP: usize = TILE_BYTES / 2;
 const INT8_STEP: usize = TILE_BYTES;
-/// From the upper tile of the left operand to the lower, and likewise in the sums.
+/// Bytes from the upper tile to the lower one, in the left operand and in the sums.
 const LOWER_A: usize = TILE_ROWS * A_STRIDE;
 const LOWER_C: usize = TILE_ROWS * ROW;
 
-/// What `ldtilecfg` reads: palette 1, every tile at its full size.
+/// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
-struct Shape {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -36,25 +36,26 @@ struct Shape {
     rows: [u8; 16],
 }
 
-static FULL: Shape = {
-    let mut shape = Shape { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+/// Palette 1, every tile at its full size.
+static FULL_TILES: TileConfig = {
+    let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     let mut tile = 0;
     while tile < 8 {
-        shape.row_bytes[tile] = TILE_BYTES as u16;
-        shape.rows[tile] = TILE_ROWS as u8;
+        config.row_bytes[tile] = TILE_BYTES as u16;
+        config.rows[tile] = TILE_ROWS as u8;
         tile += 1;
     }
-    shape
+    config
 };
 
 static ASSUMED: AtomicBool = AtomicBool::new(false);
 
-/// Whether this process may use AMX for bf16 and bytes. The first call asks the system for the tiles' state.
+/// True if this process may use AMX for bf16 and bytes. The first call requests the tile state from the system.
 pub(crate) fn available() -> bool {
     ASSUMED.load(Ordering::Relaxed) || native()
 }
 
-/// [`available`], whatever a test has had assumed.
+/// True if the processor and the system offer AMX, regardless of [`probe::assume_available`].
 pub(crate) fn native() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| in_processor() && saved_by_system() && permitted())
@@ -67,7 +68,7 @@ fn in_processor() -> bool {
     most >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & WANTED == WANTED
 }
 
-/// XCR0: bits 17 and 18 say that the system keeps the tiles' shapes and contents for each thread.
+/// XCR0: bits 17 and 18 are set if the system saves the tile configuration and contents of each thread.
 #[expect(unsafe_code, reason = "xgetbv has no safe form")]
 fn saved_by_system() -> bool {
     const OSXSAVE: u32 = 1 << 27;
@@ -76,56 +77,56 @@ fn saved_by_system() -> bool {
         return false;
     }
     let low: u32;
-    // SAFETY: OSXSAVE says that `xgetbv` may be executed; register 0 always exists.
+    // SAFETY: OSXSAVE allows `xgetbv`; register 0 always exists.
     unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
     low & WANTED == WANTED
 }
 
-/// Linux grants the 8 KiB of tile contents per process, on request, for all its threads.
+/// Linux grants the 8 KiB of tile contents on request, for all threads of a process.
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "a system call")]
 fn permitted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
     const XTILEDATA: libc::c_ulong = 18;
-    // SAFETY: this request takes a number and touches no memory of ours.
+    // SAFETY: this request takes a number and touches no memory of the process.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
 }
 
-/// Other systems have other ways, or none; none is known here.
+/// No way to request tile contents is implemented for other systems.
 #[cfg(not(target_os = "linux"))]
 fn permitted() -> bool {
     false
 }
 
-/// Gives this thread its tiles, empty. Every product stands between this and [`leave`].
+/// Configures the tiles of this thread. Every product runs between this call and [`leave`].
 ///
 /// # Safety
-/// [`available`] has said yes.
+/// [`available`] has returned true.
 #[expect(unsafe_code, reason = "inline assembly")]
 pub(crate) unsafe fn enter() {
-    // SAFETY: the caller's word that AMX is there; `FULL` is 64 readable bytes of a shape that palette 1 allows.
+    // SAFETY: the caller promises that AMX is available; `FULL_TILES` is a valid configuration of palette 1.
     unsafe {
-        asm!("ldtilecfg [{shape}]", shape = in(reg) &raw const FULL, options(nostack, readonly, preserves_flags))
+        asm!("ldtilecfg [{config}]", config = in(reg) &raw const FULL_TILES, options(nostack, readonly, preserves_flags))
     };
 }
 
-/// Gives the tiles back, so that the system need not save them any more.
+/// Releases the tiles, so that the system need not save them any more.
 ///
 /// # Safety
-/// [`available`] has said yes.
+/// [`available`] has returned true.
 #[expect(unsafe_code, reason = "inline assembly")]
 pub(crate) unsafe fn leave() {
-    // SAFETY: the caller's word that AMX is there.
+    // SAFETY: the caller promises that AMX is available.
     unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
 }
 
-/// Asks for the eight lines of weights that begin `$first` and `$second` bytes ahead: a step is 32 lines, and each of its
-/// four products covers the wait for eight. Nothing faults where they lie beyond the panel.
-macro_rules! ahead {
+/// Prefetches the eight lines of weights that begin `$first` and `$second` bytes ahead: a step is 32 lines, and each of its
+/// four products hides the latency of eight. Lines beyond the panel do not fault.
+macro_rules! prefetch {
     ($first:literal, $second:literal) => {
         concat!(
-            ahead!(line $first, 0), ahead!(line $first, 64), ahead!(line $first, 128), ahead!(line $first, 192),
-            ahead!(line $second, 0), ahead!(line $second, 64), ahead!(line $second, 128), ahead!(line $second, 192),
+            prefetch!(line $first, 0), prefetch!(line $first, 64), prefetch!(line $first, 128), prefetch!(line $first, 192),
+            prefetch!(line $second, 0), prefetch!(line $second, 64), prefetch!(line $second, 128), prefetch!(line $second, 192),
         )
     };
     (line $from:literal, $line:literal) => {
@@ -133,7 +134,7 @@ macro_rules! ahead {
     };
 }
 
-/// 32 × 32 sums of `$steps` steps, with `$dot` as the product.
+/// Computes 32 × 32 sums of `$steps` steps with the product `$dot`.
 macro_rules! two_by_two {
     ($dot:literal, $call:expr, $steps:expr) => {
         asm!(
@@ -152,15 +153,15 @@ macro_rules! two_by_two {
             "2:",
             "tileloadd tmm4, [{a} + {a_row}*1]",
             "tileloadd tmm6, [{b} + {row}*1]",
-            ahead!(4096, 4352),
+            prefetch!(4096, 4352),
             concat!($dot, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{b} + {row}*1 + {right}]",
-            ahead!(4608, 4864),
+            prefetch!(4608, 4864),
             concat!($dot, " tmm1, tmm4, tmm7"),
             "tileloadd tmm5, [{a} + {a_row}*1 + {lower_a}]",
-            ahead!(5120, 5376),
+            prefetch!(5120, 5376),
             concat!($dot, " tmm2, tmm5, tmm6"),
-            ahead!(5632, 5888),
+            prefetch!(5632, 5888),
             concat!($dot, " tmm3, tmm5, tmm7"),
             "add {a}, {wide}",
             "add {b}, {step}",
@@ -189,7 +190,7 @@ macro_rules! two_by_two {
     };
 }
 
-/// As [`two_by_two`] with the upper 16 rows alone.
+/// [`two_by_two`] for the upper 16 rows alone.
 macro_rules! one_by_two {
     ($dot:literal, $call:expr, $steps:expr) => {
         asm!(
@@ -204,12 +205,12 @@ macro_rules! one_by_two {
             "2:",
             "tileloadd tmm4, [{a} + {a_row}*1]",
             "tileloadd tmm6, [{b} + {row}*1]",
-            ahead!(4096, 4352),
-            ahead!(4608, 4864),
+            prefetch!(4096, 4352),
+            prefetch!(4608, 4864),
             concat!($dot, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{b} + {row}*1 + {right}]",
-            ahead!(5120, 5376),
-            ahead!(5632, 5888),
+            prefetch!(5120, 5376),
+            prefetch!(5632, 5888),
             concat!($dot, " tmm1, tmm4, tmm7"),
             "add {a}, {wide}",
             "add {b}, {step}",
@@ -233,19 +234,19 @@ macro_rules! one_by_two {
     };
 }
 
-/// Sums of products of bf16, in f32 with denormals as zero.
+/// Sums products of bf16 in f32, with denormals as zero.
 ///
 /// # Safety
 /// This thread is between [`enter`] and [`leave`]. `call.rows` is 1 to 32 and `call.depth` a multiple of 32, 32 to 512.
 /// `call.a` has rows of `depth` bf16, `A_STRIDE` bytes apart, `call.b` `[depth/2][32][2]` bf16, and `call.c` rows of 32
-/// f32, of which nothing else reads or writes meanwhile; the memory of `a` and `c` goes on to the next multiple of 16 rows,
-/// whatever stands there (in `c` it is overwritten).
+/// f32 that nothing else accesses meanwhile. The memory of `a` and `c` extends to the next multiple of 16 rows; the additional
+/// rows of `c` are overwritten.
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(crate) unsafe fn bf16(call: &Call) {
+pub(crate) unsafe fn bf16(call: &TileCall) {
     debug_assert!(call.depth > 0 && call.depth.is_multiple_of(BF16_STEP), "depth {}", call.depth);
     let steps = call.depth / BF16_STEP;
     if call.rows > TILE_ROWS {
-        // SAFETY: 32 rows of `a` and `c` exist, and so many steps of `a` and `b`; the tiles have their shape.
+        // SAFETY: `a` and `c` have 32 rows, `a` and `b` have `steps` steps, and the tiles are configured.
         unsafe { two_by_two!("tdpbf16ps", call, steps) }
     } else {
         // SAFETY: as above, with 16 rows.
@@ -253,16 +254,16 @@ pub(crate) unsafe fn bf16(call: &Call) {
     }
 }
 
-/// Sums of products of signed bytes, in i32 that wraps around; `call.c` is rows of 32 i32.
+/// Sums products of signed bytes in i32 that wraps around; `call.c` is rows of 32 i32.
 ///
 /// # Safety
-/// As [`bf16`], with bytes: `call.depth` is a multiple of 64, 64 to 1024, and `call.b` is `[depth/4][32][4]` bytes.
+/// The contract of [`bf16`] with bytes: `call.depth` is a multiple of 64, 64 to 1024, and `call.b` is `[depth/4][32][4]` bytes.
 #[expect(unsafe_code, reason = "inline assembly")]
-pub(crate) unsafe fn int8(call: &Call) {
+pub(crate) unsafe fn int8(call: &TileCall) {
     debug_assert!(call.depth > 0 && call.depth.is_multiple_of(INT8_STEP), "depth {}", call.depth);
     let steps = call.depth / INT8_STEP;
     if call.rows > TILE_ROWS {
-        // SAFETY: 32 rows of `a` and `c` exist, and so many steps of `a` and `b`; the tiles have their shape.
+        // SAFETY: `a` and `c` have 32 rows, `a` and `b` have `steps` steps, and the tiles are configured.
         unsafe { two_by_two!("tdpbssd", call, steps) }
     } else {
         // SAFETY: as above, with 16 rows.
@@ -270,12 +271,12 @@ pub(crate) unsafe fn int8(call: &Call) {
     }
 }
 
-/// What tests need to run these kernels, also where the processor has no AMX.
+/// Lets tests run these kernels, also on processors without AMX.
 pub mod probe {
-    use super::super::{A_STRIDE, Call, PANEL};
     use super::{ASSUMED, BF16_STEP, INT8_STEP, Ordering};
+    use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall};
 
-    /// One call of a kernel in memory that the test has laid out.
+    /// One call of a kernel on memory of the test.
     pub struct Product<'a, T, S> {
         /// 32 rows, [`A_STRIDE`] bytes apart.
         pub a: &'a [T],
@@ -291,17 +292,17 @@ pub mod probe {
     /// Bytes between rows of [`Product::a`].
     pub const STRIDE: usize = A_STRIDE;
 
-    /// Whether AMX can be used: the processor's own, or what [`assume_available`] promised.
+    /// True if AMX can be used: the processor has it, or [`assume_available`] was called.
     #[must_use]
     pub fn available() -> bool {
         super::available()
     }
 
-    /// Takes AMX for present from now on, in the whole process.
+    /// Treats AMX as available in the whole process from now on.
     ///
     /// # Safety
-    /// Something executes the instructions: a handler of SIGILL that emulates them.
-    #[expect(unsafe_code, reason = "a promise that nobody can check")]
+    /// The tile instructions are executed, for instance by a SIGILL handler that emulates them.
+    #[expect(unsafe_code, reason = "a promise that cannot be checked")]
     pub unsafe fn assume_available() {
         ASSUMED.store(true, Ordering::SeqCst);
     }
@@ -309,21 +310,21 @@ pub mod probe {
     /// `product.a` and `product.b` hold the bits of bf16.
     ///
     /// # Panics
-    /// Memory smaller than the kernel needs, or no AMX.
+    /// Panics if the memory is smaller than the kernel needs, or without AMX.
     pub fn bf16(product: Product<'_, u16, f32>) {
         run(product, BF16_STEP, super::bf16);
     }
 
-    /// As [`bf16`], on signed bytes.
+    /// `product.a` and `product.b` hold signed bytes.
     ///
     /// # Panics
-    /// Memory smaller than the kernel needs, or no AMX.
+    /// Panics if the memory is smaller than the kernel needs, or without AMX.
     pub fn int8(product: Product<'_, i8, i32>) {
         run(product, INT8_STEP, super::int8);
     }
 
     #[expect(unsafe_code, reason = "calls of a kernel")]
-    fn run<T, S>(product: Product<'_, T, S>, step: usize, kernel: unsafe fn(&Call)) {
+    fn run<T, S>(product: Product<'_, T, S>, step: usize, kernel: unsafe fn(&TileCall)) {
         let Product { a, b, c, depth, rows, add } = product;
         let size = size_of::<T>();
         assert!(available(), "no AMX");
@@ -332,8 +333,8 @@ pub mod probe {
         assert!(size_of_val(a) >= 32 * A_STRIDE, "left operand of {} bytes", size_of_val(a));
         assert!(size_of_val(b) >= depth * PANEL * size, "panel of {} bytes", size_of_val(b));
         assert!(size_of_val(c) >= 32 * PANEL * 4, "sums of {} bytes", size_of_val(c));
-        let call = Call { a: a.as_ptr().cast(), b: b.as_ptr().cast(), depth, c: c.as_mut_ptr().cast(), rows, add };
-        // SAFETY: checked above: AMX is there, and all that the kernel reads and writes is in these slices.
+        let call = TileCall { a: a.as_ptr().cast(), b: b.as_ptr().cast(), depth, c: c.as_mut_ptr().cast(), rows, add };
+        // SAFETY: AMX is available, and the slices hold all that the kernel reads and writes, as was checked above.
         unsafe {
             super::enter();
             kernel(&call);

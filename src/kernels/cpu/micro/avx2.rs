@@ -1,4 +1,4 @@
-//! AVX2 with FMA: six rows by two registers of sums, twice the half of a panel. Bytes: four rows.
+//! Micro-kernels for AVX2 with FMA: six rows by two registers of sums for each half of a panel; four rows of bytes.
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::x86_64::{
@@ -7,18 +7,18 @@ use std::arch::x86_64::{
     _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
-use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall, by_rows};
 
 /// # Safety
-/// As [`Call`] says; AVX2 and FMA are there.
+/// The operands are as [`TileCall`] says; the processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-pub(crate) unsafe fn f32(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn f32(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6) }
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn f32_rows<const R: usize>(call: &Call) {
+unsafe fn f32_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth` lines of 32 numbers, each row of `a` `depth` numbers, `c` `R` rows of 32.
     unsafe {
         for half in [0, PANEL / 2] {
@@ -47,15 +47,15 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
 /// Signed bytes of at most 127 in magnitude; `call.b` is `[depth/4, 32, 4]` bytes, `call.c` i32.
 ///
 /// # Safety
-/// As [`Call`] says; AVX2 is there.
+/// The operands are as [`TileCall`] says; the processor has AVX2.
 #[target_feature(enable = "avx2")]
-pub(crate) unsafe fn int8(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn int8(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
 }
 
 #[target_feature(enable = "avx2")]
-unsafe fn int8_rows<const R: usize>(call: &Call) {
+unsafe fn int8_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth / 4` lines of 32 fours, each row of `a` `depth / 4` fours, `c` `R` rows of 32 sums.
     unsafe {
         let ones = _mm256_set1_epi16(1);
@@ -68,7 +68,7 @@ unsafe fn int8_rows<const R: usize>(call: &Call) {
                     let x = _mm256_set1_epi32(a.add(r * A_STRIDE).cast::<i32>().read_unaligned());
                     let size = _mm256_abs_epi8(x);
                     for (sum, weight) in sums.iter_mut().zip(weights) {
-                        // |x| · (w with the sign of x): two such products are at most 32258 and fit 16 bits.
+                        // |x| · (w with the sign of x): the sum of two such products is at most 32258 and fits 16 bits.
                         let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, x));
                         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
                     }

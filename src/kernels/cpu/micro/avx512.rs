@@ -1,5 +1,5 @@
-//! AVX-512: 14 rows by two registers of sums. f32 by fused multiply-add, bf16 by `vdpbf16ps`, which sums pairs, bytes by
-//! `vpdpbusd` of VNNI, which sums fours.
+//! Micro-kernels for AVX-512: 14 rows by two registers of sums. f32 uses fused multiply-add, bf16 `vdpbf16ps`, which sums
+//! pairs, and bytes `vpdpbusd` of VNNI, which sums fours.
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::x86_64::{
@@ -9,36 +9,36 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
-use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall, by_rows};
 
 /// # Safety
-/// As [`Call`] says; AVX-512 F is there.
+/// The operands are as [`TileCall`] says; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn f32(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn f32(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
 
 /// # Safety
-/// As [`Call`] says; AVX-512 F and BF16 are there.
+/// The operands are as [`TileCall`] says; the processor has AVX-512 F and BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(crate) unsafe fn bf16(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn bf16(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, bf16_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
 
-/// `call.a` has unsigned bytes, `call.b` `[depth/4, 32, 4]` signed ones, `call.c` i32.
+/// `call.a` is unsigned bytes, `call.b` `[depth/4, 32, 4]` signed ones, `call.c` i32.
 ///
 /// # Safety
-/// As [`Call`] says; AVX-512 F and VNNI are there.
+/// The operands are as [`TileCall`] says; the processor has AVX-512 F and VNNI.
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(crate) unsafe fn int8(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn int8(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn int8_rows<const R: usize>(call: &Call) {
+unsafe fn int8_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth / 4` lines of 32 fours, each row of `a` `depth / 4` fours, `c` `R` rows of 32 sums.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 2]; R];
@@ -64,7 +64,7 @@ unsafe fn int8_rows<const R: usize>(call: &Call) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn f32_rows<const R: usize>(call: &Call) {
+unsafe fn f32_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth` lines of 32 numbers, each row of `a` `depth` numbers.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
@@ -84,7 +84,7 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn bf16_rows<const R: usize>(call: &Call) {
+unsafe fn bf16_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth / 2` lines of 32 pairs, each row of `a` `depth / 2` pairs; any bits are a pair.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
@@ -106,12 +106,12 @@ unsafe fn bf16_rows<const R: usize>(call: &Call) {
 /// The same bits as pairs of bf16.
 #[inline(always)]
 fn pairs(bits: __m512i) -> __m512bh {
-    // SAFETY: both are 64 bytes of which any are valid.
+    // SAFETY: both types are 64 bytes, and any bits are valid.
     unsafe { transmute::<__m512i, __m512bh>(bits) }
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn store<const R: usize>(call: &Call, sums: [[__m512; 2]; R]) {
+unsafe fn store<const R: usize>(call: &TileCall, sums: [[__m512; 2]; R]) {
     // SAFETY: `c` has `R` rows of 32 numbers.
     unsafe {
         for (r, halves) in sums.into_iter().enumerate() {

@@ -1,5 +1,5 @@
-//! Micro-kernels: the sums of one tile, a few rows times one panel of 32 outputs, one for each instruction set. All of
-//! them read the same blocks of rows and the same packed panels, so that the set can be chosen at run time.
+//! The choice of micro-kernel: one for each instruction set and operand format. All of them read the same row blocks and
+//! the same packed panels, so the instruction set can be chosen at run time.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -10,140 +10,96 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod portable;
+pub(crate) mod tile;
 
+use crate::kernels::cpu::micro::tile::{Operands, TileCall};
 use crate::kernels::cpu::simd::{Level, level};
 
-/// Outputs of a panel of weights.
-pub(crate) const PANEL: usize = 32;
-/// Bytes of a row that one call sums over, at most.
-pub(crate) const A_BYTES: usize = 1024;
-/// Bytes between rows of a block of left operands. Fixed, so that a row is a displacement; an odd number of cache
-/// lines, so that the rows of a tile lie in different sets.
-pub(crate) const A_STRIDE: usize = A_BYTES + 64;
+/// A pair of functions that prepare a thread for tiles and restore it.
+type ThreadSetup = (unsafe fn(), unsafe fn());
 
-/// One tile. Nothing in it overlaps.
-pub(crate) struct Call {
-    /// `rows` rows, [`A_STRIDE`] apart, each of `depth` numbers.
-    pub(crate) a: *const u8,
-    /// The panel from the first number of the depth on: f32 `[depth, 32]`, bf16 `[depth/2, 32, 2]`, i8
-    /// `[depth/4, 32, 4]`.
-    pub(crate) b: *const u8,
-    /// A multiple of the micro-kernel's grain; a row of `a` takes at most [`A_BYTES`].
-    pub(crate) depth: usize,
-    /// `[rows, 32]`: f32, or i32 for i8. There is memory for as many rows as the micro-kernel takes at once.
-    pub(crate) c: *mut f32,
-    pub(crate) rows: usize,
-    /// Add to what is in `c`, which is not read otherwise.
-    pub(crate) add: bool,
-}
-
-/// What a micro-kernel multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Operands {
-    F32,
-    Bf16,
-    /// Signed bytes.
-    I8,
-    /// On the left signed bytes with 128 added, on the right signed ones: the sums are too great by 128 times the sums
-    /// of the weights.
-    U8,
-}
-
-impl Operands {
-    pub(crate) const fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-            Self::I8 | Self::U8 => 1,
-        }
-    }
-
-    /// Every byte of a zero on the left.
-    pub(crate) const fn zero(self) -> u8 {
-        if matches!(self, Self::U8) { 128 } else { 0 }
-    }
-}
-
-/// What prepares a thread, and what undoes it.
-type Around = (unsafe fn(), unsafe fn());
-
-/// A micro-kernel and what it wants.
+/// A micro-kernel and the tile shape that it needs.
 #[derive(Clone, Copy)]
-pub(crate) struct Micro {
+pub(crate) struct MicroKernel {
     pub(crate) operands: Operands,
-    /// Rows that it takes at once.
+    /// Rows of a tile.
     pub(crate) rows: usize,
-    /// The depth is a multiple of it.
-    pub(crate) grain: usize,
-    run: unsafe fn(&Call),
-    /// Called on a thread before its first tile and after its last.
-    around: Option<Around>,
+    /// The depth of a call is a multiple of it.
+    pub(crate) depth_multiple: usize,
+    compute: unsafe fn(&TileCall),
+    /// Runs on a thread before its first tile and after its last.
+    setup: Option<ThreadSetup>,
 }
 
-impl Micro {
-    /// That of the level in use: for bf16 operands where there is one that gains by them, for f32 otherwise.
-    pub(crate) fn new(narrow: bool) -> Self {
-        Self::of(level(), narrow)
+impl MicroKernel {
+    /// The micro-kernel of the level in use. With `bf16` it takes bf16 operands if that is faster than f32 at this level.
+    pub(crate) fn new(bf16: bool) -> Self {
+        Self::at_level(level(), bf16)
     }
 
-    /// That of the level in use for bytes, where the sums in `c` are i32. VNNI is no level of its own: processors with
-    /// AVX-512 have it from 2019 on.
+    /// The micro-kernel for bytes of the level in use; its sums in `c` are i32. VNNI is no level of its own: processors
+    /// with AVX-512 have it from 2019 on.
     pub(crate) fn int8() -> Self {
         #[cfg(target_arch = "x86_64")]
         match level() {
             Level::Amx => {
-                let around = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
-                return Self { operands: Operands::I8, rows: 32, grain: 64, run: amx::int8, around };
+                let setup = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
+                return Self { operands: Operands::I8, rows: 32, depth_multiple: 64, compute: amx::int8, setup };
             }
             Level::Avx512 | Level::Avx512Bf16 if std::arch::is_x86_feature_detected!("avx512vnni") => {
-                return Self { operands: Operands::U8, rows: 14, grain: 4, run: avx512::int8, around: None };
+                return Self::without_setup(Operands::U8, 14, 4, avx512::int8);
             }
             Level::Avx512 | Level::Avx512Bf16 | Level::Avx2 => {
-                return Self { operands: Operands::I8, rows: 4, grain: 4, run: avx2::int8, around: None };
+                return Self::without_setup(Operands::I8, 4, 4, avx2::int8);
             }
             Level::Portable => {}
         }
-        Self { operands: Operands::I8, rows: 4, grain: 4, run: portable::int8, around: None }
+        Self::without_setup(Operands::I8, 4, 4, portable::int8)
+    }
+
+    const fn without_setup(
+        operands: Operands,
+        rows: usize,
+        depth_multiple: usize,
+        compute: unsafe fn(&TileCall),
+    ) -> Self {
+        Self { operands, rows, depth_multiple, compute, setup: None }
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn of(level: Level, narrow: bool) -> Self {
-        match (level, narrow) {
-            (Level::Amx, true) => Self {
-                operands: Operands::Bf16,
-                rows: 32,
-                grain: 32,
-                run: amx::bf16,
-                around: Some((amx::enter, amx::leave)),
-            },
-            (Level::Avx512Bf16, true) => {
-                Self { operands: Operands::Bf16, rows: 14, grain: 2, run: avx512::bf16, around: None }
+    fn at_level(level: Level, bf16: bool) -> Self {
+        match (level, bf16) {
+            (Level::Amx, true) => {
+                let setup = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
+                Self { operands: Operands::Bf16, rows: 32, depth_multiple: 32, compute: amx::bf16, setup }
             }
+            (Level::Avx512Bf16, true) => Self::without_setup(Operands::Bf16, 14, 2, avx512::bf16),
             (Level::Avx512 | Level::Avx512Bf16 | Level::Amx, _) => {
-                Self { operands: Operands::F32, rows: 14, grain: 1, run: avx512::f32, around: None }
+                Self::without_setup(Operands::F32, 14, 1, avx512::f32)
             }
-            (Level::Avx2, _) => Self { operands: Operands::F32, rows: 6, grain: 1, run: avx2::f32, around: None },
+            (Level::Avx2, _) => Self::without_setup(Operands::F32, 6, 1, avx2::f32),
             (Level::Portable, _) => Self::portable(),
         }
     }
 
     #[cfg(target_arch = "aarch64")]
-    fn of(level: Level, narrow: bool) -> Self {
-        Self { operands: Operands::F32, rows: 6, grain: 1, run: neon::f32, around: None }
+    fn at_level(_: Level, _: bool) -> Self {
+        Self::without_setup(Operands::F32, 6, 1, neon::f32)
     }
 
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    fn of(_: Level, _: bool) -> Self {
+    fn at_level(_: Level, _: bool) -> Self {
         Self::portable()
     }
 
+    #[cfg(not(target_arch = "aarch64"))]
     fn portable() -> Self {
-        Self { operands: Operands::F32, rows: 4, grain: 1, run: portable::f32, around: None }
+        Self::without_setup(Operands::F32, 4, 1, portable::f32)
     }
 
-    /// Runs `work`, within which [`Self::run`] may be called on this thread.
-    #[expect(unsafe_code, reason = "tile registers are set up and given back")]
-    pub(crate) fn within<R>(&self, work: impl FnOnce() -> R) -> R {
+    /// Runs `work`, in which [`Self::run`] may be called on this thread.
+    #[expect(unsafe_code, reason = "tile registers are set up and released")]
+    pub(crate) fn on_thread<R>(&self, work: impl FnOnce() -> R) -> R {
         struct Leave(Option<unsafe fn()>);
         impl Drop for Leave {
             fn drop(&mut self) {
@@ -153,47 +109,20 @@ impl Micro {
                 }
             }
         }
-        if let Some((enter, _)) = self.around {
-            // SAFETY: this micro-kernel is only chosen where its instructions are there.
+        if let Some((enter, _)) = self.setup {
+            // SAFETY: a micro-kernel is chosen only if the processor has its instructions.
             unsafe { enter() }
         }
-        let _leave = Leave(self.around.map(|(_, leave)| leave));
+        let _leave = Leave(self.setup.map(|(_, leave)| leave));
         work()
     }
 
     /// # Safety
-    /// The operands are as [`Call`] says, with `rows` at most `self.rows` and `depth` a multiple of `self.grain`; the
-    /// caller is within [`Self::within`].
+    /// The operands are as [`TileCall`] says, with `rows` at most `self.rows` and `depth` a multiple of
+    /// `self.depth_multiple`; the caller runs within [`Self::on_thread`].
     #[expect(unsafe_code, reason = "operands are pointers")]
-    pub(crate) unsafe fn run(&self, call: &Call) {
+    pub(crate) unsafe fn run(&self, call: &TileCall) {
         // SAFETY: as above; the instruction set was detected before the level was chosen.
-        unsafe { (self.run)(call) }
+        unsafe { (self.compute)(call) }
     }
 }
-
-/// Asks for memory to be brought to the second cache. Any address may be asked for.
-#[inline]
-pub(crate) fn prefetch(at: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        #[expect(unsafe_code, reason = "a hint to the processor")]
-        // SAFETY: a prefetch never faults.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, bytes);
-}
-
-/// Calls `$rows::<R>` for the number of rows of `$call`, which is one of those listed.
-macro_rules! by_rows {
-    ($call:ident, $rows:ident: $($count:literal)*) => {
-        match $call.rows {
-            $($count => $rows::<$count>($call),)*
-            _ => {}
-        }
-    };
-}
-use by_rows;

@@ -1,20 +1,20 @@
-//! NEON: six rows by four registers of sums, twice the half of a panel.
+//! The micro-kernel for NEON: six rows by four registers of sums for each half of a panel.
 #![expect(unsafe_code, reason = "vector instructions on pointers")]
 
 use std::arch::aarch64::{vaddq_f32, vdupq_n_f32, vfmaq_n_f32, vld1q_f32, vst1q_f32};
 
-use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall, by_rows};
 
 /// # Safety
-/// As [`Call`] says.
+/// The operands are as [`TileCall`] says.
 #[target_feature(enable = "neon")]
-pub(crate) unsafe fn f32(call: &Call) {
-    // SAFETY: handed on.
+pub(crate) unsafe fn f32(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4 5 6) }
 }
 
 #[target_feature(enable = "neon")]
-unsafe fn f32_rows<const R: usize>(call: &Call) {
+unsafe fn f32_rows<const R: usize>(call: &TileCall) {
     // SAFETY: the panel has `depth` lines of 32 numbers, each row of `a` `depth` numbers, `c` `R` rows of 32.
     unsafe {
         for half in [0, PANEL / 2] {

@@ -1,18 +1,20 @@
-//! Plain Rust for any machine, four rows by eight sums at a time.
+//! Micro-kernels in portable Rust: four rows by eight sums at a time.
 #![expect(unsafe_code, reason = "operands are pointers")]
 
-use crate::kernels::cpu::micro::{A_STRIDE, Call, PANEL, by_rows};
+use crate::kernels::cpu::micro::tile::{A_STRIDE, PANEL, TileCall, by_rows};
 
 const WIDTH: usize = 8;
 
 /// # Safety
-/// As [`Call`] says.
-pub(crate) unsafe fn f32(call: &Call) {
-    // SAFETY: handed on.
+/// The operands are as [`TileCall`] says.
+#[cfg(not(target_arch = "aarch64"))]
+pub(crate) unsafe fn f32(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, f32_rows: 1 2 3 4) }
 }
 
-unsafe fn f32_rows<const R: usize>(call: &Call) {
+#[cfg(not(target_arch = "aarch64"))]
+unsafe fn f32_rows<const R: usize>(call: &TileCall) {
     for part in (0..PANEL).step_by(WIDTH) {
         let mut sums = [[0.0_f32; WIDTH]; R];
         for k in 0..call.depth {
@@ -27,7 +29,7 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: `c` has `R` rows of 32 numbers, which nothing else borrows.
+            // SAFETY: `c` has `R` rows of 32 numbers, which nothing else accesses.
             let c = unsafe { &mut *call.c.add(r * PANEL + part).cast::<[f32; WIDTH]>() };
             for (c, sum) in c.iter_mut().zip(sums) {
                 *c = if call.add { *c + sum } else { *sum };
@@ -39,13 +41,13 @@ unsafe fn f32_rows<const R: usize>(call: &Call) {
 /// Signed bytes; `call.b` is `[depth/4, 32, 4]` bytes, `call.c` i32.
 ///
 /// # Safety
-/// As [`Call`] says.
-pub(crate) unsafe fn int8(call: &Call) {
-    // SAFETY: handed on.
+/// The operands are as [`TileCall`] says.
+pub(crate) unsafe fn int8(call: &TileCall) {
+    // SAFETY: the contract is the same.
     unsafe { by_rows!(call, int8_rows: 1 2 3 4) }
 }
 
-unsafe fn int8_rows<const R: usize>(call: &Call) {
+unsafe fn int8_rows<const R: usize>(call: &TileCall) {
     for part in (0..PANEL).step_by(WIDTH) {
         let mut sums = [[0_i32; WIDTH]; R];
         for k in (0..call.depth).step_by(4) {
@@ -62,7 +64,7 @@ unsafe fn int8_rows<const R: usize>(call: &Call) {
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: `c` has `R` rows of 32 sums, which nothing else borrows.
+            // SAFETY: `c` has `R` rows of 32 sums, which nothing else accesses.
             let c = unsafe { &mut *call.c.add(r * PANEL + part).cast::<[i32; WIDTH]>() };
             for (c, sum) in c.iter_mut().zip(sums) {
                 *c = if call.add { c.wrapping_add(*sum) } else { *sum };
