@@ -1,5 +1,5 @@
-//! Kernels on the shapes of SDXL at 1024², one CFG pair: GF/s on all threads, and the share of what this machine's
-//! registers give with the instruction that the kernel multiplies with. Best of the runs, as machines are shared.
+//! Measures kernels on the shapes of SDXL at 1024², one CFG pair: GF/s on all threads, and the share of what this machine's
+//! registers reach with the instruction that the kernel multiplies with. The best run counts, as machines are shared.
 //!
 //! `cargo bench --bench kernels [-- FILTER] [--cpu-features LEVEL]`
 
@@ -36,7 +36,7 @@ fn best(mut run: impl FnMut()) -> f64 {
 
 struct Table {
     filter: Option<String>,
-    /// GF/s of the registers, for f32 and for bf16 activations.
+    /// Peak GF/s of the registers, for f32 and for bf16 activations.
     peaks: [f64; 2],
 }
 
@@ -52,7 +52,7 @@ impl Table {
         println!("{name:<44}{}", cells.collect::<Vec<_>>().join("   "));
     }
 
-    /// Bytes read and written, and no share of a peak.
+    /// Measures bytes read and written, without the share of a peak.
     fn bytes(&self, name: &str, elements: usize, make: impl Fn(DType) -> Box<dyn FnMut()>) {
         if self.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
             return;
@@ -92,7 +92,7 @@ fn main() {
     attentions(&table);
     gemm(&table);
     let int8_peak = if level >= Level::Avx512 { of("avx512 int8") } else { f32_peak };
-    println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "INT8, quantising included, activations in", "f32", "", "bf16", "");
+    println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "INT8, quantizing included, activations in", "f32", "", "bf16", "");
     let int8 = Table { filter: table.filter.clone(), peaks: [int8_peak; 2] };
     linears(&int8, "int8 ", |weight| Linear::int8(&weight, None));
     convolutions(&int8, "int8 ", |weight, shape| Conv2d::int8(weight, None, shape));
@@ -127,13 +127,13 @@ fn linears(table: &Table, kind: &str, layer: fn(Tensor) -> candle_core::Result<L
     }
 }
 
-/// candle's own product, the crate gemm with its AVX-512 kernels, beside the linear layers of the same shapes.
+/// candle's own product, from the crate gemm with its AVX-512 kernels, on the shapes of the linear layers.
 fn gemm(table: &Table) {
     for (rows, inputs, outputs) in [(8192, 640, 640), (2048, 1280, 1280), (8192, 2560, 640), (2048, 5120, 1280)] {
         table.row(&format!("gemm {rows}×{inputs}×{outputs}"), 2 * rows * inputs * outputs, |dtype| {
             let (x, weight) = (tensor(&[rows, inputs], dtype), tensor(&[outputs, inputs], dtype));
-            let turned = weight.t().expect("a matrix");
-            Box::new(move || drop(black_box(x.matmul(&turned).expect("a product"))))
+            let transposed = weight.t().expect("a matrix");
+            Box::new(move || drop(black_box(x.matmul(&transposed).expect("a product"))))
         });
     }
 }

@@ -1,4 +1,4 @@
-//! What the registers of this machine give: loops of one multiply-add instruction without memory, on every thread.
+//! Measures the peak rate of this machine: loops of one multiply-add instruction without memory access, on every thread.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::asm;

@@ -1,5 +1,5 @@
-//! The AMX kernels against sums in f64 and i64, and the tile instructions in the forms that the kernels do not use. On a
-//! processor without AMX the emulator runs them, and the tests say so.
+//! Compares the AMX kernels with sums in f64 and i64, and tests the forms of tile instructions that the kernels do not use.
+//! On a processor without AMX the emulator runs them, and the log says so.
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
@@ -25,11 +25,11 @@ impl Dice {
     }
 }
 
-/// Rows in memory, and outputs of a panel.
+/// Rows of the left operand, and outputs of a panel.
 const SIDE: usize = 32;
 
 /// A left operand of `rows` rows in memory full of `garbage`, from `value(row, depth)`.
-fn lay_rows<T: Copy>(rows: usize, depth: usize, garbage: T, mut value: impl FnMut(usize, usize) -> T) -> Vec<T> {
+fn packed_rows<T: Copy>(rows: usize, depth: usize, garbage: T, mut value: impl FnMut(usize, usize) -> T) -> Vec<T> {
     let stride = STRIDE / size_of::<T>();
     let mut memory = vec![garbage; SIDE * stride];
     for row in 0..rows {
@@ -41,7 +41,7 @@ fn lay_rows<T: Copy>(rows: usize, depth: usize, garbage: T, mut value: impl FnMu
 }
 
 /// A panel `[depth/group][32][group]` from `value(output, depth)`.
-fn lay_panel<T: Copy>(depth: usize, group: usize, zero: T, mut value: impl FnMut(usize, usize) -> T) -> Vec<T> {
+fn packed_panel<T: Copy>(depth: usize, group: usize, zero: T, mut value: impl FnMut(usize, usize) -> T) -> Vec<T> {
     let mut panel = vec![zero; depth * SIDE];
     for k in 0..depth {
         for output in 0..SIDE {
@@ -51,7 +51,7 @@ fn lay_panel<T: Copy>(depth: usize, group: usize, zero: T, mut value: impl FnMut
     panel
 }
 
-/// Runs `tests` where tile instructions run, and makes sure that somebody ran them.
+/// Runs `tests` on the processor's tiles or under the emulator, and checks that instructions were executed.
 fn on_tiles(tests: impl FnOnce()) {
     let runner = install();
     let before = executed();
@@ -86,16 +86,16 @@ fn wide(bits: u16) -> f64 {
 }
 
 #[test]
-fn products_of_bf16_on_tiles_equal_sums_in_f64() {
+fn bf16_tile_products_match_sums_in_f64() {
     const GARBAGE: u16 = 0x7fc0; // NaN
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
     let mut worst = 0f64;
     on_tiles(|| {
         for Case { depth, rows, add, written } in cases(&mut dice, 32) {
-            // Of either sign and so many magnitudes, 2⁻⁵ to 2³, that sums have to be rounded.
+            // Both signs and magnitudes of 2⁻⁵ to 2³, so that sums have to be rounded.
             let mut number = || (dice.next() as u16 & 0x83ff) + 0x3d00;
-            let a = lay_rows(rows, depth, GARBAGE, |_, _| number());
-            let b = lay_panel(depth, 2, 0, |_, _| number());
+            let a = packed_rows(rows, depth, GARBAGE, |_, _| number());
+            let b = packed_panel(depth, 2, 0, |_, _| number());
             let before: Vec<f32> = (0..SIDE * SIDE).map(|_| wide(number()) as f32).collect();
             let mut c = before.clone();
             amx_probe::bf16(Product { a: &a, b: &b, c: &mut c, depth, rows, add });
@@ -121,11 +121,11 @@ fn products_of_bf16_on_tiles_equal_sums_in_f64() {
             assert_eq!(c[written * SIDE..], before[written * SIDE..], "rows beyond the tile, {rows} rows");
         }
     });
-    eprintln!("greatest error {worst:e} of the sum of magnitudes");
+    eprintln!("largest error {worst:e} of the sum of magnitudes");
 }
 
 #[test]
-fn products_of_bytes_on_tiles_are_exact() {
+fn int8_tile_products_are_exact() {
     let mut dice = Dice(0xd1b5_4a32_d192_ed03);
     on_tiles(|| {
         for Case { depth, rows, add, written } in cases(&mut dice, 64) {
@@ -134,8 +134,8 @@ fn products_of_bytes_on_tiles_are_exact() {
                 1 => i8::MAX,
                 _ => dice.next() as i8,
             };
-            let a = lay_rows(rows, depth, 0x55, |_, _| number());
-            let b = lay_panel(depth, 4, 0, |_, _| number());
+            let a = packed_rows(rows, depth, 0x55, |_, _| number());
+            let b = packed_panel(depth, 4, 0, |_, _| number());
             let before: Vec<i32> = (0..SIDE * SIDE).map(|_| i32::from(number()) * 1001).collect();
             let mut c = before.clone();
             amx_probe::int8(Product { a: &a, b: &b, c: &mut c, depth, rows, add });
@@ -154,41 +154,42 @@ fn products_of_bytes_on_tiles_are_exact() {
 }
 
 #[test]
-fn sums_of_bytes_wrap_around() {
-    let a = lay_rows(1, 64, 0i8, |_, _| 1);
-    let b = lay_panel(64, 4, 0i8, |_, _| 1);
+fn int8_sums_wrap_around() {
+    let a = packed_rows(1, 64, 0i8, |_, _| 1);
+    let b = packed_panel(64, 4, 0i8, |_, _| 1);
     let mut c = vec![i32::MAX - 60; SIDE * SIDE];
     on_tiles(|| amx_probe::int8(Product { a: &a, b: &b, c: &mut c, depth: 64, rows: 1, add: true }));
     assert_eq!(c[..SIDE], [i32::MIN + 3; SIDE]);
 }
 
 #[test]
-fn denormals_are_zero_on_tiles() {
-    // The greatest denormal bf16, the least normal one, and 1.
+fn tiles_flush_denormals_to_zero() {
+    // The largest denormal bf16, the smallest normal one, and 1.
     const DENORMAL: u16 = 0x007f;
-    const LEAST: u16 = 0x0080;
+    const MIN_NORMAL: u16 = 0x0080;
     const ONE: u16 = 0x3f80;
     fn check(left: u16, right: u16, start: f32, expected: f32) {
-        let a = lay_rows(1, 32, 0, |_, k| if k == 0 { left } else { 0 });
-        let b = lay_panel(32, 2, 0, |_, k| if k == 0 { right } else { 0 });
+        let a = packed_rows(1, 32, 0, |_, k| if k == 0 { left } else { 0 });
+        let b = packed_panel(32, 2, 0, |_, k| if k == 0 { right } else { 0 });
         let mut c = vec![start; SIDE * SIDE];
         amx_probe::bf16(Product { a: &a, b: &b, c: &mut c, depth: 32, rows: 1, add: true });
         assert_eq!(c[0].to_bits(), expected.to_bits(), "{left:#x} · {right:#x} + {start:e} is {:e}", c[0]);
     }
     on_tiles(|| {
         check(DENORMAL, ONE, 0.0, 0.0);
-        check(LEAST, ONE, 0.0, f32::MIN_POSITIVE);
-        check(LEAST, 0x3f00, 0.0, 0.0);
+        check(MIN_NORMAL, ONE, 0.0, f32::MIN_POSITIVE);
+        check(MIN_NORMAL, 0x3f00, 0.0, 0.0);
         check(ONE, ONE, f32::MIN_POSITIVE / 2.0, 1.0);
         check(0, 0, f32::MIN_POSITIVE / 2.0, 0.0);
     });
 }
 
-/// What `ldtilecfg` reads, with `tiles` as rows and bytes in a row.
+/// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
-struct Shape([u8; 64]);
+struct TileConfig([u8; 64]);
 
-impl Shape {
+impl TileConfig {
+    /// `tiles` are rows and bytes in a row.
     fn new(tiles: &[(u8, u8)]) -> Self {
         let mut bytes = [0; 64];
         bytes[0] = 1;
@@ -202,15 +203,15 @@ impl Shape {
 
 #[test]
 #[expect(unsafe_code, reason = "inline assembly")]
-fn tiles_are_addressed_in_every_form() {
+fn tile_loads_support_every_address_form() {
     let from: Vec<u8> = (0..8192).map(|i| (i * 7 + i / 256) as u8).collect();
     let start = 2048;
     // Copies a tile of 16 × 64 bytes, loaded by one form of operand from `start`, to rows 64 bytes apart.
     macro_rules! check {
         ($stride:expr, $load:literal, $base:tt = $at:expr, $index:tt = $count:expr) => {{
-            let shape = Shape::new(&[(16, 64); 8]);
+            let shape = TileConfig::new(&[(16, 64); 8]);
             let mut to = vec![0u8; 16 * 64];
-            // SAFETY: tiles run here, 16 rows of `from` and `to` exist at these addresses.
+            // SAFETY: tile instructions run here, and 16 rows of `from` and `to` exist at these addresses.
             unsafe {
                 asm!(
                     "ldtilecfg [rax]",
@@ -245,17 +246,17 @@ fn tiles_are_addressed_in_every_form() {
 
 #[test]
 #[expect(unsafe_code, reason = "inline assembly")]
-fn tiles_may_be_smaller_than_their_registers() {
+fn tiles_can_be_smaller_than_their_registers() {
     // 3 × 5 words times 5 × 7 words.
     const ROWS: usize = 3;
     const DEPTH: usize = 20;
     const OUTPUTS: usize = 7;
-    let shape = Shape::new(&[(16, 64), (3, 20), (16, 64), (5, 28), (16, 64), (3, 28), (16, 64), (16, 64)]);
+    let shape = TileConfig::new(&[(16, 64), (3, 20), (16, 64), (5, 28), (16, 64), (3, 28), (16, 64), (16, 64)]);
     let left: Vec<i8> = (0..ROWS * DEPTH).map(|i| (i * 37 % 251) as u8 as i8).collect();
     let right: Vec<i8> = (0..OUTPUTS * DEPTH).map(|i| (i * 91 % 253) as u8 as i8).collect(); // [5][7][4]
     let mut sums = [-1i32; ROWS * 16];
     on_tiles(|| {
-        // SAFETY: tiles run here, and the shapes are those of the operands; rows of sums are 64 bytes apart.
+        // SAFETY: tile instructions run here, and the configuration matches the operands; rows of sums are 64 bytes apart.
         unsafe {
             asm!(
                 "ldtilecfg [rax + rcx*4 - 80]",
@@ -282,13 +283,13 @@ fn tiles_may_be_smaller_than_their_registers() {
 }
 
 #[test]
-fn every_thread_has_tiles_of_its_own() {
+fn threads_have_separate_tiles() {
     on_tiles(|| {
         std::thread::scope(|threads| {
             for value in 1..=4i8 {
                 threads.spawn(move || {
-                    let a = lay_rows(SIDE, 1024, 0, |_, _| value);
-                    let b = lay_panel(1024, 4, 0, |_, _| 1);
+                    let a = packed_rows(SIDE, 1024, 0, |_, _| value);
+                    let b = packed_panel(1024, 4, 0, |_, _| 1);
                     let mut c = vec![0; SIDE * SIDE];
                     for _ in 0..50 {
                         amx_probe::int8(Product { a: &a, b: &b, c: &mut c, depth: 1024, rows: SIDE, add: false });
@@ -302,8 +303,8 @@ fn every_thread_has_tiles_of_its_own() {
 
 #[test]
 #[expect(unsafe_code, reason = "inline assembly in a child that it ends")]
-fn misuse_of_tiles_ends_the_process() {
-    /// The signal that ends a child which runs `misuse`.
+fn tile_misuse_ends_the_process() {
+    /// Checks that a signal ends a child that runs `misuse`.
     fn check(what: &str, misuse: impl FnOnce()) {
         let mut status = 0;
         // SAFETY: the child leaves no core, runs instructions and ends, all of it async-signal-safe; the parent waits.
@@ -326,13 +327,13 @@ fn misuse_of_tiles_ends_the_process() {
         let ended = libc::WIFSIGNALED(status) && expected.contains(&libc::WTERMSIG(status));
         assert!(ended, "{what}: status {status:#x}, expected one of the signals {expected:?}");
     }
-    // Configures tiles as given, then runs the instruction, an empty one for the shape's own sake.
-    macro_rules! after {
+    // Configures the tiles, then runs the instruction; an empty one tests the configuration alone.
+    macro_rules! check_after {
         ($shape:expr, $instruction:literal) => {{
             let shape = $shape;
             let memory = [0u8; 2048];
             check(concat!("`", $instruction, "`"), || {
-                // SAFETY: none is needed: this raises a fault.
+                // SAFETY: the instruction raises a fault before it touches memory.
                 unsafe {
                     asm!(
                         "ldtilecfg [rax]",
@@ -344,7 +345,7 @@ fn misuse_of_tiles_ends_the_process() {
             });
         }};
     }
-    let full = || Shape::new(&[(16, 64); 8]);
+    let full = || TileConfig::new(&[(16, 64); 8]);
     let with = |at: usize, byte: u8| {
         let mut shape = full();
         shape.0[at] = byte;
@@ -352,24 +353,24 @@ fn misuse_of_tiles_ends_the_process() {
     };
     on_tiles(|| {
         amx_probe::int8(Product {
-            a: &lay_rows(1, 64, 0, |_, _| 1),
-            b: &lay_panel(64, 4, 0, |_, _| 1),
+            a: &packed_rows(1, 64, 0, |_, _| 1),
+            b: &packed_panel(64, 4, 0, |_, _| 1),
             c: &mut [0; SIDE * SIDE],
             depth: 64,
             rows: 1,
             add: false,
         });
-        after!(full(), "ud2");
-        after!(with(0, 2), ""); // a palette that does not exist
-        after!(with(5, 1), ""); // reserved
-        after!(with(48, 17), ""); // rows
-        after!(with(16, 65), ""); // bytes in a row
-        after!(with(48, 0), ""); // no rows of 64 bytes
-        after!(with(0, 0), "tilezero tmm0"); // palette 0 releases
-        after!(Shape::new(&[(16, 64)]), "tileloadd tmm1, [rdx + rcx*1]"); // a tile without a shape
-        after!(full(), ".byte 0xc4, 0xe2, 0x7a, 0x5c, 0xc1"); // tdpbf16ps tmm0, tmm1, tmm0
-        after!(Shape::new(&[(16, 64), (16, 60), (16, 64)]), "tdpbssd tmm0, tmm1, tmm2");
-        after!(Shape::new(&[(16, 64), (16, 64), (16, 60)]), "tdpbssd tmm0, tmm1, tmm2");
-        after!(Shape::new(&[(15, 64), (16, 64), (16, 64)]), "tdpbf16ps tmm0, tmm1, tmm2");
+        check_after!(full(), "ud2");
+        check_after!(with(0, 2), ""); // a palette that does not exist
+        check_after!(with(5, 1), ""); // reserved
+        check_after!(with(48, 17), ""); // rows
+        check_after!(with(16, 65), ""); // bytes in a row
+        check_after!(with(48, 0), ""); // no rows of 64 bytes
+        check_after!(with(0, 0), "tilezero tmm0"); // palette 0 releases
+        check_after!(TileConfig::new(&[(16, 64)]), "tileloadd tmm1, [rdx + rcx*1]"); // a tile that is not configured
+        check_after!(full(), ".byte 0xc4, 0xe2, 0x7a, 0x5c, 0xc1"); // tdpbf16ps tmm0, tmm1, tmm0
+        check_after!(TileConfig::new(&[(16, 64), (16, 60), (16, 64)]), "tdpbssd tmm0, tmm1, tmm2");
+        check_after!(TileConfig::new(&[(16, 64), (16, 64), (16, 60)]), "tdpbssd tmm0, tmm1, tmm2");
+        check_after!(TileConfig::new(&[(15, 64), (16, 64), (16, 64)]), "tdpbf16ps tmm0, tmm1, tmm2");
     });
 }

@@ -1,4 +1,4 @@
-//! Layers in bytes: to the digit what the rule of quantisation says, at every level, and near what the layers are.
+//! INT8 layers match the quantization rule at every level, and are close to the unquantized layers.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
@@ -8,9 +8,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, quantizing, reference};
 
-use crate::whole::{Dice, Follow, LEVEL, at_every_level, close, numbers};
+use crate::parity::{Dice, LEVEL, RandomEpilogue, at_every_level, close, numbers};
 
-/// Bytes of some numbers and what one is worth: 127 steps either side of zero, ties to even.
+/// The bytes of some numbers and the value of one step: 127 steps on either side of zero, ties to even.
 fn bytes(numbers: &[f32]) -> (Vec<i32>, f32) {
     let top = numbers.iter().fold(0.0_f32, |top, x| top.max(x.abs()));
     if top < 1e-30 {
@@ -20,7 +20,7 @@ fn bytes(numbers: &[f32]) -> (Vec<i32>, f32) {
     (numbers.iter().map(|x| (x * inverse).round_ties_even() as i32).collect(), top / 127.0)
 }
 
-/// Rows of bytes of `[rows, length]`.
+/// The quantized rows of `[rows, length]`.
 fn rows_of(t: &Tensor, length: usize) -> Vec<(Vec<i32>, f32)> {
     numbers(t).chunks(length).map(bytes).collect()
 }
@@ -29,7 +29,7 @@ fn dot(a: &[i32], b: &[i32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum()
 }
 
-/// The linear layer by the rule, f32, without bias: `x` is `[.., I]`, `weight` `[O, I]`.
+/// The linear layer by the quantization rule, f32, without bias: `x` is `[.., I]`, `weight` `[O, I]`.
 fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
     let (outputs, inputs) = weight.dims2().unwrap();
     let weights = rows_of(weight, inputs);
@@ -43,8 +43,8 @@ fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
     Tensor::from_vec(made, shape, &Device::Cpu).unwrap()
 }
 
-/// The convolution by the rule, f32, without bias: `x` is `[B, H, W, C]`, `weight` `[O, C, K, K]`. Sums of bytes are
-/// small enough to be exact in f64.
+/// The convolution by the quantization rule, f32, without bias: `x` is `[B, H, W, C]`, `weight` `[O, C, K, K]`. Sums of
+/// bytes are exact in f64.
 fn convolution(x: &Tensor, weight: &Tensor, shape: ConvShape) -> Tensor {
     let pointwise = shape.kernel == 1 && shape.stride == 1 && shape.padding == Padding::default();
     let quantized = |t: &Tensor, length: usize| -> (Tensor, Vec<f32>) {
@@ -55,9 +55,9 @@ fn convolution(x: &Tensor, weight: &Tensor, shape: ConvShape) -> Tensor {
     let length = if pointwise { shape.inputs } else { x.elem_count() / x.dims()[0] };
     let (x, steps) = quantized(x, length);
     let (weight, scales) = quantized(weight, shape.inputs * shape.kernel * shape.kernel);
-    let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-    // At most 1100 products of at most 127²: integers that f32 holds.
-    let sums = reference::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
+    let transposed = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+    // At most 1100 products of at most 127² are integers that f32 represents.
+    let sums = reference::conv2d(&x, &transposed, None, shape, Epilogue::default()).unwrap();
     let each = sums.elem_count() / shape.outputs / steps.len();
     let made: Vec<f32> = (numbers(&sums).into_iter().enumerate())
         .map(|(i, sum)| {
@@ -68,7 +68,7 @@ fn convolution(x: &Tensor, weight: &Tensor, shape: ConvShape) -> Tensor {
     Tensor::from_vec(made, sums.shape(), &Device::Cpu).unwrap()
 }
 
-/// Root mean square of the difference, relative to that of `b`.
+/// Root mean square of the difference, relative to the root mean square of `b`.
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
     let square = |x: f32| f64::from(x).powi(2);
     let (a, b) = (numbers(a), numbers(b));
@@ -77,8 +77,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 #[test]
-fn a_linear_layer_in_bytes_is_what_the_rule_says() {
-    at_every_level("linear in bytes", |level, brief| {
+fn int8_linear_matches_the_quantization_rule() {
+    at_every_level("int8 linear", |level, brief| {
         let mut dice = Dice(21);
         for case in 0..if brief { 8 } else { 48 } {
             let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
@@ -90,14 +90,14 @@ fn a_linear_layer_in_bytes_is_what_the_rule_says() {
             let x = dice.tensor(&shape(inputs), dtype);
             let weight = dice.weight(&[outputs, inputs], weights);
             let bias = dice.coin().then(|| dice.tensor(&[outputs], DType::F32));
-            let follow = Follow::roll(&mut dice, &shape(outputs), dtype);
+            let epilogue = RandomEpilogue::new(&mut dice, &shape(outputs), dtype);
             let layer = Linear::int8(&weight, bias.clone()).unwrap();
             let what = format!("{level:?} linear {case}: {front:?} {inputs} to {outputs}, {dtype:?} with {weights:?}");
-            // An identity gives what follows the product.
+            // A layer with an identity as weight applies the epilogue alone.
             let one = Tensor::eye(outputs, DType::F32, &Device::Cpu).unwrap();
             let bare = linear(&x, &weight);
-            let expected = reference::linear(&bare, &one, bias.as_ref(), follow.epilogue());
-            close(&what, layer.forward_with(&x, follow.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
+            let expected = reference::linear(&bare, &one, bias.as_ref(), epilogue.epilogue());
+            close(&what, layer.forward_with(&x, epilogue.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
             if outputs % 2 == 0 {
                 let whole = reference::linear(&bare, &one, bias.as_ref(), Epilogue::default());
                 let gated = whole.and_then(|y| reference::geglu(&y)).and_then(|y| y.to_dtype(dtype));
@@ -113,8 +113,8 @@ fn a_linear_layer_in_bytes_is_what_the_rule_says() {
 }
 
 #[test]
-fn a_convolution_in_bytes_is_what_the_rule_says() {
-    at_every_level("convolution in bytes", |level, brief| {
+fn int8_convolution_matches_the_quantization_rule() {
+    at_every_level("int8 convolution", |level, brief| {
         let mut dice = Dice(22);
         for case in 0..if brief { 6 } else { 36 } {
             let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
@@ -138,13 +138,13 @@ fn a_convolution_in_bytes_is_what_the_rule_says() {
             let layer = Conv2d::int8(&weight, bias.clone(), shape).unwrap();
             let what = format!("{level:?} convolution {case}: [{batch}, {height}, {width}], {shape:?}, {dtype:?}");
             let bare = convolution(&x, &weight, shape);
-            let follow = Follow::roll(&mut dice, bare.dims(), dtype);
+            let epilogue = RandomEpilogue::new(&mut dice, bare.dims(), dtype);
             let one = Tensor::eye(shape.outputs, DType::F32, &Device::Cpu).unwrap();
-            let expected = reference::linear(&bare, &one, bias.as_ref(), follow.epilogue());
-            close(&what, layer.forward_with(&x, follow.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
+            let expected = reference::linear(&bare, &one, bias.as_ref(), epilogue.epilogue());
+            close(&what, layer.forward_with(&x, epilogue.epilogue()), expected.and_then(|y| y.to_dtype(dtype)));
             if shape.inputs >= 64 && dtype == DType::F32 {
-                let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-                let exact = reference::conv2d(&x, &turned, None, shape, Epilogue::default()).unwrap();
+                let transposed = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+                let exact = reference::conv2d(&x, &transposed, None, shape, Epilogue::default()).unwrap();
                 let error = distance(&bare, &exact);
                 assert!(error < 0.02, "{what}: {error:.4} from the layer itself");
             }
@@ -153,7 +153,7 @@ fn a_convolution_in_bytes_is_what_the_rule_says() {
 }
 
 #[test]
-fn a_sample_in_bytes_depends_on_itself_alone() {
+fn int8_samples_are_independent_of_each_other() {
     let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     let mut dice = Dice(23);
     let shape = ConvShape { inputs: 70, outputs: 40, kernel: 3, stride: 1, padding: Padding::same(1) };
@@ -165,8 +165,8 @@ fn a_sample_in_bytes_depends_on_itself_alone() {
 }
 
 #[test]
-fn a_row_that_is_not_finite_says_so() {
-    at_every_level("not finite in bytes", |level, _| {
+fn int8_row_with_non_finite_input_gives_non_finite_output() {
+    at_every_level("int8 non-finite", |level, _| {
         let mut dice = Dice(24);
         let layer = Linear::int8(&dice.weight(&[64, 96], DType::F32), None).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
@@ -183,7 +183,7 @@ fn a_row_that_is_not_finite_says_so() {
 }
 
 #[test]
-fn layers_are_quantised_where_their_load_says_so() {
+fn only_layers_chosen_at_load_are_quantized() {
     let mut dice = Dice(25);
     let mut tensors = HashMap::new();
     for name in ["in.linear", "out.linear"] {

@@ -1,8 +1,8 @@
-//! Tests of the kernels, in a process of their own: they choose the instruction set of the whole process.
+//! Tests of the kernels, in a process of their own: they set the instruction-set level of the whole process.
 
 mod amx;
 mod int8;
-mod stored;
+mod parity;
+mod stored_weights;
+mod streaming_pack;
 mod tile_emulator;
-mod unpacked;
-mod whole;

@@ -1,9 +1,9 @@
-//! AMX for processors that lack it: a handler of SIGILL that decodes a tile instruction, carries it out on registers of
-//! its own for each thread, and goes on behind it. So the very machine code of the kernels runs where it could not.
+//! Emulates AMX on processors that lack it: a SIGILL handler decodes a tile instruction, executes it on registers that it
+//! keeps for each thread, and continues behind it. So the machine code of the kernels runs unchanged.
 //!
 //! Encodings and operations: Intel, Software Developer's Manual, volume 2 (`LDTILECFG` to `TILEZERO`) and volume 1
-//! chapter 18. Whatever that says raises #UD or #GP, and whatever is not a tile instruction, ends the process. One
-//! difference is left: a result that rounds up to the least normal number may be flushed to zero, or not, on a processor.
+//! chapter 18. Whatever raises #UD or #GP there, and every other instruction, ends the process. One difference remains: a
+//! processor may or may not flush to zero a result that rounds up to the smallest normal number.
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #![expect(unsafe_code, reason = "a signal handler that reads instructions and their operands")]
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use sdxl_worker::kernels::amx_probe;
 
-/// Who executes tile instructions.
+/// The executor of tile instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Runner {
     Processor,
@@ -23,7 +23,7 @@ pub(crate) enum Runner {
 }
 
 impl Runner {
-    /// For the log: never a pass in silence.
+    /// A line for the log, so that no test passes silently without AMX.
     pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::Processor => "AMX: run by this processor",
@@ -32,7 +32,7 @@ impl Runner {
     }
 }
 
-/// Makes AMX usable in the whole process, by the emulator if the processor lacks it.
+/// Makes AMX available in the whole process, through the emulator if the processor lacks it.
 pub(crate) fn install() -> Runner {
     static RUNNER: OnceLock<Runner> = OnceLock::new();
     *RUNNER.get_or_init(|| {
@@ -40,14 +40,14 @@ pub(crate) fn install() -> Runner {
             return Runner::Processor;
         }
         FUSED.store(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), Ordering::SeqCst);
-        // SAFETY: an empty action is a valid one, and the handler has the signature that SA_SIGINFO asks for.
+        // SAFETY: a zeroed action is valid, and the handler has the signature that SA_SIGINFO requires.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_illegal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO;
             assert_eq!(libc::sigaction(libc::SIGILL, &raw const action, ptr::null_mut()), 0, "no handler of SIGILL");
         }
-        // SAFETY: the handler executes them from here on.
+        // SAFETY: the handler executes tile instructions from here on.
         unsafe { amx_probe::assume_available() };
         Runner::Emulator
     })
@@ -59,7 +59,7 @@ pub(crate) fn executed() -> u64 {
 }
 
 static EXECUTED: AtomicU64 = AtomicU64::new(0);
-/// Whether the products may use fused multiply-adds of the processor; a library's give the same bits, slowly.
+/// True if the products may use the processor's fused multiply-add; the library function gives the same bits slowly.
 static FUSED: AtomicBool = AtomicBool::new(false);
 
 const TILES: usize = 8;
@@ -84,10 +84,10 @@ thread_local! {
     static STATE: UnsafeCell<State> = const { UnsafeCell::new(RELEASED) };
 }
 
-/// Async-signal-safe: no allocation, no locks, and only its own thread's state.
+/// Async-signal-safe: no allocation, no locks, and only the state of its own thread.
 extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the third argument is the interrupted thread's context, ours until we return. The state
-    // is borrowed here alone: the signal is blocked while it is handled.
+    // SAFETY: with SA_SIGINFO the third argument is the context of the interrupted thread, which the handler may change.
+    // The state is borrowed only here: the signal is blocked while it is handled.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let done = STATE.try_with(|state| execute(registers, &mut *state.get())).unwrap_or(None);
@@ -102,7 +102,7 @@ extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut 
     }
 }
 
-/// General registers in the order of their numbers in instructions.
+/// General registers by their number in instructions.
 const NUMBERED: [libc::c_int; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -128,7 +128,7 @@ fn register(registers: &Registers, number: usize) -> usize {
     registers[NUMBERED[number & 15] as usize] as usize
 }
 
-/// A VEX instruction of map 0F38 taken apart. Only three-byte VEX (C4) reaches that map.
+/// The fields of a VEX instruction of map 0F38. Only three-byte VEX (C4) reaches that map.
 struct Instruction {
     at: usize,
     /// 0 none, 1 66, 2 F3, 3 F2
@@ -146,8 +146,8 @@ struct Instruction {
     b: usize,
 }
 
-/// A memory operand; `stride` is what its index register comes to.
-struct Place {
+/// A memory operand; `stride` is the scaled index register.
+struct MemoryOperand {
     start: usize,
     stride: usize,
     length: usize,
@@ -155,12 +155,12 @@ struct Place {
 }
 
 fn byte(at: usize) -> u8 {
-    // SAFETY: part of an instruction that the processor has fetched, or of the operand after its first bytes.
+    // SAFETY: the byte is part of an instruction that the processor has fetched.
     unsafe { *(at as *const u8) }
 }
 
 fn displacement(at: usize) -> usize {
-    // SAFETY: as `byte`.
+    // SAFETY: the bytes are part of an instruction that the processor has fetched.
     (unsafe { (at as *const i32).read_unaligned() }) as isize as usize
 }
 
@@ -188,7 +188,7 @@ fn decode(at: usize) -> Option<Instruction> {
     })
 }
 
-fn place(instruction: &Instruction, registers: &Registers) -> Place {
+fn memory_operand(instruction: &Instruction, registers: &Registers) -> MemoryOperand {
     let Instruction { at, mode, rm, x, b, .. } = *instruction;
     let mut next = at + 5;
     let has_sib = rm == 4;
@@ -224,10 +224,10 @@ fn place(instruction: &Instruction, registers: &Registers) -> Place {
         }
         _ => {}
     }
-    Place { start, stride, length: next - at, has_sib }
+    MemoryOperand { start, stride, length: next - at, has_sib }
 }
 
-/// Carries out the instruction at RIP; gives its length, or nothing if it is none of ours or raises a fault.
+/// Executes the instruction at RIP and returns its length, or `None` if it is no tile instruction or raises a fault.
 fn execute(registers: &Registers, state: &mut State) -> Option<usize> {
     const REGISTER_FORM: usize = 5;
     let instruction = decode(register_rip(registers))?;
@@ -235,10 +235,10 @@ fn execute(registers: &Registers, state: &mut State) -> Option<usize> {
     let in_register = mode == 3;
     match (opcode, prefix, in_register) {
         (0x49, 0, false) if reg == 0 && third == 0 => {
-            let place = place(&instruction, registers);
-            // `ldtilecfg` has an ordinary operand: its index counts once.
-            configure(state, place.start.wrapping_add(place.stride))?;
-            count(place.length)
+            let operand = memory_operand(&instruction, registers);
+            // `ldtilecfg` has an ordinary operand, whose index is added once.
+            configure(state, operand.start.wrapping_add(operand.stride))?;
+            count(operand.length)
         }
         (0x49, 0, true) if reg == 0 && rm == 0 && b == 0 && third == 0 => {
             *state = RELEASED;
@@ -251,15 +251,15 @@ fn execute(registers: &Registers, state: &mut State) -> Option<usize> {
         }
         (0x4b, 1..=3, false) if third == 0 => {
             usable(state, reg)?;
-            let place = place(&instruction, registers);
-            if !place.has_sib {
+            let operand = memory_operand(&instruction, registers);
+            if !operand.has_sib {
                 return None;
             }
             match prefix {
-                2 => store(state, reg, &place),
-                _ => load(state, reg, &place),
+                2 => store(state, reg, &operand),
+                _ => load(state, reg, &operand),
             }
-            count(place.length)
+            count(operand.length)
         }
         (0x5c, 2, true) if b == 0 => {
             multiply(state, (reg, rm, third), multiply_bf16)?;
@@ -282,19 +282,19 @@ fn count(length: usize) -> Option<usize> {
     Some(length)
 }
 
-/// A tile that exists and has a shape.
+/// `Some` if the tile exists and is configured.
 fn usable(state: &State, tile: usize) -> Option<()> {
     (state.configured && tile < TILES && state.rows[tile] != 0).then_some(())
 }
 
 fn configure(state: &mut State, at: usize) -> Option<()> {
-    // SAFETY: the operand is 64 bytes; if they cannot be read the processor would have faulted as well.
+    // SAFETY: the operand is 64 bytes; if they cannot be read, the processor would fault as well.
     let bytes = unsafe { (at as *const [u8; 64]).read_unaligned() };
     *state = RELEASED;
     if bytes[0] == 0 {
         return Some(());
     }
-    // What follows the eighth tile's entries is reserved, as is what stands before the first's.
+    // The bytes before the entries of the first tile and after those of the eighth are reserved.
     let reserved = bytes[2..16].iter().chain(&bytes[32..48]).chain(&bytes[56..64]);
     if bytes[0] != 1 || reserved.copied().any(|byte| byte != 0) {
         return None;
@@ -308,7 +308,7 @@ fn configure(state: &mut State, at: usize) -> Option<()> {
         state.rows[tile] = rows;
         state.row_bytes[tile] = row_bytes;
     }
-    // A load that was interrupted would resume at this row; none is here.
+    // An interrupted load would resume at this row; the emulator never interrupts one.
     if bytes[1] != 0 {
         return None;
     }
@@ -316,26 +316,26 @@ fn configure(state: &mut State, at: usize) -> Option<()> {
     Some(())
 }
 
-fn load(state: &mut State, tile: usize, place: &Place) {
+fn load(state: &mut State, tile: usize, operand: &MemoryOperand) {
     let (rows, row_bytes) = (state.rows[tile], state.row_bytes[tile]);
     state.tiles[tile] = EMPTY;
     for (row, words) in state.tiles[tile].iter_mut().take(rows).enumerate() {
-        let from = place.start.wrapping_add(row.wrapping_mul(place.stride));
-        // SAFETY: the row of a tile is at least `row_bytes` long; memory that cannot be read faults as it would have.
+        let from = operand.start.wrapping_add(row.wrapping_mul(operand.stride));
+        // SAFETY: the row of a tile is at least `row_bytes` long; memory that cannot be read faults as on a processor.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, words.as_mut_ptr().cast::<u8>(), row_bytes) };
     }
 }
 
-fn store(state: &State, tile: usize, place: &Place) {
+fn store(state: &State, tile: usize, operand: &MemoryOperand) {
     let (rows, row_bytes) = (state.rows[tile], state.row_bytes[tile]);
     for (row, words) in state.tiles[tile].iter().take(rows).enumerate() {
-        let to = place.start.wrapping_add(row.wrapping_mul(place.stride));
-        // SAFETY: as `load`.
+        let to = operand.start.wrapping_add(row.wrapping_mul(operand.stride));
+        // SAFETY: as in `load`.
         unsafe { ptr::copy_nonoverlapping(words.as_ptr().cast::<u8>(), to as *mut u8, row_bytes) };
     }
 }
 
-/// What a product works on: `sums` is `rows` × 16 words, `left` `rows` × `depth` words, `right` `depth` × 16 words.
+/// The operands of a product: `sums` is `rows` × 16 words, `left` `rows` × `depth` words, `right` `depth` × 16 words.
 struct Factors<'a> {
     sums: &'a mut Tile,
     left: &'a Tile,
@@ -363,14 +363,14 @@ fn multiply(
         return None;
     }
     let rows = state.rows[sums];
-    // Fails where two of the three are one register, which raises #UD. Words beyond a tile's columns are zero in
+    // Fails if two of the three are one register, which raises #UD. Words beyond a tile's columns are zero in
     // `right`, so that they stay zero in the sums.
     let [sums, left, right] = state.tiles.get_disjoint_mut([sums, left, right]).ok()?;
     product(&mut Factors { sums, left, right, rows, depth });
     Some(())
 }
 
-/// Denormals as zero, of their sign.
+/// Flushes denormals to zero of their sign.
 #[inline(always)]
 fn flush(x: f32) -> f32 {
     let bits = x.to_bits();
@@ -383,7 +383,7 @@ fn pair(word: u32) -> (f32, f32) {
     (flush(f32::from_bits(word << 16)), flush(f32::from_bits(word & 0xffff_0000)))
 }
 
-/// `TDPBF16PS`: even and odd numbers are summed apart by fused multiply-add, then together, then onto the sums.
+/// `TDPBF16PS`: even and odd numbers are summed separately by fused multiply-add, then together, then added to the sums.
 #[inline(always)]
 fn bf16_products(factors: &mut Factors<'_>) {
     let Factors { sums, left, right, rows, depth } = factors;
@@ -411,14 +411,14 @@ fn bf16_products_fused(factors: &mut Factors<'_>) {
 
 fn multiply_bf16(factors: &mut Factors<'_>) {
     if FUSED.load(Ordering::Relaxed) {
-        // SAFETY: set only where both features were found.
+        // SAFETY: the flag is set only if both features were detected.
         unsafe { bf16_products_fused(factors) }
     } else {
         bf16_products(factors);
     }
 }
 
-/// `TDPBSSD`: four products of signed bytes onto each sum, which wraps around.
+/// `TDPBSSD`: adds four products of signed bytes to each sum, which wraps around.
 fn multiply_bytes(factors: &mut Factors<'_>) {
     let Factors { sums, left, right, rows, depth } = factors;
     for (sums, left) in sums.iter_mut().zip(left.iter()).take(*rows) {

@@ -1,5 +1,5 @@
-//! Every kernel against the plain one on odd shapes, against f64 where exactness is promised, and with operands that do
-//! not fit.
+//! Compares every kernel with its reference on odd shapes, and with f64 where exactness is promised, and tests operands that
+//! do not fit.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::{Mutex, PoisonError};
@@ -54,7 +54,7 @@ pub(crate) fn numbers(t: &Tensor) -> Vec<f32> {
     t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The greatest difference, relative to the greatest number expected.
+/// Checks the largest difference, relative to the largest expected number.
 pub(crate) fn close(what: &str, got: Result<Tensor>, expected: Result<Tensor>) {
     let (got, expected) = (got.unwrap_or_else(|e| panic!("{what}: {e}")), expected.unwrap());
     assert_eq!(got.dims(), expected.dims(), "{what}");
@@ -82,14 +82,14 @@ pub(crate) fn close(what: &str, got: Result<Tensor>, expected: Result<Tensor>) {
     );
 }
 
-pub(crate) struct Follow {
+pub(crate) struct RandomEpilogue {
     per_sample: Option<Tensor>,
     activation: Option<Activation>,
     residual: Option<Tensor>,
 }
 
-impl Follow {
-    pub(crate) fn roll(dice: &mut Dice, out: &[usize], dtype: DType) -> Self {
+impl RandomEpilogue {
+    pub(crate) fn new(dice: &mut Dice, out: &[usize], dtype: DType) -> Self {
         let (batch, outputs) = (out[0], out[out.len() - 1]);
         Self {
             per_sample: (out.len() > 1 && dice.coin()).then(|| dice.tensor(&[batch, outputs], dtype)),
@@ -104,7 +104,7 @@ impl Follow {
 }
 
 #[test]
-fn linear_equals_the_plain_one() {
+fn linear_matches_the_reference() {
     at_every_level("linear", |_, brief| check_linear(72, brief));
 }
 
@@ -119,13 +119,13 @@ fn check_linear(cases: usize, brief: bool) {
         let x = dice.tensor(&shape(inputs), dtype);
         let weight = dice.weight(&[outputs, inputs], weights);
         let bias = dice.coin().then(|| dice.tensor(&[outputs], DType::F32));
-        let follow = Follow::roll(&mut dice, &shape(outputs), dtype);
+        let epilogue = RandomEpilogue::new(&mut dice, &shape(outputs), dtype);
         let layer = Linear::new(weight.clone(), bias.clone()).unwrap();
         let what = format!("linear {case}: {front:?} {inputs} to {outputs}, {dtype:?} with {weights:?}");
-        let expected = reference::linear(&x, &weight, bias.as_ref(), follow.epilogue());
-        close(&what, layer.forward_with(&x, follow.epilogue()), expected);
+        let expected = reference::linear(&x, &weight, bias.as_ref(), epilogue.epilogue());
+        close(&what, layer.forward_with(&x, epilogue.epilogue()), expected);
         if outputs % 2 == 0 {
-            // In f32, because the fused one does not round between its two parts.
+            // The reference computes in f32, because the fused layer does not round between its two parts.
             let wide = x.to_dtype(DType::F32).unwrap();
             let whole = reference::linear(&wide, &weight, bias.as_ref(), Epilogue::default());
             let expected = whole.and_then(|y| reference::geglu(&y)).and_then(|y| y.to_dtype(dtype));
@@ -151,7 +151,7 @@ fn long_sums_lose_few_digits() {
 }
 
 #[test]
-fn convolution_equals_the_plain_one() {
+fn convolution_matches_the_reference() {
     at_every_level("convolution", |_, brief| check_convolution(72, brief));
 }
 
@@ -179,7 +179,7 @@ fn check_convolution(cases: usize, brief: bool) {
     }
 }
 
-/// A convolution of random numbers in both ways, bare and with what may follow.
+/// Compares a convolution of random numbers with the reference, with and without an epilogue.
 fn compare_convolution(
     dice: &mut Dice,
     case: usize,
@@ -191,18 +191,18 @@ fn compare_convolution(
     let weight = dice.weight(&[shape.outputs, shape.inputs, shape.kernel, shape.kernel], weights);
     let bias = dice.coin().then(|| dice.tensor(&[shape.outputs], DType::F32));
     let layer = Conv2d::new(&weight, bias.clone(), shape).unwrap();
-    let turned = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-    let bare = reference::conv2d(&x, &turned, bias.as_ref(), shape, Epilogue::default()).unwrap();
+    let transposed = weight.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+    let bare = reference::conv2d(&x, &transposed, bias.as_ref(), shape, Epilogue::default()).unwrap();
     let what = format!("convolution {case}: [{batch}, {height}, {width}], {shape:?}, {dtype:?} with {weights:?}");
-    let follow = Follow::roll(dice, bare.dims(), dtype);
-    let expected = reference::conv2d(&x, &turned, bias.as_ref(), shape, follow.epilogue());
-    close(&what, layer.forward_with(&x, follow.epilogue()), expected);
+    let epilogue = RandomEpilogue::new(dice, bare.dims(), dtype);
+    let expected = reference::conv2d(&x, &transposed, bias.as_ref(), shape, epilogue.epilogue());
+    close(&what, layer.forward_with(&x, epilogue.epilogue()), expected);
     close(&what, layer.forward(&x), Ok(bare));
 }
 
-/// Large enough for minimal filtering, where that is in use.
+/// The feature maps are large enough for Winograd.
 #[test]
-fn large_convolution_of_three_equals_the_plain_one() {
+fn large_3x3_convolution_matches_the_reference() {
     at_every_level("large convolution", |_, brief| {
         let mut dice = Dice(22);
         for case in 0..if brief { 3 } else { 20 } {
@@ -225,7 +225,7 @@ fn large_convolution_of_three_equals_the_plain_one() {
 }
 
 #[test]
-fn one_pixel_is_a_feature_map() {
+fn convolution_of_one_pixel_is_its_product_with_the_kernel_center() {
     let mut dice = Dice(3);
     let shape = ConvShape { inputs: 1, outputs: 1, kernel: 3, stride: 1, padding: Padding::same(1) };
     let (x, weight) = (dice.tensor(&[1, 1, 1, 1], DType::F32), dice.tensor(&[1, 1, 3, 3], DType::F32));
@@ -235,7 +235,7 @@ fn one_pixel_is_a_feature_map() {
 }
 
 #[test]
-fn attention_equals_the_plain_one() {
+fn attention_matches_the_reference() {
     at_every_level("attention", |_, brief| check_attention(48, brief));
 }
 
@@ -283,7 +283,7 @@ fn exact(t: &Tensor, over: &[usize]) -> Tensor {
 }
 
 #[test]
-fn norms_equal_the_exact_ones() {
+fn norms_match_f64() {
     let mut dice = Dice(5);
     for case in 0..40 {
         let dtype = dice.pick(&[DType::F32, DType::F32, DType::BF16, DType::F16]);
@@ -294,7 +294,7 @@ fn norms_equal_the_exact_ones() {
         let (weight, bias) = (dice.tensor(&[channels], DType::F32), dice.tensor(&[channels], DType::F32));
         let what = format!("norm {case}: {:?} in {groups} groups, {dtype:?}", x.dims());
         let norm = GroupNorm::new(&weight, &bias, groups, 1e-5).unwrap();
-        // Not against the plain norm, which is off by 1e-5 itself where a spread is small beside the mean.
+        // The reference norm is off by 1e-5 itself if a spread is small compared with the mean.
         let normal = exact(&x.reshape((x.dim(0).unwrap(), (), groups, of_group)).unwrap(), &[1, 3]);
         let normal = normal.to_dtype(DType::F32).unwrap().reshape(x.shape()).unwrap();
         let expected = normal.broadcast_mul(&weight).unwrap().broadcast_add(&bias).unwrap();
@@ -381,7 +381,7 @@ fn activations_are_exact_to_a_millionth() {
 }
 
 #[test]
-fn copies_are_exact() {
+fn upsample_and_concat_copy_exactly() {
     let mut dice = Dice(7);
     for dtype in WEIGHTS {
         for (height, width) in [(4, 6), (5, 7), (13, 8), (1, 1), (40, 50)] {
@@ -397,7 +397,7 @@ fn copies_are_exact() {
 }
 
 #[test]
-fn views_give_what_their_copies_give() {
+fn views_give_the_results_of_their_copies() {
     let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     let mut dice = Dice(8);
     let x = dice.tensor(&[2, 12, 10, 16], DType::F32).transpose(1, 2).unwrap().narrow(3, 4, 8).unwrap();
@@ -422,11 +422,11 @@ fn views_give_what_their_copies_give() {
     }
 }
 
-/// Held by tests that choose a level, or compare bits of what one level must have computed.
+/// Locked by tests that set the level, or that compare bits computed at one level.
 pub(crate) static LEVEL: Mutex<()> = Mutex::new(());
 
-/// Runs `check` at every level, and says which of them this machine has. AMX may be run by the emulator, for which
-/// `check` is told to be brief.
+/// Runs `check` at every level that this machine supports, and logs the others. If the emulator runs AMX, `check` gets true
+/// and should be brief.
 pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
     let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
     for level in Level::ALL {
@@ -435,7 +435,7 @@ pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
         if level == Level::Amx {
             by = crate::tile_emulator::install().describe();
         }
-        if level.is_here() {
+        if level.is_supported() {
             assert_eq!(simd::choose(level), level);
             check(level, by.contains("emulator"));
             eprintln!("{what}: {}: {by}", level.name());
@@ -447,7 +447,7 @@ pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
 }
 
 #[test]
-fn loops_give_the_same_bits_at_every_level() {
+fn elementwise_loops_give_the_same_bits_at_every_level() {
     let mut dice = Dice(9);
     for dtype in [DType::F32, DType::BF16] {
         let x = (dice.tensor(&[2, 37, 33], dtype) * 3.0).unwrap();
@@ -476,7 +476,7 @@ fn f16_weights_widen_exactly() {
 }
 
 #[test]
-fn a_number_that_is_not_finite_stays_one() {
+fn nan_input_gives_nan_output() {
     let mut dice = Dice(10);
     let mut values = numbers(&dice.tensor(&[1, 9, 8], DType::F32));
     values[20] = f32::NAN;
@@ -497,7 +497,7 @@ fn a_number_that_is_not_finite_stays_one() {
 }
 
 #[test]
-fn nothing_in_gives_nothing_out() {
+fn empty_input_gives_empty_output() {
     let none = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
     let layer = Linear::new(none(&[4, 6]), None).unwrap();
     assert_eq!(layer.forward(&none(&[0, 6])).unwrap().dims(), [0, 4]);
@@ -521,7 +521,7 @@ fn nothing_in_gives_nothing_out() {
 }
 
 #[test]
-fn operands_that_do_not_fit_are_errors() {
+fn mismatched_shapes_are_errors() {
     let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
     let check = |result: Result<Tensor>, part: &str| {
         let message = result.expect_err(part).to_string();

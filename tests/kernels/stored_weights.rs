@@ -1,5 +1,5 @@
-//! Weights in every coding: the numbers that torch and gguf's own library read, and layers that give the bits which those
-//! numbers give when they are rounded beforehand.
+//! Weights in every file format: they decode to the numbers that torch and the gguf library read, and layers give the same
+//! bits as layers whose weights were decoded and rounded beforehand.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
@@ -10,7 +10,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use sdxl_worker::kernels::{Coding, Conv2d, ConvShape, Linear, Padding, StoredWeight, bytes_held, growing, welcomes};
 
-use crate::whole::{Dice, at_every_level, numbers};
+use crate::parity::{Dice, at_every_level, numbers};
 
 fn goldens() -> HashMap<String, Tensor> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/codings.safetensors");
@@ -18,7 +18,7 @@ fn goldens() -> HashMap<String, Tensor> {
 }
 
 #[test]
-fn codings_are_read_as_their_makers_read_them() {
+fn formats_decode_to_the_numbers_of_their_reference_libraries() {
     let goldens = goldens();
     at_every_level("codings", |_, _| {
         for coding in &Coding::ALL[3..] {
@@ -28,7 +28,7 @@ fn codings_are_read_as_their_makers_read_them() {
             let got = numbers(&weight.numbers(DType::F32).unwrap());
             for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
                 let same = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());
-                // Sums of a product and a minimum may be made with one rounding or with two.
+                // Sums of a product and a minimum may be rounded once or twice.
                 let close = (got - expected).abs() <= 1e-6 * expected.abs().max(1e-2);
                 let blocks = coding.block().0 > 1;
                 assert!(same || (blocks && close), "{} number {i}: {got}, expected {expected}", coding.name());
@@ -58,7 +58,7 @@ impl SimpleBackend for One {
     }
 }
 
-/// As many numbers as `shape` has, in a coding. Those of blocks are the goldens' over and over.
+/// A weight of `shape` in a file format. Blocks repeat the blocks of the goldens.
 fn weight(dice: &mut Dice, coding: Coding, scale: f32, shape: &[usize]) -> StoredWeight {
     if let Coding::F32 | Coding::F16 | Coding::Bf16 = coding {
         let dtype = match coding {
@@ -70,7 +70,7 @@ fn weight(dice: &mut Dice, coding: Coding, scale: f32, shape: &[usize]) -> Store
     }
     let golden = goldens()[&format!("{}.bytes", coding.name())].to_vec1::<u8>().unwrap();
     let bytes = coding.bytes(shape.iter().product()).unwrap();
-    // No infinities and NaN of eight-bit floats.
+    // Eight-bit floats without infinities and NaN.
     let finite = |byte: u8| if coding.block().0 == 1 && byte & 0x7f > 0x70 { byte & 0x8f } else { byte };
     let all: Vec<u8> = golden.into_iter().cycle().take(bytes).map(finite).collect();
     let tensor = Tensor::from_vec(all, bytes, &Device::Cpu).unwrap();
@@ -81,20 +81,20 @@ fn source(weight: &StoredWeight, compute: DType) -> VarBuilder<'static> {
     VarBuilder::from_backend(Box::new(One(weight.clone())), compute, Device::Cpu)
 }
 
-/// Bits, so that NaN equals NaN.
+/// The bits of all numbers, so that NaN equals NaN.
 fn bits(t: &Tensor) -> Vec<u32> {
     numbers(t).into_iter().map(f32::to_bits).collect()
 }
 
 #[test]
-fn stored_weights_give_the_bits_of_numbers_rounded_beforehand() {
+fn stored_linear_weights_give_the_bits_of_weights_rounded_beforehand() {
     at_every_level("stored weights", |level, brief| {
         let mut dice = Dice(41);
         let codings = if brief { &Coding::ALL[1..4] } else { &Coding::ALL[..] };
         for (i, &coding) in codings.iter().enumerate() {
             for compute in [DType::F32, DType::BF16, DType::F16] {
                 let scale = if coding == Coding::E4m3 { 0.37 } else { 1.0 };
-                // Large enough to stay as they are in every coding.
+                // Large enough to stay as stored in every format.
                 let (outputs, inputs) = if i % 2 == 0 { (4099, 512) } else { (1300, 1600) };
                 let stored = weight(&mut dice, coding, scale, &[outputs, inputs]);
                 let x = dice.tensor(&[17, inputs], compute);
@@ -110,11 +110,11 @@ fn stored_weights_give_the_bits_of_numbers_rounded_beforehand() {
 }
 
 #[test]
-fn stored_convolutions_give_the_bits_of_numbers_rounded_beforehand() {
+fn stored_convolution_weights_give_the_bits_of_weights_rounded_beforehand() {
     at_every_level("stored convolutions", |level, brief| {
         let mut dice = Dice(42);
         let codings = if brief { &Coding::ALL[1..3] } else { &Coding::ALL[..] };
-        // By filtering, too small a feature map for it, with a stride, and with channels for which there is none.
+        // Winograd, a feature map too small for it, a stride, and channels that it does not support.
         let cases = [(96, 70, 1, 17), (64, 64, 1, 9), (64, 96, 2, 18), (12, 64, 1, 17)];
         for &coding in codings {
             for compute in [DType::F32, DType::BF16, DType::F16] {
@@ -140,12 +140,12 @@ fn stored_convolutions_give_the_bits_of_numbers_rounded_beforehand() {
 }
 
 #[test]
-fn what_layers_outgrow_their_codes_by_is_known_beforehand() {
+fn bytes_that_layers_add_to_stored_weights_are_predicted() {
     let mut dice = Dice(43);
     let shape = ConvShape { inputs: 16, outputs: 64, kernel: 3, stride: 1, padding: Padding::same(1) };
     for coding in [Coding::E4m3, Coding::Q4_0, Coding::Q8_0, Coding::Q4K] {
         for compute in [DType::F32, DType::BF16] {
-            // Of SDXL's attention.
+            // The size of SDXL's attention.
             let matrix = weight(&mut dice, coding, 1.0, &[1280, 1280]);
             let (_, grown) = growing(|| Linear::load_no_bias(&source(&matrix, compute), 1280, 1280).unwrap());
             assert_eq!(grown, 0, "{coding:?} under {compute:?}");
@@ -153,7 +153,7 @@ fn what_layers_outgrow_their_codes_by_is_known_beforehand() {
             let narrow = weight(&mut dice, coding, 1.0, &[64, 16, 3, 3]);
             let (_, grown) = growing(|| Conv2d::load(&source(&narrow, compute), shape).unwrap());
             let expected = 64 * 16 * 9 * compute.size_in_bytes();
-            // A panel is filled up.
+            // A panel is padded.
             assert!((expected..=expected * 10 / 9).contains(&(narrow.bytes() + grown)), "{coding:?} under {compute:?}");
             assert_eq!(bytes_held(&[64, 16, 3, 3], coding, compute), Some(expected));
         }
