@@ -118,7 +118,7 @@ fn check_close(what: &str, ours: &Tensor, golden: &Tensor, tolerance: f64) {
 }
 
 #[test]
-fn pictures_are_prepared_for_clip_as_transformers_does_it() {
+fn clip_preprocessing_equals_transformers() {
     let golden = units();
     for name in ["adapter_wide", "adapter_tall"] {
         let small = nchw(&clip_pixels(&picture(name), 64).unwrap());
@@ -132,7 +132,7 @@ fn pictures_are_prepared_for_clip_as_transformers_does_it() {
 }
 
 #[test]
-fn the_image_encoder_sees_what_transformers_sees() {
+fn image_encoder_equals_transformers() {
     let golden = units();
     let config: ClipVisionConfig = config("ip/encoder");
     let encoder = ClipVision::load(&weights("ip/encoder/model.safetensors"), &config).unwrap();
@@ -146,7 +146,7 @@ fn the_image_encoder_sees_what_transformers_sees() {
 }
 
 #[test]
-fn tokens_are_those_of_diffusers() {
+fn image_tokens_equal_diffusers() {
     let golden = units();
     for (kind, seen) in [("plain", "adapter_wide.whole"), ("plus", "adapter_tall.patches")] {
         let layout = layout(&format!("ip/{kind}.safetensors")).unwrap();
@@ -157,7 +157,7 @@ fn tokens_are_those_of_diffusers() {
 }
 
 #[test]
-fn features_are_those_of_diffusers_also_where_a_side_is_odd() {
+fn t2i_adapter_features_equal_diffusers_at_odd_sizes() {
     let golden = units();
     let wide = picture("adapter_wide");
     for (name, channels) in [("outline", 3), ("sketch", 1)] {
@@ -227,7 +227,7 @@ fn outline() -> &'static str {
 }
 
 #[test]
-fn files_of_other_kinds_are_refused_by_name() {
+fn adapter_files_of_other_kinds_are_refused_by_name() {
     let face = [("image_proj.norm.weight", &[96][..]), ("image_proj.proj.0.weight", &[8, 8])];
     let (code, message) = refusal(ip(&written("face.safetensors", &face)));
     assert_eq!(code, "unsupported_feature");
@@ -262,7 +262,7 @@ fn files_of_other_kinds_are_refused_by_name() {
 
 /// Of two ways in which weight files are called, what is said is about the one that is there.
 #[test]
-fn a_folder_is_judged_by_the_weights_that_it_has() {
+fn adapter_folder_is_identified_by_its_weights() {
     let folder = |name: &str, files: &[(&str, &str)]| {
         fs::create_dir_all(networks().join(name)).unwrap();
         for (file, text) in files {
@@ -286,7 +286,7 @@ fn a_folder_is_judged_by_the_weights_that_it_has() {
 
 /// Sizes that no published network has, and that would cost memory without bound.
 #[test]
-fn sizes_that_no_network_has_are_refused() {
+fn impossible_adapter_sizes_are_refused() {
     let t2i = |more: Value| {
         let mut config: Value = config("t2i/outline");
         config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -333,7 +333,7 @@ fn sizes_that_no_network_has_are_refused() {
 }
 
 #[test]
-fn values_out_of_range_are_refused_where_they_stand() {
+fn out_of_range_adapter_options_name_their_field() {
     let check = |fields: Value, wanted: &str| {
         let (code, message) = refusal(fields);
         assert_eq!(code, "invalid_parameter", "{message}");
@@ -359,7 +359,7 @@ fn values_out_of_range_are_refused_where_they_stand() {
 }
 
 #[test]
-fn a_result_says_what_was_applied_and_its_parameters_make_the_same_image() {
+fn adapter_report_and_echo_reproduce_the_image() {
     let mut worker = worker();
     let fields = json!({
         "t2i_adapter": { "model": "t2i/outline", "image": outline() },
@@ -390,7 +390,7 @@ fn a_result_says_what_was_applied_and_its_parameters_make_the_same_image() {
 
 /// With parts of a prompt, without guidance, from an image, and in a second pass, whose features have another size.
 #[test]
-fn adapters_steer_every_kind_of_run() {
+fn adapters_apply_to_every_mode() {
     let mut worker = worker();
     let t2i = json!({ "t2i_adapter": { "model": "t2i/outline", "image": outline() } });
     let kinds = [

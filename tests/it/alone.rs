@@ -86,12 +86,12 @@ fn check(fields: &Value, first: &Value, text: &str) {
 }
 
 #[test]
-fn an_image_depends_on_its_request_alone() {
+fn image_depends_on_its_request_alone() {
     check(&json!({ "seed": 5 }), &json!({ "seed": 3 }), "Seed: 5, Size: 64x64");
 }
 
 #[test]
-fn a_variation_depends_on_its_request_alone() {
+fn variation_depends_on_its_request_alone() {
     check(
         &json!({ "seed": 5, "subseed": 12, "subseed_strength": 0.3, "cfg_interval": [0.0, 0.5],
             "skip_layer": { "start": 0.0, "stop": 1.0 }, "dynamic_thresholding": { "mimic_scale": 3.0 } }),

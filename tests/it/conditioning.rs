@@ -105,7 +105,7 @@ pub(crate) fn demo_folder(folder: &std::path::Path) {
 }
 
 #[test]
-fn a_tokenizer_config_with_objects_is_followed() {
+fn tokenizer_config_with_objects_is_read() {
     let golden: Golden = serde_json::from_str(TOKENS).unwrap();
     let root = tempfile::tempdir().unwrap();
     demo_folder(root.path());
@@ -124,7 +124,7 @@ fn a_tokenizer_config_with_objects_is_followed() {
 }
 
 #[test]
-fn a_checkpoint_without_vocabulary_uses_the_built_in_one() {
+fn checkpoint_without_vocabulary_uses_the_built_in_one() {
     let root = tempfile::tempdir().unwrap();
     demo_folder(root.path());
     std::fs::remove_dir_all(root.path().join("tokenizer")).unwrap();
@@ -149,7 +149,7 @@ fn check_vocabulary(vocab: &str, merges: &str) {
 }
 
 #[test]
-fn a_broken_vocabulary_is_a_typed_error() {
+fn broken_vocabulary_is_model_corrupt() {
     let specials = r#""<|startoftext|>":0,"<|endoftext|>":1,"!":2"#;
     check_vocabulary("", "");
     check_vocabulary("[]", "");
@@ -214,7 +214,7 @@ fn options(prompt: &str) -> PromptOptions {
 }
 
 #[test]
-fn a_missing_negative_prompt_is_zeros() {
+fn missing_negative_prompt_is_zeros() {
     check_condition("plain", options("A sunset over mountains"));
 }
 
@@ -232,12 +232,12 @@ fn each_encoder_has_its_own_prompt() {
 }
 
 #[test]
-fn an_empty_negative_prompt_is_encoded() {
+fn empty_negative_prompt_is_encoded() {
     check_condition("empty_negative", PromptOptions { negative_prompt: Some(String::new()), ..options("café 😀 123") });
 }
 
 #[test]
-fn clip_skip_is_for_the_prompt_alone() {
+fn clip_skip_applies_to_the_prompt_only() {
     check_condition(
         "skip",
         PromptOptions { negative_prompt: Some("people".into()), clip_skip: Some(1), ..options("a lake at night") },
@@ -245,7 +245,7 @@ fn clip_skip_is_for_the_prompt_alone() {
 }
 
 #[test]
-fn a_long_prompt_is_encoded_in_chunks() {
+fn long_prompt_is_encoded_in_chunks() {
     check_condition(
         "chunks",
         PromptOptions { negative_prompt: Some("blurry".into()), ..options(&SENTENCE.repeat(12)) },
@@ -253,7 +253,7 @@ fn a_long_prompt_is_encoded_in_chunks() {
 }
 
 #[test]
-fn a_prompt_that_comes_again_needs_no_encoder() {
+fn repeated_prompt_needs_no_encoder() {
     let (mut resources, placement, ctx) = (resources(), placement(), Context::detached());
     let checkpoint = resources.model.catalog.resolve(None).unwrap();
     let options = PromptOptions { guided: true, negative_prompt: Some("b".into()), ..options("a") };
@@ -279,7 +279,7 @@ fn a_prompt_that_comes_again_needs_no_encoder() {
 }
 
 #[test]
-fn text_encoders_stay_or_go_by_policy() {
+fn text_encoders_are_released_by_policy() {
     use model::EncoderPolicy::{Keep, Release};
     let (placement, ctx) = (placement(), Context::detached());
     for (policy, pinned, stays) in [(Keep, false, true), (Release, false, false), (Release, true, true)] {
@@ -308,7 +308,7 @@ fn check_refused(options: PromptOptions, code: &str, pointer: &str) {
 }
 
 #[test]
-fn what_cannot_be_encoded_names_its_field() {
+fn prompt_errors_name_their_field() {
     check_refused(options(&"word ".repeat(2401)), "invalid_parameter", "/data/prompt");
     check_refused(options(&" ".repeat(70_000)), "invalid_parameter", "/data/prompt");
     let second = PromptOptions { prompt_2: Some("!".repeat(2401)), ..options("a") };
@@ -320,7 +320,7 @@ fn what_cannot_be_encoded_names_its_field() {
 }
 
 #[test]
-fn operations_answer_in_numbers() {
+fn encode_and_tokenize_report_numbers() {
     let (mut resources, ctx) = (resources(), Context::detached());
     let text = SENTENCE.repeat(12) + "!";
     let request = Request::Tokenize(TokenizeRequest { text, model: None });
@@ -351,7 +351,7 @@ fn operations_answer_in_numbers() {
 }
 
 #[test]
-fn a_cancelled_request_is_not_encoded() {
+fn cancelled_request_is_not_encoded() {
     let cancel = CancelToken::default();
     let ctx = Context::new("r".to_owned(), cancel.clone(), None, None, Box::new(|_| ()));
     cancel.cancel();

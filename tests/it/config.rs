@@ -22,7 +22,7 @@ fn every_file_in_configs_parses() {
 }
 
 #[test]
-fn the_shipped_file_says_what_the_code_does_without_one() {
+fn shipped_configuration_equals_the_defaults() {
     let shipped = Config::load(None).unwrap();
     let shipped = serde_json::to_value(shipped).unwrap();
     assert_eq!(shipped, serde_json::to_value(Config::default()).unwrap());
@@ -93,7 +93,7 @@ fn check_error(text: &str, parts: &[&str]) {
 }
 
 #[test]
-fn an_unknown_key_names_its_path_and_the_nearest_key() {
+fn unknown_key_names_its_path_and_the_nearest_key() {
     check_error(
         r#"{"workers":{"instructors":{"device":{"auto_detct":true}}}}"#,
         &["test.json", "workers.instructors.device", "unknown field `auto_detct`", "did you mean `auto_detect`?"],
@@ -108,7 +108,7 @@ fn an_unknown_key_names_its_path_and_the_nearest_key() {
 }
 
 #[test]
-fn a_duplicate_key_is_an_error() {
+fn duplicate_key_is_an_error() {
     check_error(r#"{"workers":{},"workers":{}}"#, &["duplicate field `workers`"]);
     check_error(
         r#"{"workers":{"instructors":{"inference":{"batch_size":1,"batch_size":2}}}}"#,
@@ -117,7 +117,7 @@ fn a_duplicate_key_is_an_error() {
 }
 
 #[test]
-fn a_value_of_the_wrong_type_names_its_key() {
+fn wrong_type_names_its_key() {
     let of = |section: &str| format!(r#"{{"workers":{{"instructors":{{{section}}}}}}}"#);
     check_error(&of(r#""device":{"auto_detect":"yes"}"#), &["workers.instructors.device.auto_detect", "boolean"]);
     check_error(&of(r#""inference":{"batch_size":-1}"#), &["workers.instructors.inference.batch_size"]);
@@ -131,7 +131,7 @@ fn a_value_of_the_wrong_type_names_its_key() {
 }
 
 #[test]
-fn a_value_out_of_range_names_its_key() {
+fn out_of_range_value_names_its_key() {
     let of = |section: &str| format!(r#"{{"workers":{{"instructors":{{{section}}}}}}}"#);
     check_error(&of(r#""inference":{"batch_size":0}"#), &["workers.instructors.inference.batch_size", "at least 1"]);
     check_error(&of(r#""device":{"device":"cudda"}"#), &["workers.instructors.device.device", "did you mean `cuda`?"]);
@@ -141,14 +141,14 @@ fn a_value_out_of_range_names_its_key() {
 }
 
 #[test]
-fn what_is_not_one_json_object_is_an_error() {
+fn configuration_must_be_one_json_object() {
     check_error("", &["test.json", "EOF"]);
     check_error("{} {}", &["trailing characters"]);
     check_error("{\"workers\":", &["line 1"]);
 }
 
 #[test]
-fn a_file_that_is_asked_for_must_be_there() {
+fn named_configuration_file_must_exist() {
     let error = Config::load(Some(std::path::Path::new("configs/none.json"))).unwrap_err();
     assert!(error.to_string().contains("configs/none.json: cannot be read"), "{error}");
 }

@@ -55,7 +55,7 @@ fn refusal(worker: &mut Worker, controlnet: serde_json::Value) -> Error {
 }
 
 #[test]
-fn what_cannot_be_used_is_refused_with_its_place() {
+fn unusable_controlnet_options_name_their_field() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("old.pth"), b"\x80\x02").unwrap();
     let plain = Layout::open("control_small");
@@ -114,7 +114,7 @@ fn what_cannot_be_used_is_refused_with_its_place() {
 /// As a cache of Hugging Face's hub keeps files: links whose targets have no endings.
 #[cfg(unix)]
 #[test]
-fn links_within_the_roots_are_followed_by_their_own_names() {
+fn symlinks_within_the_roots_are_followed() {
     use std::os::unix::fs::symlink;
     let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (blobs, snapshot) = (root.path().join("blobs"), root.path().join("snapshot"));
@@ -142,7 +142,7 @@ fn links_within_the_roots_are_followed_by_their_own_names() {
 
 /// What is made of a model's own weights goes with it; other networks stay.
 #[test]
-fn a_control_lora_is_unloaded_with_its_model() {
+fn control_lora_is_unloaded_with_its_model() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     for model in ["control_lora", "control_small"] {
@@ -164,7 +164,7 @@ type Sizes = HashMap<String, Vec<usize>>;
 
 /// A single file's layers are read off its tensors, and a configuration cannot say everything that tensors can.
 #[test]
-fn layers_that_no_configuration_has_are_refused_and_not_dropped() {
+fn controlnet_layers_beyond_the_configuration_are_refused() {
     let demo = Checkpoint::demo().unwrap();
     let check = |change: &dyn Fn(&mut Sizes)| {
         let tensors = Layout::open("control").tensors.into_iter();
@@ -199,7 +199,7 @@ fn layers_that_no_configuration_has_are_refused_and_not_dropped() {
 
 /// Changes that are no changes of their layers, two of which would be products of many times their size.
 #[test]
-fn changes_of_other_shapes_are_refused_before_they_are_multiplied() {
+fn control_lora_shapes_are_checked_before_multiplying() {
     let folder = tempfile::tempdir().unwrap();
     let wrong: [(&str, &[usize]); 5] = [
         ("in_layers.2.up", &[4096, 4, 1, 1]),
@@ -223,7 +223,7 @@ fn changes_of_other_shapes_are_refused_before_they_are_multiplied() {
 }
 
 #[test]
-fn one_file_draws_the_bytes_that_the_folder_draws() {
+fn controlnet_file_and_folder_give_the_same_bytes() {
     let more = tempfile::tempdir().unwrap();
     // Older files keep the weights of linear layers as those of convolutions.
     let mut convolved = Layout::open("control_single");
@@ -249,7 +249,7 @@ fn one_file_draws_the_bytes_that_the_folder_draws() {
 }
 
 #[test]
-fn what_was_decided_is_said_and_what_was_made_is_kept() {
+fn controlnet_echo_holds_the_defaults_and_hints_are_cached() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     let ctx = Context::detached();
@@ -277,7 +277,7 @@ fn what_was_decided_is_said_and_what_was_made_is_kept() {
 }
 
 #[test]
-fn a_larger_second_pass_is_steered_too() {
+fn controlnet_applies_to_the_hires_pass() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     let mut draw = |controlnet: serde_json::Value| {
@@ -292,7 +292,7 @@ fn a_larger_second_pass_is_steered_too() {
 }
 
 #[test]
-fn every_kind_of_network_computes_in_every_number_format() {
+fn every_controlnet_kind_computes_in_every_dtype() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     for (model, kind) in [("control_single", None), ("control_union", Some("depth")), ("control_lora", None)] {
@@ -314,7 +314,7 @@ fn every_kind_of_network_computes_in_every_number_format() {
 }
 
 #[test]
-fn an_estimate_counts_each_network_once() {
+fn estimate_counts_each_controlnet_once() {
     let nowhere = tempfile::tempdir().unwrap();
     let mut worker = worker(nowhere.path());
     let mut weights = |controlnet: serde_json::Value| {
@@ -335,7 +335,7 @@ fn an_estimate_counts_each_network_once() {
 }
 
 #[test]
-fn the_wire_knows_the_fields_of_a_list() {
+fn unknown_key_in_a_controlnet_list_is_named() {
     assert!(sdxl_worker::inference::interface::Inference::OPERATIONS.contains(&"controlnet"));
     let mut worker = Process::start(&[]);
     let lines = [
@@ -370,7 +370,7 @@ fn the_wire_knows_the_fields_of_a_list() {
 }
 
 #[test]
-fn the_schema_has_one_network_and_several() {
+fn schema_accepts_one_controlnet_and_several() {
     let requests = validator("RequestLine");
     let line = |controlnet: serde_json::Value| json!({ "prompt": "a", "controlnet": controlnet });
     let good = [
@@ -395,7 +395,7 @@ fn the_schema_has_one_network_and_several() {
 
 /// The configurations of published networks, with those sizes that decide whether they fit.
 #[test]
-fn published_networks_are_understood() {
+fn published_controlnet_layouts_are_identified() {
     let plain = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"];
     let trunk = json!({
         "act_fn": "silu", "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],

@@ -42,7 +42,7 @@ fn overlap(picture: &Rgb8) -> f64 {
 }
 
 #[test]
-fn a_picture_is_drawn_along_the_edges_of_its_hint() {
+fn demo_controlnet_follows_the_edges_of_its_hint() {
     let mut config = Config::default();
     config.workers.instructors.model.roots = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("assets")];
     let mut worker = Worker::with(&config);

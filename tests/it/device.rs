@@ -25,7 +25,7 @@ fn check_dtypes(id: DeviceId, capability: Option<(u32, u32)>, options: Option<Dt
 }
 
 #[test]
-fn the_vae_never_computes_in_f16() {
+fn vae_never_computes_in_f16() {
     use Dtype::{Bf16, F16, F32};
     let cuda = DeviceId::Cuda(0);
     check_dtypes(DeviceId::Cpu, None, None, F32, F32);
@@ -94,7 +94,7 @@ fn auto_detection_always_finds_a_device() {
 }
 
 #[test]
-fn a_device_that_is_not_there_is_device_unavailable() {
+fn absent_device_is_device_unavailable() {
     // No machine has a hundred GPUs; a build without CUDA has none.
     let error = instructor("cuda:99").place(&mut DeviceManager::default(), None).unwrap_err();
     assert_eq!(error.code(), "device_unavailable", "{error}");
@@ -105,7 +105,7 @@ fn a_device_that_is_not_there_is_device_unavailable() {
 }
 
 #[test]
-fn every_level_of_the_kernels_has_its_name_in_the_settings() {
+fn every_instruction_set_has_a_setting() {
     for level in Level::ALL {
         let read: CpuFeatures = serde_json::from_value(level.name().into()).unwrap();
         assert_eq!(read.level(), Some(level));
@@ -121,7 +121,7 @@ fn list(device: &str) -> DeviceList {
 }
 
 #[test]
-fn the_list_names_every_kind_and_why_some_are_not_available() {
+fn device_list_names_every_kind_and_why_it_is_unavailable() {
     let devices = list("cpu").devices;
     for kind in ["cpu", "cuda", "metal"] {
         assert!(devices.iter().any(|device| device.name.starts_with(kind)), "{kind} in {devices:?}");
@@ -135,7 +135,7 @@ fn the_list_names_every_kind_and_why_some_are_not_available() {
 }
 
 #[test]
-fn info_tells_the_device_that_computes() {
+fn device_info_names_the_computing_device() {
     let Response::Info(info) = ask("cpu", Request::Info(Nothing {})).unwrap() else { panic!("not an info") };
     assert_eq!((info.name.as_str(), info.dtype, info.vae_dtype), ("cpu", Dtype::F32, Dtype::F32));
     assert_eq!(info.dtypes.len(), 3);

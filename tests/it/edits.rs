@@ -50,7 +50,7 @@ fn changed(ours: &Rgb8, original: &Rgb8, may: impl Fn(usize, usize) -> bool) -> 
 const IMAGE: &str = r#""init_image": "tests/steer/files/scene.png""#;
 
 #[test]
-fn what_is_not_masked_comes_back_bit_for_bit() {
+fn unmasked_pixels_are_kept_bit_for_bit() {
     let mut worker = Worker::new();
     let scene = file("scene.png");
     let spot = |x: usize, y: usize, reach: usize| {
@@ -78,7 +78,7 @@ fn what_is_not_masked_comes_back_bit_for_bit() {
 }
 
 #[test]
-fn a_region_that_the_border_cuts_comes_back_undistorted() {
+fn masked_region_at_the_border_is_undistorted() {
     let (ctx, conditioning) = (Context::detached(), Worker::new().instructors.inference.conditioning);
     // A picture of columns, of which one half is masked: its region cannot have the square's proportions.
     let (width, height) = (256, 64);
@@ -117,7 +117,7 @@ fn a_region_that_the_border_cuts_comes_back_undistorted() {
 }
 
 #[test]
-fn an_extended_image_holds_the_original() {
+fn outpainted_image_contains_the_original() {
     let mut worker = Worker::new();
     let data = request(&format!(r#"{IMAGE}, "extend": {{"left": 32, "bottom": 16}}, "mask_blur": 0"#));
     let made = generate(&mut worker, Request::Inpaint(Box::new(data))).unwrap();
@@ -128,7 +128,7 @@ fn an_extended_image_holds_the_original() {
 }
 
 #[test]
-fn the_answers_parameters_make_the_same_image() {
+fn echoed_parameters_reproduce_the_edit() {
     let mut worker = Worker::new();
     for fields in [
         format!(r#"{IMAGE}, "mask": "tests/steer/files/sky.png""#),
@@ -148,7 +148,7 @@ fn the_answers_parameters_make_the_same_image() {
 }
 
 #[test]
-fn what_cannot_be_done_is_refused_by_field() {
+fn unsupported_edits_name_their_field() {
     let mut worker = Worker::new();
     let mask = r#""mask": "tests/steer/files/sky.png""#;
     let refusals = [
@@ -196,7 +196,7 @@ fn what_cannot_be_done_is_refused_by_field() {
 
 /// Pillow 13.0.0's bytes of `scene.png` at other sizes, as CRC-32 of all of them: `tests/steer/make_edits.py`.
 #[test]
-fn pictures_are_resized_as_pillow_does() {
+fn resizing_equals_pillow() {
     #[derive(serde::Deserialize)]
     struct Resized {
         filter: String,

@@ -23,7 +23,7 @@ fn check_refusal(data: &str, expected: &str) {
 }
 
 #[test]
-fn what_cannot_be_meant_is_refused() {
+fn contradictory_guidance_is_refused() {
     check_refusal(r#"{"cfg_interval":[0.6,0.5]}"#, "rising, got [0.6, 0.5]; /data/cfg_interval");
     check_refusal(
         r#"{"pag_scale":3,"pag_applied_layers":["middle"]}"#,
@@ -59,7 +59,7 @@ fn check_seeds(data: &str, expected: &[(u64, Option<u64>)]) {
 }
 
 #[test]
-fn seeds_count_up_and_with_a_variation_the_subseeds_do() {
+fn seeds_count_up_and_subseeds_do_for_variations() {
     check_seeds(r#"{"seed":5,"batch_size":3}"#, &[(5, None), (6, None), (7, None)]);
     check_seeds(r#"{"seed":5,"n_iter":2,"batch_size":2}"#, &[(5, None), (6, None), (7, None), (8, None)]);
     let varied = r#"{"seed":5,"n_iter":2,"subseed":9,"subseed_strength":0.1}"#;
@@ -67,7 +67,7 @@ fn seeds_count_up_and_with_a_variation_the_subseeds_do() {
 }
 
 #[test]
-fn what_was_decided_stands_in_the_parameters() {
+fn guidance_echo_holds_the_defaults() {
     let parameters =
         plan(r#"{"pag_scale":3,"freeu":{"b1":1.1,"s2":null},"skip_layer":{"scale":1.5},"dynamic_thresholding":{}}"#);
     let parameters = serde_json::to_value(parameters.unwrap().parameters).unwrap();
@@ -100,7 +100,7 @@ fn latents(data: &str, dtype: Dtype) -> Tensor {
 }
 
 #[test]
-fn every_dtype_is_guided_alike() {
+fn guidance_agrees_across_dtypes() {
     let all = r#"{"pag_scale":2,"pag_applied_layers":["mid","up_blocks.0"],"freeu":{},"cfg_interval":[0,0.7],
         "skip_layer":{"start":0,"stop":1,"skip_ff":false},"dynamic_thresholding":{}}"#;
     let reference = latents(all, Dtype::F32);
@@ -112,7 +112,7 @@ fn every_dtype_is_guided_alike() {
 }
 
 #[test]
-fn passes_are_counted_step_by_step() {
+fn guidance_passes_are_counted_per_step() {
     let passes = |data: &str| {
         let plan = plan(data).unwrap();
         plan.guidance.evaluations(&plan.sampling)

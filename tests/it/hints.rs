@@ -80,7 +80,7 @@ fn difference(ours: &[u8], theirs: &[u8]) -> (f64, u8) {
 }
 
 #[test]
-fn preprocessors_are_opencv_s() {
+fn preprocessors_equal_opencv() {
     let goldens = goldens();
     let mut wrong = Vec::new();
     let mut names: Vec<&String> =
@@ -105,7 +105,7 @@ fn preprocessors_are_opencv_s() {
 }
 
 #[test]
-fn tiles_are_averaged_as_opencv_does() {
+fn tile_preprocessor_averages_as_opencv() {
     let goldens = goldens();
     let options = PreprocessorParameters { down_sampling_rate: Some(4.0), ..PreprocessorParameters::default() };
     for name in ["drawn", "noise", "blocks", "1x1", "9x1"] {
@@ -122,7 +122,7 @@ fn tiles_are_averaged_as_opencv_does() {
 }
 
 #[test]
-fn every_preprocessor_takes_every_size_and_can_be_stopped() {
+fn every_preprocessor_takes_any_size_and_is_cancellable() {
     let cancel = CancelToken::default();
     cancel.cancel();
     let stopped = Context::new("x".to_owned(), cancel, None, None, Box::new(|_| ()));
@@ -189,7 +189,7 @@ fn instructor(root: &Path) -> ConditioningInstructor {
 }
 
 #[test]
-fn hints_are_kept_by_content() {
+fn hints_are_cached_by_content() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("copy.png");
     std::fs::copy(steer("files/coffee.png"), &copy).unwrap();
@@ -246,7 +246,7 @@ fn hints_are_kept_by_content() {
 }
 
 #[test]
-fn the_cache_of_hints_is_bounded() {
+fn hint_cache_is_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let (instructor, mut resources, ctx) = (instructor(folder.path()), resources(), Context::detached());
     let options = |low: f64| PreprocessorParameters { low_threshold: Some(low), ..PreprocessorParameters::default() };

@@ -293,7 +293,7 @@ impl Measured {
 }
 
 #[test]
-fn hostile_files_are_typed_errors_and_leave_nothing_behind() {
+fn hostile_files_are_typed_errors_within_time_and_memory() {
     let mut corpus = Corpus::new();
     headers::add(&mut corpus);
     folders::add(&mut corpus);

@@ -122,7 +122,7 @@ fn image(worker: &mut Worker, model: &str, revision: Option<&str>) -> (Vec<u8>, 
 }
 
 #[test]
-fn what_was_fetched_is_used_without_a_network() {
+fn fetched_repository_is_used_offline() {
     let place = Place::new();
     let mut files = demo();
     for decoy in [
@@ -188,7 +188,7 @@ fn what_was_fetched_is_used_without_a_network() {
 }
 
 #[test]
-fn a_revision_is_a_branch_a_tag_or_a_commit() {
+fn revision_is_a_branch_a_tag_or_a_commit() {
     let place = Place::new();
     let mut other = demo();
     other.iter_mut().find(|(name, _)| name == "model_index.json").unwrap().1.push(b'\n');
@@ -229,7 +229,7 @@ fn a_revision_is_a_branch_a_tag_or_a_commit() {
 }
 
 #[test]
-fn only_what_has_the_pinned_hash_is_kept() {
+fn file_with_another_hash_is_discarded() {
     let place = Place::new();
     let mut worker = place.worker(true);
     let right = sha256(&bytes_of(UNET));
@@ -250,7 +250,7 @@ fn only_what_has_the_pinned_hash_is_kept() {
 }
 
 #[test]
-fn files_are_chosen_by_name_or_pattern_and_are_never_pickles() {
+fn fetch_selects_by_name_or_pattern_and_never_pickles() {
     let place = Place::new();
     let file = |name: &str| (name.to_owned(), name.as_bytes().to_vec());
     let many = ["config.json", "a.safetensors", "b.safetensors", "c d.safetensors", "old.ckpt", "note.md"];
@@ -281,7 +281,7 @@ fn files_are_chosen_by_name_or_pattern_and_are_never_pickles() {
 }
 
 #[test]
-fn without_downloads_what_is_missing_is_offline() {
+fn missing_repository_without_downloads_is_offline() {
     let place = Place::new();
     let mut worker = place.worker(false);
     let (wrong, message) = refused(&mut worker, &json!({ "model": "owner/demo" }));
@@ -304,7 +304,7 @@ fn without_downloads_what_is_missing_is_offline() {
 }
 
 #[test]
-fn a_download_goes_on_where_it_was_cut_off() {
+fn interrupted_download_resumes() {
     let place = Place::new();
     let size = bytes_of(UNET).len();
     let half = size / 2;
@@ -342,7 +342,7 @@ fn a_download_goes_on_where_it_was_cut_off() {
 }
 
 #[test]
-fn a_hub_that_fails_or_lies_is_an_error_and_writes_nothing_elsewhere() {
+fn failing_hub_is_an_error_and_writes_nothing_elsewhere() {
     let place = Place::new();
     let mut worker = place.worker(true);
     let status = |part: &str, status: u16| Faults { status: Some((part.to_owned(), status)), ..Faults::default() };
@@ -382,7 +382,7 @@ fn a_hub_that_fails_or_lies_is_an_error_and_writes_nothing_elsewhere() {
 }
 
 #[test]
-fn a_fetch_holds_nobody_up_and_can_be_ended() {
+fn fetch_blocks_no_request_and_is_cancellable() {
     let place = Place::new();
     place.hub.fail(Faults { slow: Some(Duration::from_millis(200)), ..Faults::default() });
     let mut worker = place.worker(true);
@@ -429,7 +429,7 @@ fn a_fetch_holds_nobody_up_and_can_be_ended() {
 }
 
 #[test]
-fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
+fn generation_waits_for_its_download_and_others_overtake() {
     let place = Place::new();
     place.hub.fail(Faults { slow: Some(Duration::from_millis(60)), ..Faults::default() });
     let mut worker = place.worker(true);
@@ -481,7 +481,7 @@ fn a_generation_waits_for_its_model_and_others_do_not_wait_for_it() {
 }
 
 #[test]
-fn a_single_file_of_a_repository_is_a_model() {
+fn single_file_of_a_repository_is_a_model() {
     let place = Place::new();
     let folder = tempfile::tempdir().unwrap();
     demo_folder(folder.path());

@@ -55,7 +55,7 @@ fn check(cache: &Path, roots: &[PathBuf], name: &str, wanted: Result<&str, &str>
 }
 
 #[test]
-fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
+fn hub_cache_is_read_as_it_is_and_broken_cache_is_an_error() {
     let broken = |name: &str, wanted: Result<&str, &str>, spoil: &dyn Fn(&Path)| {
         let cache = tempfile::tempdir().unwrap();
         let repository = cached(cache.path());
@@ -100,7 +100,7 @@ fn a_cache_is_read_as_it_is_and_a_broken_one_is_an_error() {
 }
 
 #[test]
-fn a_file_or_folder_of_a_repository_goes_beside_a_model() {
+fn repository_file_or_folder_is_used_as_a_component() {
     let cache = tempfile::tempdir().unwrap();
     cached(cache.path());
     let mut resources = offline_crew(cache.path());
@@ -129,7 +129,7 @@ pub(super) fn offline_crew(cache: &Path) -> ModelResources {
 }
 
 #[test]
-fn a_folder_beneath_a_root_goes_before_the_hub() {
+fn folder_under_a_root_takes_precedence_over_the_hub() {
     let place = tempfile::tempdir().unwrap();
     let (cache, root) = (place.path().join("cache"), place.path().join("root"));
     cached(&cache);

@@ -31,7 +31,7 @@ fn pixels(path: &Path) -> Result<Rgb8> {
 }
 
 #[test]
-fn unusual_files_are_read_as_pillow_reads_them() {
+fn unusual_image_files_decode_as_in_pillow() {
     let goldens = candle_core::safetensors::load(steer("images.safetensors"), &Device::Cpu).unwrap();
     assert_eq!(goldens.len(), 17);
     let mut wrong = Vec::new();
@@ -114,10 +114,11 @@ fn refused(name: &str, work: impl Fn() -> Result<Rgb8>) -> Error {
 }
 
 #[test]
-fn hostile_files_are_refused_at_once() {
+fn hostile_image_files_are_refused_quickly() {
     // In a process of its own, whose memory no other test touches.
     if std::env::var_os(ALONE).is_none() {
-        let own = ["image_files::hostile_files_are_refused_at_once", "--exact", "--nocapture", "--test-threads", "1"];
+        let own =
+            ["image_files::hostile_image_files_are_refused_quickly", "--exact", "--nocapture", "--test-threads", "1"];
         let program = std::env::current_exe().unwrap();
         let ended = std::process::Command::new(program).args(own).env(ALONE, "1").status().unwrap();
         assert!(ended.success());
@@ -188,7 +189,7 @@ fn hostile_files_are_refused_at_once() {
 
 #[cfg(unix)]
 #[test]
-fn what_is_no_file_beneath_the_roots_is_refused_at_once() {
+fn image_paths_outside_the_roots_are_refused_quickly() {
     let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let secret = outside.path().join("secret.png");
     std::fs::File::create(&secret).unwrap().write_all(&png(8)).unwrap();
@@ -226,7 +227,7 @@ fn what_is_no_file_beneath_the_roots_is_refused_at_once() {
 }
 
 #[test]
-fn a_thin_picture_does_not_become_a_giant() {
+fn thin_image_does_not_become_huge() {
     let thin = Rgb8 { width: 1, height: 65_535, data: vec![9; 3 * 65_535] };
     assert_eq!(thin.resized(8, 8, Filter::Lanczos).unwrap().data, vec![9; 192]);
     assert_eq!(refused("thin", || thin.resized(8192, 8192, Filter::Lanczos)).code(), "image_too_large");

@@ -1,5 +1,5 @@
-//! Each instruction set of the CPU's kernels, chosen by `--cpu-features`, in a process of its own. What this machine
-//! does not have is named as not run.
+//! Every instruction set of the CPU kernels, chosen by `--cpu-features`, each in its own process. Sets that this machine
+//! lacks are printed as not run.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::wire::Worker;
 
-/// Decibels, over the 8-bit images.
+/// Lowest PSNR in dB over the 8-bit images.
 struct LeastPsnr(f64);
 
 /// One image of the demonstration model, made with `level`.
@@ -38,7 +38,7 @@ fn psnr(ours: &image::RgbImage, reference: &image::RgbImage) -> f64 {
     if mean == 0.0 { 99.0 } else { 10.0 * (255.0 * 255.0 / mean).log10() }
 }
 
-/// The image in `dtype` against the one that the portable code makes in f32.
+/// PSNR of the image in `dtype` against the portable f32 image.
 fn check(dtype: &str, least: &LeastPsnr) {
     let reference = draw(Level::Portable, "f32");
     for level in Level::ALL {
@@ -63,7 +63,7 @@ fn f32_gives_the_same_picture_with_every_instruction_set() {
 }
 
 #[test]
-fn an_instruction_set_that_is_not_here_ends_the_start_and_names_those_that_are() {
+fn absent_instruction_set_fails_the_start_and_names_the_present_ones() {
     let Some(absent) = Level::ALL.into_iter().find(|level| !level.is_supported()) else {
         println!("NOT RUN: this machine has every instruction set");
         return;
@@ -71,15 +71,15 @@ fn an_instruction_set_that_is_not_here_ends_the_start_and_names_those_that_are()
     let mut worker = Worker::start(&["--cpu-features", absent.name()]);
     worker.close_stdin();
     assert_eq!(worker.rest(), (vec![], Some(69)));
-    let said = worker.stderr();
-    assert!(said.contains(&format!("got `{}`", absent.name())), "{said}");
+    let log = worker.stderr();
+    assert!(log.contains(&format!("got `{}`", absent.name())), "{log}");
     for level in Level::ALL.into_iter().filter(|level| level.is_supported()) {
-        assert!(said.contains(&format!("`{}`", level.name())), "{} is not in {said}", level.name());
+        assert!(log.contains(&format!("`{}`", level.name())), "{} is not in {log}", level.name());
     }
 }
 
 #[test]
-fn a_name_that_is_no_instruction_set_is_a_fault_of_usage() {
+fn unknown_instruction_set_is_a_usage_error() {
     let mut worker = Worker::start(&["--cpu-features", "axm"]);
     worker.close_stdin();
     assert_eq!(worker.rest(), (vec![], Some(64)));
@@ -87,13 +87,13 @@ fn a_name_that_is_no_instruction_set_is_a_fault_of_usage() {
 }
 
 #[test]
-fn without_a_wish_the_fastest_is_taken_and_told() {
+fn default_instruction_set_is_the_fastest_and_reported() {
     let mut worker = Worker::start(&[]);
     assert_eq!(worker.ask("h", "hello", &json!({}))["cpu_features"], simd::best().name());
     worker.send(&json!({ "request_id": "i", "worker_type": "device", "operation": "info" }));
     assert_eq!(worker.answer("i")["data"]["cpu"]["cpu_features"], simd::best().name());
     worker.close_stdin();
     assert_eq!(worker.rest(), (vec![], Some(0)));
-    let said = worker.stderr();
-    assert!(said.contains(simd::best().name()), "{said}");
+    let log = worker.stderr();
+    assert!(log.contains(simd::best().name()), "{log}");
 }

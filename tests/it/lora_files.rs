@@ -31,7 +31,7 @@ fn say(path: &Path, metadata: &Value) {
 }
 
 #[test]
-fn the_name_of_a_file_is_no_repositorys() {
+fn lora_file_name_is_not_a_repository() {
     let folder = tempfile::tempdir().unwrap();
     let cache = tempfile::tempdir().unwrap();
     save(&load("kohya"), &folder.path().join("styles/ink.safetensors"));
@@ -64,7 +64,7 @@ fn the_name_of_a_file_is_no_repositorys() {
 }
 
 #[test]
-fn numbers_may_be_whole() {
+fn lora_weights_may_be_integers() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
     let wanted = pixels(&mut worker, &small(&[("kohya", 1.0)]));
@@ -82,7 +82,7 @@ fn numbers_may_be_whole() {
 }
 
 #[test]
-fn alphas_of_peft_count_wherever_they_stand() {
+fn peft_alphas_are_read_wherever_they_are_stored() {
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name);
     let mut worker = worker(folder.path());
@@ -133,7 +133,7 @@ fn alphas_of_peft_count_wherever_they_stand() {
 }
 
 #[test]
-fn a_tag_that_cannot_be_used_is_named() {
+fn unusable_prompt_tag_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
     let error = asked(&mut worker, json!({ "prompt": "a <lora:unet:11>" })).unwrap_err();
@@ -143,7 +143,7 @@ fn a_tag_that_cannot_be_used_is_named() {
 
 /// One magnitude for each output of OpenCLIP's fused projection is three vectors; one for each input cannot be divided.
 #[test]
-fn magnitudes_of_a_fused_projection_are_divided_or_left_out_with_it() {
+fn fused_dora_magnitudes_follow_their_projection() {
     let folder = tempfile::tempdir().unwrap();
     let key = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight";
     let down = load("kohya").remove(key).unwrap().to_dtype(DType::F32).unwrap();
@@ -183,7 +183,7 @@ fn magnitudes_of_a_fused_projection_are_divided_or_left_out_with_it() {
 
 /// What is stored in f16 is changed as the same numbers in f32 are.
 #[test]
-fn an_f16_base_is_changed_in_full_width() {
+fn f16_weights_are_merged_in_f32() {
     let folder = tempfile::tempdir().unwrap();
     for (name, dtype) in [("half", DType::F16), ("wide", DType::F32)] {
         let place = folder.path().join(name);

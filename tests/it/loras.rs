@@ -73,7 +73,7 @@ pub(crate) fn load(name: &str) -> File {
 }
 
 #[test]
-fn images_are_the_references() {
+fn lora_images_equal_diffusers() {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(folder().join("loras.json")).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(folder().join("loras.safetensors"), &Device::Cpu).unwrap();
     let mut worker = worker(&folder());
@@ -223,7 +223,7 @@ fn every_naming_gives_the_same_bytes() {
 /// Every format by component and naming: how far the image is from diffusers' with the layers changed by the formula, and
 /// whether the other namings give the same bytes.
 #[test]
-fn every_format_changes_every_component_under_every_name() {
+fn every_format_applies_to_every_component_under_every_name() {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(folder().join("formats.json")).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(folder().join("formats.safetensors"), &Device::Cpu).unwrap();
     let more = tempfile::tempdir().unwrap();
@@ -262,7 +262,7 @@ fn every_format_changes_every_component_under_every_name() {
 }
 
 #[test]
-fn without_it_the_image_is_as_it_was() {
+fn removing_a_lora_restores_the_image() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
     let plain = GenerateRequest { loras: None, ..small(&[]) };
@@ -281,7 +281,7 @@ fn without_it_the_image_is_as_it_was() {
 }
 
 #[test]
-fn int8_weights_are_changed_before_they_are_rounded() {
+fn int8_weights_are_merged_before_rounding() {
     use sdxl_worker::device::interface::Quantization;
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
@@ -298,7 +298,7 @@ fn int8_weights_are_changed_before_they_are_rounded() {
 }
 
 #[test]
-fn what_is_not_changed_is_shared() {
+fn untouched_layers_are_shared() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
     let held = |worker: &Worker| {
@@ -323,7 +323,7 @@ fn what_is_not_changed_is_shared() {
 }
 
 #[test]
-fn files_that_change_nothing_are_refused_with_the_reason() {
+fn lora_that_changes_nothing_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, tensors: &[(&str, &[usize])]| {
         let one = |(key, shape): &(&str, &[usize])| {
@@ -368,7 +368,7 @@ fn files_that_change_nothing_are_refused_with_the_reason() {
 }
 
 #[test]
-fn weights_by_component_and_block_are_those_of_files_that_have_only_them() {
+fn component_and_block_weights_equal_partial_files() {
     let folder = tempfile::tempdir().unwrap();
     let part = |name: &str, wanted: &dyn Fn(&str) -> bool| {
         let file: File = load("kohya").into_iter().filter(|(key, _)| wanted(key)).collect();
@@ -412,7 +412,7 @@ pub(crate) fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Gene
 
 /// A file of PEFT's names without alphas, which says elsewhere that they are half the rank.
 #[test]
-fn alphas_are_found_where_peft_and_diffusers_write_them() {
+fn alphas_of_peft_and_diffusers_are_found() {
     let folder = tempfile::tempdir().unwrap();
     let alpha = json!({ "unet.lora_alpha": 1, "unet.r": 2, "text_encoder.lora_alpha": 4.0, "text_encoder.use_rslora": true,
         "text_encoder_2.lora_alpha": 2, "text_encoder_2.alpha_pattern": { "self_attn.q_proj": 1 } });
@@ -451,7 +451,7 @@ fn alphas_are_found_where_peft_and_diffusers_write_them() {
 }
 
 #[test]
-fn the_result_says_what_was_applied_and_how_to_do_it_again() {
+fn lora_report_and_echo_reproduce_the_image() {
     let folder = tempfile::tempdir().unwrap();
     let mut file = load("kohya");
     file.insert("lora_unet_nowhere.lora_up.weight".to_owned(), Tensor::ones(1, DType::F32, &Device::Cpu).unwrap());
@@ -487,7 +487,7 @@ fn the_result_says_what_was_applied_and_how_to_do_it_again() {
 }
 
 #[test]
-fn what_cannot_be_used_is_refused_with_its_place() {
+fn unusable_lora_options_name_their_field() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
     for (data, pointer, words) in [

@@ -30,7 +30,7 @@ fn draw(flags: &[&str]) -> (image::RgbImage, bool) {
 }
 
 #[test]
-fn mapped_weights_draw_what_read_ones_draw() {
+fn mapped_and_read_weights_give_the_same_image() {
     let ((mapped, seen), (read, still_seen)) = (draw(&[]), draw(&["--no-mmap"]));
     assert!(seen, "no file is mapped");
     assert!(!still_seen, "a file is mapped in spite of the flag");

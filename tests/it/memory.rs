@@ -94,7 +94,7 @@ fn large_blocks_are_aligned_to_huge_pages_and_others_as_requested() {
 }
 
 #[test]
-fn zeroed_memory_is_zero_when_it_was_used_before() {
+fn reused_zeroed_memory_is_zero() {
     let allocator = Allocator::new(AMPLE);
     for size in sizes() {
         let mut first = Memory::new(&allocator, size);
@@ -183,7 +183,7 @@ fn kept_blocks_never_exceed_the_limit() {
 }
 
 #[test]
-fn what_is_kept_never_raises_the_peak() {
+fn kept_blocks_never_raise_the_peak() {
     let allocator = Allocator::new(AMPLE);
     let mut held: Vec<Memory> = Vec::new();
     let mut most = 0;
@@ -203,7 +203,7 @@ fn what_is_kept_never_raises_the_peak() {
 }
 
 #[test]
-fn a_smaller_request_is_served_by_a_part_of_what_waits() {
+fn smaller_request_reuses_part_of_a_kept_block() {
     let allocator = Allocator::new(AMPLE);
     drop(Memory::new(&allocator, 40 * MIB));
     let held = Memory::new(&allocator, 9 * MIB);
@@ -218,7 +218,7 @@ fn a_smaller_request_is_served_by_a_part_of_what_waits() {
 }
 
 #[test]
-fn little_is_lost_to_rounding() {
+fn size_rounding_wastes_little() {
     let allocator = Allocator::new(0);
     for size in (0..400).map(|step| LARGE + step * 123_457) {
         let memory = Memory::new(&allocator, size);
@@ -252,7 +252,7 @@ fn released_memory_returns_to_the_system() {
 }
 
 #[test]
-fn vectors_of_the_process_come_from_it() {
+fn vectors_of_the_process_use_the_allocator() {
     let numbers = vec![0.0_f32; 4 * MIB];
     assert_eq!(numbers.as_ptr().addr() % HUGE, 0);
     assert!(sdxl_worker::allocator::usage().live >= Bytes(16 * Bytes::MIB));
@@ -279,7 +279,7 @@ fn as_bytes(numbers: &[u16]) -> &[u8] {
 }
 
 #[test]
-fn mapped_numbers_are_the_files_until_they_are_dropped() {
+fn mapped_vector_equals_the_file_until_dropped() {
     let (file, numbers) = file_of(5 * MIB);
     let least = LARGE / 2;
     for (first, count) in [
@@ -305,7 +305,7 @@ fn mapped_numbers_are_the_files_until_they_are_dropped() {
 }
 
 #[test]
-fn what_is_written_to_mapped_numbers_stays_here() {
+fn writes_to_a_mapped_vector_do_not_reach_the_file() {
     let (file, numbers) = file_of(MIB);
     let mut mapped: Vec<u16> = map_file(file.as_file(), 2, MIB - 1).unwrap();
     mapped.fill(7);
@@ -315,7 +315,7 @@ fn what_is_written_to_mapped_numbers_stays_here() {
 }
 
 #[test]
-fn mapped_vectors_grow_and_shrink_into_blocks_or_less() {
+fn mapped_vectors_grow_and_shrink() {
     let (file, numbers) = file_of(4 * MIB);
     for wanted in [10, LARGE / 2 - 1, LARGE / 2, MIB, 3 * MIB - 1] {
         let mut mapped: Vec<u16> = map_file(file.as_file(), 34, 3 * MIB).unwrap();
@@ -331,7 +331,7 @@ fn mapped_vectors_grow_and_shrink_into_blocks_or_less() {
 }
 
 #[test]
-fn what_cannot_be_mapped_is_refused() {
+fn unmappable_ranges_are_refused() {
     let (file, numbers) = file_of(MIB);
     let map = |offset, count| map_file::<u16>(file.as_file(), offset, count).is_some();
     assert!(map(0, MIB) && map(2, MIB - 1));

@@ -103,7 +103,7 @@ fn change_header(copy: &Copy, change: impl FnOnce(&mut serde_json::Map<String, s
 }
 
 #[test]
-fn what_is_not_sdxl_says_what_it_is() {
+fn foreign_model_folder_is_named() {
     let copy = Copy::new();
     let index = fs::read_to_string(copy.path("model_index.json")).unwrap();
     let check = |what: &str, file: &str, text: &str, code: &str, says: &str| {
@@ -149,7 +149,7 @@ fn check_name(resources: &mut ModelResources, name: &str, expected: std::result:
 }
 
 #[test]
-fn names_lead_nowhere_but_beneath_the_roots() {
+fn model_names_stay_under_the_roots() {
     let (copy, outside) = (Copy::new(), tempfile::tempdir().unwrap());
     demo_folder(outside.path());
     let root = copy.root.path();
@@ -198,7 +198,7 @@ fn names_lead_nowhere_but_beneath_the_roots() {
 }
 
 #[test]
-fn a_changed_file_makes_another_checkpoint() {
+fn changed_file_makes_another_checkpoint() {
     let copy = Copy::new();
     let mut resources = copy.resources();
     let first = resources.catalog.resolve(Some("copy")).unwrap();
@@ -208,7 +208,7 @@ fn a_changed_file_makes_another_checkpoint() {
 }
 
 #[test]
-fn demo_loads_is_listed_pinned_and_freed() {
+fn demo_is_loaded_listed_pinned_and_unloaded() {
     let mut resources = resources(Vec::new());
     let request: Request = serde_json::from_str(r#"{"load":{"model":"demo"}}"#).unwrap();
     let Response::Load(loaded) = ask(request, &mut resources).unwrap() else { panic!("load") };
@@ -248,7 +248,7 @@ fn demo_loads_is_listed_pinned_and_freed() {
 }
 
 #[test]
-fn inspection_tells_what_the_files_say() {
+fn inspect_reports_the_files() {
     let Response::Inspect(facts) = ask(Request::Inspect(ModelRequest::default()), &mut resources(Vec::new())).unwrap()
     else {
         panic!("inspect")
@@ -283,7 +283,7 @@ fn inspection_tells_what_the_files_say() {
 }
 
 #[test]
-fn wider_weights_become_the_compute_dtype() {
+fn f32_weights_become_the_compute_dtype() {
     let mut resources = resources(Vec::new());
     for (compute, expected) in [(Dtype::F32, 2), (Dtype::Bf16, 2), (Dtype::F16, 2)] {
         let Response::Load(loaded) = load(&mut resources, placement(compute, Quantization::None)) else {
@@ -294,7 +294,7 @@ fn wider_weights_become_the_compute_dtype() {
 }
 
 #[test]
-fn a_quantised_unet_is_smaller_and_kept_beside_the_other() {
+fn quantized_unet_is_smaller_and_cached_separately() {
     let mut resources = resources(Vec::new());
     let mut parts = |quantization| {
         let Response::Load(loaded) = load(&mut resources, placement(Dtype::F32, quantization)) else { panic!("load") };
@@ -363,7 +363,7 @@ fn names<T>(shelf: &Shelf<T>) -> Vec<String> {
 }
 
 #[test]
-fn a_shelf_drops_what_was_used_least_recently() {
+fn cache_evicts_the_least_recently_used() {
     let (mut shelf, keys) = (Shelf::new("test", &Budget::new(Bytes(100))), keys(5));
     for (key, name) in keys.iter().zip(["a", "b", "c"]) {
         shelf.insert(key.clone(), name, Bytes(40), ());
@@ -384,7 +384,7 @@ fn a_shelf_drops_what_was_used_least_recently() {
 }
 
 #[test]
-fn shelves_share_a_budget_and_give_way_in_a_written_order() {
+fn caches_share_a_budget_and_evict_in_order() {
     let budget = Budget::new(Bytes(100));
     let (mut unets, mut vaes) = (Shelf::new("unet", &budget), Shelf::new("vae", &budget));
     let mut encoders = Shelf::new("encoder", &budget);
@@ -414,7 +414,7 @@ fn shelves_share_a_budget_and_give_way_in_a_written_order() {
 }
 
 #[test]
-fn a_shelf_never_drops_what_is_pinned() {
+fn cache_never_evicts_pinned_entries() {
     let (mut shelf, keys) = (Shelf::new("test", &Budget::new(Bytes(100))), keys(2));
     shelf.insert(keys[0].clone(), "a", Bytes(90), ());
     shelf.pin(keys[0].checkpoint, true);
@@ -425,7 +425,7 @@ fn a_shelf_never_drops_what_is_pinned() {
 }
 
 #[test]
-fn every_family_is_found_by_what_it_looks_like() {
+fn every_family_is_identified_by_its_shapes() {
     use sdxl_worker::model::checkpoint::families::Family;
     for (name, family) in FAMILIES.iter() {
         assert_eq!(name, family.name);

@@ -164,7 +164,7 @@ fn check_vae(what: &str, vb: &VarBuilder, config: &VaeConfig, golden: &Golden, p
 }
 
 #[test]
-fn strips_decode_to_the_same_picture() {
+fn tiled_decode_gives_the_same_image() {
     let vb = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
     let decoder = VaeDecoder::load(&vb, &parse(&demo_config("vae"))).unwrap();
     // Two, so that samples are not mixed; several strips at the upper levels, the last of them short, and an odd width.
@@ -185,7 +185,7 @@ fn strips_decode_to_the_same_picture() {
 }
 
 #[test]
-fn strips_encode_to_the_same_latents() {
+fn tiled_encode_gives_the_same_latents() {
     let vb = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
     let encoder = VaeEncoder::load(&vb, &parse(&demo_config("vae"))).unwrap();
     // Two, so that samples are not mixed; several strips, the last of them short, and an odd width.
@@ -233,7 +233,7 @@ fn unets_of_every_layout_equal_diffusers() {
 }
 
 #[test]
-fn text_that_was_read_before_gives_the_same_bits_at_every_step() {
+fn cached_cross_attention_keys_give_the_same_bits() {
     let bits = |x: &Tensor| -> Vec<f32> { x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap() };
     for name in UNETS {
         let golden = Golden::open(name);
@@ -250,7 +250,7 @@ fn text_that_was_read_before_gives_the_same_bits_at_every_step() {
 }
 
 #[test]
-fn text_read_for_other_latents_is_a_bug() {
+fn cached_cross_attention_keys_of_another_shape_are_a_bug() {
     let golden = Golden::open("refiner");
     let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
     let context = golden.get("in.context");
@@ -327,7 +327,7 @@ fn attention_weights_of_old_vaes_are_read() {
 }
 
 #[test]
-fn latents_of_two_scales_are_inverse() {
+fn latent_scaling_and_its_inverse_cancel() {
     for (name, z) in [("vae", [4, 2]), ("vae_no_quant", [6, 3])] {
         let mut config: VaeConfig = parse(&config(name));
         config.scaling_factor = 0.4;
@@ -343,7 +343,7 @@ fn latents_of_two_scales_are_inverse() {
 }
 
 #[test]
-fn cancellation_takes_effect_between_the_blocks_of_one_evaluation() {
+fn cancellation_takes_effect_within_one_unet_evaluation() {
     let golden = Golden::open("refiner");
     let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
     let calls = Cell::new(0);
@@ -367,7 +367,7 @@ fn cancellation_takes_effect_between_the_blocks_of_one_evaluation() {
 }
 
 #[test]
-fn parts_of_other_models_are_refused() {
+fn components_of_other_models_are_refused() {
     let golden = Golden::open("refiner");
     let unet = Unet::load(&golden.weights(DType::F32), &parse(&config("refiner"))).unwrap();
     let base = Golden::open("no_mid_block");
@@ -412,7 +412,7 @@ fn ids_and_clip_skip_beyond_the_model_are_errors() {
 }
 
 #[test]
-fn sinusoids_of_odd_width_end_with_zero() {
+fn odd_width_sinusoids_end_with_zero() {
     let sinusoid = Sinusoid { width: 5, flip_sin_to_cos: true, freq_shift: 0.0 };
     let row: Vec<Vec<f32>> = sinusoid.embed([[2.0].as_slice()], &Device::Cpu).unwrap().to_vec2().unwrap();
     let wanted = [2f32.cos(), 0.02f32.cos(), 2f32.sin(), 0.02f32.sin(), 0.0];
@@ -439,7 +439,7 @@ fn judge(kind: &str, config: &Value) -> Option<String> {
 }
 
 #[test]
-fn configurations_that_cannot_be_computed_are_refused_by_name() {
+fn unsupported_configurations_are_refused_by_name() {
     let cases = [
         ("unet", "attention_head_dim", json!(0)),
         ("unet", "attention_head_dim", json!([5, 5, 5])),
@@ -516,7 +516,7 @@ fn configurations_that_cannot_be_computed_are_refused_by_name() {
 }
 
 #[test]
-fn no_configuration_makes_a_network_panic() {
+fn no_configuration_panics() {
     let values = [
         json!(null),
         json!(0),

@@ -58,7 +58,7 @@ fn noise_equals_torch_draw_by_draw() {
 }
 
 #[test]
-fn every_bit_of_large_draws_is_that_of_torch() {
+fn large_draws_equal_torch_bit_for_bit() {
     for (name, sums) in goldens().iter().filter(|(name, _)| name.starts_with("sum.")) {
         let (seed, sides) = seed_and_shape(name);
         let mut source = NoiseSource::new(RngKind::Cpu, &[seed], sides[0], sides[1], sides[2], &Device::Cpu);
@@ -73,7 +73,7 @@ fn every_bit_of_large_draws_is_that_of_torch() {
 }
 
 #[test]
-fn an_image_has_the_same_noise_in_any_batch() {
+fn noise_is_independent_of_the_batch() {
     for kind in [RngKind::Cpu, RngKind::Nv] {
         let mut batch = NoiseSource::new(kind, &[7, 8, 9], 4, 6, 5, &Device::Cpu);
         let mut alone = NoiseSource::new(kind, &[8], 4, 6, 5, &Device::Cpu);

@@ -133,7 +133,7 @@ fn pixels_round_as_numpy_does() {
 }
 
 #[test]
-fn every_byte_survives_the_way_through_a_tensor() {
+fn every_byte_survives_the_tensor_round_trip() {
     let data: Vec<u8> = (0..=255).flat_map(|v| [v, 255 - v, v]).collect();
     let image = Rgb8 { width: 16, height: 16, data };
     let tensor = image.to_tensor(&Device::Cpu).unwrap();
@@ -143,7 +143,7 @@ fn every_byte_survives_the_way_through_a_tensor() {
 }
 
 #[test]
-fn a_value_that_is_not_finite_is_a_numerical_error() {
+fn non_finite_pixel_is_a_numerical_error() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let tensor = Tensor::from_slice(&[0.0, bad, 0.0], (1, 1, 1, 3), &Device::Cpu).unwrap();
         assert_eq!(Rgb8::from_tensor(&tensor).unwrap_err().code(), "numerical_error", "{bad}");
@@ -152,7 +152,7 @@ fn a_value_that_is_not_finite_is_a_numerical_error() {
 
 /// What every entry of [`FORMATS`] must do.
 #[test]
-fn every_format_gives_back_the_image_and_its_text() {
+fn every_format_round_trips_the_image_and_its_text() {
     let (place, image) = (Place::new(), picture());
     for (name, format) in FORMATS.iter() {
         assert_eq!(name, format.name);
@@ -182,7 +182,7 @@ fn every_format_gives_back_the_image_and_its_text() {
 }
 
 #[test]
-fn jpeg_quality_is_heeded() {
+fn jpeg_quality_is_applied() {
     let image = picture();
     let of = |quality| {
         let task = EncodeTask { image: &image, quality, text: None };
@@ -196,7 +196,7 @@ fn jpeg_quality_is_heeded() {
 }
 
 #[test]
-fn a_jpeg_with_an_endless_prompt_keeps_what_fits() {
+fn jpeg_truncates_metadata_that_does_not_fit() {
     let place = Place::new();
     let read = |prompt: &str| {
         let text = text(prompt);
@@ -213,14 +213,14 @@ fn a_jpeg_with_an_endless_prompt_keeps_what_fits() {
 }
 
 #[test]
-fn parameters_have_the_form_of_automatic1111() {
+fn parameters_text_has_the_form_of_automatic1111() {
     let expected = "a lighthouse\nNegative prompt: fog\nSteps: 25, Sampler: euler, Schedule type: karras, \
         CFG scale: 5, Seed: 42, Size: 61x43, Model: demo, Denoising strength: 0.6, Note: \"a, b: c\"";
     assert_eq!(text("a lighthouse").parameters, expected);
 }
 
 #[test]
-fn png_text_is_read_by_a_png_decoder_of_its_own() {
+fn png_text_is_read_by_an_independent_decoder() {
     let place = Place::new();
     let check = |prompt: &str, latin1: bool| {
         let text = text(prompt);
@@ -255,7 +255,7 @@ fn metadata_can_be_left_out() {
 }
 
 #[test]
-fn automatic_names_count_up_and_nothing_else_is_left() {
+fn automatic_names_count_up_and_leave_no_other_file() {
     let place = Place::new();
     let names = [("r-1", 0), ("r-1", 1), ("r-1", 0), ("r-1", 0)];
     let paths = names.map(|(id, index)| place.deliver(&OutputOptions::default(), id, index).unwrap().path.unwrap());
@@ -267,7 +267,7 @@ fn automatic_names_count_up_and_nothing_else_is_left() {
 }
 
 #[test]
-fn a_named_file_is_never_overwritten() {
+fn named_file_is_never_overwritten() {
     let place = Place::new();
     let options = options(Some(&place.path("deep/er/a.jpg")), None, None);
     // Both requests are resolved before either is made.
@@ -337,7 +337,7 @@ fn paths_outside_the_roots_are_refused() {
 }
 
 #[test]
-fn wishes_that_cannot_be_are_named() {
+fn impossible_output_options_are_named() {
     let place = Place::new();
     let check = |options: OutputOptions, code: &str, pointer: &str| {
         let error = place.instructor.resolve(&options).err().unwrap_or_else(|| panic!("{options:?} was accepted"));
@@ -368,7 +368,7 @@ fn wishes_that_cannot_be_are_named() {
 }
 
 #[test]
-fn names_and_formats_are_read_as_meant() {
+fn output_names_and_formats_are_parsed() {
     let place = Place::new();
     let check = |options: OutputOptions, file: &str| {
         assert_eq!(
@@ -388,7 +388,7 @@ fn names_and_formats_are_read_as_meant() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_written_is_output_write_failed() {
+fn unwritable_folder_is_output_write_failed() {
     let place = Place::new();
     std::fs::write(place.path("file"), "x").unwrap();
     let error = place.deliver(&options(None, Some(&place.path("file")), None), "r", 0).unwrap_err();
@@ -397,7 +397,7 @@ fn a_folder_that_cannot_be_written_is_output_write_failed() {
 }
 
 #[test]
-fn a_wish_reads_its_wire_names() {
+fn output_options_read_their_wire_names() {
     let options: OutputOptions = serde_json::from_str(r#"{"return":"base64","format":"webp","quality":80}"#).unwrap();
     assert_eq!(
         (options.return_as, options.format.as_deref(), options.quality),
@@ -407,7 +407,7 @@ fn a_wish_reads_its_wire_names() {
 }
 
 #[test]
-fn image_sources_have_four_spellings() {
+fn image_source_has_four_forms() {
     let read = |json: &str| serde_json::from_str::<ImageSource>(json);
     let check = |json: &str, expected: ImageSource| assert_eq!(read(json).unwrap(), expected, "{json}");
     check(r#""in.png""#, ImageSource::Path("in.png".into()));
@@ -430,7 +430,7 @@ fn image_sources_have_four_spellings() {
 }
 
 #[test]
-fn what_is_no_image_is_refused_before_it_is_decoded() {
+fn non_image_is_refused_before_decoding() {
     let place = Place::new();
     let check = |source: ImageSource, code: &str| {
         let error = place.metadata(source.clone()).expect_err(&format!("{source:?}"));
@@ -461,7 +461,7 @@ fn what_is_no_image_is_refused_before_it_is_decoded() {
 }
 
 #[test]
-fn a_request_found_in_an_image_stays_on_one_line() {
+fn request_from_image_metadata_is_one_line() {
     let found = FoundRequest::new("{\n  \"prompt\": \"a\\nb\"\r\n}").unwrap();
     assert!(!found.json().contains(['\n', '\r']));
     assert_eq!(serde_json::to_string(&found).unwrap(), found.json());
@@ -471,7 +471,7 @@ fn a_request_found_in_an_image_stays_on_one_line() {
 }
 
 #[test]
-fn the_list_says_which_format_is_the_default() {
+fn format_list_marks_the_default() {
     let Response::List(list) = Place::new().instructor.instruct(Request::List(Nothing {}), (), &context("r")).unwrap()
     else {
         panic!("not a list")

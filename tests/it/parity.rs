@@ -94,7 +94,7 @@ fn check(
 }
 
 #[test]
-fn every_case_is_what_diffusers_draws() {
+fn every_case_equals_diffusers() {
     check(&cases(), (Dtype::F32, Quantization::None), Some(LatentTolerance(5e-4)), LeastPsnr(60.0));
 }
 
@@ -106,7 +106,7 @@ fn bf16_stays_close_to_the_f32_reference() {
 }
 
 #[test]
-fn int8_stays_near_the_f32_reference() {
+fn int8_stays_close_to_the_f32_reference() {
     let some: Vec<String> =
         ["readme", "sampler-ddim", "sampler-dpmpp_2m", "negative", "wide"].map(str::to_owned).into();
     for dtype in [Dtype::F32, Dtype::Bf16] {
@@ -116,7 +116,7 @@ fn int8_stays_near_the_f32_reference() {
 }
 
 #[test]
-fn an_image_of_a_batch_is_the_image_alone() {
+fn batched_image_equals_the_image_alone() {
     let mut worker = Worker::new();
     let batch = GenerateRequest { steps: Some(3), ..request("batch") };
     let together = worker.draw(&batch);

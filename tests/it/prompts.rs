@@ -79,7 +79,7 @@ fn check(prompt: &str, steps: &[usize], parts: &[usize]) {
 }
 
 #[test]
-fn a_prompt_is_told_in_spans() {
+fn prompt_is_encoded_in_spans() {
     check("a hill", &[0; 10], &[1]);
     check("a [red:blue:3] hill", &[0, 0, 0, 0, 1, 1, 1, 1, 1, 1], &[1, 1]);
     check("[a|b]", &[0, 0, 1, 0, 1, 0, 1, 0, 1, 0], &[1, 1]);
@@ -120,7 +120,7 @@ fn contexts(options: &PromptOptions) -> [Tensor; 2] {
 }
 
 #[test]
-fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
+fn encoding_is_independent_of_other_prompts() {
     let blurry = |prompt: &str| PromptOptions { negative_prompt: Some("blurry".to_owned()), ..options(prompt) };
     let [alone, _] = contexts(&options("a hill"));
     let [beside, negative] = contexts(&blurry("a hill"));
@@ -137,7 +137,7 @@ fn a_text_is_told_the_same_whatever_is_encoded_beside_it() {
 }
 
 #[test]
-fn many_masked_fragments_change_no_other_text() {
+fn masked_fragments_change_no_other_prompt() {
     let compel = |count: usize| PromptOptions {
         weighting: PromptWeighting::Compel,
         negative_prompt: Some("(a:0.5)(b:0.6)".repeat(count)),
@@ -156,7 +156,7 @@ fn many_masked_fragments_change_no_other_text() {
 }
 
 #[test]
-fn unguided_parts_have_a_negative_all_the_same() {
+fn composed_prompt_without_guidance_has_a_negative() {
     let script = told(&PromptOptions { guided: false, ..options("a AND b") }, &mut resources(&models())).unwrap();
     assert!(script.told[0].negative.is_some());
     let script = told(&PromptOptions { guided: false, ..options("a") }, &mut resources(&models())).unwrap();
@@ -164,7 +164,7 @@ fn unguided_parts_have_a_negative_all_the_same() {
 }
 
 #[test]
-fn everything_that_shapes_a_text_is_in_its_key() {
+fn embedding_cache_key_covers_every_option() {
     let mut resources = resources(&models());
     let mut count = |options: PromptOptions| told(&options, &mut resources).unwrap().cache;
     let fresh = CacheCount { hits: 0, misses: 1 };
@@ -181,7 +181,7 @@ fn everything_that_shapes_a_text_is_in_its_key() {
 }
 
 #[test]
-fn a_textual_inversion_is_told_to_both_encoders() {
+fn textual_inversion_reaches_both_encoders() {
     let mut resources = resources(&models());
     let entries = [EmbeddingRequest { name: STYLE.to_owned(), token: None }];
     let embeddings = instructor().embeddings(&entries, &resources.model.catalog).unwrap();
@@ -228,7 +228,7 @@ fn check_refused(request: GenerateRequest, pointer: &str, message: &str) {
 }
 
 #[test]
-fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
+fn invalid_prompt_is_refused_before_loading() {
     let plain = || request("a");
     check_refused(request("a (b:1.2.3)"), "/data/prompt", "at character 6");
     check_refused(request("a [b:c:d]"), "/data/prompt", "at character 8");
@@ -258,7 +258,7 @@ fn what_cannot_be_read_is_refused_before_anything_is_loaded() {
 }
 
 #[test]
-fn the_word_of_an_embedding_may_stand_where_it_is_not_told() {
+fn embedding_token_may_appear_where_it_is_not_encoded() {
     let with = |token: &str, prompt: &str| GenerateRequest { embeddings: style(token), ..request(prompt) };
     let negative = Some("bad, Style".to_owned());
     let unread = GenerateRequest { negative_prompt: negative, cfg_scale: Some(1.0), ..with("style", "a hill") };
@@ -268,7 +268,7 @@ fn the_word_of_an_embedding_may_stand_where_it_is_not_told() {
 }
 
 #[test]
-fn what_would_fill_the_memory_is_refused() {
+fn oversized_prompts_are_refused() {
     let changing = PromptOptions { steps: 600, ..options(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
     let mut resources = resources(&models());
     assert_eq!(told(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().told.len(), 1);
@@ -279,7 +279,7 @@ fn what_would_fill_the_memory_is_refused() {
 }
 
 #[test]
-fn what_is_decided_stands_in_the_parameters() {
+fn prompt_echo_holds_the_defaults() {
     let made = planned(GenerateRequest { embeddings: style("a"), ..request("A hill") }).unwrap();
     assert_eq!(made.prompt_weighting, Some(PromptWeighting::A1111));
     assert_eq!(made.comma_padding_backtrack, Some(0));
@@ -299,7 +299,7 @@ fn answer(worker: &mut Worker, data: &str) -> serde_json::Value {
 }
 
 #[test]
-fn the_result_says_what_was_known_and_what_was_applied() {
+fn embedding_report_lists_hits_and_applied_files() {
     let mut config = Config::default();
     config.workers.instructors.model.roots = vec![models()];
     let mut worker = Worker::with(&config);
@@ -332,7 +332,7 @@ fn inversion(tensors: &[(&str, (usize, usize))]) -> Error {
 }
 
 #[test]
-fn a_file_that_is_no_inversion_of_this_model_is_refused() {
+fn foreign_textual_inversion_is_refused() {
     for tensors in [
         &[("clip_l", (2, 32))][..],
         &[("clip_g", (2, 64))],
@@ -353,7 +353,7 @@ fn a_file_that_is_no_inversion_of_this_model_is_refused() {
 }
 
 #[test]
-fn the_list_names_what_a_prompt_may_be_written_with() {
+fn conditioning_list_names_the_prompt_syntaxes() {
     let (mut resources, scope) = (resources(&models()), RequestScope::Query { residents: Vec::new() });
     let made =
         instructor().instruct(Request::List(Nothing {}), scope.with(&mut resources), &Context::detached()).unwrap();

@@ -63,7 +63,7 @@ fn check_refusal(line: &str, code: &str, pointer: &str, text: &str) {
 }
 
 #[test]
-fn refusals_point_at_the_fault_and_name_what_was_meant() {
+fn errors_point_at_the_field_and_suggest_the_nearest() {
     check_refusal(r#"{"prompt":"a","cfg_scal":1}"#, "invalid_parameter", "/cfg_scal", "did you mean `cfg_scale`?");
     check_refusal(
         r#"{"worker_type":"inference","operation":"generate","data":{"prompt":"a","stps":1}}"#,
@@ -131,7 +131,7 @@ fn one_piped_line_prints_one_line() {
 }
 
 #[test]
-fn quantization_is_said_in_the_result() {
+fn result_reports_the_quantization() {
     let mut worker = Worker::start(&["--device", "cpu"]);
     for quantization in ["none", "int8"] {
         worker.send(&json!({ "request_id": quantization, "prompt": "a hill", "steps": 1, "width": 64, "height": 64,
@@ -209,7 +209,7 @@ fn queue_takes_its_limit_then_is_full_and_runs_by_priority() {
 }
 
 #[test]
-fn deadline_of_a_waiting_request_fires_without_the_lane() {
+fn deadline_of_a_queued_request_fires_without_the_lane() {
     let mut worker = Worker::start(&[]);
     worker.send(&long("r"));
     worker.send(&json!({ "request_id": "late", "prompt": "a", "timeout_ms": 20 }));
@@ -232,7 +232,7 @@ fn deadline_of_a_running_request_ends_it() {
 }
 
 #[test]
-fn idempotency_key_gives_one_answer_to_all_who_bring_it() {
+fn idempotency_key_gives_one_answer_to_every_request() {
     let mut worker = Worker::start(&[]);
     let ask = |id: &str, steps: u32| {
         json!({ "request_id": id, "worker_type": "inference", "operation": "generate", "idempotency_key": "k",
@@ -271,7 +271,7 @@ fn sequence_numbers_rise_by_one_and_nothing_follows_the_end() {
 }
 
 #[test]
-fn first_terminate_hands_the_queue_back_and_second_cancels() {
+fn first_sigterm_returns_the_queue_and_second_cancels() {
     let mut worker = Worker::start(&[]);
     worker.send(&long("r"));
     worker.send(&long("waits"));
@@ -302,7 +302,7 @@ fn third_signal_ends_at_once() {
 }
 
 #[test]
-fn terminate_while_idle_exits_zero() {
+fn sigterm_while_idle_exits_zero() {
     let mut worker = Worker::start(&["--announce"]);
     worker.until(|line| line["event"] == "ready");
     worker.signal(libc::SIGTERM);
@@ -310,7 +310,7 @@ fn terminate_while_idle_exits_zero() {
 }
 
 #[test]
-fn end_of_input_finishes_or_cancels_what_was_accepted() {
+fn end_of_input_finishes_or_cancels_accepted_requests() {
     let mut worker = Worker::start(&["--on-eof", "cancel"]);
     worker.send(&long("r"));
     worker.send(&long("waits"));
@@ -384,7 +384,7 @@ fn control_operations_answer_in_the_schema() {
 }
 
 #[test]
-fn schema_takes_what_the_worker_takes_and_refuses_what_it_refuses() {
+fn schema_agrees_with_the_worker() {
     let requests = validator("RequestLine");
     let good = [
         json!({ "prompt": "a" }),
@@ -423,7 +423,7 @@ fn exit_codes_of_a_bad_start() {
 }
 
 #[test]
-fn missing_stdin_and_stdout_are_no_crash() {
+fn missing_stdin_and_stdout_do_not_crash() {
     let program = env!("CARGO_BIN_EXE_sdxl-worker");
     for redirect in ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"] {
         let status = std::process::Command::new("sh")

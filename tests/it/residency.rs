@@ -102,7 +102,7 @@ fn fallbacks(memory: &Value) -> Vec<&str> {
 }
 
 #[test]
-fn every_way_that_is_asked_for_makes_the_same_image() {
+fn every_memory_mode_makes_the_same_image() {
     let folder = tempfile::tempdir().unwrap();
     demo_folder(&folder.path().join("copy"));
     let mut free = Limited::new(None, Some(folder.path()));
@@ -140,7 +140,7 @@ fn every_way_that_is_asked_for_makes_the_same_image() {
 }
 
 #[test]
-fn passes_made_one_after_another_differ_by_rounding_alone() {
+fn sliced_guidance_differs_by_rounding_only() {
     for parts in [1, 3] {
         let request = |slice| sdxl_worker::inference::interface::GenerateRequest {
             slice: Some(slice),
@@ -156,7 +156,7 @@ fn passes_made_one_after_another_differ_by_rounding_alone() {
 }
 
 #[test]
-fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
+fn fallbacks_are_taken_as_far_as_the_limit_requires() {
     let wanted = request(512, PARTS);
     let mut free = Limited::new(None, None);
     let plain = free.draw(&wanted);
@@ -198,7 +198,7 @@ fn the_ladder_is_climbed_as_far_as_the_limit_asks() {
 }
 
 #[test]
-fn a_network_that_stays_away_is_drawn_with_again_in_the_same_room() {
+fn offloaded_unet_is_reused_in_the_same_memory() {
     let folder = tempfile::tempdir().unwrap();
     demo_folder(&folder.path().join("copy"));
     let wanted = with(request(256, 1), &json!({ "model": "copy", "offload": "sequential", "decode": "strips" }));
@@ -225,7 +225,7 @@ fn a_network_that_stays_away_is_drawn_with_again_in_the_same_room() {
 }
 
 #[test]
-fn what_fits_no_way_drops_nothing() {
+fn impossible_request_evicts_nothing() {
     let folder = tempfile::tempdir().unwrap();
     demo_folder(&folder.path().join("copy"));
     let small = with(request(256, 1), &json!({ "model": "copy" }));
@@ -241,7 +241,7 @@ fn what_fits_no_way_drops_nothing() {
 }
 
 #[test]
-fn what_fits_no_way_is_refused_with_what_would_and_the_next_request_works() {
+fn out_of_memory_names_what_fits_and_the_next_request_works() {
     let mut fresh = Limited::new(Some(1 << 30), None);
     let (taken, wanted) = (fresh.taken(), request(1024, 1));
     let small = fresh.estimate(&request(256, 1));
@@ -262,7 +262,7 @@ fn what_fits_no_way_is_refused_with_what_would_and_the_next_request_works() {
 }
 
 #[test]
-fn other_models_make_room_unless_they_are_pinned() {
+fn other_models_are_evicted_unless_pinned() {
     let folder = tempfile::tempdir().unwrap();
     demo_folder(&folder.path().join("copy"));
     let mut fresh = Limited::new(Some(1 << 30), Some(folder.path()));
@@ -296,7 +296,7 @@ fn other_models_make_room_unless_they_are_pinned() {
 }
 
 #[test]
-fn an_estimate_is_near_what_is_measured() {
+fn estimate_is_near_the_measured_peak() {
     for (side, more) in [
         (512, json!({ "decode": "whole" })),
         (512, json!({ "decode": "strips" })),

@@ -218,7 +218,7 @@ fn sigmas_and_timesteps_equal_diffusers() {
 }
 
 #[test]
-fn runs_end_where_diffusers_ends() {
+fn sampling_ends_where_diffusers_ends() {
     let (goldens, tensors) = goldens();
     let mut wrong = Vec::new();
     let mut worst: HashMap<&str, (f64, &str)> = HashMap::new();
@@ -304,7 +304,7 @@ fn every_sampler_runs_with_every_schedule() {
 }
 
 #[test]
-fn a_failing_denoiser_ends_the_run() {
+fn failing_denoiser_ends_the_run() {
     for (name, sampler) in SAMPLERS.iter() {
         let plan = plan(&options(name, "leading", 5)).unwrap();
         let mut noise = source(5);
@@ -323,7 +323,7 @@ fn a_failing_denoiser_ends_the_run() {
 }
 
 #[test]
-fn a_cancelled_request_makes_no_more_calls() {
+fn cancelled_request_calls_the_model_no_more() {
     for (name, sampler) in SAMPLERS.iter() {
         let plan = plan(&options(name, "leading", 5)).unwrap();
         let mut noise = source(5);
@@ -344,7 +344,7 @@ fn a_cancelled_request_makes_no_more_calls() {
 }
 
 #[test]
-fn people_find_samplers_by_the_names_they_know() {
+fn sampler_aliases_are_resolved() {
     fn check(name: &str, sampler: &str, schedule: &str) {
         let options =
             SamplingOptions { sampler_name: Some(name.to_owned()), steps: Some(4), ..SamplingOptions::default() };
@@ -416,7 +416,7 @@ fn options_without_a_run_are_errors() {
 }
 
 #[test]
-fn auto_takes_the_checkpoints_own_sampler() {
+fn auto_uses_the_checkpoints_sampler() {
     fn check(config: &SchedulerConfig, sampler: &str, schedule: &str) {
         let settings = Settings { default_scheduler: "auto".to_owned() };
         let plan = SchedulerInstructor::new(settings).unwrap().plan(&SamplingOptions::default(), config).unwrap();
@@ -433,7 +433,7 @@ fn auto_takes_the_checkpoints_own_sampler() {
 }
 
 #[test]
-fn the_domain_lists_and_describes() {
+fn scheduler_lists_and_describes() {
     let instructor = SchedulerInstructor::new(Settings::default()).unwrap();
     let ctx = Context::detached();
     let Ok(Response::List(listing)) = instructor.instruct(Request::List(Nothing {}), (), &ctx) else {
@@ -447,7 +447,7 @@ fn the_domain_lists_and_describes() {
 }
 
 #[test]
-fn a_names_alias_belongs_to_one_entry() {
+fn alias_belongs_to_one_entry() {
     let fold = |name: &str| name.to_lowercase().replace(['_', '-', ' '], "").replace('+', "p");
     let mut seen: HashMap<String, &str> = HashMap::new();
     for (name, sampler) in SAMPLERS.iter() {

@@ -82,7 +82,7 @@ fn twice(wide: bool) -> tempfile::TempDir {
 }
 
 #[test]
-fn a_single_file_draws_what_its_folder_draws_to_the_last_bit() {
+fn single_file_and_folder_give_the_same_bytes() {
     for wide in [false, true] {
         let root = twice(wide);
         let mut worker = worker(root.path());
@@ -95,7 +95,7 @@ fn a_single_file_draws_what_its_folder_draws_to_the_last_bit() {
 }
 
 #[test]
-fn single_files_are_listed_inspected_loaded_and_freed() {
+fn single_files_are_listed_inspected_loaded_and_unloaded() {
     let root = twice(false);
     let write = |name: &str, layout: &Layout| sparse(layout, "F16", &[], &root.path().join(name));
     write("vae.safetensors", &vae());
@@ -218,7 +218,7 @@ fn check(marked: &Marked, expected: (&str, Option<&str>, Prediction, bool)) -> I
 }
 
 #[test]
-fn variants_are_told_by_names_and_shapes_alone() {
+fn variants_are_identified_by_names_and_shapes() {
     let (epsilon, v) = (Prediction::Epsilon, Prediction::VPrediction);
     let plain = |build: Build| Marked { build, marks: &[], metadata: &[] };
     let inputs = |inputs| Build { inputs, ..BASE };
@@ -268,7 +268,7 @@ fn check_family(build: &Build) -> &'static str {
 }
 
 #[test]
-fn eight_bit_files_are_told_as_they_are() {
+fn fp8_files_are_reported_as_stored() {
     let root = tempfile::tempdir().unwrap();
     sparse(&whole(&BASE), "F8_E4M3", &[], &root.path().join("m.safetensors"));
     let facts = inspect(root.path(), named("m")).unwrap();
@@ -292,7 +292,7 @@ fn check_refused(layout: &Layout, says: &str) {
 }
 
 #[test]
-fn what_is_not_sdxl_is_told_by_name() {
+fn foreign_single_file_is_named() {
     let one = |name: &str, shape: &[usize]| Layout::from([(name.to_owned(), shape.to_vec())]);
     let with = |mut layout: Layout, name: &str| {
         layout.insert(name.to_owned(), vec![4, 4]);
@@ -348,7 +348,7 @@ fn pickles_are_refused_whatever_their_name() {
 }
 
 #[test]
-fn parts_of_other_files_stand_in() {
+fn components_of_other_files_replace_the_models() {
     let root = twice(false);
     let path = |name: &str| root.path().join(name);
     let mut file = File::read(&path("file.safetensors"));

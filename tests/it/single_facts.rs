@@ -44,7 +44,7 @@ struct Published {
 }
 
 #[test]
-fn shapes_give_the_configurations_that_are_published() {
+fn shapes_give_the_published_configurations() {
     let cross = Some("UNetMidBlock2DCrossAttn");
     let plain = Some("UNetMidBlock2D");
     let wide: &[usize] = &[5, 10, 20];
@@ -110,7 +110,7 @@ fn shapes_give_the_configurations_that_are_published() {
 }
 
 #[test]
-fn a_unet_brings_its_training_along() {
+fn unet_file_brings_its_prediction_type() {
     let root = tempfile::tempdir().unwrap();
     let path = |name: &str| root.path().join(name);
     sparse(&whole(&BASE), "F16", &[], &path("base.safetensors"));
@@ -161,7 +161,7 @@ fn a_unet_brings_its_training_along() {
 }
 
 #[test]
-fn a_refiner_goes_on_from_the_same_latents() {
+fn refiner_continues_from_the_same_latents() {
     let root = tempfile::tempdir().unwrap();
     for (name, file, key, value) in [
         ("scaled", "vae/config.json", "scaling_factor", serde_json::json!(0.5)),
@@ -207,7 +207,7 @@ fn a_refiner_goes_on_from_the_same_latents() {
 }
 
 #[test]
-fn what_was_left_behind_in_a_file_does_not_decide() {
+fn leftover_tensors_do_not_identify_a_file() {
     let root = tempfile::tempdir().unwrap();
     let mut layout = whole(&BASE);
     layout.insert("cond_stage_model.transformer.text_model.embeddings.position_ids".to_owned(), vec![1, 77]);
@@ -223,7 +223,7 @@ fn what_was_left_behind_in_a_file_does_not_decide() {
 }
 
 #[test]
-fn a_folder_hides_no_file_of_its_name() {
+fn folder_does_not_hide_a_file_of_its_name() {
     let root = tempfile::tempdir().unwrap();
     let path = |name: &str| root.path().join(name);
     let write = |name: &str, rows: usize| {
@@ -249,7 +249,7 @@ fn a_folder_hides_no_file_of_its_name() {
 }
 
 #[test]
-fn latents_with_mean_and_deviation_are_scaled_as_diffusers_scales_them() {
+fn latents_with_mean_and_std_are_scaled_as_in_diffusers() {
     let mut vae = Checkpoint::demo().unwrap().vae;
     vae.scaling_factor = 0.5;
     // Playground v2.5's own.

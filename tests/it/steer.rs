@@ -125,7 +125,7 @@ fn check(file: &Path, models: &Path, matrix: &mut Matrix) -> Vec<String> {
 }
 
 #[test]
-fn every_mode_is_what_the_reference_draws() {
+fn every_mode_equals_its_reference() {
     let mut files: Vec<PathBuf> = fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|end| end == "json"));
     files.sort();

@@ -100,7 +100,7 @@ fn in_f32(numbers: impl Iterator<Item = f32>) -> (&'static str, Vec<u8>) {
 }
 
 #[test]
-fn f16_and_bf16_draw_what_they_draw_when_cast_beforehand() {
+fn stored_f16_and_bf16_equal_weights_cast_beforehand() {
     let root = tempfile::tempdir().unwrap();
     let half = |x: f32| f16::from_f32(x).to_f32();
     let brain = |x: f32| bf16::from_f32(x).to_f32();
@@ -134,7 +134,7 @@ fn codes(coding: Coding) -> Vec<(u8, f32)> {
 }
 
 #[test]
-fn eight_bits_draw_what_their_numbers_draw() {
+fn fp8_weights_equal_their_decoded_values() {
     let root = tempfile::tempdir().unwrap();
     let sorted = |coding| {
         let mut codes = codes(coding);
@@ -263,7 +263,7 @@ fn layouts() -> (PathBuf, Layouts) {
 }
 
 #[test]
-fn gguf_unets_draw_what_the_reference_draws_with_their_numbers() {
+fn gguf_unets_equal_diffusers_with_decoded_weights() {
     let (folder, layouts) = layouts();
     let goldens = candle_core::safetensors::load(folder.join("gguf.safetensors"), &Device::Cpu).unwrap();
     let root = tempfile::tempdir().unwrap();
@@ -298,7 +298,7 @@ fn property(name: &str, kind: u32, value: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn gguf_files_that_lie_are_refused_by_what_is_wrong() {
+fn malformed_gguf_files_name_the_fault() {
     let root = tempfile::tempdir().unwrap();
     let mut worker = worker(root.path());
     let endless = [&5_u32.to_le_bytes()[..], &u64::MAX.to_le_bytes()].concat();
@@ -358,7 +358,7 @@ fn gguf_files_that_lie_are_refused_by_what_is_wrong() {
 }
 
 #[test]
-fn scales_that_no_weight_takes_are_refused() {
+fn orphan_scales_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let mut worker = worker(root.path());
     let mut count = 0;

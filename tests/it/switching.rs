@@ -80,7 +80,7 @@ fn other_weights(folder: &Path) {
 }
 
 #[test]
-fn two_hundred_switches_leave_the_process_as_it_was() {
+fn two_hundred_model_switches_leak_nothing() {
     let models = tempfile::tempdir().unwrap();
     let whole = tempfile::tempdir().unwrap();
     demo_folder(whole.path());

@@ -77,12 +77,12 @@ fn edm_models() -> tempfile::TempDir {
 }
 
 #[test]
-fn models_of_karras_noise_draw_what_the_reference_draws() {
+fn edm_models_equal_diffusers() {
     check("edm", edm_models().path());
 }
 
 #[test]
-fn marks_in_a_single_file_are_the_scheduler_of_a_folder() {
+fn marker_tensors_equal_a_folders_scheduler() {
     let root = edm_models();
     let folder = root.path().join("edm_v");
     let mut file = single(&folder, 1);
@@ -164,7 +164,7 @@ fn editors() -> tempfile::TempDir {
 }
 
 #[test]
-fn models_that_edit_an_image_draw_what_the_reference_draws() {
+fn instruct_pix2pix_equals_diffusers() {
     let root = editors();
     check("edits", root.path());
     let mut worker = worker(root.path());

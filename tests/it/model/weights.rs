@@ -26,7 +26,7 @@ fn hostile_weight_files_are_typed_errors() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_refused_unopened() {
+fn irregular_files_are_refused_unopened() {
     let copy = Copy::new();
     fs::remove_file(copy.path(VAE)).unwrap();
     copy.check("missing", Request::Inspect(named("copy")), "model_corrupt", "has no weights");
@@ -61,7 +61,7 @@ fn what_is_no_regular_file_is_refused_unopened() {
 }
 
 #[test]
-fn weights_of_another_network_name_the_tensor_and_both_shapes() {
+fn shape_mismatch_names_the_tensor_and_both_shapes() {
     let copy = Copy::new();
     let load = || Request::Load(named("copy"));
     let name = "decoder.conv_in.weight";
@@ -100,7 +100,7 @@ fn weights_of_another_network_name_the_tensor_and_both_shapes() {
 }
 
 #[test]
-fn sharded_weights_are_one_network() {
+fn sharded_weights_load_as_one_network() {
     let copy = Copy::new();
     let file = fs::read(copy.path(VAE)).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
