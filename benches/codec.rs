@@ -1,4 +1,4 @@
-//! The wire without a model: one line of JSON to a typed request, understood or refused.
+//! The codec without a model: one line of JSON to a typed request or an error.
 
 use std::hint::black_box;
 use std::time::Duration;

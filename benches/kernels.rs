@@ -19,7 +19,7 @@ fn tensor(shape: &[usize], dtype: DType) -> Tensor {
     Tensor::randn(0.0f32, 1.0, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)).expect("a tensor")
 }
 
-/// Seconds of the fastest run.
+/// The fastest run, in seconds.
 fn best(mut run: impl FnMut()) -> f64 {
     run();
     let (start, mut best) = (Instant::now(), f64::MAX);

@@ -1,7 +1,7 @@
 //! Writes SDXL base at full size with random weights: `cargo bench --bench random_model -- DIR`.
 //!
-//! For measuring memory and time where the real weights cannot be had. The names and shapes are those that the networks
-//! ask for, so the files always fit them; the configurations are SDXL base 1.0's.
+//! For measuring memory and time without the real weights. Names and shapes are those that the networks load, so the files
+//! always fit; the configurations are those of SDXL base 1.0.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Normal numbers of which all weights are made; each tensor begins elsewhere in them.
+/// Normal numbers shared by all weights; each tensor starts at another offset.
 const POOL: usize = 1 << 20;
 
 fn main() -> Result<(), Failure> {
@@ -61,12 +61,12 @@ fn component(
     pool: &[f32],
     load: impl FnOnce(&VarBuilder, &Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let asked = Arc::new(Mutex::new(BTreeMap::new()));
-    let backend: Box<dyn SimpleBackend> = Box::new(Recorder(Arc::clone(&asked)));
+    let requested = Arc::new(Mutex::new(BTreeMap::new()));
+    let backend: Box<dyn SimpleBackend> = Box::new(Recorder(Arc::clone(&requested)));
     load(&VarBuilder::from_backend(backend, DType::BF16, Device::Cpu), &config)?;
     let part = Path::new(stem).parent().unwrap_or(Path::new(""));
     write_json(folder, &part.join("config.json").to_string_lossy(), &config)?;
-    let shapes = asked.lock().map_err(|_| "a load failed")?;
+    let shapes = requested.lock().map_err(|_| "a load failed")?;
     let mut header = serde_json::Map::new();
     let mut offset = 0;
     for (name, shape) in shapes.iter() {
@@ -126,18 +126,18 @@ fn pool() -> Vec<f32> {
     (0..POOL).map(normal).collect()
 }
 
-/// Gives zeros for every tensor and notes what was asked for.
+/// Gives zeros for every tensor and records the requested names and shapes.
 struct Recorder(Arc<Mutex<BTreeMap<String, Vec<usize>>>>);
 
 impl SimpleBackend for Recorder {
     fn get(&self, s: Shape, name: &str, _: candle_nn::Init, d: DType, device: &Device) -> candle_core::Result<Tensor> {
-        let mut asked = self.0.lock().map_err(|_| candle_core::Error::Msg("poisoned".to_owned()))?;
-        asked.insert(name.to_owned(), s.dims().to_vec());
+        let mut requested = self.0.lock().map_err(|_| candle_core::Error::Msg("poisoned".to_owned()))?;
+        requested.insert(name.to_owned(), s.dims().to_vec());
         Tensor::zeros(1, d, device)?.broadcast_as(s)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        Err(candle_core::Error::Msg(format!("`{name}` was asked for without its shape")))
+        Err(candle_core::Error::Msg(format!("`{name}` was requested without its shape")))
     }
 
     fn contains_tensor(&self, _: &str) -> bool {

@@ -1,4 +1,4 @@
-//! Every sampler's own arithmetic: 20 steps on the latents of a 1024² image, with a model that costs nothing.
+//! The arithmetic of every sampler: 20 steps on the latents of a 1024² image, with a trivial model.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
-//! Whole images and single steps. Without an argument: the demonstration model, whose figure includes everything from
-//! the request to the pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16] [--int8]`
-//! times one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
-//! peak memory. With `--load` the model is only loaded, and then loaded anew; `--negative TEXT` has the text encoders read
-//! a second text, `--release` frees them once they have encoded, `--no-mmap` reads weights rather than mapping them.
+//! Whole images and single steps. Without an argument it times the demonstration model from the request to the
+//! pixels. `cargo bench --bench unet_step -- --model NAME --root DIR [--size 1024] [--dtype bf16] [--int8]` times
+//! one CFG step of another model, such as the one that the bench `random_model` writes, and prints load time and
+//! peak memory. `--load` only loads the model, twice; `--negative TEXT` encodes a second prompt, `--release` frees
+//! the text encoders after encoding, `--no-mmap` reads weights instead of mapping them.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -102,7 +102,7 @@ fn main() {
         eprintln!("run {run}: {steps} steps {}×{} in {whole:.3} s: {}", pixels.width, pixels.height, stages.join(", "));
         let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
         let spans: Vec<f64> = ended.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
-        eprintln!("run {run}: seconds between what it said of itself: {spans:.3?}");
+        eprintln!("run {run}: seconds between progress events: {spans:.3?}");
     }
     eprintln!("blocks: {:?}", allocator::usage());
     print_memory();

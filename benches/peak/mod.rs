@@ -4,7 +4,7 @@
 use std::arch::asm;
 use std::time::Instant;
 
-/// Instruction set and 10⁹ operations a second of all threads together; a multiplication and an addition are two.
+/// Instruction set and 10⁹ operations a second of all threads; a multiply-add counts as two.
 pub(crate) fn measure(threads: usize) -> Vec<(&'static str, f64)> {
     let mut found = Vec::new();
     for (name, here, operations, run) in kinds() {
@@ -20,7 +20,7 @@ pub(crate) fn measure(threads: usize) -> Vec<(&'static str, f64)> {
     found
 }
 
-/// Name, whether it is here, operations of one instruction, and instructions a second.
+/// Name, true if this machine has it, operations per instruction, and instructions a second.
 type Kind = (&'static str, bool, f64, fn() -> f64);
 
 #[cfg(target_arch = "x86_64")]
@@ -29,7 +29,7 @@ macro_rules! registers {
         || {
             const ROUNDS: u64 = 4_000_000;
             let start = Instant::now();
-            // SAFETY: the instruction is there, as `kinds` says, and touches the registers named alone.
+            // SAFETY: `kinds` checked that the instruction exists, and it touches only the named registers.
             #[expect(unsafe_code, reason = "one instruction is timed")]
             unsafe {
                 asm!(
@@ -74,7 +74,7 @@ fn kinds() -> Vec<Kind> {
     vec![("portable f32", true, 8.0, || registers_portable())]
 }
 
-/// Twelve independent sums of four numbers, as the compiler's baseline has them.
+/// Twelve independent sums of four numbers, with the compiler's baseline instructions.
 fn registers_portable() -> f64 {
     const ROUNDS: usize = 4_000_000;
     let mut sums = [[0.0_f32; 4]; 8];

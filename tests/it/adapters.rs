@@ -1,6 +1,6 @@
-//! T2I-Adapter and IP-Adapter: their networks and the preparation of pictures against the reference, number for number,
-//! and what is refused. The goldens, and the recipe of the random networks, are made by
-//! `tests/steer/make_adapters.py`; the latents are compared by `tests/it/steer.rs`.
+//! T2I-Adapter and IP-Adapter: networks and image preprocessing against the reference, and the errors of unusable files.
+//! `tests/steer/make_adapters.py` makes the goldens and the recipes of the random networks; `tests/it/steer.rs` compares
+//! the latents.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 
 use super::drawing::{Worker, distance};
 
-/// Largest error of a network, of the largest value.
+/// Largest error of a network, relative to its largest value.
 const TOLERANCE: f64 = 1e-4;
 
 #[derive(serde::Deserialize)]
@@ -52,7 +52,7 @@ fn steer() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer")
 }
 
-/// A folder with the random networks, made from their recipes by the first who asks.
+/// A folder with the random networks, made from their recipes on first use.
 pub(crate) fn networks() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(make_networks).clone()
@@ -64,10 +64,10 @@ fn make_networks() -> PathBuf {
         serde_json::from_str(&fs::read_to_string(steer().join("adapters/networks.json")).unwrap()).unwrap();
     for (file, recipe) in recipes {
         let path = folder.join(file);
-        let beside = path.parent().unwrap();
-        fs::create_dir_all(beside).unwrap();
+        let parent = path.parent().unwrap();
+        fs::create_dir_all(parent).unwrap();
         if let Some(config) = recipe.config {
-            fs::write(beside.join("config.json"), config.to_string()).unwrap();
+            fs::write(parent.join("config.json"), config.to_string()).unwrap();
         }
         let tensors: HashMap<String, Tensor> =
             recipe.tensors.iter().map(|one| (one.name.clone(), one.make())).collect();
@@ -123,7 +123,7 @@ fn clip_preprocessing_equals_transformers() {
     for name in ["adapter_wide", "adapter_tall"] {
         let small = nchw(&clip_pixels(&picture(name), 64).unwrap());
         check_close(&format!("{name} at 64"), &small, &golden[&format!("{name}.pixels")], 1e-6);
-        // Of the large picture every seventh pixel.
+        // The golden has every seventh pixel of the large picture.
         let large = nchw(&clip_pixels(&picture(name), 224).unwrap());
         let every = Tensor::from_vec((0..224u32).step_by(7).collect(), 32, &Device::Cpu).unwrap();
         let large = large.index_select(&every, 2).unwrap().index_select(&every, 3).unwrap();
@@ -197,7 +197,7 @@ fn request(fields: Value) -> GenerateRequest {
     serde_json::from_value(whole).unwrap()
 }
 
-/// The code and message with which a request is refused.
+/// The code and message of a request's error.
 fn refusal(fields: Value) -> (&'static str, String) {
     let mut worker = worker();
     let ctx = Context::detached();
@@ -260,7 +260,7 @@ fn adapter_files_of_other_kinds_are_refused_by_name() {
     assert!(message.contains("config.json"), "{message}");
 }
 
-/// Of two ways in which weight files are called, what is said is about the one that is there.
+/// Weight files have two possible names; the error is about the one that exists.
 #[test]
 fn adapter_folder_is_identified_by_its_weights() {
     let folder = |name: &str, files: &[(&str, &str)]| {
@@ -284,7 +284,7 @@ fn adapter_folder_is_identified_by_its_weights() {
     check(folder("bare", &[config]), "model_corrupt", "`diffusion_pytorch_model.safetensors` is missing");
 }
 
-/// Sizes that no published network has, and that would cost memory without bound.
+/// No published network has these sizes, and they would take unbounded memory.
 #[test]
 fn impossible_adapter_sizes_are_refused() {
     let t2i = |more: Value| {
@@ -367,11 +367,11 @@ fn adapter_report_and_echo_reproduce_the_image() {
     });
     let inference = &worker.instructors.inference;
     let plan = inference.plan(&request(fields), &mut worker.managers).unwrap();
-    let said = serde_json::to_value(&plan.parameters).unwrap();
-    assert_eq!(said["t2i_adapter"], json!([{ "model": "t2i/outline", "image": outline(), "weight": 1.0, "end": 1.0 }]));
+    let echo = serde_json::to_value(&plan.parameters).unwrap();
+    assert_eq!(echo["t2i_adapter"], json!([{ "model": "t2i/outline", "image": outline(), "weight": 1.0, "end": 1.0 }]));
     let ip = json!([{ "model": "ip/plus.safetensors", "image": [outline()], "image_encoder": "ip/encoder", "weight": 1.0, "start": 0.0, "end": 1.0 }]);
-    assert_eq!(said["ip_adapter"], ip);
-    let again: GenerateRequest = serde_json::from_value(said).unwrap();
+    assert_eq!(echo["ip_adapter"], ip);
+    let again: GenerateRequest = serde_json::from_value(echo).unwrap();
     assert_eq!(inference.plan(&again, &mut worker.managers).unwrap().parameters, plan.parameters);
 
     let placement = inference.device.place(&mut worker.managers.device, Some(Dtype::F32)).unwrap();
@@ -382,13 +382,13 @@ fn adapter_report_and_echo_reproduce_the_image() {
     let all = |file: &str| candle_core::safetensors::load(networks().join(file), &Device::Cpu).unwrap().len();
     let outline = all("t2i/outline/diffusion_pytorch_model.safetensors");
     assert_eq!(counts, [("t2i_adapter", outline, 0), ("ip_adapter", all("ip/plus.safetensors"), 0)]);
-    // One shelf each, with the bytes that are held.
+    // One cache each, with the bytes it holds.
     let resident: Vec<_> = worker.managers.resident().into_iter().filter(|one| one.bytes.0 > 0).collect();
     let kinds: Vec<_> = resident.iter().map(|one| one.kind).collect();
     assert_eq!(kinds, ["t2i_adapter", "ip_adapter", "image_encoder"]);
 }
 
-/// With parts of a prompt, without guidance, from an image, and in a second pass, whose features have another size.
+/// Composed prompts, no guidance, img2img, and a hires pass, whose features have another size.
 #[test]
 fn adapters_apply_to_every_mode() {
     let mut worker = worker();

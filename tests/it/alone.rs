@@ -1,4 +1,4 @@
-//! An image depends on its request alone: the same file, to the last byte, however and beside whatever it is made.
+//! An image depends on its request alone: the same bytes in any batch, after any request and next to any other.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::wire::Worker;
 
-/// `data` with the fields of `more` over it.
+/// `data`, overridden by the fields of `more`.
 fn with(data: &Value, more: &Value) -> Value {
     let mut joined = data.clone();
     joined.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -35,7 +35,7 @@ fn make(worker: &mut Worker, id: &str, data: &Value) -> Vec<String> {
     made(worker, id)
 }
 
-/// `fields` make an image, which says `text` of itself; it is the third of four whose numbers count up from `first`.
+/// `fields` make an image whose metadata contains `text`; it is the third of four whose seeds count up from `first`.
 fn check(fields: &Value, first: &Value, text: &str) {
     let base = json!({ "prompt": "a hill", "negative_prompt": "fog", "steps": 4, "width": 64, "height": 64,
         "sampler_name": "euler_ancestral", "cfg_scale": 4.0, "output": { "return": "base64" } });
@@ -63,7 +63,7 @@ fn check(fields: &Value, first: &Value, text: &str) {
     let all: Vec<String> = results["data"]["results"].as_array().unwrap().iter().flat_map(files).collect();
     third("requests", &all);
 
-    // A process that made another image before, and one with neighbours in the queue.
+    // After another image in the same process, and with other requests in the queue.
     let mut worker = Worker::start(&[]);
     make(&mut worker, "other", &other);
     assert!(make(&mut worker, "after", &one) == alone, "after another request: another image, {fields}");
@@ -75,7 +75,7 @@ fn check(fields: &Value, first: &Value, text: &str) {
         assert_eq!(made == alone, ["between", "last"].contains(&id), "{id} in the queue, {fields}");
     }
 
-    // The request in the file makes that one image.
+    // The request in the file's metadata makes that image alone.
     worker.send(&json!({ "request_id": "metadata", "worker_type": "postprocessing", "operation": "metadata",
         "data": { "image": { "base64": alone[0] } } }));
     let metadata = worker.answer("metadata");

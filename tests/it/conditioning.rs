@@ -1,4 +1,4 @@
-//! Tokens and embeddings against transformers' and diffusers'.
+//! Tokens and embeddings, compared with transformers and diffusers.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -185,8 +185,8 @@ fn check_close(name: &str, got: &Tensor) {
     assert!(error <= 1e-4, "{name}: relative error {error:e}");
 }
 
-/// What the first step is told.
-fn told(script: &PromptSchedule) -> &Embeddings {
+/// The conditioning of the first step.
+fn conditioned(script: &PromptSchedule) -> &Embeddings {
     &script.told[0].positive[0].embeddings
 }
 
@@ -198,7 +198,7 @@ fn check_condition(name: &str, options: PromptOptions) {
     let made =
         instructor().condition(&options, &checkpoint, &mut resources, &placement(), &Context::detached()).unwrap();
     assert_eq!((made.told.len(), made.told[0].positive.len()), (1, 1), "{name}");
-    let (positive, negative) = (told(&made), made.told[0].negative.as_ref().unwrap());
+    let (positive, negative) = (conditioned(&made), made.told[0].negative.as_ref().unwrap());
     check_close(&format!("{name}.context"), &positive.context);
     check_close(&format!("{name}.pooled"), &positive.pooled);
     if name == "chunks" {
@@ -262,13 +262,13 @@ fn repeated_prompt_needs_no_encoder() {
     let second = instructor().condition(&options, &checkpoint, &mut resources, &placement, &ctx).unwrap();
     assert!(resources.model.encoders.resident().is_empty());
     assert_eq!((first.cache, second.cache), (CacheCount { hits: 0, misses: 2 }, CacheCount { hits: 2, misses: 0 }));
-    let difference = (&told(&first).context - &told(&second).context).unwrap().abs().unwrap();
+    let difference = (&conditioned(&first).context - &conditioned(&second).context).unwrap().abs().unwrap();
     assert_eq!(difference.max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
     assert!(resources.embeddings.resident()[0].bytes.0 > 0);
-    // A longer negative prompt needs the prompt anew, as both have the same number of tokens.
+    // Both prompts have the same number of tokens, so a longer negative prompt re-encodes the prompt.
     let longer = PromptOptions { negative_prompt: Some(SENTENCE.repeat(9)), ..options };
     let third = instructor().condition(&longer, &checkpoint, &mut resources, &placement, &ctx).unwrap();
-    assert_eq!(told(&third).context.dims(), [1, 154, 96]);
+    assert_eq!(conditioned(&third).context.dims(), [1, 154, 96]);
 
     resources.embeddings.evict(sdxl_worker::units::Bytes(u64::MAX));
     resources.model.encoders.evict(sdxl_worker::units::Bytes(u64::MAX));
@@ -293,7 +293,7 @@ fn text_encoders_are_released_by_policy() {
         let first = instructor().condition(&options("a"), &checkpoint, &mut resources, &placement, &ctx).unwrap();
         assert_eq!(resources.model.encoders.resident().is_empty(), !stays, "{policy:?}, pinned: {pinned}");
         let second = instructor().condition(&options("b"), &checkpoint, &mut resources, &placement, &ctx).unwrap();
-        assert_eq!(told(&first).context.dims(), told(&second).context.dims());
+        assert_eq!(conditioned(&first).context.dims(), conditioned(&second).context.dims());
     }
 }
 

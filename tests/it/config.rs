@@ -1,4 +1,4 @@
-//! The configuration file: every documented key is read, everything else is an error that names its place.
+//! The configuration file: every documented key is read, and anything else is an error that names its path.
 
 use sdxl_worker::device::interface::{CpuFeatures, Dtype};
 use sdxl_worker::inference::interface::DecodeExtent;
@@ -84,7 +84,7 @@ fn sizes_are_numbers_or_text_with_a_unit() {
     assert_eq!(size("12345"), Allowance::Bytes(Bytes(12345)));
 }
 
-/// The error's whole text must contain every one of `parts`.
+/// The error's text must contain each of `parts`.
 fn check_error(text: &str, parts: &[&str]) {
     let error = Config::parse(text, "test.json").expect_err(text).to_string();
     for part in parts {

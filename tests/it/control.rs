@@ -1,4 +1,4 @@
-//! ControlNets: what a request may say of them, what is refused and how, and what is kept of them.
+//! ControlNets: request options, the errors of unusable files, and caching.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -65,7 +65,7 @@ fn unusable_controlnet_options_name_their_field() {
     }
     narrow.config.as_mut().unwrap()["block_out_channels"] = json!([32, 96, 128]);
     narrow.write(folder.path(), "narrow");
-    // The same in one file, whose sizes are read off its tensors.
+    // The same network as one file; its sizes come from its tensors.
     narrow.config = None;
     narrow.write(folder.path(), "narrow_file");
     let mut foreign = plain;
@@ -111,7 +111,7 @@ fn unusable_controlnet_options_name_their_field() {
     check(second, invalid, "controlnet/1/weight", "0 to 2");
 }
 
-/// As a cache of Hugging Face's hub keeps files: links whose targets have no endings.
+/// The layout of the Hugging Face cache: links to files without an extension.
 #[cfg(unix)]
 #[test]
 fn symlinks_within_the_roots_are_followed() {
@@ -140,7 +140,7 @@ fn symlinks_within_the_roots_are_followed() {
     assert_eq!(error.code(), "path_not_allowed", "{error}");
 }
 
-/// What is made of a model's own weights goes with it; other networks stay.
+/// A Control-LoRA shares its model's weights, so it is unloaded with the model; other networks stay.
 #[test]
 fn control_lora_is_unloaded_with_its_model() {
     let nowhere = tempfile::tempdir().unwrap();
@@ -159,10 +159,10 @@ fn control_lora_is_unloaded_with_its_model() {
     assert_eq!(kept(&worker), ["control_small"]);
 }
 
-/// Shapes of tensors.
+/// Tensor shapes by name.
 type Sizes = HashMap<String, Vec<usize>>;
 
-/// A single file's layers are read off its tensors, and a configuration cannot say everything that tensors can.
+/// A single file's layers come from its tensors, which can hold more than a configuration can express.
 #[test]
 fn controlnet_layers_beyond_the_configuration_are_refused() {
     let demo = Checkpoint::demo().unwrap();
@@ -197,7 +197,7 @@ fn controlnet_layers_beyond_the_configuration_are_refused() {
     refused(&wide, "must be between 1 and 128, got 129");
 }
 
-/// Changes that are no changes of their layers, two of which would be products of many times their size.
+/// Low-rank factors that do not fit their layers; the products of two of them would be many times as large.
 #[test]
 fn control_lora_shapes_are_checked_before_multiplying() {
     let folder = tempfile::tempdir().unwrap();
@@ -225,7 +225,7 @@ fn control_lora_shapes_are_checked_before_multiplying() {
 #[test]
 fn controlnet_file_and_folder_give_the_same_bytes() {
     let more = tempfile::tempdir().unwrap();
-    // Older files keep the weights of linear layers as those of convolutions.
+    // Older files store linear weights as 1×1 convolutions.
     let mut convolved = Layout::open("control_single");
     for (name, shape, ..) in &mut convolved.tensors {
         if name.ends_with("proj_in.weight") || name.ends_with("proj_out.weight") {
@@ -257,12 +257,12 @@ fn controlnet_echo_holds_the_defaults_and_hints_are_cached() {
     let first = generate(&mut worker, Request::Controlnet(Box::new(request(options))), &ctx).unwrap();
     assert_eq!((first.cache.hints.hits, first.cache.hints.misses), (0, 1));
     assert!(ctx.warnings().iter().any(|text| text.contains("`controlnet.0.control_type` has no effect")));
-    let said = serde_json::to_value(&first.parameters.controlnet).unwrap();
+    let echo = serde_json::to_value(&first.parameters.controlnet).unwrap();
     let wanted = json!([{
         "model": "control_small", "image": EDGES, "preprocessor": "canny", "weight": 1.0, "start": 0.0, "end": 1.0,
         "guess_mode": false, "control_type": "canny", "resize_mode": "stretch",
     }]);
-    assert_eq!(said, wanted);
+    assert_eq!(echo, wanted);
     let kept: Vec<_> = worker.managers.resident().into_iter().filter(|one| one.kind == "controlnet").collect();
     assert_eq!(kept.len(), 1);
     assert_eq!(kept[0].name, "control_small");
@@ -284,10 +284,10 @@ fn controlnet_applies_to_the_hires_pass() {
         let larger = GenerateRequest { enable_hr: Some(true), hr_scale: Some(1.5), ..request(controlnet) };
         generate(&mut worker, Request::Generate(Box::new(larger)), &Context::detached()).unwrap()
     };
-    let net = json!({ "model": "control_small", "image": EDGES });
-    let steered = draw(net.clone());
+    let controlnet = json!({ "model": "control_small", "image": EDGES });
+    let steered = draw(controlnet.clone());
     assert_eq!((steered.cache.hints.misses, steered.images[0].width), (2, 96), "one hint for each size");
-    assert_eq!(draw(net).images[0].base64, steered.images[0].base64);
+    assert_eq!(draw(controlnet).images[0].base64, steered.images[0].base64);
     assert_ne!(draw(json!([])).images[0].base64, steered.images[0].base64);
 }
 
@@ -393,7 +393,7 @@ fn schema_accepts_one_controlnet_and_several() {
     }
 }
 
-/// The configurations of published networks, with those sizes that decide whether they fit.
+/// Configurations of published networks, reduced to the sizes that decide whether they fit.
 #[test]
 fn published_controlnet_layouts_are_identified() {
     let plain = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"];
@@ -441,7 +441,7 @@ fn published_controlnet_layouts_are_identified() {
     assert!(narrow.to_string().contains("has 160 channels, and its first feature map 320"), "{narrow}");
     let numbers = check(Some(with(json!({ "addition_time_embed_dim": 128 }))), None).unwrap_err();
     assert!(numbers.to_string().contains("it takes 128 channels for each added number"), "{numbers}");
-    // As many feature maps of as many channels, and of other resolutions.
+    // The same number of feature maps and channels, at other resolutions.
     let even = json!({ "block_out_channels": [320, 320, 320], "attention_head_dim": 5, "up_block_types": up });
     let model: UnetConfig = serde_json::from_value(with(even.clone())).unwrap();
     assert_eq!(check_for(Some(with(even.clone())), None, (&model, 8)).unwrap(), None);

@@ -1,4 +1,4 @@
-//! The ControlNet of the demonstration model, `assets/demo-controlnet/`: what is drawn lies where the hint's edges are.
+//! The ControlNet of the demonstration model, `assets/demo-controlnet/`: the image follows the hint's edges.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -15,7 +15,7 @@ use super::drawing::Worker;
 
 const SIDE: usize = 128;
 
-/// A square that stands where the model would not put it.
+/// A square at a place where the model would not put one.
 fn inside(x: usize, y: usize) -> bool {
     (24..76).contains(&x) && (60..112).contains(&y)
 }
@@ -30,7 +30,7 @@ fn square() -> String {
     STANDARD.encode(bytes)
 }
 
-/// Share of the square and the orange that both have, of what either has.
+/// Intersection over union of the square and the orange pixels.
 fn overlap(picture: &Rgb8) -> f64 {
     let (mut both, mut either) = (0, 0);
     for (at, pixel) in picture.data.chunks_exact(3).enumerate() {
@@ -53,8 +53,9 @@ fn demo_controlnet_follows_the_edges_of_its_hint() {
         });
         if guided {
             let image = serde_json::json!({ "base64": square() });
-            let net = serde_json::json!([{ "model": "demo-controlnet", "image": image, "preprocessor": "canny" }]);
-            request.as_object_mut().unwrap().insert("controlnet".to_owned(), net);
+            let controlnet =
+                serde_json::json!([{ "model": "demo-controlnet", "image": image, "preprocessor": "canny" }]);
+            request.as_object_mut().unwrap().insert("controlnet".to_owned(), controlnet);
         }
         let request: GenerateRequest = serde_json::from_value(request).unwrap();
         overlap(&worker.draw(&request)[0].1)

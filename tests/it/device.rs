@@ -1,4 +1,4 @@
-//! Which device and dtype are chosen, and what is said about those that cannot be.
+//! The choice of device and dtype, and the errors for unavailable ones.
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 use sdxl_worker::context::Context;

@@ -1,4 +1,4 @@
-//! Drawing without the wire: latents and pixels of a request, and how far they are from a reference.
+//! Generates images without the wire, and measures the distance of latents from a reference.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -18,7 +18,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// With the configuration as shipped.
+    /// A worker with the default configuration.
     pub(crate) fn new() -> Self {
         Self::with(&Config::default())
     }
@@ -29,7 +29,7 @@ impl Worker {
         Self { instructors: Instructors::new(settings).unwrap(), managers }
     }
 
-    /// Latents as `[1, C, H, W]` and pixels of each image of a request.
+    /// The latents, `[1, C, H, W]`, and pixels of each image of a request.
     pub(crate) fn draw(&mut self, request: &GenerateRequest) -> Vec<(Tensor, Rgb8)> {
         let ctx = Context::detached();
         let inference = &self.instructors.inference;

@@ -1,4 +1,4 @@
-//! Images that are worked on: what comes back bit for bit, what the answer says, and what is refused.
+//! img2img, inpainting and outpainting: unmasked pixels, the echoed request, and errors.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -39,7 +39,7 @@ fn file(name: &str) -> Rgb8 {
     Rgb8 { width: image.width() as usize, height: image.height() as usize, data: image.into_raw() }
 }
 
-/// Pixels that differ, and whether each is one that may.
+/// The pixels that differ, each with true if it is allowed to.
 fn changed(ours: &Rgb8, original: &Rgb8, may: impl Fn(usize, usize) -> bool) -> (usize, bool) {
     assert_eq!((ours.width, ours.height), (original.width, original.height));
     let pixels = ours.data.chunks_exact(3).zip(original.data.chunks_exact(3)).enumerate();
@@ -80,7 +80,7 @@ fn unmasked_pixels_are_kept_bit_for_bit() {
 #[test]
 fn masked_region_at_the_border_is_undistorted() {
     let (ctx, conditioning) = (Context::detached(), Worker::new().instructors.inference.conditioning);
-    // A picture of columns, of which one half is masked: its region cannot have the square's proportions.
+    // One half of a picture of columns is masked, so its region cannot have the square's proportions.
     let (width, height) = (256, 64);
     let data = (0..width * height).flat_map(|at| [(at % width) as u8; 3]).collect();
     let image = Rgb8 { width, height, data };
@@ -110,7 +110,7 @@ fn masked_region_at_the_border_is_undistorted() {
     let canvas = conditioning.canvas(&options, size, &ctx).unwrap();
     let paste = canvas.paste.unwrap();
     assert_eq!((paste.region.width, paste.region.height), (128, 64));
-    // What was not painted over must land where it was.
+    // Unmasked pixels must be at their old place.
     let pasted = ctx.perform(&PasteBack, PasteTask { painted: &canvas.image, paste: &paste }).unwrap();
     let worst = pasted.data.iter().zip(&image.data).map(|(a, b)| a.abs_diff(*b)).max();
     assert_eq!(worst, Some(0));
@@ -194,7 +194,7 @@ fn unsupported_edits_name_their_field() {
     assert_eq!(generate(&mut worker, Request::Generate(Box::new(outside))).unwrap_err().code(), "path_not_allowed");
 }
 
-/// Pillow 13.0.0's bytes of `scene.png` at other sizes, as CRC-32 of all of them: `tests/steer/make_edits.py`.
+/// CRC-32 of `scene.png` resized by Pillow 13.0.0, made by `tests/steer/make_edits.py`.
 #[test]
 fn resizing_equals_pillow() {
     #[derive(serde::Deserialize)]

@@ -1,4 +1,4 @@
-//! Guidance as a request asks for it: what is refused, what is decided, what is said of it.
+//! Guidance options: errors, defaults and their echo in the result.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

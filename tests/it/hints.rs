@@ -1,4 +1,4 @@
-//! Preprocessors against OpenCV, by the goldens of `tests/steer/make_hints.py`; the cache of hints; `conditioning.preprocess`.
+//! Preprocessors against OpenCV (goldens of `tests/steer/make_hints.py`), the hint cache, and `conditioning.preprocess`.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -45,17 +45,17 @@ fn picture(name: &str, tensor: &Tensor) -> Rgb8 {
     Rgb8 { width, height, data: bytes(tensor) }
 }
 
-fn told(name: &str, options: PreprocessorParameters) -> Result<Parameters> {
+fn resolve(name: &str, options: PreprocessorParameters) -> Result<Parameters> {
     Parameters::resolve(name, PREPROCESSORS.get(name)?.parameters(), &options, "parameters")
 }
 
 fn run(name: &str, image: &Rgb8, options: PreprocessorParameters) -> Rgb8 {
-    let parameters = told(name, options).unwrap();
+    let parameters = resolve(name, options).unwrap();
     let task = HintTask { image, parameters: &parameters };
     Context::detached().perform(PREPROCESSORS.get(name).unwrap(), task).unwrap()
 }
 
-/// What the numbers behind a golden's name are.
+/// The parameters that the numbers in a golden's name stand for.
 fn options(name: &str, numbers: &str) -> PreprocessorParameters {
     let parts: Vec<f64> = match name {
         "canny" => numbers.split('.').filter_map(|n| n.parse().ok()).collect(),
@@ -72,7 +72,7 @@ fn options(name: &str, numbers: &str) -> PreprocessorParameters {
     options
 }
 
-/// Share of bytes that differ, and by how much at most.
+/// The share of bytes that differ, and the largest difference.
 fn difference(ours: &[u8], theirs: &[u8]) -> (f64, u8) {
     assert_eq!(ours.len(), theirs.len());
     let apart = || ours.iter().zip(theirs).map(|(a, b)| a.abs_diff(*b));
@@ -95,7 +95,7 @@ fn preprocessors_equal_opencv() {
         let theirs = if golden.rank() == 2 { theirs.iter().flat_map(|&v| [v; 3]).collect() } else { theirs };
         let (share, most) = difference(&ours.data, &theirs);
         println!("{key:<28} {:>8.4} % differ, by {most} at most", 100.0 * share);
-        // Floats that are summed in another order, and cut to bytes, may fall on the other side.
+        // Floats summed in another order may truncate to the next byte.
         let fine = if name == "lineart" { share < 1e-3 && most <= 1 } else { share == 0.0 };
         if !fine {
             wrong.push(format!("{key}: {share} {most}"));
@@ -127,7 +127,7 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
     cancel.cancel();
     let stopped = Context::new("x".to_owned(), cancel, None, None, Box::new(|_| ()));
     for (name, method) in PREPROCESSORS.iter() {
-        let parameters = told(name, PreprocessorParameters::default()).unwrap();
+        let parameters = resolve(name, PreprocessorParameters::default()).unwrap();
         for (width, height) in [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (7, 4), (64, 33)] {
             let data = (0..3 * width * height).map(|at| (at * 97 % 251) as u8).collect();
             let image = Rgb8 { width, height, data };
@@ -136,8 +136,8 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
             assert_eq!((made.width, made.height, made.data.len()), (width, height, 3 * width * height), "{name}");
             assert_eq!(stopped.perform(method, task).unwrap_err().code(), "cancelled", "{name}");
         }
-        // The numbers that were used, said again, are the same; both ends of a range are taken, and nothing beyond it.
-        assert_eq!(told(name, parameters.said(method.parameters())).unwrap(), parameters);
+        // The reported parameters resolve to themselves; both ends of a range are accepted, and nothing beyond it.
+        assert_eq!(resolve(name, parameters.said(method.parameters())).unwrap(), parameters);
         for parameter in method.parameters() {
             let set = |value: f64| {
                 let mut options = PreprocessorParameters::default();
@@ -157,7 +157,7 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
                 run(name, &image, set(value));
             }
             for value in [parameter.least - 1.0, parameter.most + 1.0, f64::NAN, f64::INFINITY] {
-                let error = told(name, set(value)).unwrap_err();
+                let error = resolve(name, set(value)).unwrap_err();
                 assert_eq!(
                     (error.code(), error.pointer().unwrap()),
                     ("invalid_parameter", format!("/data/parameters/{}", parameter.name))
@@ -166,7 +166,7 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
         }
     }
     let stray = PreprocessorParameters { sigma: Some(1.0), ..PreprocessorParameters::default() };
-    let error = told("canny", stray).unwrap_err();
+    let error = resolve("canny", stray).unwrap_err();
     assert_eq!(error.to_string(), "`parameters.sigma` is no parameter of `canny`");
     assert_eq!(error.hint().unwrap(), "it has `low_threshold`, `high_threshold`");
 }
@@ -212,7 +212,7 @@ fn hints_are_cached_by_content() {
     use ResizeMode::{Crop, Stretch};
     let (cached, first) = hint(&coffee, "canny", None, Stretch, size(128, 96));
     assert!(!cached);
-    // The same bytes elsewhere, and a default that is said, are the same hint.
+    // The same bytes under another name, and an explicit default, are the same hint.
     let (cached, again) = hint(&copy, "canny", Some(100.0), Stretch, size(128, 96));
     assert!(cached && again == first);
     for (path, name, low, resize, size) in [
@@ -260,7 +260,7 @@ fn hint_cache_is_bounded() {
         });
         instructor.hint(&plan.unwrap(), (ImageSize { width: 2048, height: 1024 }, None), &mut resources, &ctx).unwrap();
     }
-    // Twelve of 6 MiB each would be 72.
+    // Twelve hints of 6 MiB would take 72 MiB.
     assert_eq!(resources.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));
 }
 

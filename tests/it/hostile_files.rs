@@ -1,5 +1,5 @@
-//! A corpus of hostile files, made here, all given to one running worker: each must be a typed error in at most a second
-//! and with little memory, and leave the worker drawing what it drew before.
+//! A generated corpus of hostile files, all given to one running worker: each must be a typed error within a second and
+//! little memory, and must not change the images that the worker makes afterwards.
 
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
@@ -24,8 +24,10 @@ use super::wire::Worker;
 
 const SLOWEST: Duration = Duration::from_secs(1);
 const MEMORY_KIB: u64 = 64 * 1024;
+/// Files that the documentation promises.
+const MINIMUM: usize = 1000;
 
-/// Codes that tell whose fault a file is.
+/// Codes that blame the file or the request, not the worker.
 const TYPED: [&str; 7] = [
     "model_corrupt",
     "model_unsupported",
@@ -36,19 +38,19 @@ const TYPED: [&str; 7] = [
     "unsupported_feature",
 ];
 
-/// A hostile file or folder, and how it is asked for.
+/// A hostile file or folder, and the requests that name it.
 pub(crate) struct Case {
     pub(crate) kind: &'static str,
     pub(crate) what: String,
-    /// Requests of which the first that is refused counts.
+    /// Sent in order, until one fails.
     requests: Vec<Value>,
-    /// One of these must be its code; any of [`TYPED`] if there is none.
+    /// The codes that are accepted; any of [`TYPED`] if empty.
     codes: &'static [&'static str],
-    /// A file that is made so long once the first request was answered.
+    /// A file that is truncated to this length after the first answer.
     cut: Option<(PathBuf, u64)>,
 }
 
-/// The files, in a root of models that is left behind by nobody.
+/// The files, in a temporary model root.
 pub(crate) struct Corpus {
     root: tempfile::TempDir,
     /// A sound copy of the demonstration model, outside the root.
@@ -60,7 +62,7 @@ pub(crate) struct Corpus {
 pub(crate) struct Model(PathBuf);
 
 impl Model {
-    /// The file `name`, so that it may be written without changing others: what is not changed is a link.
+    /// Unlinks the file `name`, because unchanged files are hard links to the original, and gives its path.
     pub(crate) fn fresh(&self, name: &str) -> PathBuf {
         let path = self.0.join(name);
         let _ = fs::remove_file(&path);
@@ -75,7 +77,7 @@ impl Model {
         fs::read(self.0.join(name)).unwrap()
     }
 
-    /// Sets what `pointer` names in a JSON file.
+    /// Sets the value at `pointer` in a JSON file.
     pub(crate) fn set(&self, name: &str, pointer: &str, value: Value) {
         let mut json: Value = serde_json::from_slice(&self.read(name)).unwrap();
         match json.pointer_mut(pointer) {
@@ -94,7 +96,7 @@ fn operation(worker: &str, operation: &str, data: &Value) -> Value {
     json!({ "worker_type": worker, "operation": operation, "data": data })
 }
 
-/// A small image, with `fields` over it.
+/// A request for a small image, overridden by `fields`.
 fn generate(fields: &Value) -> Value {
     let mut data = json!({ "prompt": "a lake", "seed": 3, "steps": 1, "width": 64, "height": 64,
                            "output": { "return": "base64" } });
@@ -123,12 +125,12 @@ impl Corpus {
         self.cases.push(Case { kind, what: what.to_owned(), requests, codes, cut: None });
     }
 
-    /// A name for the next case's file.
+    /// A unique name for the next case's file.
     pub(crate) fn name(&self, kind: &str) -> String {
         format!("{kind}-{}", self.cases.len())
     }
 
-    /// Asks for a model in every way.
+    /// A case that inspects, loads and generates with a model.
     pub(crate) fn ask_model(&mut self, kind: &'static str, what: &str, name: &str, codes: &'static [&'static str]) {
         let options = json!({ "model": name });
         let requests =
@@ -136,7 +138,7 @@ impl Corpus {
         self.case(kind, what, requests, codes);
     }
 
-    /// A copy of the demonstration model in which `change` is made.
+    /// A copy of the demonstration model, modified by `change`.
     pub(crate) fn model(
         &mut self,
         kind: &'static str,
@@ -151,12 +153,12 @@ impl Corpus {
         self.ask_model(kind, what, &name, codes);
     }
 
-    /// Cuts the last case's file off once it was looked at.
+    /// Truncates the last case's file after its first request.
     pub(crate) fn cut(&mut self, path: PathBuf, length: u64) {
         self.cases.last_mut().unwrap().cut = Some((path, length));
     }
 
-    /// One file that is asked for as what `fields` says, given its name.
+    /// One file, named in the request by `fields`.
     pub(crate) fn file(
         &mut self,
         kind: &'static str,
@@ -171,14 +173,14 @@ impl Corpus {
         self.case(kind, what, vec![generate(&fields(&name))], codes);
     }
 
-    /// One file that is asked for as a model.
+    /// One file, requested as a model.
     pub(crate) fn checkpoint(&mut self, kind: &'static str, what: &str, bytes: &[u8], codes: &'static [&'static str]) {
         let name = format!("{}.safetensors", self.name("file"));
         fs::write(self.root().join(&name), bytes).unwrap();
         self.ask_model(kind, what, &name, codes);
     }
 
-    /// As [`Self::file`], and the file is then made so long, which takes no room on the disk.
+    /// As [`Self::file`], extended to `length` bytes as a sparse file.
     pub(crate) fn sparse(
         &mut self,
         (kind, what): (&'static str, &str),
@@ -194,7 +196,7 @@ impl Corpus {
     }
 }
 
-/// Copies folders, and links the files in them.
+/// Copies a folder with hard links to its files.
 fn link(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -208,7 +210,7 @@ fn link(from: &Path, to: &Path) {
     }
 }
 
-/// A sound safetensors file of f32 tensors, each filled with one value.
+/// A valid safetensors file of f32 tensors, each filled with one value.
 pub(crate) fn tensors<'a>(all: impl IntoIterator<Item = (&'a str, Vec<usize>, f32)>) -> Vec<u8> {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::<u8>::new());
     for (name, shape, value) in all {
@@ -262,10 +264,10 @@ impl Measured {
         assert_eq!(answer["success"], true, "{answer}");
     }
 
-    /// Asks until it is refused; `None` if it never is.
+    /// Sends the requests until one fails; `None` if none does.
     fn try_case(&mut self, case: &Case) -> Option<Tried> {
         let pid = self.worker.child.id();
-        // The peak is counted from here on.
+        // Resets the peak.
         fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
         let before = status(pid, "VmRSS");
         for (number, request) in case.requests.iter().enumerate() {
@@ -302,7 +304,7 @@ fn hostile_files_are_typed_errors_within_time_and_memory() {
     loras::add(&mut corpus);
     single::add(&mut corpus);
     gguf::add(&mut corpus);
-    assert!(corpus.cases.len() >= 200, "{} cases", corpus.cases.len());
+    assert!(corpus.cases.len() >= MINIMUM, "{} cases, {MINIMUM} are promised", corpus.cases.len());
     let mut worker = Measured::start(corpus.root());
     let picture = worker.picture();
     assert!(picture.as_str().is_some_and(|text| text.len() > 100), "{picture}");
@@ -312,11 +314,11 @@ fn hostile_files_are_typed_errors_within_time_and_memory() {
     for case in &corpus.cases {
         let name = format!("{}: {}", case.kind, case.what);
         let Some(mut tried) = worker.try_case(case) else {
-            wrong.push(format!("{name}: was accepted"));
+            wrong.push(format!("{name}: succeeded"));
             worker.unload();
             continue;
         };
-        // Other work on the machine may delay one answer; a slow loader is slow every time.
+        // Other load on the machine may delay one answer; a slow loader is slow every time.
         for _ in 0..2 {
             if tried.time > SLOWEST || tried.memory_kib > MEMORY_KIB {
                 worker.unload();
@@ -347,7 +349,7 @@ fn hostile_files_are_typed_errors_within_time_and_memory() {
         "{} files; {resident} KiB resident after an image, at most {highest} KiB during all of them",
         corpus.cases.len()
     );
-    assert!(worker.picture() == picture, "the picture is another one");
+    assert!(worker.picture() == picture, "the demonstration image changed");
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), corpus.cases.len(), wrong.join("\n"));
     worker.worker.close_stdin();
     assert_eq!(worker.worker.rest().1, Some(0));

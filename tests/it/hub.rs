@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::conditioning::demo_folder;
-use crate::hub_cache::offline_crew;
+use crate::hub_cache::offline_resources;
 use crate::hub_server::{Faults, Hub, sha256};
 use crate::single_file::single;
 use crate::wire::{Worker, code, long};
@@ -101,14 +101,14 @@ fn fetched(worker: &mut Worker, data: &Value) -> Value {
     answer["data"].clone()
 }
 
-/// The code and the hint of what cannot be fetched.
+/// The code and hint of a fetch that fails.
 fn refused(worker: &mut Worker, data: &Value) -> (String, String) {
     let answer = fetch(worker, data);
     let hint = answer["error"]["hint"].as_str().unwrap_or_default().to_owned();
     (code(&answer).to_owned(), format!("{hint} {}", answer["error"]["message"].as_str().unwrap()))
 }
 
-/// The bytes of an image of a model, and the parameters of its result.
+/// An image of a model as bytes, and the echoed parameters.
 fn image(worker: &mut Worker, model: &str, revision: Option<&str>) -> (Vec<u8>, Value) {
     let mut data = json!({ "prompt": "a hill", "steps": 2, "seed": 7, "model": model });
     if let Some(revision) = revision {
@@ -169,7 +169,7 @@ fn fetched_repository_is_used_offline() {
     assert!(seen.iter().any(|request| request.host.starts_with("localhost")), "{seen:?}");
     let again = fetched(&mut online, &json!({ "model": "owner/demo" }));
     assert_eq!(again["downloaded"], 0);
-    assert_eq!(place.hub.seen().len(), 1, "what is here is not asked for again");
+    assert_eq!(place.hub.seen().len(), 1, "a cached file is not requested again");
     drop(online);
 
     let mut offline = place.worker(false);
@@ -320,12 +320,12 @@ fn interrupted_download_resumes() {
         assert!(ranges.contains(&format!("bytes={half}-")), "{ranges:?}");
         assert_eq!(fs::read(place.snapshot(UNET)).unwrap(), bytes_of(UNET));
     }
-    // The same beginning over and over is no progress.
+    // Repeating the same beginning is no progress.
     let _ = fs::remove_dir_all(place.cache());
     place.hub.fail(Faults { cut: Some((most, 99)), whole: true, ..Faults::default() });
     let mut worker = place.worker(true);
     assert_eq!(refused(&mut worker, &json!({ "model": "owner/demo", "files": UNET })).0, "download_failed");
-    // What another process has begun, and begun wrongly.
+    // A partial file of another process, with wrong bytes.
     for (begun, downloaded) in
         [(bytes_of(UNET)[..half].to_vec(), size), (vec![7; half], size), (vec![7; size + 9], size)]
     {
@@ -389,7 +389,7 @@ fn fetch_blocks_no_request_and_is_cancellable() {
     let slow = model("slow", "fetch", &json!({ "model": "owner/demo" }));
     worker.send(&slow);
     worker.send(&model("next", "fetch", &json!({ "model": "owner/demo" })));
-    // Images are made, and the desk answers, meanwhile.
+    // Generation and queries go on meanwhile.
     image(&mut worker, "demo", None);
     ask(&mut worker, "list", &json!({}));
     let status = worker.ask("status", "status", &json!({}));
@@ -402,7 +402,7 @@ fn fetch_blocks_no_request_and_is_cancellable() {
     }
     assert_eq!(code(&worker.answer("slow")), "cancelled");
 
-    // A connection that is silent holds it up no longer, and a deadline ends it as well.
+    // A silent connection does not block cancellation or a deadline.
     place.hub.fail(Faults { silent: true, ..Faults::default() });
     let begun = Instant::now();
     let mut late = slow.clone();
@@ -411,7 +411,7 @@ fn fetch_blocks_no_request_and_is_cancellable() {
     assert_eq!(code(&worker.answer("slow")), "deadline_exceeded");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 
-    // What came before is not downloaded again.
+    // Bytes that arrived before are not downloaded again.
     place.hub.fail(Faults::default());
     place.hub.seen();
     assert_eq!(fetched(&mut worker, &json!({ "model": "owner/demo" }))["success"], Value::Null);
@@ -452,7 +452,7 @@ fn generation_waits_for_its_download_and_others_overtake() {
     let path = answer["data"]["images"][0]["path"].as_str().unwrap();
     assert_eq!(fs::read(worker.folder.path().join(path)).unwrap(), other);
 
-    // What is here in part is completed, and what cannot be is told as it is.
+    // A partial repository is completed; one that cannot be keeps its own error.
     fs::remove_dir_all(place.cache()).unwrap();
     place.hub.fail(Faults::default());
     fetched(&mut worker, &json!({ "model": "owner/demo/unet" }));
@@ -494,7 +494,7 @@ fn single_file_of_a_repository_is_a_model() {
     assert_eq!(drawn, own);
     assert_eq!((&parameters["model"], &parameters["revision"]), (&json!("owner/big/big.safetensors"), &json!(SECOND)));
     assert_eq!(image(&mut worker, "owner/big/big", Some(SECOND)).0, own);
-    // The repository stands for its only file.
+    // A repository of one file stands for that file.
     fs::remove_dir_all(place.cache()).unwrap();
     let (drawn, parameters) = image(&mut worker, "owner/big", None);
     assert_eq!((drawn, &parameters["model"]), (own.clone(), &json!("owner/big")));
@@ -509,7 +509,7 @@ fn single_file_of_a_repository_is_a_model() {
     let list = ask(&mut offline, "list", &json!({}));
     let names = list["data"]["models"].as_array().unwrap().iter().map(|model| model["name"].clone());
     assert_eq!(names.collect::<Vec<_>>(), ["demo", "owner/big"]);
-    // Beside a model as well.
-    let resources = offline_crew(&place.cache());
+    // As a component, too.
+    let resources = offline_resources(&place.cache());
     assert!(resources.catalog.component_file("owner/big", "loras").is_ok());
 }

@@ -1,4 +1,4 @@
-//! The hub's cache, as Hugging Face's tools leave it: read without a network, whole and broken.
+//! The Hugging Face cache: read without a network, complete and broken.
 #![expect(clippy::unwrap_used, reason = "what cannot be set up fails the test that wanted it")]
 
 use std::fs;
@@ -17,7 +17,7 @@ use crate::conditioning::demo_folder;
 use crate::hub::{FIRST, SECOND, UNET, bytes_of, demo};
 use crate::hub_server::sha256;
 
-/// A cache with the demonstration model as `owner/demo`, as Hugging Face's tools lay it out.
+/// A cache with the demonstration model as `owner/demo`, in the layout of Hugging Face's tools.
 fn cached(cache: &Path) -> PathBuf {
     let repository = cache.join("models--owner--demo");
     for folder in ["blobs", "refs"] {
@@ -103,8 +103,8 @@ fn hub_cache_is_read_as_it_is_and_broken_cache_is_an_error() {
 fn repository_file_or_folder_is_used_as_a_component() {
     let cache = tempfile::tempdir().unwrap();
     cached(cache.path());
-    let mut resources = offline_crew(cache.path());
-    // A whole model stands for its part.
+    let mut resources = offline_resources(cache.path());
+    // A whole model can be named for its component.
     for part in Part::ALL {
         let model = resources.catalog.resolve_with(Some("demo"), &[(part, Some("owner/demo"))]);
         assert!(model.is_ok(), "{part:?}: {model:?}");
@@ -123,7 +123,7 @@ fn repository_file_or_folder_is_used_as_a_component() {
     }
 }
 
-pub(super) fn offline_crew(cache: &Path) -> ModelResources {
+pub(super) fn offline_resources(cache: &Path) -> ModelResources {
     let hub = HubSettings { cache: Some(cache.to_owned()), ..HubSettings::default() };
     ModelResources::new(&Settings { roots: Vec::new(), hub, ..Settings::default() })
 }
@@ -139,6 +139,6 @@ fn folder_under_a_root_takes_precedence_over_the_hub() {
     demo_folder(&root.join("owner/demo"));
     check(&cache, slice::from_ref(&root), "owner/demo", Ok(""));
     check(&cache, &[root], &format!("owner/demo@{FIRST}"), Ok(FIRST));
-    // A root that holds the cache admits nothing that the cache's own rules refuse.
+    // A root above the cache does not bypass the cache's own checks.
     check(&cache, slice::from_ref(&cache), "owner/demo", Ok(FIRST));
 }

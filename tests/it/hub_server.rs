@@ -1,4 +1,4 @@
-//! A hub of a few lines on this machine: repositories, their commits, and the faults that a test wants of it.
+//! A minimal local hub server: repositories, commits, and the faults that a test injects.
 #![expect(clippy::unwrap_used, reason = "what cannot be set up fails the test that wanted it")]
 
 use std::collections::HashMap;
@@ -10,26 +10,26 @@ use std::time::Duration;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-/// What is wrong with the hub.
+/// Injected faults.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Faults {
-    /// Every answer to a request whose path holds the text has this status.
+    /// Requests whose path contains the text get this status.
     pub(crate) status: Option<(String, u16)>,
-    /// Bytes after which the connection ends, that many times.
+    /// The connection closes after so many bytes, so many times.
     pub(crate) cut: Option<(usize, usize)>,
-    /// Stored files come in pieces with this pause between them.
+    /// The pause between the pieces of a stored file.
     pub(crate) slow: Option<Duration>,
-    /// The answers of stored files begin and then nothing follows.
+    /// Answers of stored files stall after their beginning.
     pub(crate) silent: bool,
-    /// What is said instead of the right `ETag`.
+    /// Replaces the right `ETag`.
     pub(crate) etag: Option<String>,
-    /// What is said instead of the right commit of a file.
+    /// Replaces the right commit of a file.
     pub(crate) commit: Option<String>,
-    /// Files have another last byte than they should.
+    /// The last byte of every file is wrong.
     pub(crate) altered: bool,
-    /// A part of a file is answered with the whole.
+    /// Range requests get the whole file.
     pub(crate) whole: bool,
-    /// Files come from the hub itself.
+    /// Files are served by the hub itself, without a redirect.
     pub(crate) direct: bool,
 }
 
@@ -68,7 +68,7 @@ impl Hub {
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let state = Arc::clone(&shared);
-                // A worker that has left cannot be answered.
+                // The worker may have closed the connection.
                 std::thread::spawn(move || drop(answer(stream, port, &state)));
             }
         });
@@ -79,7 +79,7 @@ impl Hub {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Adds a commit, at which `revisions` of the repository stand from now on.
+    /// Adds a commit, and moves `revisions` of the repository to it.
     pub(crate) fn commit(&self, repository: &str, revisions: &[&str], commit: &str, files: Vec<(String, Vec<u8>)>) {
         let mut state = self.state.lock().unwrap();
         for revision in revisions.iter().chain([&commit]) {
@@ -93,7 +93,7 @@ impl Hub {
         self.state.lock().unwrap().faults = faults;
     }
 
-    /// What was asked since the last time.
+    /// The requests since the last call.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.state.lock().unwrap().seen)
     }
@@ -191,7 +191,7 @@ fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Re
     body.truncate(cut.unwrap_or(usize::MAX));
     if faults.silent && large {
         stream.write_all(body.get(..100).unwrap_or_default())?;
-        // Until the other side leaves.
+        // Until the client disconnects.
         return reader.read_to_end(&mut Vec::new()).map(drop);
     }
     match faults.slow.filter(|_| large) {

@@ -1,5 +1,5 @@
-//! Image files that requests bring: unusual ones are read as Pillow reads them (`tests/steer/make_images.py`), hostile ones
-//! are refused at once and without much memory.
+//! Input image files: unusual ones decode as in Pillow (`tests/steer/make_images.py`), hostile ones are refused quickly
+//! and with little memory.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -42,7 +42,7 @@ fn unusual_image_files_decode_as_in_pillow() {
         assert_eq!((image.width, image.height), (width, height), "{name}");
         let most = image.data.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
         println!("{name:<20} {width:>2} × {height:<2} differs by {most} at most");
-        // Two JPEG decoders round differently.
+        // JPEG decoders round differently.
         let fine = if name.ends_with("jpg") { 4 } else { 0 };
         if most > fine {
             wrong.push(format!("{name}: {most}"));
@@ -63,7 +63,7 @@ fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
     [&length[..], kind, data, &(!crc).to_be_bytes()].concat()
 }
 
-/// 8-bit RGB of which the header alone is true.
+/// A PNG of 8-bit RGB in which only the header is valid.
 fn claims(width: u32, height: u32, between: &[u8]) -> Vec<u8> {
     let header = [&width.to_be_bytes()[..], &height.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
     let data = [0x78, 0x01, 0x03, 0x00, 0x00, 0x00, 0x00, 0x01];
@@ -84,7 +84,7 @@ fn png(side: u32) -> Vec<u8> {
     bytes
 }
 
-/// The most memory this process ever held, in bytes; `None` where that cannot be read or reset.
+/// The peak memory of this process in bytes; `None` where it cannot be read or reset.
 fn peak(reset: bool) -> Option<u64> {
     if reset {
         std::fs::write("/proc/self/clear_refs", "5").ok()?;
@@ -94,12 +94,12 @@ fn peak(reset: bool) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-/// Set in the process that does nothing but refuse.
+/// Set in the child process that measures memory.
 const ALONE: &str = "SDXL_WORKER_TEST_ALONE";
 
 /// The error, which must come in under 50 ms.
 fn refused(name: &str, work: impl Fn() -> Result<Rgb8>) -> Error {
-    // Other tests use the processor as well: the best of a few counts.
+    // Other tests run at the same time, so the best of a few counts.
     let mut best = Duration::MAX;
     let mut last = None;
     for _ in 0..5 {
@@ -115,7 +115,7 @@ fn refused(name: &str, work: impl Fn() -> Result<Rgb8>) -> Error {
 
 #[test]
 fn hostile_image_files_are_refused_quickly() {
-    // In a process of its own, whose memory no other test touches.
+    // In a child process, because other tests allocate memory here.
     if std::env::var_os(ALONE).is_none() {
         let own =
             ["image_files::hostile_image_files_are_refused_quickly", "--exact", "--nocapture", "--test-threads", "1"];
@@ -130,7 +130,7 @@ fn hostile_image_files_are_refused_quickly() {
         std::fs::write(&path, bytes).unwrap();
         path
     };
-    // A profile of zeros that is a thousand times as large when it is unpacked.
+    // A colour profile of zeros that inflates a thousandfold.
     let bomb = {
         let mut body = b"x\0\0".to_vec();
         let zeros = vec![0u8; 1 << 24];
@@ -138,7 +138,7 @@ fn hostile_image_files_are_refused_quickly() {
         image::codecs::png::PngEncoder::new(&mut packed)
             .write_image(&zeros, 4096, 4096, ExtendedColorType::L8)
             .unwrap();
-        // Its pixels are a zlib stream of a filter byte and zeros a row.
+        // Each row of the zlib stream is a filter byte and zeros.
         let start = packed.windows(4).position(|name| name == b"IDAT").unwrap();
         let length = u32::from_be_bytes(packed[start - 4..start].try_into().unwrap()) as usize;
         body.extend_from_slice(&packed[start + 4..start + 4 + length]);
@@ -171,7 +171,7 @@ fn hostile_image_files_are_refused_quickly() {
     }
     let path = place("profile.png", &claims(8, 8, &bomb.repeat(3)));
     println!("profile: {:?}", refused("profile.png", || pixels(&path)).code());
-    // A file of 65 MiB, of which not a byte is read.
+    // A file of 65 MiB is refused unread.
     let long = folder.path().join("long.jpg");
     std::fs::File::create(&long).unwrap().set_len(ImageSource::MAX_BYTES + 1).unwrap();
     assert_eq!(refused("65 MiB", || pixels(&long)).code(), "image_too_large");
@@ -180,7 +180,7 @@ fn hostile_image_files_are_refused_quickly() {
         println!("peak memory grew by {:.1} MiB", grown as f64 / 1048576.0);
         assert!(grown < 64 << 20, "{grown} bytes");
     }
-    // Whole files are read, also with something behind their end.
+    // Trailing bytes are ignored.
     for (name, bytes) in [("whole.jpg", &whole), ("whole.png", &whole_png), ("whole.webp", &webp)] {
         pixels(&place(name, bytes)).unwrap();
         pixels(&place(name, &[bytes, &b"behind the end"[..]].concat())).unwrap();

@@ -1,4 +1,4 @@
-//! Adapter files as people have them: where they lie, what trainers write into them, and what stands beside them.
+//! LoRA files as trainers write them: names, metadata and neighbouring files.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 
 use crate::conditioning::demo_folder;
 use crate::drawing::{Worker, distance};
-use crate::loras::{File, asked, load, pixels, small, worker};
+use crate::loras::{File, generate, load, pixels, small, worker};
 
 fn save(file: &File, path: &Path) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     candle_core::safetensors::save(file, path).unwrap();
 }
 
-/// The same file with texts in its header.
+/// The same file with metadata.
 fn say(path: &Path, metadata: &Value) {
     let bytes = fs::read(path).unwrap();
     let length = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
@@ -38,7 +38,7 @@ fn lora_file_name_is_not_a_repository() {
     let plan = |download: bool, request: &GenerateRequest| {
         let mut config = Config::default();
         let model = &mut config.workers.instructors.model;
-        // One root lies in the other.
+        // One root is inside the other.
         model.roots = vec![folder.path().to_owned(), folder.path().join("styles")];
         model.hub.download = download;
         model.hub.cache = Some(cache.path().to_owned());
@@ -106,13 +106,13 @@ fn peft_alphas_are_read_wherever_they_are_stored() {
         let wanted = pixels(&mut worker, &small(&[(&format!("{name}_said"), 0.2)]));
         save(&bare, &place(name).join("adapter_model.safetensors"));
         fs::write(place(name).join("adapter_config.json"), config.to_string()).unwrap();
-        // Of a model that lies in the same folder.
+        // The file belongs to a model in the same folder.
         fs::write(place(name).join("config.json"), r#"{"lora_alpha": 100}"#).unwrap();
-        for asked in [name.to_owned(), format!("{name}/adapter_model.safetensors")] {
-            assert!(pixels(&mut worker, &small(&[(&asked, 0.2)])) == wanted, "{asked}");
+        for model in [name.to_owned(), format!("{name}/adapter_model.safetensors")] {
+            assert!(pixels(&mut worker, &small(&[(&model, 0.2)])) == wanted, "{model}");
         }
     }
-    // diffusers writes a number for each layer: more text than is kept of what trainers say otherwise.
+    // diffusers writes an alpha per layer, more text than other metadata may have.
     let mut file = load("peft");
     file.retain(|key, _| key.starts_with("unet."));
     let halved = file.iter().map(|(key, tensor)| {
@@ -125,9 +125,9 @@ fn peft_alphas_are_read_wherever_they_are_stored() {
     }
     save(&file, &place("long.safetensors"));
     let names = (0..4000).map(|number| (format!("layers.{number}.of.nobody"), json!(7)));
-    let said = json!({ "unet.lora_alpha": 1, "unet.r": 2, "unet.alpha_pattern": Value::Object(names.collect()) });
-    assert!(said.to_string().len() > 100_000);
-    say(&place("long.safetensors"), &json!({ "lora_adapter_metadata": said.to_string() }));
+    let metadata = json!({ "unet.lora_alpha": 1, "unet.r": 2, "unet.alpha_pattern": Value::Object(names.collect()) });
+    assert!(metadata.to_string().len() > 100_000);
+    say(&place("long.safetensors"), &json!({ "lora_adapter_metadata": metadata.to_string() }));
     let wanted = pixels(&mut worker, &small(&[("halved", 1.0)]));
     assert!(pixels(&mut worker, &small(&[("long", 1.0)])) == wanted, "of the long text");
 }
@@ -136,12 +136,12 @@ fn peft_alphas_are_read_wherever_they_are_stored() {
 fn unusable_prompt_tag_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut worker = worker(folder.path());
-    let error = asked(&mut worker, json!({ "prompt": "a <lora:unet:11>" })).unwrap_err();
+    let error = generate(&mut worker, json!({ "prompt": "a <lora:unet:11>" })).unwrap_err();
     assert_eq!((error.code(), error.pointer().as_deref()), ("invalid_parameter", Some("/data/prompt")), "{error}");
     assert!(error.to_string().contains("`<lora:unet:11>`"), "{error}");
 }
 
-/// One magnitude for each output of OpenCLIP's fused projection is three vectors; one for each input cannot be divided.
+/// Magnitudes per output of OpenCLIP's fused projection split in three; magnitudes per input cannot be split.
 #[test]
 fn fused_dora_magnitudes_follow_their_projection() {
     let folder = tempfile::tempdir().unwrap();
@@ -181,7 +181,7 @@ fn fused_dora_magnitudes_follow_their_projection() {
     assert!(pixels(&mut worker, &small(&[("whole", 1.0)])) == wanted, "nothing of the layer is applied");
 }
 
-/// What is stored in f16 is changed as the same numbers in f32 are.
+/// A LoRA on f16 weights gives the same result as on the same values in f32.
 #[test]
 fn f16_weights_are_merged_in_f32() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! LoRA and its relatives against the reference, `tests/adapters/loras.json`: latents must agree to 1e-4 of their standard
-//! deviation. The same file by every naming gives the same bytes, and without it the image is as it was.
+//! LoRA and related formats against the reference, `tests/adapters/loras.json`: latents must agree to 1e-4 of their
+//! standard deviation. A file gives the same bytes under every naming, and removing it restores the image.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -61,7 +61,7 @@ pub(crate) fn small(loras: &[(&str, f64)]) -> GenerateRequest {
     }
 }
 
-/// Bytes of the pixels.
+/// The pixels as bytes.
 pub(crate) fn pixels(worker: &mut Worker, request: &GenerateRequest) -> Vec<u8> {
     worker.draw(request).remove(0).1.data
 }
@@ -113,7 +113,7 @@ fn modules() -> HashMap<String, (&'static str, String)> {
     known
 }
 
-/// What the single file calls a layer of the demonstration model's UNet, which has one residual block at each resolution.
+/// The LDM name of a layer of the demonstration model's UNet, which has one residual block at each resolution.
 fn single_file(name: &str) -> String {
     let number = |text: &str| text.parse::<usize>().unwrap();
     let parts: Vec<&str> = name.splitn(5, '.').collect();
@@ -155,7 +155,7 @@ fn renamed(file: &File, naming: &str) -> File {
             "lora_down.weight" => ("A", "down"),
             _ => ("", ""),
         };
-        // What other writers have no names of their own for.
+        // Other writers have no names of their own for these.
         let common = side.is_empty();
         let is_unet = *network == "unet";
         let new = match naming {
@@ -200,7 +200,7 @@ fn renamed(file: &File, naming: &str) -> File {
     all
 }
 
-/// Ways in which writers name keys, beside kohya's.
+/// Key namings other than kohya's.
 const NAMINGS: [&str; 8] =
     ["peft", "peft-default", "processor", "single-file", "single-file-dotted", "model-dotted", "openclip", "bare"];
 
@@ -220,8 +220,8 @@ fn every_naming_gives_the_same_bytes() {
     }
 }
 
-/// Every format by component and naming: how far the image is from diffusers' with the layers changed by the formula, and
-/// whether the other namings give the same bytes.
+/// Every format by component and naming: the distance from diffusers with the layers changed by the formula; the other
+/// namings must give the same bytes.
 #[test]
 fn every_format_applies_to_every_component_under_every_name() {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(folder().join("formats.json")).unwrap()).unwrap();
@@ -274,7 +274,7 @@ fn removing_a_lora_restores_the_image() {
     assert!(pixels(&mut worker, &plain) == before);
     assert!(pixels(&mut worker, &small(&[("kohya", 0.0)])) == before, "of no weight");
     assert!(pixels(&mut worker, &small(&[("kohya", 1.0)])) == one);
-    // What is shared with networks that were changed otherwise must be what is read anew.
+    // Layers shared with other adapted networks must equal freshly loaded ones.
     let mut fresh = self::worker(folder.path());
     assert!(pixels(&mut fresh, &small(&[("kohya", 0.5), ("conv", 0.5)])) == other);
     assert!(pixels(&mut fresh, &plain) == before);
@@ -317,7 +317,7 @@ fn untouched_layers_are_shared() {
     assert!(encoders.len() == 2 && sum(&encoders) < encoder[0] * 3 / 2, "{encoders:?}");
     pixels(&mut worker, &small(&[("unet", 1.0)]));
     let (unets, encoders) = held(&worker);
-    // What is changed is kept in f32, and was in f16.
+    // Merged layers are f32; they were f16.
     assert!(unets.len() == 2 && sum(&unets) < 2 * unet[0], "{unets:?}");
     assert_eq!(encoders.len(), 2, "the prompt was encoded before");
 }
@@ -394,13 +394,13 @@ fn component_and_block_weights_equal_partial_files() {
         LoraOptions { text_encoder_weight: Some(0.0), blocks: Some(Blocks::Named(blocks)), ..whole.clone() },
         &[("only_mid", 0.5)],
     );
-    // In the prompt: the first weight is the encoders', the second the UNet's.
+    // In the prompt, the first weight is for the text encoders and the second for the UNet.
     let tagged =
         GenerateRequest { prompt: Some("a lighthouse<lora:kohya:0:0.6>".to_owned()), loras: None, ..small(&[]) };
     assert!(pixels(&mut worker, &tagged) == pixels(&mut worker, &small(&[("only_unet", 0.6)])));
 }
 
-pub(crate) fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
+pub(crate) fn generate(worker: &mut Worker, data: serde_json::Value) -> Result<Generated> {
     let mut whole = json!({ "seed": 3, "steps": 1, "width": 64, "height": 64, "output": { "return": "base64" } });
     whole.as_object_mut().unwrap().extend(data.as_object().unwrap().clone());
     let request = Request::Lora(Box::new(serde_json::from_value(whole).unwrap()));
@@ -410,7 +410,7 @@ pub(crate) fn asked(worker: &mut Worker, data: serde_json::Value) -> Result<Gene
     }
 }
 
-/// A file of PEFT's names without alphas, which says elsewhere that they are half the rank.
+/// A file with PEFT names and no alphas; its configuration says that they are half the rank.
 #[test]
 fn alphas_of_peft_and_diffusers_are_found() {
     let folder = tempfile::tempdir().unwrap();
@@ -458,7 +458,7 @@ fn lora_report_and_echo_reproduce_the_image() {
     fs::create_dir(folder.path().join("loras")).unwrap();
     candle_core::safetensors::save(&file, folder.path().join("loras/more.safetensors")).unwrap();
     let mut worker = worker(folder.path());
-    let made = asked(&mut worker, json!({ "prompt": "a lake <lora:more:0.5:0.25>", "loras": "unet" })).unwrap();
+    let made = generate(&mut worker, json!({ "prompt": "a lake <lora:more:0.5:0.25>", "loras": "unet" })).unwrap();
     let facts: Vec<&LoraFacts> = made
         .adapters
         .iter()
@@ -482,7 +482,7 @@ fn lora_report_and_echo_reproduce_the_image() {
     let text = String::from_utf8_lossy(&png(&made).unwrap()).into_owned();
     assert!(text.contains("a lake <lora:unet:1> <lora:more:0.5:0.25>"), "the image's text names them");
     let again = serde_json::to_value(&*made.parameters).unwrap();
-    let same = asked(&mut worker, again).unwrap();
+    let same = generate(&mut worker, again).unwrap();
     assert_eq!(same.images[0].base64, made.images[0].base64);
 }
 
@@ -508,11 +508,12 @@ fn unusable_lora_options_name_their_field() {
         (json!({ "prompt": "a <lora:unet:much>" }), "/data/prompt", "much"),
         (json!({ "prompt": "a", "loras": vec!["unet"; 33] }), "/data/loras", "at most 32"),
     ] {
-        let error = asked(&mut worker, data.clone()).unwrap_err();
+        let error = generate(&mut worker, data.clone()).unwrap_err();
         assert_eq!((error.code(), error.pointer().as_deref()), ("invalid_parameter", Some(pointer)), "{data}: {error}");
         assert!(error.to_string().contains(words), "{data}: {error}");
     }
-    let close = asked(&mut worker, json!({ "prompt": "a", "lora": { "name": "unet", "blocks": { "mid_blok": 1 } } }))
-        .unwrap_err();
+    let close =
+        generate(&mut worker, json!({ "prompt": "a", "lora": { "name": "unet", "blocks": { "mid_blok": 1 } } }))
+            .unwrap_err();
     assert_eq!(close.hint().as_deref(), Some("did you mean `mid_block`?"));
 }

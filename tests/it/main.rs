@@ -1,4 +1,4 @@
-//! Integration tests: behaviour at the boundaries, and goldens.
+//! Integration tests: behaviour at the boundaries, goldens, and the rules of the architecture.
 
 mod adapters;
 mod alone;

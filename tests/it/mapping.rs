@@ -1,4 +1,4 @@
-//! Weights that are mapped and weights that are read: the same picture, and only the mapped files are seen in the process.
+//! Mapped and read weights give the same image, and only the mapped files appear in the process.
 
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::conditioning::demo_folder;
 use crate::wire::Worker;
 
-/// The pixels of one image from a copy of the demonstration model, and whether its files are mapped once it is drawn.
+/// The pixels of an image from a copy of the demonstration model, and true if its files are mapped afterwards.
 fn draw(flags: &[&str]) -> (image::RgbImage, bool) {
     let models = tempfile::tempdir().unwrap();
     let folder = models.path().join("copy");

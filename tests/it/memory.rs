@@ -1,4 +1,4 @@
-//! The allocator: what it hands out is aligned, zero where that is asked for, its owner's alone, and bounded.
+//! The allocator: blocks are aligned, zeroed on request, exclusive to their owner, and the kept ones are bounded.
 
 #![cfg(target_os = "linux")]
 #![expect(
@@ -15,10 +15,10 @@ use sdxl_worker::allocator::{Allocator, HUGE, LARGE, Usage, map_file, populate};
 use sdxl_worker::units::Bytes;
 
 const MIB: usize = 1 << 20;
-/// More than any test keeps.
+/// A limit above what any test keeps.
 const AMPLE: usize = 1 << 30;
 
-/// Memory of one allocator.
+/// A block of one allocator.
 struct Memory<'a> {
     from: &'a Allocator,
     start: *mut u8,
@@ -53,7 +53,7 @@ impl<'a> Memory<'a> {
         self.layout = Layout::from_size_align(size, self.layout.align()).unwrap();
     }
 
-    /// Only of memory that was zeroed or filled.
+    /// The block must have been zeroed or filled.
     fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: the allocator gave this many bytes, and they have been written.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.layout.size()) }
@@ -141,7 +141,7 @@ fn threads_never_share_a_block() {
                     let mark = thread.wrapping_mul(29).wrapping_add(round as u8);
                     let size = LARGE + (round * 7919 + usize::from(thread) * 104_729) % (3 * MIB);
                     let memory = Memory::new(allocator, size);
-                    // Both ends of every page tell who wrote them last.
+                    // Both ends of every page identify the last writer.
                     for at in (0..size).step_by(4096).flat_map(|at| [at, (at + 4095).min(size - 1)]) {
                         // SAFETY: the place is within the block.
                         unsafe { memory.start.add(at).write(mark) };
@@ -187,7 +187,7 @@ fn kept_blocks_never_raise_the_peak() {
     let allocator = Allocator::new(AMPLE);
     let mut held: Vec<Memory> = Vec::new();
     let mut most = 0;
-    // A walk through sizes that hardly ever come twice.
+    // Sizes that hardly ever repeat.
     for round in 0..3000_usize {
         held.push(Memory::new(&allocator, LARGE + (round * 7_368_787) % (15 * MIB)));
         while held.len() > 1 + round % 7 {
@@ -247,7 +247,7 @@ fn released_memory_returns_to_the_system() {
     assert_eq!(allocator.usage().cached, Bytes(64 * Bytes::MIB));
     allocator.release();
     assert_eq!(allocator.usage(), Usage::default());
-    // Another thread's mapping may have taken the place; it would not be wholly resident.
+    // Another thread's mapping may be at the address now; it would not be fully resident.
     assert!(resident(start, 64 * MIB) < 64 * MIB);
 }
 
@@ -258,7 +258,7 @@ fn vectors_of_the_process_use_the_allocator() {
     assert!(sdxl_worker::allocator::usage().live >= Bytes(16 * Bytes::MIB));
 }
 
-/// A file of numbers, no two pages of which are the same.
+/// A file of numbers in which no two pages are equal.
 fn file_of(count: usize) -> (tempfile::NamedTempFile, Vec<u16>) {
     let numbers: Vec<u16> = (0..count).map(|i| (i * 31 + i / 251) as u16).collect();
     let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
@@ -349,7 +349,7 @@ fn unmappable_ranges_are_refused() {
     }
     assert!(map_file::<f32>(file.as_file(), 2, MIB / 2 - 1).is_none(), "f32 askew");
     assert!(map_file::<f32>(file.as_file(), 4, MIB / 2 - 1).is_some());
-    // A file that is cut off later is found out before anybody touches it.
+    // A file that is truncated later is detected before it is read.
     let mapped: Vec<u16> = map_file(file.as_file(), 0, MIB).unwrap();
     file.as_file().set_len(MIB as u64).unwrap();
     match populate(as_bytes(&mapped)) {

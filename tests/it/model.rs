@@ -1,4 +1,4 @@
-//! Checkpoints by name, and what of them stays in memory.
+//! Checkpoints by name, and the caches of loaded networks.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -30,7 +30,7 @@ use sdxl_worker::units::Bytes;
 use crate::conditioning::demo_folder;
 
 fn resources(roots: Vec<PathBuf>) -> ModelResources {
-    // What this machine's cache of the hub holds is no part of a test.
+    // Tests must not read this machine's hub cache.
     let hub = HubSettings { cache: Some("no-hub".into()), ..HubSettings::default() };
     ModelResources::new(&Settings { roots, hub, ..Settings::default() })
 }
@@ -336,7 +336,7 @@ fn loading_reports_progress_and_can_be_cancelled() {
     let error = ModelInstructor.instruct(request, on_cpu().with(&mut resources), &ctx).unwrap_err();
     assert_eq!(error.code(), "cancelled");
     let seen = seen.lock().unwrap();
-    // How often depends on the machine; what is read grows, and nothing follows the cancellation.
+    // How often depends on the machine; progress grows, and nothing follows the cancellation.
     let mut components: Vec<_> = seen.iter().map(|(component, ..)| *component).collect();
     components.dedup();
     assert_eq!(components, ["text_encoder", "text_encoder_2"]);
@@ -372,7 +372,7 @@ fn cache_evicts_the_least_recently_used() {
     assert!(shelf.get(&keys[0]).is_none() && shelf.get(&keys[1]).is_some());
     shelf.insert(keys[3].clone(), "d", Bytes(40), ());
     assert_eq!(names(&shelf), ["b", "d"]);
-    // What is larger than the capacity stays alone.
+    // An entry larger than the capacity stays, alone.
     shelf.insert(keys[4].clone(), "e", Bytes(400), ());
     assert_eq!((names(&shelf), shelf.bytes()), (vec!["e".to_owned()], Bytes(400)));
     shelf.insert(keys[0].clone(), "a", Bytes(40), ());
@@ -392,12 +392,12 @@ fn caches_share_a_budget_and_evict_in_order() {
     budget.begin(Bytes(100), None);
     encoders.insert(keys[0].clone(), "e", Bytes(30), ());
     unets.insert(keys[0].clone(), "u", Bytes(60), ());
-    // More than the capacity, and all of one request.
+    // More than the capacity, all used by one request.
     vaes.insert(keys[0].clone(), "v", Bytes(20), ());
     assert_eq!(budget.bytes(), Bytes(110));
     budget.begin(Bytes(100), None);
     assert_eq!(budget.evictable(Reach::Others), Bytes(110));
-    // What the earlier request used goes, text encoders before the VAE before the UNet.
+    // Entries of the earlier request are evicted: text encoders, then the VAE, then the UNet.
     vaes.insert(keys[1].clone(), "w", Bytes(10), ());
     assert_eq!(
         (names(&encoders), names(&vaes), names(&unets)),
@@ -405,7 +405,7 @@ fn caches_share_a_budget_and_evict_in_order() {
     );
     vaes.insert(keys[2].clone(), "x", Bytes(25), ());
     assert_eq!((names(&vaes), names(&unets)), (vec!["w".into(), "x".into()], vec!["u".into()]));
-    // What is held by somebody frees nothing, and what the running request used stays.
+    // Entries that are still referenced free nothing, and those of the running request stay.
     let held = unets.get(&keys[0]);
     assert_eq!(budget.evict(Bytes(1000), Reach::Idle), Bytes(35));
     drop(held);

@@ -1,5 +1,5 @@
-//! Text encoders, UNet and VAE against diffusers and transformers, number for number. The goldens are made by
-//! `tests/goldens/make_networks.py`, whose header names the versions.
+//! Text encoders, UNet and VAE, compared with diffusers and transformers. `tests/goldens/make_networks.py` makes the
+//! goldens and names the versions.
 
 #![expect(clippy::print_stdout, reason = "the measured errors are the test's report")]
 #![expect(clippy::unwrap_used, reason = "a test may panic, and so may what it calls")]
@@ -22,7 +22,7 @@ const UNETS: [&str; 6] =
     ["refiner", "conv_projection", "uneven_layers", "inpaint_odd_size", "no_mid_block", "plain_mid_block"];
 const VAES: [&str; 2] = ["vae", "vae_no_quant"];
 
-/// Dtypes of activations and of weights, and the largest error of the largest value.
+/// Dtypes of activations and weights, and the largest error relative to the largest value.
 #[derive(Clone, Copy)]
 struct Precision {
     activations: DType,
@@ -93,7 +93,7 @@ fn parse<T: serde::de::DeserializeOwned>(config: &Value) -> T {
     serde_json::from_value(config.clone()).unwrap()
 }
 
-/// max |Δ| / max |reference|; infinite where a value is no number.
+/// max |Δ| / max |reference|; infinite if a value is NaN.
 fn relative_error(ours: &Tensor, reference: &Tensor) -> f64 {
     let values = |x: &Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (ours, reference) = (values(ours), values(reference));
@@ -175,13 +175,13 @@ fn tiled_decode_gives_the_same_image() {
     assert_eq!((strips.dims(), strips.dtype()), (whole.dims(), whole.dtype()));
     let precision = Precision { tolerance: 1e-5, ..PRECISIONS[0] };
     check_close("strips", precision, &strips, &whole);
-    let asked = Cell::new(0);
-    let stop = || match asked.replace(asked.get() + 1) {
+    let polls = Cell::new(0);
+    let stop = || match polls.replace(polls.get() + 1) {
         40.. => Err(Error::Cancelled),
         _ => Ok(()),
     };
     assert_eq!(decoder.decode(&latents, Extent::Strips, &stop).unwrap_err().code(), "cancelled");
-    assert_eq!(asked.get(), 41);
+    assert_eq!(polls.get(), 41);
 }
 
 #[test]
@@ -196,8 +196,8 @@ fn tiled_encode_gives_the_same_latents() {
     let precision = Precision { tolerance: 1e-5, ..PRECISIONS[0] };
     check_close("mean in strips", precision, &strips.mean, &whole.mean);
     check_close("logvar in strips", precision, &strips.logvar, &whole.logvar);
-    let asked = Cell::new(0);
-    let stop = || match asked.replace(asked.get() + 1) {
+    let polls = Cell::new(0);
+    let stop = || match polls.replace(polls.get() + 1) {
         20.. => Err(Error::Cancelled),
         _ => Ok(()),
     };
@@ -352,7 +352,7 @@ fn cancellation_takes_effect_within_one_unet_evaluation() {
         Ok(())
     })
     .unwrap();
-    // 15 layers and the middle block, 12 transformer blocks, the beginning and the end; and the text is read by those 12.
+    // 15 layers and the middle block, 12 transformer blocks, the first and last layers; and cross-attention keys of those 12.
     let whole = calls.get();
     assert_eq!(whole, 42);
     for stop in [1, 7, 20, whole] {
@@ -420,7 +420,7 @@ fn odd_width_sinusoids_end_with_zero() {
     assert!(near && row[0].len() == 5, "{row:?}, wanted {wanted:?}");
 }
 
-/// Checks a configuration as the model domain does: it may not parse, or `check` refuses it. Gives the message.
+/// The message with which a configuration is refused, by the parser or by `check`.
 fn judge(kind: &str, config: &Value) -> Option<String> {
     fn parsed<T: serde::de::DeserializeOwned>(config: &Value, check: impl Fn(&T) -> Result<()>) -> Option<String> {
         match serde_json::from_value::<T>(config.clone()) {
@@ -547,7 +547,7 @@ fn no_configuration_panics() {
                 config[key] = value.clone();
                 tried += 1;
                 let _ = judge(kind, &config);
-                // No weights: whatever is accepted must end at the first of them.
+                // There are no weights: an accepted configuration must fail at the first of them.
                 let loaded = match kind {
                     "unet" => serde_json::from_value(config).ok().map(|c| Unet::load(&empty(), &c).is_ok()),
                     "vae" => serde_json::from_value(config)

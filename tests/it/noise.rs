@@ -1,4 +1,4 @@
-//! Noise against what torch draws: tests/goldens/make_noise.py.
+//! Noise, compared with torch: `tests/goldens/make_noise.py`.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -21,7 +21,7 @@ fn seed_and_shape(name: &str) -> (u64, Vec<usize>) {
     (parts[1].parse().unwrap(), parts[2].split('x').map(|side| side.parse().unwrap()).collect())
 }
 
-/// The next draw as torch lays it out, `[1, C, H, W]`.
+/// The next draw in torch's layout, `[1, C, H, W]`.
 fn planes(source: &mut NoiseSource) -> Vec<f32> {
     source.draw().unwrap().permute((0, 3, 1, 2)).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }

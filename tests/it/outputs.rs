@@ -1,4 +1,4 @@
-//! Images on their way out and back: pixels, formats, metadata, and files that are never overwritten or misplaced.
+//! Output and input of images: pixels, formats, metadata, and files that are never overwritten or misplaced.
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 use std::path::Path;
@@ -85,7 +85,7 @@ impl Place {
         }
     }
 
-    /// Every file beneath the root, hidden ones too.
+    /// Every file under the root, including hidden ones.
     fn files(&self) -> Vec<String> {
         fn walk(folder: &Path, found: &mut Vec<String>) {
             for entry in std::fs::read_dir(folder).unwrap() {
@@ -150,7 +150,7 @@ fn non_finite_pixel_is_a_numerical_error() {
     }
 }
 
-/// What every entry of [`FORMATS`] must do.
+/// The contract of every entry of [`FORMATS`].
 #[test]
 fn every_format_round_trips_the_image_and_its_text() {
     let (place, image) = (Place::new(), picture());
@@ -449,7 +449,7 @@ fn non_image_is_refused_before_decoding() {
     writer.write_chunk(png::chunk::IDAT, &[0; 16]).unwrap();
     drop(writer);
     check(ImageSource::Base64(STANDARD.encode(&bomb)), "image_too_large");
-    // Every truncation of a real file is an answer, not a panic.
+    // No truncation of a real file panics.
     for (_, format) in FORMATS.iter() {
         let text = text("a lighthouse");
         let task = EncodeTask { image: &picture(), quality: 90, text: Some(&text) };

@@ -1,10 +1,10 @@
 //! Text to image against diffusers, request by request. `tests/parity/make_cases.py` made the references from the
 //! demonstration model in f32 on the CPU; `tests/parity/versions.json` names the versions.
 //!
-//! Three cases are chaotic: noise moved by one unit in the last place moves what diffusers draws by more than the
-//! tolerance, or nearly so (`tests/parity/spread.json`, by `make_spread.py`), and so does another CPU. For these, what
-//! diffusers draws in f64 is stored too. Ours must be within the tolerance of the one or the other, or err no more than
-//! the reference does: lie no farther from what is drawn in f64 than diffusers' own f32.
+//! Three cases are chaotic: moving the noise by one unit in the last place moves diffusers' result by about the tolerance
+//! or more (`tests/parity/spread.json`, by `tests/parity/make_spread.py`), and so does another CPU. For these the f64
+//! result of diffusers is stored too. Ours must be within the tolerance of either, or at least as close to f64 as
+//! diffusers' own f32 is.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -20,7 +20,7 @@ use super::drawing::{Worker, distance};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 struct LatentTolerance(f64);
-/// Decibels, over the 8-bit images.
+/// Lowest PSNR in dB over the 8-bit images.
 struct LeastPsnr(f64);
 
 fn folder() -> PathBuf {
@@ -54,7 +54,7 @@ fn psnr(ours: &Rgb8, reference: &Path) -> f64 {
     if mse == 0.0 { 99.0 } else { 10.0 * (255.0_f64.powi(2) / mse).log10() }
 }
 
-/// Runs `cases` in `precision` and prints how far each is from the reference. Gives the PSNR of each image.
+/// Runs `cases` in `precision`, prints the distance of each from the reference, and gives the PSNR of each image.
 fn check(
     cases: &[String],
     (dtype, quantization): (Dtype, Quantization),

@@ -1,4 +1,4 @@
-//! The syntax of prompts, from the request to what the UNet is told. What is drawn with it is compared in `steer.rs`.
+//! Prompt syntax, from the request to the UNet's conditioning. `steer.rs` compares the images.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -59,7 +59,7 @@ fn instructor() -> ConditioningInstructor {
     ConditioningInstructor { settings: Settings::default(), roots: Roots::new([]), delivery }
 }
 
-fn told(options: &PromptOptions, resources: &mut ConditioningResources) -> Result<PromptSchedule> {
+fn condition(options: &PromptOptions, resources: &mut ConditioningResources) -> Result<PromptSchedule> {
     let checkpoint = resources.model.catalog.resolve(None).unwrap();
     instructor().condition(options, &checkpoint, resources, &placement(), &Context::detached())
 }
@@ -68,14 +68,14 @@ fn options(prompt: &str) -> PromptOptions {
     PromptOptions { prompt: prompt.to_owned(), guided: true, steps: 10, ..PromptOptions::default() }
 }
 
-/// Steps of `prompt` by the place of what they are told, and how many parts and samples each thing told has.
+/// The conditioning index of each step of `prompt`, and the number of parts and samples of each conditioning.
 fn check(prompt: &str, steps: &[usize], parts: &[usize]) {
-    let script = told(&options(prompt), &mut resources(&models())).unwrap();
+    let script = condition(&options(prompt), &mut resources(&models())).unwrap();
     let got: Vec<usize> = (0..10).map(|done| script.at(done)).collect();
     assert_eq!(got, steps, "{prompt}");
-    let counts: Vec<usize> = script.told.iter().map(|told| told.positive.len()).collect();
+    let counts: Vec<usize> = script.told.iter().map(|conditioning| conditioning.positive.len()).collect();
     assert_eq!(counts, parts, "{prompt}");
-    assert!(script.told.iter().all(|told| told.negative.is_some()), "{prompt}");
+    assert!(script.told.iter().all(|conditioning| conditioning.negative.is_some()), "{prompt}");
 }
 
 #[test]
@@ -85,8 +85,8 @@ fn prompt_is_encoded_in_spans() {
     check("[a|b]", &[0, 0, 1, 0, 1, 0, 1, 0, 1, 0], &[1, 1]);
     check("[a|a] hill", &[0; 10], &[1]);
     check("[a|b] AND [c:d:0.2] AND e", &[0, 0, 1, 2, 3, 2, 3, 2, 3, 2], &[3, 3, 3, 3]);
-    // Past the last step, as a sampler may look once more.
-    let script = told(&options("[a:b:3]"), &mut resources(&models())).unwrap();
+    // Past the last step, because a sampler may evaluate once more.
+    let script = condition(&options("[a:b:3]"), &mut resources(&models())).unwrap();
     assert_eq!((script.at(10), script.at(999)), (1, 1));
 }
 
@@ -98,7 +98,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f32 {
 #[test]
 fn weights_of_one_change_nothing() {
     let context = |options: &PromptOptions| {
-        let script = told(options, &mut resources(&models())).unwrap();
+        let script = condition(options, &mut resources(&models())).unwrap();
         script.told[0].positive[0].embeddings.context.clone()
     };
     let plain = context(&options("a red hill"));
@@ -112,19 +112,19 @@ fn weights_of_one_change_nothing() {
     assert_eq!(difference(&literal, &context(&options(r"a \(red:1.5\) hill"))), 0.0);
 }
 
-/// What the first step is told of the prompt, and of the negative prompt.
+/// The first step's embeddings of the prompt and of the negative prompt.
 fn contexts(options: &PromptOptions) -> [Tensor; 2] {
-    let script = told(options, &mut resources(&models())).unwrap();
-    let told = &script.told[0];
-    [told.positive[0].embeddings.context.clone(), told.negative.as_ref().unwrap().context.clone()]
+    let script = condition(options, &mut resources(&models())).unwrap();
+    let first = &script.told[0];
+    [first.positive[0].embeddings.context.clone(), first.negative.as_ref().unwrap().context.clone()]
 }
 
 #[test]
 fn encoding_is_independent_of_other_prompts() {
     let blurry = |prompt: &str| PromptOptions { negative_prompt: Some("blurry".to_owned()), ..options(prompt) };
     let [alone, _] = contexts(&options("a hill"));
-    let [beside, negative] = contexts(&blurry("a hill"));
-    assert_eq!(difference(&alone, &beside), 0.0);
+    let [paired, negative] = contexts(&blurry("a hill"));
+    assert_eq!(difference(&alone, &paired), 0.0);
     for prompt in ["[a hill|b|c|d|e]", "a hill AND fog :0.5 AND (rain:1.3)"] {
         let [first, other] = contexts(&blurry(prompt));
         assert_eq!(difference(&other, &negative), 0.0, "{prompt}");
@@ -143,30 +143,31 @@ fn masked_fragments_change_no_other_prompt() {
         negative_prompt: Some("(a:0.5)(b:0.6)".repeat(count)),
         ..options("a (hill:0.5) in fog")
     };
-    // In one pass of the encoder, and in two.
+    // In one encoder pass, and in two.
     let (few, many) = (contexts(&compel(1)), contexts(&compel(35)));
     assert_eq!(difference(&few[0], &many[0]), 0.0);
-    let error = told(&compel(129), &mut resources(&models())).unwrap_err();
+    let error = condition(&compel(129), &mut resources(&models())).unwrap_err();
     let (code, pointer) = (error.code(), error.pointer());
     assert_eq!((code, pointer.as_deref()), ("invalid_parameter", Some("/data/negative_prompt")), "{error}");
     assert!(error.to_string().contains("at most 256 fragments"), "{error}");
     assert!(
-        told(&PromptOptions { weighting: PromptWeighting::A1111, ..compel(129) }, &mut resources(&models())).is_ok()
+        condition(&PromptOptions { weighting: PromptWeighting::A1111, ..compel(129) }, &mut resources(&models()))
+            .is_ok()
     );
 }
 
 #[test]
 fn composed_prompt_without_guidance_has_a_negative() {
-    let script = told(&PromptOptions { guided: false, ..options("a AND b") }, &mut resources(&models())).unwrap();
+    let script = condition(&PromptOptions { guided: false, ..options("a AND b") }, &mut resources(&models())).unwrap();
     assert!(script.told[0].negative.is_some());
-    let script = told(&PromptOptions { guided: false, ..options("a") }, &mut resources(&models())).unwrap();
+    let script = condition(&PromptOptions { guided: false, ..options("a") }, &mut resources(&models())).unwrap();
     assert!(script.told[0].negative.is_none());
 }
 
 #[test]
 fn embedding_cache_key_covers_every_option() {
     let mut resources = resources(&models());
-    let mut count = |options: PromptOptions| told(&options, &mut resources).unwrap().cache;
+    let mut count = |options: PromptOptions| condition(&options, &mut resources).unwrap().cache;
     let fresh = CacheCount { hits: 0, misses: 1 };
     let known = CacheCount { hits: 1, misses: 0 };
     assert_eq!(count(options("a (red:1.5) hill")), fresh);
@@ -186,7 +187,7 @@ fn textual_inversion_reaches_both_encoders() {
     let entries = [EmbeddingRequest { name: STYLE.to_owned(), token: None }];
     let embeddings = instructor().embeddings(&entries, &resources.model.catalog).unwrap();
     let with = PromptOptions { embeddings, ..options("a hill, Steer-Style") };
-    let script = told(&with, &mut resources).unwrap();
+    let script = condition(&with, &mut resources).unwrap();
     let applied = AppliedEmbedding {
         name: format!("embeddings/{STYLE}"),
         token: STYLE.to_owned(),
@@ -194,14 +195,14 @@ fn textual_inversion_reaches_both_encoders() {
         encoders: vec!["text_encoder", "text_encoder_2"],
     };
     assert_eq!(script.applied, [applied]);
-    let without = told(&options("a hill, Steer-Style"), &mut resources).unwrap();
+    let without = condition(&options("a hill, Steer-Style"), &mut resources).unwrap();
     assert_eq!((script.cache.misses, without.cache.misses), (1, 1));
     let context = |script: &PromptSchedule| script.told[0].positive[0].embeddings.context.clone();
     for (from, width) in [(0, 32), (32, 64)] {
         let part = |script: &PromptSchedule| context(script).narrow(2, from, width).unwrap();
         assert!(difference(&part(&script), &part(&without)) > 0.1, "channels from {from}");
     }
-    assert_eq!(told(&with, &mut resources).unwrap().cache, CacheCount { hits: 1, misses: 0 });
+    assert_eq!(condition(&with, &mut resources).unwrap().cache, CacheCount { hits: 1, misses: 0 });
 }
 
 fn planned(request: GenerateRequest) -> Result<GenerateRequest> {
@@ -271,10 +272,10 @@ fn embedding_token_may_appear_where_it_is_not_encoded() {
 fn oversized_prompts_are_refused() {
     let changing = PromptOptions { steps: 600, ..options(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
     let mut resources = resources(&models());
-    assert_eq!(told(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().told.len(), 1);
+    assert_eq!(condition(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().told.len(), 1);
     let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
     let error =
-        told(&PromptOptions { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut resources);
+        condition(&PromptOptions { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut resources);
     assert!(error.unwrap_err().to_string().contains("prompts together must be at most 512 texts of 2 chunks"));
 }
 
@@ -287,7 +288,7 @@ fn prompt_echo_holds_the_defaults() {
     assert_eq!(made.embeddings, Some(vec![EmbeddingRequest { name, token: Some("a".to_owned()) }]));
 }
 
-/// The answer to `data`, as it stands on the wire.
+/// The answer to `data` as JSON.
 fn answer(worker: &mut Worker, data: &str) -> serde_json::Value {
     let request: GenerateRequest = serde_json::from_str(data).unwrap();
     let output = OutputOptions { return_as: Some(ReturnAs::Base64), ..OutputOptions::default() };
@@ -328,7 +329,7 @@ fn inversion(tensors: &[(&str, (usize, usize))]) -> Error {
     let mut resources = resources(root.path());
     let entries = [EmbeddingRequest { name: "x".to_owned(), token: None }];
     let embeddings = instructor().embeddings(&entries, &resources.model.catalog).unwrap();
-    told(&PromptOptions { embeddings, ..options("x") }, &mut resources).unwrap_err()
+    condition(&PromptOptions { embeddings, ..options("x") }, &mut resources).unwrap_err()
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The wire as a client meets it, against the real binary.
+//! The wire protocol, tested against the real binary.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::wire::{Worker, code, control, long, schema, validator};
 
 const HOSTILE: &[u8] = include_bytes!("../fixtures/hostile.ndjson");
 
-/// The lines of the fixture that ask for an answer.
+/// The non-blank lines of the fixture.
 fn hostile() -> Vec<&'static [u8]> {
     let lines = HOSTILE.split(|byte| *byte == b'\n');
     lines.filter(|line| !line.iter().all(u8::is_ascii_whitespace)).collect()
@@ -32,7 +32,7 @@ fn every_hostile_line_gets_one_answer_with_its_code() {
             assert_eq!(line["success"], true, "{line}");
             continue;
         }
-        // The fixture's ids begin with the code that the line shall get.
+        // The fixture's ids begin with the expected code.
         let wanted = id.rsplit_once('-').map_or("", |(wanted, _)| wanted);
         let got = code(line);
         assert!(wanted == got || ["auto", ""].contains(&wanted), "{line}");
@@ -46,7 +46,7 @@ fn every_hostile_line_gets_one_answer_with_its_code() {
     assert_eq!(ids.len(), lines.len(), "no id is answered twice");
 }
 
-/// Sends one line and gives the error that answers it.
+/// The error that answers a line.
 fn refusal(line: &str) -> Value {
     let mut worker = Worker::start(&[]);
     worker.send_bytes(line.as_bytes());
@@ -166,7 +166,7 @@ fn running_request_is_cancelled_within_a_step_while_control_answers() {
         }
         steps += usize::from(line["event"] == "progress");
     };
-    // The step that ran when the cancellation came, and one whose word was under way.
+    // The step that ran at the cancellation, and one whose event was already on its way.
     assert!(steps <= 2, "{steps} steps after the cancellation");
     assert_eq!(code(&end), "cancelled");
     let found = worker.ask("c2", "cancel", &json!({ "request_id": "r" }));
@@ -292,7 +292,7 @@ fn third_signal_ends_at_once() {
     worker.send(&long("r"));
     worker.send(&long("waits"));
     worker.until(|line| line["request_id"] == "waits" && line["event"] == "accepted");
-    // Each signal is seen before the next is sent, because equal pending signals are one.
+    // Equal pending signals merge, so each is sent after the previous one was handled.
     worker.signal(libc::SIGINT);
     worker.answer("waits");
     worker.signal(libc::SIGTERM);
@@ -343,7 +343,7 @@ fn closed_stdout_ends_the_process_idle_or_busy() {
     let mut idle = Worker::start_without_reader(&[]);
     assert_eq!(idle.exit_code(), Some(74));
     let mut busy = Worker::start_without_reader(&[]);
-    // The pipe may break before the line is in it, which is as good.
+    // The pipe may break before the line is written, which is equivalent.
     let line = format!("{}\n", long("r"));
     busy.try_send(line.as_bytes());
     assert_eq!(busy.exit_code(), Some(74));
@@ -355,7 +355,7 @@ fn stdout_carries_protocol_only_and_logs_go_to_stderr() {
     worker.ask("l", "set_log_level", &json!({ "level": "debug" }));
     worker.send(&json!({ "request_id": "r", "prompt": "a", "steps": 1, "width": 64, "height": 64 }));
     worker.close_stdin();
-    // Every line read is checked against the schema.
+    // `Worker` checks every line against the schema.
     let (lines, exit) = worker.rest();
     assert_eq!((lines.len(), exit), (1, Some(0)));
     assert!(!worker.stderr().is_empty());
@@ -366,13 +366,13 @@ fn control_operations_answer_in_the_schema() {
     let mut worker = Worker::start(&[]);
     let hello = worker.ask("1", "hello", &json!({}));
     assert_eq!(hello["protocol"], "1.3", "{hello}");
-    let told = worker.ask("2", "capabilities", &json!({}));
+    let capabilities = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(
-        told["operations"]["inference"],
+        capabilities["operations"]["inference"],
         json!(["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"]),
-        "{told}"
+        "{capabilities}"
     );
-    assert!(told["samplers"].as_array().unwrap().contains(&json!("ddim")), "{told}");
+    assert!(capabilities["samplers"].as_array().unwrap().contains(&json!("ddim")), "{capabilities}");
     assert_eq!(&worker.ask("3", "schema", &json!({})), schema());
     for (id, operation) in ["ping", "health", "metrics", "status", "cancel_all"].iter().enumerate() {
         worker.ask(&format!("c{id}"), operation, &json!({}));
@@ -400,7 +400,7 @@ fn schema_agrees_with_the_worker() {
         if let Ok(value) = serde_json::from_slice::<Value>(line)
             && let Some(("invalid_parameter", _)) = value["request_id"].as_str().and_then(|id| id.rsplit_once('-'))
         {
-            // The format `int64` names a range that validators do not check; null stands for an absent key.
+            // Validators do not check the range of `int64`; null stands for an absent key.
             let beyond = value["data"].is_null() || value.to_string().contains("9223372036854775808");
             assert!(beyond || !requests.is_valid(&value), "{value}");
         }
@@ -410,7 +410,7 @@ fn schema_agrees_with_the_worker() {
 #[test]
 fn exit_codes_of_a_bad_start() {
     let check = |flags: &[&str], wanted: i32| {
-        // stdin stays open: the worker ends by itself.
+        // stdin stays open: the worker exits by itself.
         let mut worker = Worker::start(flags);
         assert_eq!(worker.rest(), (vec![], Some(wanted)), "{flags:?}");
     };

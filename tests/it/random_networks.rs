@@ -1,5 +1,5 @@
-//! Networks of random weights, too large to keep: `tests/steer/layouts/` says which tensors there are and by what
-//! they are scaled, and torch's noise, which both sides draw alike, fills them.
+//! Networks of random weights, too large to store: `tests/steer/layouts/` lists the tensors and their scales, and torch's
+//! noise, which both sides draw identically, fills them.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,7 +17,7 @@ pub(crate) struct Layout {
     #[serde(rename = "made_by")]
     _made_by: String,
     pub(crate) seed: u64,
-    /// `config.json` beside the weights; null for a network in one file.
+    /// `config.json`; null for a network in one file.
     pub(crate) config: Option<serde_json::Value>,
     /// Name, shape, scale, offset.
     pub(crate) tensors: Vec<(String, Vec<usize>, f32, f32)>,

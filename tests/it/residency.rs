@@ -1,4 +1,4 @@
-//! Memory: the ladder that is climbed where it is short, and that what is said of it is so.
+//! Memory: the fallbacks when it is short, and the accuracy of what is reported.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and tells what it measured")]
 
@@ -13,18 +13,18 @@ use crate::drawing;
 use crate::wire::{Worker, code};
 
 const MIB: u64 = 1 << 20;
-/// How far what a process takes differs from one start to the next.
+/// The variation of a process's memory from one start to the next.
 const SLACK: u64 = 3 * MIB / 2;
-/// What threads and caches keep of a first image beside networks, at most.
+/// The most that threads and caches keep after a first image, besides networks.
 const KEPT: u64 = 40 * MIB;
-/// Enough passes that the UNet's feature maps, not the decoder's, are the largest moment.
+/// Enough passes that the UNet's feature maps, not the decoder's, are the peak.
 const PARTS: usize = 16;
 
-/// A worker that may take so many bytes, if it is told, with copies of the demonstration model in a folder.
+/// A worker with an optional memory limit and copies of the demonstration model in a folder.
 struct Limited {
     worker: Worker,
     _config: tempfile::TempDir,
-    asked: usize,
+    requests: usize,
 }
 
 impl Limited {
@@ -35,12 +35,12 @@ impl Limited {
             models.map_or(json!({ "cache_size": "1GB" }), |models| json!({ "cache_size": "1GB", "roots": [models] }));
         let instructors = json!({ "device": { "device": "cpu", "host_memory": limit }, "model": model });
         fs::write(&file, json!({ "workers": { "instructors": instructors } }).to_string()).unwrap();
-        Self { worker: Worker::start(&["--config", file.to_str().unwrap()]), _config: config, asked: 0 }
+        Self { worker: Worker::start(&["--config", file.to_str().unwrap()]), _config: config, requests: 0 }
     }
 
     fn send(&mut self, worker_type: &str, operation: &str, data: &Value) -> Value {
-        self.asked += 1;
-        let id = format!("m-{}", self.asked);
+        self.requests += 1;
+        let id = format!("m-{}", self.requests);
         let line = json!({ "request_id": id, "worker_type": worker_type, "operation": operation, "data": data });
         self.worker.send(&line);
         self.worker.answer(&id)
@@ -64,7 +64,7 @@ impl Limited {
         self.ask("device", "memory", &json!({}))["process"][key].as_u64().unwrap()
     }
 
-    /// Bytes that count against its limit.
+    /// The bytes that count towards its limit.
     fn taken(&mut self) -> u64 {
         self.process("anonymous") - self.process("kept")
     }
@@ -84,7 +84,7 @@ fn image(answer: &Value) -> &str {
     answer["images"][0]["base64"].as_str().unwrap()
 }
 
-/// Whether two images are the same, but for values that lie so near the middle between two bytes that rounding decides.
+/// True if two images are equal, except for values so close to a rounding boundary that either byte is right.
 fn alike(ours: &Value, reference: &Value) -> bool {
     let pixels = |answer: &Value| {
         let file = base64::engine::general_purpose::STANDARD.decode(image(answer)).unwrap();
@@ -126,7 +126,7 @@ fn every_memory_mode_makes_the_same_image() {
         assert!(more["offload"].is_null() || image(&made) == image(&plain), "{more} makes another image");
         let (key, value) = more.as_object().unwrap().iter().next().unwrap();
         assert_eq!(made["parameters"][key], *value);
-        // The files of a model that is not embedded are mapped.
+        // The files of models other than the embedded one are mapped.
         let of_disk = free.draw(&with(
             with(request(192, 1), &more),
             &json!({ "model": "copy", "output": { "return": "base64", "metadata": false } }),
@@ -182,14 +182,14 @@ fn fallbacks_are_taken_as_far_as_the_limit_requires() {
         assert!(alike(&made, &plain), "{expected:?} makes another image");
         let (rss, peak) = (worker.process("rss"), worker.process("peak_rss"));
         let files = rss - worker.process("anonymous");
-        println!("{expected:?}: limit {limit}, peak {} beside files", peak - files);
+        println!("{expected:?}: limit {limit}, peak {} without files", peak - files);
         assert!(peak - files < limit + limit / 8, "{expected:?}: {} of {limit}", peak - files);
     };
     check(taken + way(&Value::Null) + SLACK, &[]);
     check(taken + way(&json!("strips")) + SLACK, &["strips"]);
     check(taken + way(&json!("slice")) + SLACK, &["strips", "slice"]);
     check(taken + way(&json!("text_encoders")) + SLACK, &["strips", "slice", "text_encoders"]);
-    // What is here already is not to be had again.
+    // Loaded networks are not counted again.
     let mut worker = Limited::new(Some(taken + way(&Value::Null) + KEPT), None);
     for time in 1..=3 {
         let made = worker.draw(&wanted);
@@ -289,7 +289,7 @@ fn other_models_are_evicted_unless_pinned() {
     assert_eq!(code(&refused), "out_of_memory", "{refused}");
     let hint = refused["error"]["hint"].as_str().unwrap();
     assert!(hint.contains("are pinned: `copy`"), "{hint}");
-    // What is pinned itself is drawn as before.
+    // The pinned model still works.
     tight.draw(&other);
     tight.ask("model", "pin", &json!({ "model": "copy", "pin": false }));
     tight.draw(&own);
@@ -310,9 +310,9 @@ fn estimate_is_near_the_measured_peak() {
         let estimate = worker.estimate(&wanted);
         worker.draw(&wanted);
         let measured = worker.process("peak_rss") - before;
-        let told = estimate["activations"].as_u64().unwrap();
-        let off = 100.0 * (told as f64 / measured as f64 - 1.0);
-        println!("{side}² {more}: {told} told, {measured} measured, {off:+.0} %");
-        assert!(off.abs() < 15.0, "{side}² {more}: {told} told, {measured} measured");
+        let estimated = estimate["activations"].as_u64().unwrap();
+        let off = 100.0 * (estimated as f64 / measured as f64 - 1.0);
+        println!("{side}² {more}: {estimated} estimated, {measured} measured, {off:+.0} %");
+        assert!(off.abs() < 15.0, "{side}² {more}: {estimated} estimated, {measured} measured");
     }
 }

@@ -1,4 +1,4 @@
-//! Schedules and samplers against diffusers: tests/goldens/make_schedules.py.
+//! Schedules and samplers, compared with diffusers: `tests/goldens/make_schedules.py`.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -18,9 +18,9 @@ use sdxl_worker::scheduler::schedule::NoiseSchedule;
 use sdxl_worker::scheduler::workers::{SAMPLERS, SPACINGS};
 use serde::Deserialize;
 
-/// Relative, of every σ.
+/// Largest relative error of a σ.
 const SIGMAS: f64 = 1e-6;
-/// Absolute, of every timestep: the reference computes some of them in f32 from f32 logarithms.
+/// Largest error of a timestep: the reference computes some of them in f32 from f32 logarithms.
 const TIMESTEPS: f64 = 1e-4;
 /// Largest difference at the end of a run, over the standard deviation of the golden.
 const RUNS: f64 = 1e-5;
@@ -159,7 +159,7 @@ fn training_tables_equal_torch() {
     {
         let golden = values(&tensors[&format!("alphas_cumprod.{name}")]);
         let table = NoiseSchedule::new(config, zero).unwrap().alphas_cumprod;
-        // The rescaling takes roots and squares, of which torch rounds some the other way.
+        // torch rounds some of the rescaling's roots and squares the other way.
         let ulps = if zero { 2.0 } else { 0.0 };
         let apart: Vec<_> = table
             .iter()

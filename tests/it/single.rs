@@ -1,4 +1,4 @@
-//! Single files: the same model as its folder to the last bit, every variant by its header, and parts of other files.
+//! Single files: bit-equal to their folder, every variant identified by its header, and components of other files.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -114,7 +114,7 @@ fn single_files_are_listed_inspected_loaded_and_unloaded() {
         ("unet.safetensors", None, true),
     ];
     assert_eq!(seen, expected);
-    // A folder's files have headers of their own.
+    // A folder's files have their own headers.
     assert!(list.models[1].bytes.0.abs_diff(list.models[0].bytes.0) < 100_000, "{list:?}");
 
     let (file, folder) =
@@ -137,20 +137,20 @@ fn single_files_are_listed_inspected_loaded_and_unloaded() {
         away: false,
     };
     let (scope, ctx) = (RequestScope::Compute { placement }, Context::detached());
-    let mut told = |request: Request| ModelInstructor.instruct(request, scope.with(&mut resources), &ctx).unwrap();
-    let Response::Load(loaded) = told(Request::Load(named("below/file"))) else { panic!("load") };
-    let Response::Load(same) = told(Request::Load(named("folder"))) else { panic!("load") };
+    let mut instruct = |request: Request| ModelInstructor.instruct(request, scope.with(&mut resources), &ctx).unwrap();
+    let Response::Load(loaded) = instruct(Request::Load(named("below/file"))) else { panic!("load") };
+    let Response::Load(same) = instruct(Request::Load(named("folder"))) else { panic!("load") };
     assert_eq!(loaded.bytes, same.bytes);
     let pin = PinRequest { model: Some("below/file.safetensors".to_owned()), revision: None, pin: Some(true) };
-    let Response::Pin(pinned) = told(Request::Pin(pin)) else { panic!("pin") };
+    let Response::Pin(pinned) = instruct(Request::Pin(pin)) else { panic!("pin") };
     assert_eq!(pinned.bytes, loaded.bytes);
-    let Response::Unload(freed) = told(Request::Unload(named("below/file"))) else { panic!("unload") };
+    let Response::Unload(freed) = instruct(Request::Unload(named("below/file"))) else { panic!("unload") };
     assert_eq!(freed.models, ["below/file.safetensors"]);
-    // A model goes with whatever parts it was loaded with.
+    // Unloading a model frees it with any components.
     let mut apart = named("folder");
     apart.vae = Some("below/file".to_owned());
-    told(Request::Load(apart));
-    let Response::Unload(freed) = told(Request::Unload(named("folder"))) else { panic!("unload") };
+    instruct(Request::Load(apart));
+    let Response::Unload(freed) = instruct(Request::Unload(named("folder"))) else { panic!("unload") };
     assert!(freed.freed.0 >= 2 * loaded.bytes.0, "{freed:?}");
 }
 
@@ -224,7 +224,7 @@ fn variants_are_identified_by_names_and_shapes() {
     let inputs = |inputs| Build { inputs, ..BASE };
     let facts = check(&plain(BASE), ("sdxl_base", None, epsilon, false));
     let counts: Vec<_> = facts.components.iter().map(|c| (c.name, c.parameters)).collect();
-    // As many as the published networks have.
+    // The counts of the published networks.
     let published =
         [("text_encoder", 123_060_480), ("text_encoder_2", 694_659_840), ("unet", 2_567_463_684), ("vae", 83_653_863)];
     assert_eq!(counts, published);
@@ -252,11 +252,14 @@ fn variants_are_identified_by_names_and_shapes() {
     check(&marked(&["edm_vpred.sigma_max", "edm_vpred.sigma_min"]), ("sdxl_base", Some("cosxl"), v, false));
     let edit = Marked { build: inputs(8), marks: &["edm_vpred.sigma_max"], metadata: &[] };
     check(&edit, ("sdxl_instruct_pix2pix", Some("cosxl"), v, false));
-    let said = |metadata| Marked { build: BASE, marks: &[], metadata };
-    check(&said(&[("modelspec.title", "SDXL Turbo")]), ("sdxl_base", Some("turbo"), epsilon, false));
-    check(&said(&[("modelspec.title", "DreamShaper XL Lightning")]), ("sdxl_base", Some("lightning"), epsilon, false));
-    check(&said(&[("modelspec.prediction_type", "v")]), ("sdxl_base", Some("v_prediction"), v, false));
-    check(&said(&[("modelspec.prediction_type", "epsilon")]), ("sdxl_base", None, epsilon, false));
+    let with_metadata = |metadata| Marked { build: BASE, marks: &[], metadata };
+    check(&with_metadata(&[("modelspec.title", "SDXL Turbo")]), ("sdxl_base", Some("turbo"), epsilon, false));
+    check(
+        &with_metadata(&[("modelspec.title", "DreamShaper XL Lightning")]),
+        ("sdxl_base", Some("lightning"), epsilon, false),
+    );
+    check(&with_metadata(&[("modelspec.prediction_type", "v")]), ("sdxl_base", Some("v_prediction"), v, false));
+    check(&with_metadata(&[("modelspec.prediction_type", "epsilon")]), ("sdxl_base", None, epsilon, false));
 }
 
 fn check_family(build: &Build) -> &'static str {
@@ -339,8 +342,8 @@ fn pickles_are_refused_whatever_their_name() {
         fs::write(root.path().join(name), bytes).unwrap();
         let error = inspect(root.path(), named(name)).unwrap_err();
         assert_eq!(error.code(), "unsafe_format", "{name}: {error}");
-        let beside = ModelRequest { vae: Some(name.to_owned()), ..ModelRequest::default() };
-        let error = inspect(root.path(), beside).unwrap_err();
+        let request = ModelRequest { vae: Some(name.to_owned()), ..ModelRequest::default() };
+        let error = inspect(root.path(), request).unwrap_err();
         assert_eq!(error.code(), "unsafe_format", "{name}: {error}");
     }
     let Response::List(list) = ask(root.path(), Request::List(Nothing {})).unwrap() else { panic!("list") };
@@ -353,7 +356,7 @@ fn components_of_other_files_replace_the_models() {
     let path = |name: &str| root.path().join(name);
     let mut file = File::read(&path("file.safetensors"));
     let whole = single(&path("folder"), 1);
-    // Another autoencoder: the same turned upside down in brightness.
+    // Another autoencoder: the same with inverted brightness.
     let mut other = File::default();
     for (name, (dtype, shape, bytes)) in file.tensors.clone() {
         let Some(name) = name.strip_prefix("first_stage_model.") else { continue };
@@ -378,7 +381,7 @@ fn components_of_other_files_replace_the_models() {
         request
     };
     let own = |name: &str| Some(name.to_owned());
-    // Parts of the same numbers change nothing.
+    // Components with the same values change nothing.
     for part in ["file.safetensors", "file", "folder"] {
         let all = with("unet", &|r| {
             r.vae = own(part);
@@ -390,12 +393,12 @@ fn components_of_other_files_replace_the_models() {
     }
     assert_eq!(plain, drawn(&mut worker, &with("demo", &|r| r.vae = own("folder/vae"))));
     assert_eq!(plain, drawn(&mut worker, &with("folder", &|r| r.unet = own("unet"))));
-    let turned = drawn(&mut worker, &with("folder", &|r| r.vae = own("other-vae")));
-    assert_eq!(plain.0, turned.0, "the latents are the UNet's");
-    assert_ne!(plain.1, turned.1, "the picture is the other autoencoder's");
-    // Shelves do not mix them up.
+    let inverted = drawn(&mut worker, &with("folder", &|r| r.vae = own("other-vae")));
+    assert_eq!(plain.0, inverted.0, "the latents are the UNet's");
+    assert_ne!(plain.1, inverted.1, "the picture is the other autoencoder's");
+    // The caches keep them apart.
     assert_eq!(plain, drawn(&mut worker, &request("folder")));
-    assert_eq!(turned, drawn(&mut worker, &with("file", &|r| r.vae = own("other-vae.safetensors"))));
+    assert_eq!(inverted, drawn(&mut worker, &with("file", &|r| r.vae = own("other-vae.safetensors"))));
 
     let refused = |request: &GenerateRequest, worker: &mut Worker, says: &str| {
         let Err(error) = worker.instructors.inference.plan(request, &mut worker.managers) else { panic!("{says}") };
@@ -408,9 +411,9 @@ fn components_of_other_files_replace_the_models() {
     fs::copy(path("folder/text_encoder/model.safetensors"), path("clip_l.safetensors")).unwrap();
     let narrow = with("folder", &|r| r.text_encoder = own("clip_l"));
     refused(&narrow, &mut worker, "how many heads share 32 channels");
-    let mut said = File::read(&path("clip_l.safetensors"));
-    said.metadata.insert("config.text_encoder".to_owned(), whole.metadata["config.text_encoder"].clone());
-    said.write(&path("clip_l.safetensors"));
+    let mut clip = File::read(&path("clip_l.safetensors"));
+    clip.metadata.insert("config.text_encoder".to_owned(), whole.metadata["config.text_encoder"].clone());
+    clip.write(&path("clip_l.safetensors"));
     assert_eq!(plain, drawn(&mut worker, &narrow));
     let echoed = with("folder", &|r| r.vae = own("other-vae"));
     let plan = worker.instructors.inference.plan(&echoed, &mut worker.managers).unwrap();

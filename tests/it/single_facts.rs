@@ -1,5 +1,4 @@
-//! What single files and named parts say of themselves: configurations from shapes against the published ones, how a
-//! UNet was trained, and what stands for what.
+//! Facts inferred from single files and components: configurations from shapes, the prediction type, and precedence.
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -30,7 +29,7 @@ fn resolved(root: &Path, name: &str, parts: &[(Part, Option<&str>)]) -> Result<A
     resources(root).catalog.resolve_with(Some(name), parts)
 }
 
-/// What `unet/config.json` of a published model says.
+/// The values of a published model's `unet/config.json`.
 struct Published {
     build: Build,
     heads: &'static [usize],
@@ -119,7 +118,7 @@ fn unet_file_brings_its_prediction_type() {
         marked.insert(name.to_owned(), vec![1, 4, 1, 1]);
     }
     sparse(&marked, "F16", &[], &path("playground.safetensors"));
-    // Both come first, and all their numbers are ones.
+    // Both sort first, and all their values are ones.
     let header = fs::File::open(path("playground.safetensors")).map(|mut file| {
         let mut length = [0; 8];
         std::io::Read::read_exact(&mut file, &mut length).unwrap();
@@ -137,7 +136,7 @@ fn unet_file_brings_its_prediction_type() {
     assert_eq!((plain.vae.scaling_factor, &plain.vae.latents_std), (0.13025, &None));
     assert_ne!(plain.key, model.key);
 
-    // So does the folder of a whole model, and its UNet's own.
+    // So do a whole model's folder and its UNet's own folder.
     demo_folder(&path("plain"));
     demo_folder(&path("other"));
     let edit = |file: &str, key: &str, value: serde_json::Value| {
@@ -153,7 +152,7 @@ fn unet_file_brings_its_prediction_type() {
         let model = resolved(root.path(), "plain", &[(Part::Unet, Some(name))]).unwrap();
         assert_eq!(model.scheduler.prediction_type, Prediction::VPrediction, "{name}");
         assert_eq!((model.variant, model.vae.scaling_factor), (Some("v_prediction"), 0.25), "{name}");
-        // An autoencoder that is named beside it says its own scale.
+        // A separately named autoencoder has its own scale.
         let both = [(Part::Vae, Some("plain/vae")), (Part::Unet, Some(name))];
         let model = resolved(root.path(), "plain", &both).unwrap();
         assert_ne!(model.vae.scaling_factor, 0.25);
@@ -198,12 +197,12 @@ fn refiner_continues_from_the_same_latents() {
     };
     assert_eq!(refused("demo", Some("demo")), "");
     for refiner in ["scaled", "moved"] {
-        let said = refused("demo", Some(refiner));
-        assert!(said.starts_with("invalid_parameter") && said.contains("latents are others"), "{said}");
+        let error = refused("demo", Some(refiner));
+        assert!(error.starts_with("invalid_parameter") && error.contains("latents are others"), "{error}");
     }
-    // Noise of Karras et al. has no prediction of the sample.
-    let said = refused("whole", None);
-    assert!(said.starts_with("model_unsupported") && said.contains("got `sample`"), "{said}");
+    // EDM models have no `sample` prediction.
+    let error = refused("whole", None);
+    assert!(error.starts_with("model_unsupported") && error.contains("got `sample`"), "{error}");
 }
 
 #[test]
@@ -240,7 +239,7 @@ fn folder_does_not_hide_a_file_of_its_name() {
     assert_eq!(bytes("anime").unwrap(), below);
     let own = write("anime.safetensors", 8);
     assert_eq!(bytes("anime").unwrap(), own);
-    // A folder with one file of weights stands for it, unless a file has the name.
+    // A folder with one weight file stands for it, unless a file has the name.
     fs::create_dir_all(path("style")).unwrap();
     let only = write("style/by-someone.safetensors", 16);
     assert_eq!(bytes("style").unwrap(), only);
@@ -252,7 +251,7 @@ fn folder_does_not_hide_a_file_of_its_name() {
 fn latents_with_mean_and_std_are_scaled_as_in_diffusers() {
     let mut vae = Checkpoint::demo().unwrap().vae;
     vae.scaling_factor = 0.5;
-    // Playground v2.5's own.
+    // The values of Playground v2.5.
     vae.latents_mean = Some(vec![-1.6574, 1.886, -1.383, 2.5155]);
     vae.latents_std = Some(vec![8.4927, 5.9022, 6.5498, 5.2299]);
     let latents = [0.25_f32, -1.0, 2.0, 0.5];

@@ -1,4 +1,4 @@
-//! Writes single files: a folder of diffusers' under the names of the networks' first publications.
+//! Writes single files: converts a diffusers folder to LDM and OpenCLIP names.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -54,7 +54,7 @@ impl File {
         }
     }
 
-    /// The same numbers, which are f16, in f32.
+    /// The f16 values as f32.
     pub(crate) fn widened(mut self) -> Self {
         for (dtype, _, bytes) in self.tensors.values_mut().filter(|(dtype, ..)| dtype == "F16") {
             *dtype = "F32".to_owned();
@@ -120,7 +120,7 @@ fn resnet_name(name: &str) -> String {
     replaced(name, &pairs)
 }
 
-/// What single files call a UNet's tensor. `crossed` are the tensors of transformers.
+/// The single-file name of a UNet's tensor. `crossed` are the tensors of transformers.
 pub(crate) fn unet_name(name: &str, layers: usize, crossed: &[String]) -> String {
     if let Some(rest) = name.strip_prefix("mid_block.") {
         return match rest.split_once('.').unwrap() {
@@ -196,7 +196,7 @@ fn vae_name(name: &str, last: usize) -> String {
     format!("{half}.{}", replaced(rest, &pairs))
 }
 
-/// The second text encoder as OpenCLIP stores it: queries, keys and values in one matrix, and the projection turned round.
+/// The second text encoder as OpenCLIP stores it: queries, keys and values in one matrix, and the projection transposed.
 fn open_clip(own: File) -> File {
     let mut made = File::default();
     let pairs = [
@@ -238,12 +238,12 @@ fn open_clip(own: File) -> File {
 
 fn transposed((dtype, shape, bytes): &Stored) -> Stored {
     let (rows, columns, width) = (shape[0], shape[1], bytes.len() / (shape[0] * shape[1]));
-    let mut turned = Vec::with_capacity(bytes.len());
+    let mut transposed = Vec::with_capacity(bytes.len());
     for column in 0..columns {
         for row in 0..rows {
             let start = (row * columns + column) * width;
-            turned.extend(&bytes[start..start + width]);
+            transposed.extend(&bytes[start..start + width]);
         }
     }
-    (dtype.clone(), vec![columns, rows], turned)
+    (dtype.clone(), vec![columns, rows], transposed)
 }

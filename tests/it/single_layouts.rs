@@ -1,4 +1,4 @@
-//! Full-size networks of SDXL by names and shapes, and files of them that hold no numbers.
+//! Full-size SDXL networks by names and shapes, and sparse files of them.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -9,14 +9,14 @@ use std::path::Path;
 
 use super::single_file::unet_name;
 
-/// How a full-size UNet is built.
+/// The layout of a full-size UNet.
 #[derive(Clone, Copy)]
 pub(crate) struct Build {
     pub(crate) inputs: usize,
     pub(crate) channels: &'static [usize],
-    /// Transformers of each layer on the way down, `None` for a level without.
+    /// Transformer depth of each level on the way down, `None` for a level without.
     pub(crate) down: &'static [Option<&'static [usize]>],
-    /// 0 transformers is one residual block alone.
+    /// 0 means a single residual block.
     pub(crate) mid: Option<usize>,
     pub(crate) up: &'static [Option<&'static [usize]>],
     pub(crate) layers: usize,
@@ -255,7 +255,7 @@ pub(crate) fn big_clip(n: usize) -> Layout {
     all
 }
 
-/// A file of these tensors in f16, which takes no room on the disk.
+/// A sparse file of these tensors in f16.
 pub(crate) fn sparse(layout: &Layout, dtype: &str, metadata: &[(&str, &str)], path: &Path) {
     let mut header = serde_json::Map::new();
     if !metadata.is_empty() {

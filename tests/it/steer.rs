@@ -1,5 +1,5 @@
-//! Everything that steers an image, against the reference: `tests/steer/*.json` hold requests by mode, made with their
-//! golden latents by the script that each names. Latents must agree to 1e-3 of their standard deviation.
+//! Conditioning and guidance modes against the reference. `tests/steer/*.json` hold requests by mode, and each names the
+//! script that made its golden latents. Latents must agree to 1e-3 of their standard deviation.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -22,7 +22,7 @@ const TOLERANCE: f64 = 1e-3;
 /// The samplers that every mode is compared with.
 const SAMPLERS: [&str; 4] = ["ddim", "euler", "dpmpp_2m", "euler_ancestral"];
 
-/// Distances by mode, case without its sampler's name, and sampler.
+/// Distances by mode, case (without its sampler) and sampler.
 type Matrix = BTreeMap<(String, String), BTreeMap<String, f64>>;
 
 #[derive(serde::Deserialize)]
@@ -39,8 +39,8 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/steer")
 }
 
-/// Models beside the demonstration model, made from it: `inpaint9`, whose UNet takes five more channels, with weights
-/// that the goldens' script draws from the same seed.
+/// Models derived from the demonstration model: the UNet of `inpaint9` has five more input channels, with weights drawn
+/// from the same seed as in the goldens' script.
 fn models() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
@@ -64,7 +64,7 @@ fn models() -> tempfile::TempDir {
     root
 }
 
-/// `refiner`: the second encoder alone, and a UNet that is told aesthetic scores, of random weights.
+/// `refiner`: the second text encoder alone, and a random UNet conditioned on aesthetic scores.
 fn refiner(demo: &Path, root: &Path) {
     let folder = root.join("refiner");
     for part in ["text_encoder_2", "vae", "scheduler"] {
@@ -92,7 +92,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Every case of a file, and how far each is from its golden.
+/// The cases of a file, and the distance of each from its golden.
 fn check(file: &Path, models: &Path, matrix: &mut Matrix) -> Vec<String> {
     let mode: Mode = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let goldens = candle_core::safetensors::load(file.with_extension("safetensors"), &Device::Cpu).unwrap();

@@ -1,4 +1,4 @@
-//! Weights that stay as files have them: the same bits as if they had been cast before, and GGUF files against diffusers.
+//! Weights kept in their stored dtype give the same bits as weights cast beforehand; GGUF files against diffusers.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -31,7 +31,7 @@ fn worker(root: &Path) -> Worker {
     Worker::with(&config)
 }
 
-/// The tensors of a part of the demonstration model, in f32.
+/// The tensors of a component of the demonstration model, in f32.
 fn demo(part: &str, file: &str) -> HashMap<String, Tensor> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo").join(part).join(file);
     let all = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
@@ -62,7 +62,7 @@ fn write(path: &Path, entries: &BTreeMap<String, Entry>) {
     fs::write(path, [&(text.len() as u64).to_le_bytes()[..], &text, &data].concat()).unwrap();
 }
 
-/// The demonstration model as `name`, each tensor made by `entry` of its name and numbers.
+/// The demonstration model as `name`, with each tensor made by `entry` from its name and values.
 fn model(root: &Path, name: &str, entry: impl Fn(&str, &[f32]) -> (&'static str, Vec<u8>)) {
     let folder = root.join(name);
     demo_folder(&folder);
@@ -77,7 +77,7 @@ fn model(root: &Path, name: &str, entry: impl Fn(&str, &[f32]) -> (&'static str,
     }
 }
 
-/// Of weights in eight bits that have one.
+/// The scale of fp8 weights that have one.
 const SCALE: f32 = 0.371;
 
 fn is_scaled(dtype: &str, name: &str) -> bool {
@@ -125,7 +125,7 @@ fn stored_f16_and_bf16_equal_weights_cast_beforehand() {
     }
 }
 
-/// The codes of a dtype of eight bits, and the numbers that they are.
+/// The codes of an fp8 dtype, and their values.
 fn codes(coding: Coding) -> Vec<(u8, f32)> {
     let all: Vec<u8> = (0..=255).collect();
     let bytes = Tensor::from_vec(all.clone(), 256, &Device::Cpu).unwrap();
@@ -147,7 +147,7 @@ fn fp8_weights_equal_their_decoded_values() {
         let (a, b) = (codes[above.saturating_sub(1)], codes[above]);
         if (a.1 - x).abs() < (b.1 - x).abs() { a } else { b }
     };
-    // Some tensors of each kind; norms and biases too.
+    // Some tensors of each kind, including norms and biases.
     let of = |name: &str| {
         if name.len().is_multiple_of(3) { ("F8_E5M2", &e5m2) } else { ("F8_E4M3", &e4m3) }
     };
@@ -174,11 +174,11 @@ struct Layouts {
     _made_by: String,
     config: serde_json::Value,
     request: GenerateRequest,
-    cases: BTreeMap<String, Vec<Laid>>,
+    cases: BTreeMap<String, Vec<TensorLayout>>,
 }
 
-/// Name, shape, type, seed, scale, minimum, whether it is laid as rows of 256.
-type Laid = (String, Vec<u64>, String, u64, f64, f64, bool);
+/// Name, shape, type, seed, scale, minimum, and true if stored as rows of 256.
+type TensorLayout = (String, Vec<u64>, String, u64, f64, f64, bool);
 
 fn hashed(count: u64, seed: u64) -> impl Iterator<Item = u32> {
     (0..count).map(move |i| {
@@ -190,7 +190,7 @@ fn hashed(count: u64, seed: u64) -> impl Iterator<Item = u32> {
 }
 
 /// The bytes of a tensor, as the goldens' script makes them, and the number of its type.
-fn bytes((_, shape, kind, seed, scale, least, _): &Laid) -> (Vec<u8>, u32) {
+fn bytes((_, shape, kind, seed, scale, least, _): &TensorLayout) -> (Vec<u8>, u32) {
     let count: u64 = shape.iter().product();
     let values = || hashed(count, *seed).map(|h| (f64::from(h) / 2_147_483_648.0 - 1.0) * scale + least);
     let (type_number, at, least_at) = match kind.as_str() {
@@ -224,15 +224,15 @@ fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
-/// A GGUF file as ComfyUI-GGUF writes it, with a configuration in its properties.
-fn gguf(config: &serde_json::Value, laid: &[Laid]) -> Vec<u8> {
+/// A GGUF file as ComfyUI-GGUF writes it, with a configuration in its metadata.
+fn gguf(config: &serde_json::Value, tensors: &[TensorLayout]) -> Vec<u8> {
     let mut properties = vec![
         [text("general.architecture"), 8_u32.to_le_bytes().to_vec(), text("sdxl")].concat(),
         [text("general.quantization_version"), 4_u32.to_le_bytes().to_vec(), 2_u32.to_le_bytes().to_vec()].concat(),
         [text("config.unet"), 8_u32.to_le_bytes().to_vec(), text(&config.to_string())].concat(),
     ];
     let (mut infos, mut data) = (Vec::new(), Vec::new());
-    for one in laid {
+    for one in tensors {
         let (name, shape, .., rows) = one;
         let (bytes, kind) = bytes(one);
         let count: u64 = shape.iter().product();
@@ -250,7 +250,7 @@ fn gguf(config: &serde_json::Value, laid: &[Laid]) -> Vec<u8> {
         data.extend(bytes);
         data.resize(data.len().next_multiple_of(32), 0);
     }
-    let counts = [(laid.len() as u64).to_le_bytes(), (properties.len() as u64).to_le_bytes()].concat();
+    let counts = [(tensors.len() as u64).to_le_bytes(), (properties.len() as u64).to_le_bytes()].concat();
     let mut all = [b"GGUF".to_vec(), 3_u32.to_le_bytes().to_vec(), counts, properties.concat(), infos].concat();
     all.resize(all.len().next_multiple_of(32), 0);
     [all, data].concat()
@@ -268,8 +268,8 @@ fn gguf_unets_equal_diffusers_with_decoded_weights() {
     let goldens = candle_core::safetensors::load(folder.join("gguf.safetensors"), &Device::Cpu).unwrap();
     let root = tempfile::tempdir().unwrap();
     let mut worker = worker(root.path());
-    for (case, laid) in &layouts.cases {
-        fs::write(root.path().join("unet.gguf"), gguf(&layouts.config, laid)).unwrap();
+    for (case, tensors) in &layouts.cases {
+        fs::write(root.path().join("unet.gguf"), gguf(&layouts.config, tensors)).unwrap();
         let request =
             GenerateRequest { unet: Some("unet.gguf".to_owned()), dtype: Some(Dtype::F32), ..layouts.request.clone() };
         let (latents, _) = worker.draw(&request).remove(0);
@@ -345,15 +345,15 @@ fn malformed_gguf_files_name_the_fault() {
         let separate = [(Part::Unet, Some("unet.gguf"))];
         let refused = worker.managers.model().catalog.resolve_with(None, &separate);
         let error = refused.expect_err(what);
-        let told = match (&error, kind) {
+        let text = match (&error, kind) {
             (Error::ModelCorrupt { .. }, "corrupt") | (Error::ModelUnsupported { .. }, "unsupported") => {
                 error.to_string()
             }
             _ => panic!("{what}: {error:?}"),
         };
-        assert!(told.contains(message), "{what}: {told}");
+        assert!(text.contains(message), "{what}: {text}");
         assert!(start.elapsed().as_secs() < 1, "{what} took {:?}", start.elapsed());
-        println!("{what}: {told}");
+        println!("{what}: {text}");
     }
 }
 
@@ -364,7 +364,7 @@ fn orphan_scales_are_refused() {
     let mut count = 0;
     let number = |x: f32| ("F32", vec![], x.to_le_bytes().to_vec());
     let mark = || ("F8_E4M3", vec![0], vec![]);
-    let mut told = |more: &[(&str, Entry)]| {
+    let mut load = |more: &[(&str, Entry)]| {
         let entry = |(name, tensor): (String, Tensor)| {
             let coded = name == "conv_in.weight";
             let (dtype, bytes) =
@@ -380,16 +380,16 @@ fn orphan_scales_are_refused() {
         let odd = worker.managers.model().catalog.resolve(Some(&name))?;
         odd.open(Part::Unet, &sdxl_worker::context::Context::detached()).map(drop)
     };
-    told(&[]).unwrap();
-    told(&[("scaled_fp8", mark()), ("conv_in.scale_weight", number(0.5))]).unwrap();
-    told(&[("conv_out.scale_weight", number(1.0))]).unwrap();
+    load(&[]).unwrap();
+    load(&[("scaled_fp8", mark()), ("conv_in.scale_weight", number(0.5))]).unwrap();
+    load(&[("conv_out.scale_weight", number(1.0))]).unwrap();
     for (what, more) in [
         ("of another coding", vec![("conv_out.scale_weight", number(0.5))]),
         ("of nothing", vec![("conv_inn.scale_weight", number(0.5))]),
         ("of another kind", vec![("conv_in.weight_scale_inv", number(0.5))]),
-        ("said, and not there", vec![("scaled_fp8", mark())]),
+        ("declared but absent", vec![("scaled_fp8", mark())]),
     ] {
-        let error = told(&more).expect_err(what);
+        let error = load(&more).expect_err(what);
         assert!(matches!(error, Error::ModelUnsupported { .. }), "{what}: {error:?}");
     }
 }

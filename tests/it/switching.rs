@@ -1,4 +1,4 @@
-//! A pool's day: models alternate two hundred times, and the process stays as it was after the first ten.
+//! Models alternate two hundred times, and the process's memory stays as it was after the first ten switches.
 
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and tells what it measured")]
@@ -17,20 +17,20 @@ use crate::wire::Worker;
 
 const MIB: u64 = 1 << 20;
 const SWITCHES: usize = 200;
-/// Switches after which the process should have what it needs.
+/// Switches after which memory should be stable.
 const WARM: usize = 10;
-/// Less than two of the models take, which are 33 MB each.
+/// Less than two of the models, of 33 MB each.
 const CACHE: &str = "45MB";
 
 struct Pool {
     worker: Worker,
-    asked: usize,
+    requests: usize,
 }
 
 impl Pool {
     fn ask(&mut self, worker_type: &str, operation: &str, data: &Value) -> Value {
-        self.asked += 1;
-        let id = format!("s-{}", self.asked);
+        self.requests += 1;
+        let id = format!("s-{}", self.requests);
         let line = json!({ "request_id": id, "worker_type": worker_type, "operation": operation, "data": data });
         self.worker.send(&line);
         let answer = self.worker.answer(&id);
@@ -42,7 +42,7 @@ impl Pool {
         Path::new("/proc").join(self.worker.child.id().to_string()).join(file)
     }
 
-    /// Bytes resident.
+    /// Resident bytes.
     fn resident(&self) -> u64 {
         let status = fs::read_to_string(self.of_process("status")).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -58,7 +58,7 @@ impl Pool {
     }
 }
 
-/// The demonstration model with other weights in its UNet: those it has, each turned a little by noise.
+/// The demonstration model with a little noise added to its UNet's weights.
 fn other_weights(folder: &Path) {
     demo_folder(folder);
     let file = folder.join("unet/diffusion_pytorch_model.safetensors");
@@ -68,15 +68,15 @@ fn other_weights(folder: &Path) {
     let total = tensors.values().map(Tensor::elem_count).sum();
     let noise = NoiseSource::new(RngKind::Cpu, &[6], 1, 1, total, &Device::Cpu).draw().unwrap().flatten_all().unwrap();
     let mut at = 0;
-    let mut turned = HashMap::new();
+    let mut changed = HashMap::new();
     for name in names {
         let tensor = &tensors[name];
         let own = noise.narrow(0, at, tensor.elem_count()).unwrap().reshape(tensor.shape()).unwrap();
         at += tensor.elem_count();
         let other = (tensor.to_dtype(DType::F32).unwrap() * ((own * 0.1).unwrap() + 1.0).unwrap()).unwrap();
-        turned.insert(name.clone(), other.to_dtype(tensor.dtype()).unwrap());
+        changed.insert(name.clone(), other.to_dtype(tensor.dtype()).unwrap());
     }
-    candle_core::safetensors::save(&turned, file).unwrap();
+    candle_core::safetensors::save(&changed, file).unwrap();
 }
 
 #[test]
@@ -92,11 +92,11 @@ fn two_hundred_model_switches_leak_nothing() {
         json!({ "device": { "device": "cpu" }, "model": { "cache_size": CACHE, "roots": [models.path(), adapters] } });
     fs::write(&config, json!({ "workers": { "instructors": settings } }).to_string()).unwrap();
     let worker = Worker::start(&["--config", config.to_str().unwrap()]);
-    let mut pool = Pool { worker, asked: 0 };
+    let mut pool = Pool { worker, requests: 0 };
     let names = ["demo", "file", "other"];
     let loras = [json!([]), json!(["kohya"]), json!([{ "model": "peft", "weight": 0.7 }])];
     let options = |turn: usize| {
-        // Every round but the last differs from the first, so that its prompt is not known from before.
+        // Every round but the last has a new prompt, so that it is not cached.
         json!({ "model": names[turn % 3], "loras": loras[turn / 3 % 3], "prompt": format!("a hill {}", turn / 3 % 66), "steps": 1, "width": 64, "height": 64,
                 "seed": 5, "output": { "return": "base64", "metadata": false } })
     };
@@ -134,7 +134,7 @@ fn two_hundred_model_switches_leak_nothing() {
             );
         }
     }
-    // The last round's prompt was known, so that no text encoders took the place of another UNet.
+    // The last round's prompt was cached, so no text encoder displaced another UNet.
     assert!(evicted + 1 >= SWITCHES / 20, "{evicted}: nothing was evicted");
     assert_ne!(first[&1], first[&2], "other weights make the same image");
     assert_eq!(first[&0], first[&1], "a model in one file makes another image");

@@ -1,5 +1,5 @@
-//! Models with the noise of Karras et al., and models that edit an image, against diffusers: `tests/variants/*.json` hold
-//! requests, made with their golden latents by the script that each names.
+//! EDM models and instruct-pix2pix against diffusers: `tests/variants/*.json` hold requests, and each names the script
+//! that made its golden latents.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
 
@@ -104,7 +104,7 @@ fn marker_tensors_equal_a_folders_scheduler() {
     };
     let bits = |latents: &Tensor| latents.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (folder, marked) = (worker.draw(&request("edm_v")).remove(0), worker.draw(&request("marked")).remove(0));
-    // The file's lowest σ is of 24 bits.
+    // The file's lowest σ has 24 bits.
     let far = distance(&marked.0, &folder.0);
     assert!(far < 1e-5, "{far}: {:?}", &bits(&folder.0)[..4]);
     let plan = worker.instructors.inference.plan(&request("marked"), &mut worker.managers).unwrap();
@@ -130,13 +130,13 @@ fn marker_tensors_equal_a_folders_scheduler() {
     );
     refused(&|r| r.zero_terminal_snr = Some(true), "zero_terminal_snr");
     refused(&|r| r.image_guidance_scale = Some(1.5), "image_guidance_scale");
-    // Half of the steps are done, as shares go by steps here.
+    // Shares count steps for EDM models: half of them are done.
     let half = GenerateRequest { denoising_end: Some(0.5), ..request("edm_v") };
     let plan = worker.instructors.inference.plan(&half, &mut worker.managers).unwrap();
     assert_eq!(plan.sampling.steps(), 2);
 }
 
-/// `edit` and `edit_scaled`: the demonstration model with four more input channels, drawn as the goldens' script does.
+/// `edit` and `edit_scaled`: the demonstration model with four more input channels, drawn as in the goldens' script.
 fn editors() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     for (name, scaled) in [("edit", false), ("edit_scaled", true)] {

@@ -1,5 +1,5 @@
-//! Drives the real binary over its wire, for the tests of the protocol.
-#![expect(clippy::unwrap_used, reason = "what cannot be set up fails the test that wanted it")]
+//! Drives the real binary over stdin and stdout.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -11,10 +11,10 @@ use std::time::Duration;
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-/// Long enough for a loaded machine; nothing waits for it unless it fails.
+/// Long enough for a loaded machine; only a failing test waits this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The program with stdin and stdout piped, in a folder of its own that goes with it.
+/// The program with stdin and stdout piped, in its own temporary folder.
 pub(crate) struct Worker {
     pub(crate) child: Child,
     stdin: Option<ChildStdin>,
@@ -50,7 +50,7 @@ impl Worker {
         stdin.flush().unwrap();
     }
 
-    /// Sends what the process may no longer take.
+    /// Sends bytes that the process may no longer read.
     pub(crate) fn try_send(&mut self, bytes: &[u8]) {
         let _ = self.stdin.as_mut().unwrap().write_all(bytes);
     }
@@ -74,7 +74,7 @@ impl Worker {
         }
     }
 
-    /// The first line from here on that `wanted` holds for.
+    /// The next line for which `wanted` is true.
     pub(crate) fn until(&self, wanted: impl Fn(&Value) -> bool) -> Value {
         loop {
             let line = self.next().expect("stdout ended before the line that was waited for");
@@ -84,12 +84,12 @@ impl Worker {
         }
     }
 
-    /// The terminal line of `id`, from here on.
+    /// The next terminal line of `id`.
     pub(crate) fn answer(&self, id: &str) -> Value {
         self.until(|line| line["request_id"] == id && line["type"] != "event")
     }
 
-    /// Asks a control operation, and gives its `data`.
+    /// Sends a control operation, and gives the `data` of its result.
     pub(crate) fn ask(&mut self, id: &str, operation: &str, data: &Value) -> Value {
         self.send(&control(id, operation, data));
         let answer = self.answer(id);
@@ -112,12 +112,12 @@ impl Worker {
         assert!(status.unwrap().success());
     }
 
-    /// Waits for the process to end, and gives its exit code.
+    /// Waits for the process, and gives its exit code.
     pub(crate) fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 
-    /// A worker whose stdout was read up to the answer to `hello`, and then closed.
+    /// A worker whose stdout is closed after the answer to `hello`.
     pub(crate) fn start_without_reader(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut child = command(folder.path()).args(flags).spawn().unwrap();
@@ -136,7 +136,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // A test that failed half way leaves nothing behind.
+        // A failed test leaves no process behind.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -144,7 +144,7 @@ impl Drop for Worker {
 
 fn command(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sdxl-worker"));
-    // What the machine's own cache of the hub holds, and what its proxies reach, is no part of a test.
+    // Tests must not depend on this machine's hub cache or proxies.
     command.env("HF_HUB_CACHE", folder.join("no-hub"));
     for name in ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "HF_HOME"] {
         command.env_remove(name);
@@ -184,7 +184,7 @@ fn output_schema() -> &'static Validator {
     VALIDATOR.get_or_init(|| validator("OutputLine"))
 }
 
-/// What checks a value against one definition of the schema.
+/// A validator for one definition of the schema.
 pub(crate) fn validator(definition: &str) -> Validator {
     let mut schema = schema().clone();
     let root = schema.as_object_mut().unwrap();

@@ -69,7 +69,7 @@ fn exists(word: &str, known: &BTreeSet<String>) -> bool {
 }
 
 #[test]
-fn paths_are_told_from_other_words() {
+fn paths_differ_from_other_words() {
     for (word, expected) in [
         ("src/lib.rs", true),
         ("lora/keys/mod.rs", true),

@@ -1,4 +1,4 @@
-//! Networks beside a checkpoint: ControlNets, T2I-Adapters, IP-Adapters and their encoders, textual inversions.
+//! Hostile component files: ControlNets, T2I-Adapters, IP-Adapters and their encoders, textual inversions.
 
 use std::fs;
 
@@ -11,8 +11,8 @@ const REFUSED: &[&str] = &["model_corrupt", "model_unsupported", "unsupported_fe
 const PICKLED: &[&str] = &["unsafe_format", "model_unsupported"];
 
 /// A request that names a file.
-type Wish = fn(&str) -> Value;
-/// A tensor's name and shape, and the value of all its elements.
+type RequestFor = fn(&str) -> Value;
+/// A tensor's name, shape, and the value of its elements.
 type Filled = (&'static str, &'static [usize], f32);
 
 fn control(name: &str) -> Value {
@@ -54,9 +54,9 @@ pub(super) fn add(corpus: &mut Corpus) {
     }
 }
 
-/// Files of other kinds, given for each.
+/// Files of other kinds in place of each.
 fn files(corpus: &mut Corpus) {
-    let kinds: [(&str, Wish); 4] =
+    let kinds: [(&str, RequestFor); 4] =
         [("ControlNet", control), ("T2I-Adapter", t2i), ("IP-Adapter", ip), ("embedding", embedding)];
     for (kind, fields) in kinds {
         for end in ["ckpt", "pt", "pth", "bin"] {
@@ -86,10 +86,10 @@ fn files(corpus: &mut Corpus) {
     }
 }
 
-/// Folders whose `config.json` lies.
+/// Folders with a wrong `config.json`.
 fn configs(corpus: &mut Corpus) {
     let texts = ["", "null", "[]", "{", "{}", &"[".repeat(100_000), r#"{"_class_name":5}"#, r#"{"channels":"a"}"#];
-    let kinds: [(&'static str, Wish); 3] =
+    let kinds: [(&'static str, RequestFor); 3] =
         [("config, ControlNet", control), ("config, T2I-Adapter", t2i), ("config, IP-Adapter", ip)];
     for (kind, fields) in kinds {
         for text in texts {
@@ -119,7 +119,7 @@ fn configs(corpus: &mut Corpus) {
     }
 }
 
-/// A network that is sound but for one thing.
+/// A network with a single fault.
 fn controlnets(corpus: &mut Corpus) {
     let half = Layout::open("control_small").tensors.len() / 2;
     let mut broken = |what: &str, change: &dyn Fn(&mut Layout)| {
@@ -129,11 +129,11 @@ fn controlnets(corpus: &mut Corpus) {
         layout.write(corpus.root(), &name);
         corpus.case("ControlNet", what, vec![super::generate(&control(&name))], REFUSED);
     };
-    // What else it says is read off the tensors, as it is for single files.
+    // Its other settings come from the tensors, as for single files.
     for field in ["block_out_channels", "cross_attention_dim", "layers_per_block", "norm_num_groups"] {
         for value in [json!(0), json!(1_u64 << 40), json!([0, 0, 0]), json!("a"), json!(vec![1_u64 << 40; 3])] {
-            let said = format!("{field} {value}");
-            broken(&said, &|layout| layout.config.as_mut().unwrap()[field] = value.clone());
+            let label = format!("{field} {value}");
+            broken(&label, &|layout| layout.config.as_mut().unwrap()[field] = value.clone());
         }
     }
     broken("the last tensor is missing", &|layout| drop(layout.tensors.pop()));

@@ -1,4 +1,4 @@
-//! Folders in diffusers' layout whose JSON lies about the weights beside it, or about itself.
+//! Folders in diffusers' layout whose JSON contradicts the weights or itself.
 
 use std::fs;
 
@@ -15,7 +15,7 @@ const FIRST: &str = "text_encoder/config.json";
 const SECOND: &str = "text_encoder_2/config.json";
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
-/// What no size is.
+/// Values that are invalid as a size.
 fn sizes() -> Vec<Value> {
     let huge = json!(1_u64 << 40);
     vec![json!(0), json!(-1), huge, json!(u64::MAX), json!(1e300), json!(2.5), json!("4"), json!([]), json!({ "a": 1 })]
@@ -23,8 +23,8 @@ fn sizes() -> Vec<Value> {
 
 pub(super) fn add(corpus: &mut Corpus) {
     let mut lie = |kind: &'static str, file: &str, pointer: &str, value: &Value| {
-        let said = value.to_string();
-        let what = format!("{pointer} {}", &said[..said.len().min(40)]);
+        let text = value.to_string();
+        let what = format!("{pointer} {}", &text[..text.len().min(40)]);
         corpus.model(kind, &what, REFUSED, |model| model.set(file, pointer, value.clone()));
     };
     for pointer in ["/in_channels", "/cross_attention_dim", "/norm_num_groups", "/addition_time_embed_dim"] {
@@ -83,7 +83,7 @@ pub(super) fn add(corpus: &mut Corpus) {
     tokenizers(corpus);
 }
 
-/// Files of JSON that are no such file at all.
+/// Invalid JSON files.
 fn whole_files(corpus: &mut Corpus) {
     let texts: [(&str, Vec<u8>); 8] = [
         ("empty", vec![]),
@@ -105,7 +105,7 @@ fn whole_files(corpus: &mut Corpus) {
         let what = format!("class {:.30}", class);
         corpus.model("JSON", &what, REFUSED, |model| model.set(INDEX, "/_class_name", json!(class)));
     }
-    // A file of which the system says that it is huge, and that takes no room.
+    // A huge sparse file.
     for file in [INDEX, UNET, "tokenizer/vocab.json", "tokenizer/merges.txt"] {
         corpus.model("JSON", &format!("{file} of a terabyte"), CORRUPT, |model| {
             fs::File::create(model.fresh(file)).unwrap().set_len(1 << 40).unwrap();
@@ -177,7 +177,7 @@ fn weights(corpus: &mut Corpus) {
     }
 }
 
-/// Tokenizers are read by the first prompt.
+/// Tokenizers are loaded by the first prompt.
 fn tokenizers(corpus: &mut Corpus) {
     let (vocab, merges) = ("tokenizer/vocab.json", "tokenizer/merges.txt");
     let texts: [(&str, Vec<u8>); 8] = [

@@ -1,4 +1,4 @@
-//! GGUF files that lie. <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
+//! Malformed GGUF files. <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
 use serde_json::json;
 
@@ -6,7 +6,7 @@ use super::Corpus;
 
 const REFUSED: &[&str] = &["model_corrupt", "model_unsupported"];
 
-/// Kinds of values and of tensors that are used here.
+/// The value and tensor types used here.
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 const U32: u32 = 4;
@@ -20,7 +20,7 @@ fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
-/// A key, its kind and its bytes.
+/// A key, its type and its bytes.
 fn entry(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
     [&text(key)[..], &kind.to_le_bytes(), value].concat()
 }
@@ -31,7 +31,7 @@ fn tensor(name: &str, sides: &[u64], kind: u32, offset: u64) -> Vec<u8> {
     [&text(name)[..], &count, &sides, &kind.to_le_bytes(), &offset.to_le_bytes()].concat()
 }
 
-/// A whole file: what it counts, its entries and tensors, and so many bytes of data.
+/// A whole file: its counts, entries and tensors, and so many bytes of data.
 fn file(counts: [u64; 2], entries: &[Vec<u8>], tensors: &[Vec<u8>], data: usize) -> Vec<u8> {
     let mut all = [&b"GGUF"[..], &3_u32.to_le_bytes(), &counts[0].to_le_bytes(), &counts[1].to_le_bytes()].concat();
     all.extend(entries.concat());
@@ -43,7 +43,7 @@ fn file(counts: [u64; 2], entries: &[Vec<u8>], tensors: &[Vec<u8>], data: usize)
 
 fn all() -> Vec<(&'static str, Vec<u8>)> {
     let one = |tensor: Vec<u8>, data| file([1, 0], &[], &[tensor], data);
-    let told = |entry: Vec<u8>| file([0, 1], &[entry], &[], 0);
+    let with_entry = |entry: Vec<u8>| file([0, 1], &[entry], &[], 0);
     let array = |kind: u32, count: u64, rest: &[u8]| [&kind.to_le_bytes()[..], &count.to_le_bytes(), rest].concat();
     let sound = || tensor("conv_in.weight", &[32, 2], F16, 0);
     let with = |entry: Vec<u8>| file([1, 1], &[entry], &[sound()], 128);
@@ -69,19 +69,19 @@ fn all() -> Vec<(&'static str, Vec<u8>)> {
         ("2^32 tensors", file([1 << 32, 0], &[], &[sound()], 128)),
         ("2^64 - 1 entries", file([0, u64::MAX], &[], &[], 0)),
         ("2^40 entries", file([0, 1 << 40], &[], &[], 0)),
-        ("a key of 2^60 bytes", told([&(1_u64 << 60).to_le_bytes()[..], b"a"].concat())),
-        ("a key of 2^64 - 1 bytes", told([&u64::MAX.to_le_bytes()[..], b"a"].concat())),
-        ("a text of 2^60 bytes", told(entry("a", TEXT, &(1_u64 << 60).to_le_bytes()))),
+        ("a key of 2^60 bytes", with_entry([&(1_u64 << 60).to_le_bytes()[..], b"a"].concat())),
+        ("a key of 2^64 - 1 bytes", with_entry([&u64::MAX.to_le_bytes()[..], b"a"].concat())),
+        ("a text of 2^60 bytes", with_entry(entry("a", TEXT, &(1_u64 << 60).to_le_bytes()))),
         (
             "a key that is not UTF-8",
-            told([&2_u64.to_le_bytes()[..], b"\xff\xfe", &U32.to_le_bytes(), &[0; 4]].concat()),
+            with_entry([&2_u64.to_le_bytes()[..], b"\xff\xfe", &U32.to_le_bytes(), &[0; 4]].concat()),
         ),
-        ("a value of kind 99", told(entry("a", 99, &[0; 8]))),
-        ("an array of 2^60 numbers", told(entry("a", ARRAY, &array(U32, 1 << 60, &[])))),
-        ("an array of 2^61 wide numbers", told(entry("a", ARRAY, &array(U64, 1 << 61, &[])))),
-        ("an array of 2^64 - 1 texts", told(entry("a", ARRAY, &array(TEXT, u64::MAX, &[])))),
-        ("an array of kind 77", told(entry("a", ARRAY, &array(77, 4, &[0; 16])))),
-        ("arrays in arrays", told(entry("a", ARRAY, &nested))),
+        ("a value of kind 99", with_entry(entry("a", 99, &[0; 8]))),
+        ("an array of 2^60 numbers", with_entry(entry("a", ARRAY, &array(U32, 1 << 60, &[])))),
+        ("an array of 2^61 wide numbers", with_entry(entry("a", ARRAY, &array(U64, 1 << 61, &[])))),
+        ("an array of 2^64 - 1 texts", with_entry(entry("a", ARRAY, &array(TEXT, u64::MAX, &[])))),
+        ("an array of kind 77", with_entry(entry("a", ARRAY, &array(77, 4, &[0; 16])))),
+        ("arrays in arrays", with_entry(entry("a", ARRAY, &nested))),
         ("alignment 0", with(entry("general.alignment", U32, &0_u32.to_le_bytes()))),
         ("alignment 3", with(entry("general.alignment", U32, &3_u32.to_le_bytes()))),
         ("alignment 2^31", with(entry("general.alignment", U32, &(1_u32 << 31).to_le_bytes()))),

@@ -1,4 +1,4 @@
-//! Headers that lie, given to every loader that reads them.
+//! Malformed safetensors headers, given to every loader.
 
 use serde_json::json;
 

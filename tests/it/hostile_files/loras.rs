@@ -1,4 +1,4 @@
-//! Adapter files of every format that do not fit, claim too much, or are for nothing that the model has.
+//! Adapter files of every format that do not fit, claim too much, or match no layer of the model.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ fn lora(name: &str) -> Value {
     json!({ "loras": [{ "name": name }] })
 }
 
-/// Parts of a layer: name, shape, and the value of every number.
+/// The tensors of an adapted layer: name, shape and fill value.
 type Held<'a> = [(&'a str, &'a [usize], f32)];
 
 pub(super) fn add(corpus: &mut Corpus) {
@@ -92,7 +92,7 @@ fn named<'a>(layer: &str, held: impl Iterator<Item = (&'a str, Vec<usize>, f32)>
     tensors(held.iter().map(|(name, shape, value)| (name.as_str(), shape.clone(), *value)))
 }
 
-/// The formats' own test cases, which are for layers of 16×12.
+/// The goldens of the formats, for layers of 16×12.
 fn of_other_layers(corpus: &mut Corpus) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/adapters/formulas.safetensors");
     let mut cases: BTreeMap<_, Vec<(String, Vec<usize>)>> = BTreeMap::new();
@@ -109,7 +109,7 @@ fn of_other_layers(corpus: &mut Corpus) {
     }
 }
 
-/// Parts that claim a terabyte, of which the file has nothing but the length.
+/// Tensors that claim a terabyte, in a sparse file.
 fn claims(corpus: &mut Corpus) {
     for part in ["lora_up.weight", "hada_w1_a", "lokr_w1", "oft_blocks", "diff", "w_norm", "diff_b"] {
         let shape = if part == "oft_blocks" { vec![1 << 10, 1 << 14, 1 << 15] } else { vec![1_u64 << 20, 1 << 19] };

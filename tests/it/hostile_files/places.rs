@@ -1,4 +1,4 @@
-//! What lies where a file should be: folders, pipes, sockets, devices, links that lead nowhere, round or out; and names.
+//! Paths that are no regular file: folders, pipes, sockets, devices, dangling, circular and escaping links; and names.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,7 +11,7 @@ use super::Corpus;
 const WRONG: &[&str] = &["model_corrupt", "path_not_allowed", "model_not_found", "model_unsupported"];
 const OUT: &[&str] = &["path_not_allowed"];
 
-/// Puts something that is no file where a file is looked for.
+/// Puts something that is not a regular file where a file is expected.
 type Place = fn(&Path);
 
 pub(super) fn add(corpus: &mut Corpus) {
@@ -48,7 +48,7 @@ pub(super) fn add(corpus: &mut Corpus) {
         symlink("/usr", model.path().join("unet")).unwrap();
     });
     corpus.model("places", "the UNet's file cannot be read", WRONG, |model| {
-        // Links one after another, more than any system follows.
+        // A chain of links longer than any system follows.
         let folder = model.path().join("unet");
         let file = model.fresh("unet/diffusion_pytorch_model.safetensors");
         for n in 0..60 {
@@ -60,7 +60,7 @@ pub(super) fn add(corpus: &mut Corpus) {
     cache(corpus);
 }
 
-/// A socket's path has room for 108 bytes.
+/// A socket's path has at most 108 bytes.
 fn short(path: &Path) -> std::path::PathBuf {
     assert!(path.as_os_str().len() < 108, "{}", path.display());
     path.to_owned()
@@ -106,7 +106,7 @@ fn names(corpus: &mut Corpus) {
     }
 }
 
-/// The layout of Hugging Face's cache: links into `blobs`.
+/// The layout of the Hugging Face cache: links into `blobs`.
 fn cache(corpus: &mut Corpus) {
     let places: [(&str, Place); 4] = [
         ("is not there", |_| ()),

@@ -1,4 +1,4 @@
-//! Single-file checkpoints: lies in their names, shapes and texts; files that are something else; networks in place of others.
+//! Hostile single-file checkpoints: wrong names, shapes and metadata, foreign files, and swapped networks.
 
 use std::path::Path;
 
@@ -80,7 +80,7 @@ pub(super) fn add(corpus: &mut Corpus) {
     }
 }
 
-/// Files of other models, and of nothing.
+/// Files of other models, and empty ones.
 fn foreign(corpus: &mut Corpus) {
     let first = "model.diffusion_model.";
     for (what, keys) in [

@@ -1,11 +1,11 @@
-//! Bytes that are no safetensors file, or one that lies.
+//! Malformed safetensors files.
 
 use std::fs;
 use std::path::Path;
 
 const TEXT_ENCODER: &str = "text_encoder/model.safetensors";
 
-/// What each is, and its bytes.
+/// Descriptions and bytes.
 pub(crate) fn all() -> Vec<(&'static str, Vec<u8>)> {
     let one = |entry: String, data| safetensors(&format!(r#"{{"a":{entry}}}"#), data);
     let two = |a: String, b: String, data| safetensors(&format!(r#"{{"a":{a},"b":{b}}}"#), data);
@@ -79,12 +79,12 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// The code of each: what another program would run is told as such, whatever it is called.
+/// The code of each: a pickle is `unsafe_format` whatever its name.
 pub(crate) fn codes(what: &str) -> &'static [&'static str] {
     if matches!(what, "pickle" | "zip") { &["unsafe_format"] } else { &["model_corrupt"] }
 }
 
-/// A safetensors file of a header and so many bytes of data.
+/// A safetensors file of a header and `data` bytes.
 pub(crate) fn safetensors(header: &str, data: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());

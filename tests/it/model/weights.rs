@@ -1,4 +1,4 @@
-//! Hostile and foreign weight files: each a typed error that names the file.
+//! Hostile and foreign weight files: each is a typed error that names the file.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ fn hostile_weight_files_are_typed_errors() {
         copy.check(what, Request::Inspect(named("copy")), code, TEXT_ENCODER);
         copy.check(what, Request::Load(named("copy")), code, TEXT_ENCODER);
     }
-    // The root lists it with its problem, and the others as ever.
+    // The listing has it with its problem, and the other models as before.
     let Response::List(list) = ask(Request::List(Nothing {}), &mut copy.resources()).unwrap() else { panic!("list") };
     assert_eq!(list.models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["demo", "copy"]);
 }
@@ -46,7 +46,7 @@ fn irregular_files_are_refused_unopened() {
         std::os::unix::fs::symlink(outside.path(), copy.path(VAE)).unwrap();
         copy.check("link", Request::Inspect(named("copy")), "path_not_allowed", "");
         fs::remove_file(copy.path(VAE)).unwrap();
-        // A link within the root is how download caches lay files out.
+        // Download caches use links within the root.
         fs::rename(copy.path("vae/config.json"), copy.root.path().join("blob")).unwrap();
         std::os::unix::fs::symlink("../../blob", copy.path("vae/config.json")).unwrap();
     }
@@ -84,7 +84,7 @@ fn shape_mismatch_names_the_tensor_and_both_shapes() {
         header[name]["shape"] = [256, 4, 3, 3].into();
     });
     copy.check("eight bits", load(), "model_corrupt", "and is of shape [256, 4, 3, 3]");
-    // Names of before 2023 are still a VAE's.
+    // VAE names from before 2023 are accepted.
     change_header(&copy, |header| {
         for (new, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
             for half in ["encoder", "decoder"] {
