@@ -90,10 +90,10 @@ impl JsonSchema for Bytes {
     }
 }
 
-/// How much of a memory: `auto`, a number of bytes, text with a unit (`4GB`), or a share (`60%`).
+/// A limit on memory: `auto`, a number of bytes, text with a unit (`4GB`), or a share (`60%`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Allowance {
-    /// As much as is found to be there.
+    /// Depends on the memory that is found.
     #[default]
     Auto,
     Bytes(Bytes),
@@ -102,7 +102,7 @@ pub enum Allowance {
 }
 
 impl Allowance {
-    /// In bytes, of a memory of `total`; `None` for `auto`, and for a share of what is not known.
+    /// The limit in bytes on a memory of `total`; `None` for `auto`, and for a share if `total` is unknown.
     #[must_use]
     pub fn of(self, total: Option<Bytes>) -> Option<Bytes> {
         match self {

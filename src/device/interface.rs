@@ -1,4 +1,4 @@
-//! What can be asked of the devices.
+//! The device domain's operations, and its section of the configuration.
 
 use std::fmt;
 use std::str::FromStr;
@@ -82,7 +82,7 @@ impl fmt::Display for DeviceId {
     }
 }
 
-/// What `--device` and the configuration's `device` say.
+/// The value of `--device` and the configuration's `device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceRequest {
     /// The first of CUDA, Metal and CPU that works.
@@ -114,14 +114,14 @@ impl FromStr for DeviceRequest {
     }
 }
 
-/// Which of the CPU's instruction sets the kernels use: what `--cpu-features` and the configuration's `cpu_features` say.
+/// CPU instruction sets for the kernels: the value of `--cpu-features` and the configuration's `cpu_features`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum CpuFeatures {
-    /// The fastest of them that the machine has.
+    /// The fastest that the machine has.
     #[default]
     Auto,
-    /// What every machine of the architecture has.
+    /// Those of every machine of the architecture.
     Portable,
     /// AVX2 and FMA.
     Avx2,
@@ -152,22 +152,22 @@ impl CpuFeatures {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Take the best device that works. `false`: the CPU, unless `device` names another.
+    /// `true`: the best device that works. `false`: the CPU, unless `device` names another.
     pub auto_detect: bool,
-    /// `cpu`, `cuda`, `cuda:1`, `metal` or `auto`; over `auto_detect` when it is there.
+    /// `cpu`, `cuda`, `cuda:1`, `metal` or `auto`. Overrides `auto_detect`.
     pub device: Option<String>,
-    /// Compute dtype; the device's own choice when it is left out.
+    /// Compute dtype. Default: the device's fastest safe one.
     pub dtype: Option<Dtype>,
-    /// Whether the UNet multiplies in bytes: `none` or `int8`, the latter on the CPU only.
+    /// Quantization of the UNet: `none` or `int8`, the latter on the CPU only.
     pub quantization: Quantization,
     /// Instruction sets of the CPU's kernels: `auto`, `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
     pub cpu_features: CpuFeatures,
-    /// The GPU's memory that may be in use, by this process and others: bytes as a number or as `20GB`, a share of the GPU's
-    /// memory (`90%`), or `auto`: all of it.
+    /// Limit on the GPU memory in use by all processes: bytes as a number or as `20GB`, a share of the GPU's memory (`90%`),
+    /// or `auto`: no limit.
     pub device_memory: Allowance,
-    /// The host's memory that this process may take, files that it maps not counted: bytes as a number or as `16GB`, a share
-    /// of the host's memory (`60%`), or `auto`: all that is available. What would not fit is done in ways that take less,
-    /// or refused.
+    /// Limit on the host memory of this process, mapped files not counted: bytes as a number or as `16GB`, a share of the
+    /// host's memory (`60%`), or `auto`: all that is available. Work that does not fit is done in ways that need less, or
+    /// refused.
     pub host_memory: Allowance,
 }
 
@@ -201,7 +201,7 @@ pub enum Response {
     Memory(MemoryReport),
 }
 
-/// The answer to `list`.
+/// The response to `list`.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct DeviceList {
     pub devices: Vec<DeviceEntry>,
@@ -209,31 +209,31 @@ pub struct DeviceList {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct DeviceEntry {
-    /// `cpu`, `cuda:0`, `metal`; `cuda` stands for all of CUDA where it is not available.
+    /// `cpu`, `cuda:0`, `metal`; `cuda` alone if CUDA is not available.
     pub name: String,
-    /// The product's name, where it can be read.
+    /// The product's name; `null` if it cannot be read.
     pub description: Option<String>,
     pub available: bool,
-    /// Why it is not available.
+    /// The reason it is not available.
     pub reason: Option<String>,
-    /// Whether this worker computes on it.
+    /// True if this worker computes on it.
     pub chosen: bool,
 }
 
-/// The answer to `info`: the device that computes.
+/// The response to `info`: the device that computes.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct DeviceInfo {
     /// `cpu`, `cuda:0`, `metal`.
     pub name: String,
-    /// The product's name, where it can be read.
+    /// The product's name; `null` if it cannot be read.
     pub description: Option<String>,
     /// CUDA's compute capability, such as `9.0`.
     pub compute_capability: Option<String>,
-    /// What the networks compute in unless a request says otherwise.
+    /// Compute dtype of the networks, unless a request names another.
     pub dtype: Dtype,
-    /// What the VAE computes in.
+    /// Compute dtype of the VAE.
     pub vae_dtype: Dtype,
-    /// What a request may ask for.
+    /// Compute dtypes that a request may name.
     pub dtypes: Vec<Dtype>,
     /// CPU threads that this process may use at once.
     pub cores: usize,
@@ -242,30 +242,30 @@ pub struct DeviceInfo {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct CpuInfo {
-    /// As the system names it, where it does.
+    /// The system's name for it; `null` if there is none.
     pub model: Option<String>,
-    /// Those of the instruction sets that matter here which the CPU has, as Linux spells them.
+    /// The CPU's instruction sets, as far as kernels could use them, in Linux's spelling.
     pub instruction_sets: Vec<String>,
-    /// What the CPU's kernels use of them: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
+    /// The level in use by the kernels: `portable`, `avx2`, `avx512`, `avx512-bf16` or `amx`.
     pub cpu_features: &'static str,
 }
 
-/// The answer to `memory`. What a system does not tell is `null`.
+/// The response to `memory`. Figures that the system does not offer are `null`.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct MemoryReport {
     pub host: HostMemory,
     pub process: ProcessMemory,
-    /// The GPU's own memory, once the device is open; `null` where computing is on the host.
+    /// The GPU's own memory, once the device is open; `null` if the CPU computes.
     pub device: Option<DeviceMemory>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct HostMemory {
-    /// Bytes this process may use at most: the machine's, or its control group's limit if that is less.
+    /// Most bytes that this process may use: the machine's memory, or its control group's limit if that is less.
     pub total: Option<Bytes>,
-    /// Bytes that can be had without swapping, within that limit.
+    /// Bytes that can be allocated without swapping, within that limit.
     pub available: Option<Bytes>,
-    /// Whether a control group sets the limit.
+    /// True if a control group sets the limit.
     pub limited_by_cgroup: bool,
 }
 
@@ -273,13 +273,13 @@ pub struct HostMemory {
 pub struct ProcessMemory {
     /// Bytes resident now.
     pub rss: Option<Bytes>,
-    /// The most bytes that were ever resident.
+    /// Most bytes that were ever resident.
     pub peak_rss: Option<Bytes>,
-    /// Bytes resident now that are the process's own, no file's.
+    /// Bytes resident now that belong to no file.
     pub anonymous: Option<Bytes>,
-    /// Bytes of weight files that are mapped: part of `rss` as far as they were read, and the system's to take back.
+    /// Bytes of mapped weight files: part of `rss` as far as they were read; the system can reclaim them.
     pub mapped: Bytes,
-    /// Bytes of `anonymous` that are free and wait for reuse.
+    /// Bytes of `anonymous` that the allocator keeps for reuse.
     pub kept: Bytes,
 }
 

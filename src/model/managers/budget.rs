@@ -24,17 +24,17 @@ struct State {
     capacity: Cell<Bytes>,
     /// Bytes for weights and feature maps together; `None` if unknown.
     usable: Cell<Option<Bytes>>,
-    /// Number of the running request; 0 before the first, when nothing is protected.
-    age: Cell<u64>,
-    /// Counts uses.
-    tick: Cell<u64>,
+    /// Number of the running request; `None` before the first, when nothing is protected.
+    request: Cell<Option<u64>>,
+    /// Number of uses so far.
+    uses: Cell<u64>,
 }
 
 /// The time of a network's last use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Used {
-    age: u64,
-    tick: u64,
+    request: Option<u64>,
+    number: u64,
     /// Milliseconds of Unix time.
     pub(crate) at: u64,
 }
@@ -42,7 +42,7 @@ pub(crate) struct Used {
 impl Used {
     /// Increases with each use.
     pub(crate) fn order(self) -> u64 {
-        self.tick
+        self.number
     }
 }
 
@@ -79,14 +79,14 @@ impl Budget {
             shelves: RefCell::default(),
             capacity: Cell::new(capacity),
             usable: Cell::new(None),
-            age: Cell::new(0),
-            tick: Cell::new(0),
+            request: Cell::new(None),
+            uses: Cell::new(0),
         }))
     }
 
     /// Begins a request: `capacity` is for all networks, `usable` for networks and feature maps.
     pub fn begin(&self, capacity: Bytes, usable: Option<Bytes>) {
-        self.0.age.set(self.0.age.get() + 1);
+        self.0.request.set(Some(self.0.request.get().map_or(0, |number| number + 1)));
         self.0.capacity.set(capacity);
         self.0.usable.set(usable);
     }
@@ -129,7 +129,7 @@ impl Budget {
             self.entries(|entry| self.is_evictable(entry, reach)).collect();
         candidates.sort_by_key(|(shelf, BudgetEntry { used, .. })| {
             let rank = ORDER.iter().position(|kind| *kind == shelf.kind());
-            (used.age, rank.map_or(0, |rank| rank + 1), used.tick)
+            (used.request, rank.map_or(0, |rank| rank + 1), used.number)
         });
         let mut freed = Bytes(0);
         for (shelf, entry) in candidates {
@@ -144,10 +144,10 @@ impl Budget {
 
     /// Counts a use at this moment.
     pub(crate) fn used(&self) -> Used {
-        let tick = self.0.tick.get() + 1;
-        self.0.tick.set(tick);
+        let number = self.0.uses.get() + 1;
+        self.0.uses.set(number);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Used { age: self.0.age.get(), tick, at: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) }
+        Used { request: self.0.request.get(), number, at: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) }
     }
 
     pub(crate) fn join(&self, shelf: Rc<dyn BudgetShelf>) {
@@ -155,8 +155,8 @@ impl Budget {
     }
 
     fn is_evictable(&self, entry: &BudgetEntry, reach: Reach) -> bool {
-        let of_request = self.0.age.get() > 0 && entry.used.age == self.0.age.get();
-        !entry.pinned && !entry.busy && (reach == Reach::Idle || !of_request)
+        let of_request = || self.0.request.get().is_some() && entry.used.request == self.0.request.get();
+        !entry.pinned && !entry.busy && (reach == Reach::Idle || !of_request())
     }
 
     fn entries(
