@@ -122,9 +122,9 @@ impl ConditioningInstructor {
         for (index, EmbeddingRequest { name, token }) in entries.iter().enumerate() {
             let field = |name: &str| format!("embeddings.{index}.{name}");
             // By itself, or in a folder of embeddings beside the models.
-            let mut found = catalog.beneath(name, &field("name"))?;
+            let mut found = catalog.find_under_roots(name, &field("name"))?;
             if found.is_none() && !name.starts_with('/') {
-                found = catalog.beneath(&format!("embeddings/{name}"), &field("name"))?;
+                found = catalog.find_under_roots(&format!("embeddings/{name}"), &field("name"))?;
             }
             let file = found.map_or_else(|| catalog.component_file(name, &field("name")), Ok)?;
             let own = name.rsplit('/').next().unwrap_or(name);

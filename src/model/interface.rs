@@ -1,4 +1,4 @@
-//! What can be asked of the model domain.
+//! Requests, responses and settings of the model domain.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,20 +17,19 @@ use crate::units::{Allowance, Bytes};
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Weights that are kept in memory, of all networks together: bytes as a number or as `4GB`, or a share of the memory
-    /// (`60%`). `auto`: as many as leave a quarter of the memory free. What a request uses is kept while it runs, however
-    /// large it is.
+    /// Weights to keep in memory, of all networks together: bytes as a number or as `4GB`, or a share of the memory
+    /// (`60%`). `auto` leaves a quarter of the memory free. The networks of a running request always stay.
     pub cache_size: Allowance,
-    /// What becomes of a model's text encoders when a prompt has been encoded.
+    /// Keep or free a model's text encoders when a prompt has been encoded.
     pub text_encoders: EncoderPolicy,
-    /// Whether, on the CPU, large weights stay in their file, which is mapped into memory, rather than being read. A file
-    /// in use must then not be cut off or changed in place.
+    /// On the CPU, map the files of large weights into memory instead of reading them. A mapped file must not be truncated
+    /// or changed in place.
     pub mmap: bool,
-    /// Folders beneath which models are looked for.
+    /// Folders to search for models.
     pub roots: Vec<PathBuf>,
-    /// Model of requests that name none; the demonstration model when it is left out.
+    /// Model of requests without `model`. Default: the demonstration model.
     pub default: Option<String>,
-    /// Where models come from that are named as `owner/name`.
+    /// The hub, for models named `owner/name`.
     pub hub: HubSettings,
 }
 
@@ -38,13 +37,13 @@ pub struct Settings {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HubSettings {
-    /// Whether `fetch` may use the network. The environment's `HF_HUB_OFFLINE=1` overrules it.
+    /// Allow `fetch` to use the network. `HF_HUB_OFFLINE=1` in the environment forbids it.
     pub download: bool,
-    /// Address of the hub; `$HF_ENDPOINT` or `https://huggingface.co` when it is left out.
+    /// URL of the hub. Default: `$HF_ENDPOINT` or `https://huggingface.co`.
     pub endpoint: Option<String>,
-    /// The cache's folder; `$HF_HUB_CACHE`, `$HF_HOME/hub` or `~/.cache/huggingface/hub` when it is left out.
+    /// Folder of the cache. Default: `$HF_HUB_CACHE`, `$HF_HOME/hub` or `~/.cache/huggingface/hub`.
     pub cache: Option<PathBuf>,
-    /// A file that holds a token; `$HF_TOKEN`, `$HF_TOKEN_PATH` or `$HF_HOME/token` when it is left out.
+    /// File with an access token. Default: `$HF_TOKEN`, `$HF_TOKEN_PATH` or `$HF_HOME/token`.
     pub token_file: Option<PathBuf>,
 }
 
@@ -61,38 +60,38 @@ impl Default for Settings {
     }
 }
 
-/// What becomes of text encoders when a prompt has been encoded. Pinned ones stay, and embeddings that are kept need none.
+/// Policy for text encoders when a prompt has been encoded. Pinned ones stay; cached embeddings need no encoder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum EncoderPolicy {
-    /// `keep`, unless on the CPU the model's weights take more than 60 % of the memory there is.
+    /// `keep`, unless the model runs on the CPU and its weights take more than 60 % of the memory.
     #[default]
     Auto,
-    /// They stay for the next prompt.
+    /// Keep them for the next prompt.
     Keep,
-    /// They are freed, and read again for the next prompt that is new.
+    /// Free them, and read them again for the next new prompt.
     Release,
 }
 
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Every model that can be named.
+    /// Lists the available models.
     List(Nothing),
-    /// What a model's files say; its weights are not read.
+    /// Describes a model from its files without reading weights.
     Inspect(ModelRequest),
     /// Reads a model's weights into memory ahead of the request that needs them.
     Load(ModelRequest),
     /// Frees a model's weights.
     Unload(ModelRequest),
-    /// Keeps a model in memory until it is unloaded, or ends that.
+    /// Keeps a model in memory until it is unloaded or unpinned.
     Pin(PinRequest),
-    /// Downloads a repository of the hub, or some of its files, into the local cache.
+    /// Downloads a repository or some of its files into the hub's local cache.
     Fetch(FetchRequest),
 }
 
 impl Request {
-    /// Whether it must run where the weights are. What needs none is answered while an image is made.
+    /// True if it must run on the compute thread. Other requests are answered while an image is made.
     #[must_use]
     pub fn needs_compute(&self) -> bool {
         match self {
@@ -101,7 +100,7 @@ impl Request {
         }
     }
 
-    /// Whether it may wait for the network for a long time.
+    /// True if it may wait for the network.
     #[must_use]
     pub fn needs_network(&self) -> bool {
         matches!(self, Self::Fetch(_))
@@ -112,29 +111,29 @@ impl Request {
 #[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct ModelRequest {
-    /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
-    /// Left out: the default model; for `unload`, every model.
+    /// A name from `list`, a path under the configured roots, or `owner/name` of a repository in the hub's cache. Default:
+    /// the default model; for `unload`, every model.
     #[serde(default)]
     pub model: Option<String>,
     /// Branch, tag or commit of a repository of the hub. Default: `main`.
     #[serde(default)]
     pub revision: Option<String>,
-    /// The autoencoder in place of the model's: a safetensors file or a folder beneath the configured roots.
+    /// Replaces the autoencoder: a safetensors file or a folder under the configured roots.
     #[serde(default)]
     pub vae: Option<String>,
-    /// The UNet in place of the model's, likewise.
+    /// Replaces the UNet.
     #[serde(default)]
     pub unet: Option<String>,
-    /// CLIP ViT-L in place of the model's, likewise.
+    /// Replaces CLIP ViT-L.
     #[serde(default)]
     pub text_encoder: Option<String>,
-    /// OpenCLIP ViT-bigG in place of the model's, likewise.
+    /// Replaces OpenCLIP ViT-bigG.
     #[serde(default)]
     pub text_encoder_2: Option<String>,
 }
 
 impl ModelRequest {
-    /// The parts that come from files of their own.
+    /// The components that come from separate files.
     #[must_use]
     pub fn separate(&self) -> [(Part, Option<&str>); 4] {
         [
@@ -146,23 +145,23 @@ impl ModelRequest {
     }
 }
 
-/// Names a model that shall stay.
+/// Names a model to pin.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct PinRequest {
-    /// A name that `list` gives, a path beneath the configured roots, or `owner/name` of a repository in the hub's cache.
-    /// Left out: the default model.
+    /// A name from `list`, a path under the configured roots, or `owner/name` of a repository in the hub's cache. Default:
+    /// the default model.
     #[serde(default)]
     pub model: Option<String>,
     /// Branch, tag or commit of a repository of the hub. Default: `main`.
     #[serde(default)]
     pub revision: Option<String>,
-    /// `true` (the default) loads the model and keeps it; `false` lets it go when its place is needed.
+    /// `true` (the default) loads the model and keeps it; `false` allows it to be evicted again.
     #[serde(default)]
     pub pin: Option<bool>,
 }
 
-/// Names what shall be downloaded.
+/// Names the files to download.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct FetchRequest {
@@ -172,19 +171,19 @@ pub struct FetchRequest {
     #[serde(default)]
     pub revision: Option<String>,
     /// Paths in the repository, or patterns in which `*` stands for any characters and `?` for one, 1 to 256 of them.
-    /// Default: what a model in the diffusers layout consists of, or the one network of a repository.
+    /// Default: the files of a diffusers model, or the only network of the repository.
     #[serde(default)]
     pub files: Option<OneOrMany<String>>,
-    /// SHA-256 in hexadecimal digits: of the one file of weights, or by file. What has another is not kept.
+    /// SHA-256 in hexadecimal digits: of the only weight file, or by file. A file with another hash is not kept.
     #[serde(default)]
     pub sha256: Option<Pins>,
 }
 
-/// Hashes that files must have.
+/// Hashes that files are pinned to.
 #[derive(Clone, Debug, PartialEq, Eq, schemars::JsonSchema)]
 #[schemars(untagged)]
 pub enum Pins {
-    /// Of the one file of weights that is asked for.
+    /// The hash of the only weight file.
     One(String),
     /// By the path in the repository.
     Each(BTreeMap<String, String>),
@@ -192,9 +191,9 @@ pub enum Pins {
 
 impl<'de> Deserialize<'de> for Pins {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Hashes;
+        struct PinsVisitor;
 
-        impl<'de> Visitor<'de> for Hashes {
+        impl<'de> Visitor<'de> for PinsVisitor {
             type Value = Pins;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -210,7 +209,7 @@ impl<'de> Deserialize<'de> for Pins {
             }
         }
 
-        deserializer.deserialize_any(Hashes)
+        deserializer.deserialize_any(PinsVisitor)
     }
 }
 
@@ -229,27 +228,27 @@ pub enum Response {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct ModelList {
     pub models: Vec<ModelEntry>,
-    /// The model of requests that name none.
+    /// The model of requests without `model`.
     pub default: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct ModelEntry {
-    /// What requests call it: its path beneath its root, or `demo`.
+    /// Its name in requests: its path relative to a root, or `demo`.
     pub name: String,
-    /// The commit, for a repository of the hub's cache.
+    /// The commit, for a repository in the hub's cache.
     pub revision: Option<String>,
     /// `sdxl_base`, `sdxl_refiner`, `sdxl_inpaint`, `sdxl_instruct_pix2pix`, `ssd_1b`, `segmind_vega`, `koala_700m`,
-    /// `koala_1b`; `null` if it cannot be used.
+    /// `koala_1b`; `null` if the model is unusable.
     pub family: Option<&'static str>,
     /// Bytes of its weight files.
     pub bytes: Bytes,
-    /// Number format of the UNet's weights as they are stored.
+    /// Stored dtype of the UNet's weights.
     pub dtype: Option<&'static str>,
-    /// Parts that are in memory now.
+    /// Components in memory.
     pub loaded: Vec<&'static str>,
     pub pinned: bool,
-    /// Why it cannot be used.
+    /// Why the model is unusable.
     pub problem: Option<String>,
 }
 
@@ -257,32 +256,32 @@ pub struct ModelEntry {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Inspection {
     pub model: String,
-    /// The commit, for a repository of the hub's cache.
+    /// The commit, for a repository in the hub's cache.
     pub revision: Option<String>,
     pub family: &'static str,
-    /// How it was trained or distilled, where its files say: `playground_v2_5`, `cosxl`, `v_prediction`, `turbo`,
+    /// Training or distillation, if its files declare it: `playground_v2_5`, `cosxl`, `v_prediction`, `turbo`,
     /// `lightning`, `hyper`, `dmd2`.
     pub variant: Option<&'static str>,
-    /// `_class_name` of `model_index.json`, or for a single file the pipeline that it would come with.
+    /// `_class_name` of `model_index.json`, or for a single file the usual pipeline of its family.
     pub pipeline: String,
     pub components: Vec<ComponentFacts>,
     pub prediction_type: Prediction,
-    /// Width in pixels of an image whose request names none.
+    /// Default width of images in pixels.
     pub default_width: usize,
-    /// Height in pixels of an image whose request names none.
+    /// Default height of images in pixels.
     pub default_height: usize,
-    /// Class and timestep spacing of the checkpoint's own scheduler.
+    /// The checkpoint's own scheduler.
     pub scheduler: SchedulerFacts,
-    /// Whether a missing negative prompt means zeros rather than the encoded empty text.
+    /// True if a missing negative prompt is embedded as zeros instead of as an empty text.
     pub force_zeros_for_empty_prompt: bool,
     pub unet: UnetFacts,
     pub vae: VaeFacts,
     pub text_encoders: Vec<TextEncoderFacts>,
-    /// Whether the checkpoint brings its tokenizers, or uses the built-in vocabulary.
+    /// True if the checkpoint has its own tokenizers, false if it uses the built-in vocabulary.
     pub own_tokenizers: bool,
 }
 
-/// Weights of one part.
+/// The weights of one component.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct ComponentFacts {
     /// `text_encoder`, `text_encoder_2`, `unet`, `vae`
@@ -291,14 +290,14 @@ pub struct ComponentFacts {
     pub tensors: usize,
     pub parameters: u64,
     pub bytes: Bytes,
-    /// Number formats of the tensors.
+    /// Dtypes of the tensors.
     pub dtypes: Vec<&'static str>,
 }
 
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct SchedulerFacts {
     pub class_name: Option<String>,
-    /// `leading`, `trailing` or `linspace`; `null` if the checkpoint does not say.
+    /// `leading`, `trailing` or `linspace`; `null` if the checkpoint does not declare it.
     pub timestep_spacing: Option<&'static str>,
     pub zero_terminal_snr: bool,
 }
@@ -315,7 +314,7 @@ pub struct UnetFacts {
 pub struct VaeFacts {
     pub scaling_factor: f64,
     pub latent_channels: usize,
-    /// Whether it must not run in f16.
+    /// True if it overflows in f16.
     pub force_upcast: bool,
 }
 
@@ -333,7 +332,7 @@ pub struct Loaded {
     pub components: Vec<LoadedComponent>,
     /// Bytes of the components in memory.
     pub bytes: Bytes,
-    /// Milliseconds that it took.
+    /// Milliseconds.
     pub ms: u64,
 }
 
@@ -344,16 +343,16 @@ pub struct LoadedComponent {
     /// Bytes in memory.
     pub bytes: Bytes,
     pub ms: u64,
-    /// Whether it was in memory before.
+    /// True if it was already in memory.
     pub cached: bool,
 }
 
 /// The answer to `unload`.
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Unloaded {
-    /// Names of the models that were in memory.
+    /// Names of the models that were unloaded.
     pub models: Vec<String>,
-    /// Bytes that were freed.
+    /// Freed bytes.
     pub freed: Bytes,
 }
 
@@ -362,23 +361,23 @@ pub struct Unloaded {
 pub struct Pinned {
     pub model: String,
     pub pinned: bool,
-    /// Bytes that are kept.
+    /// Bytes in memory.
     pub bytes: Bytes,
 }
 
 /// The answer to `fetch`.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Fetched {
-    /// What requests call it now.
+    /// Its name in requests.
     pub model: String,
-    /// The commit that was downloaded.
+    /// The downloaded commit.
     pub revision: String,
     pub files: Vec<FetchedFile>,
     /// Bytes of all files.
     pub bytes: Bytes,
-    /// Bytes that came over the network.
+    /// Bytes that were downloaded now.
     pub downloaded: Bytes,
-    /// Milliseconds that it took.
+    /// Milliseconds.
     pub ms: u64,
 }
 
@@ -387,9 +386,9 @@ pub struct FetchedFile {
     /// Its path in the repository.
     pub name: String,
     pub bytes: Bytes,
-    /// Whether it was in the cache before.
+    /// True if it was already in the cache.
     pub cached: bool,
-    /// Of what was downloaded now, or is pinned.
+    /// SHA-256, if the file was downloaded now or is pinned.
     pub sha256: Option<String>,
 }
 

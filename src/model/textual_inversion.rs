@@ -1,5 +1,5 @@
-//! Textual inversion (Gal et al. 2022, <https://arxiv.org/abs/2208.01618>) for SDXL: vectors that stand in a prompt in
-//! place of token embeddings, `clip_l` for the first text encoder and `clip_g` for the second, as many in each.
+//! Textual inversion (Gal et al. 2022, <https://arxiv.org/abs/2208.01618>) for SDXL: vectors that replace token embeddings
+//! of a prompt. `clip_l` holds them for the first text encoder and `clip_g` for the second, the same number in each.
 
 use candle_core::{Device, Tensor};
 
@@ -10,7 +10,7 @@ use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::weights::read::{Read, ReadTask};
 
-/// Most vectors of one embedding: what a chunk holds.
+/// Most vectors of one embedding: the tokens of a prompt chunk.
 const MOST: usize = 75;
 const FIRST: &str = "clip_l";
 const SECOND: &str = "clip_g";
@@ -18,7 +18,7 @@ const SECOND: &str = "clip_g";
 /// The vectors of one file.
 #[derive(Clone, Debug)]
 pub struct Inversion {
-    /// `[n, C₁]`, f32; none where the checkpoint has no first encoder.
+    /// `[n, C₁]`, f32; `None` if the checkpoint has no first encoder.
     pub first: Option<Tensor>,
     /// `[n, C₂]`, f32.
     pub second: Tensor,
@@ -27,10 +27,10 @@ pub struct Inversion {
 }
 
 impl Inversion {
-    /// Reads the vectors that the encoders of `checkpoint` take.
+    /// Reads the vectors for the encoders of `checkpoint`.
     ///
     /// # Errors
-    /// `model_unsupported` for a file that is not SDXL's or is another model's; `model_corrupt`.
+    /// `model_unsupported` for an embedding of another model; `model_corrupt`.
     pub fn read(
         component_file: &ComponentFile,
         checkpoint: &Checkpoint,

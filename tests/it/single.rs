@@ -410,7 +410,7 @@ fn components_of_other_files_replace_the_models() {
     refused(&with("folder", &|r| r.text_encoder_2 = own("folder/text_encoder")), &mut worker, "its text encoders give");
     fs::copy(path("folder/text_encoder/model.safetensors"), path("clip_l.safetensors")).unwrap();
     let narrow = with("folder", &|r| r.text_encoder = own("clip_l"));
-    refused(&narrow, &mut worker, "how many heads share 32 channels");
+    refused(&narrow, &mut worker, "32 channels are not a multiple of 64");
     let mut clip = File::read(&path("clip_l.safetensors"));
     clip.metadata.insert("config.text_encoder".to_owned(), whole.metadata["config.text_encoder"].clone());
     clip.write(&path("clip_l.safetensors"));

@@ -1,5 +1,5 @@
-//! A network that goes beside a checkpoint, such as a ControlNet or an adapter: one safetensors file, or a folder in
-//! diffusers' layout with the network's `config.json`. Its weights are not read here.
+//! A network in files of its own, such as a ControlNet, an adapter or a separate UNet: one safetensors or GGUF file, or a
+//! diffusers folder with its `config.json`. The weights are read when the network is built.
 
 use std::path::{Path, PathBuf};
 
@@ -15,44 +15,44 @@ use crate::model::weights::open::{Open, OpenTask, Weights, is_pickle};
 use crate::roots::Roots;
 use crate::units::Bytes;
 
-/// How weight files begin: diffusers' networks, transformers', and adapters that diffusers and PEFT saved.
+/// Stems of weight files: diffusers' networks, transformers' networks, and adapters saved by diffusers and PEFT.
 const STEMS: [&str; 4] = ["diffusion_pytorch_model", "model", "pytorch_lora_weights", PEFT];
-/// PEFT's files.
+/// PEFT's weight file and configuration.
 const PEFT: &str = "adapter_model";
 const PEFT_CONFIG: &str = "adapter_config.json";
 
-/// A network that was found, and whose files may be read.
+/// The files of one network.
 #[derive(Debug)]
 pub struct ComponentFile {
-    /// What requests call it.
+    /// Its name in requests.
     pub name: String,
-    /// Tells this state of its files from every other.
+    /// Identifies its files and their state.
     pub key: CheckpointKey,
     config: Option<ModelFile>,
-    /// What PEFT says of an adapter beside its weights.
+    /// PEFT's configuration of an adapter.
     peft: Option<ModelFile>,
     weights: WeightFiles,
     mmap: bool,
-    /// The folder that it is; none for a file.
+    /// Its folder; `None` for a single file.
     folder: Option<ModelFolder>,
 }
 
 impl ComponentFile {
-    /// What lies at `path`, which is beneath `roots`; requests call it `name`.
+    /// Reads the file or folder `path` under `roots`; `name` is its name in requests.
     ///
     /// # Errors
-    /// `unsafe_format` for pickle files, `model_unsupported` for other files that are no safetensors or GGUF, `model_corrupt`
+    /// `unsafe_format` for pickle files, `model_unsupported` for other files than safetensors or GGUF, `model_corrupt`
     /// for a folder without weights, `path_not_allowed` for links out of the roots.
     pub(crate) fn find(name: &str, path: &Path, roots: &Roots, mmap: bool) -> Result<Self> {
         let file = path.is_file();
-        let place = if file { path.parent().unwrap_or(path) } else { path };
-        let folder = ModelFolder::Disk { path: place.to_owned(), roots: roots.clone() };
+        let folder = if file { path.parent().unwrap_or(path) } else { path };
+        let folder = ModelFolder::Disk { path: folder.to_owned(), roots: roots.clone() };
         let (config, peft, weights) = if file {
             if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
                 readable(name, path)?;
             }
             let own = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            // Of another file beside it PEFT's configuration says nothing.
+            // PEFT's configuration does not apply to other files in its folder.
             let peft = if own.starts_with(PEFT) { folder.find(PEFT_CONFIG)? } else { None };
             (None, peft, WeightFiles::new(vec![folder.need(&own)?]))
         } else {
@@ -69,37 +69,37 @@ impl ComponentFile {
         Ok(Self { name: name.to_owned(), key, config, peft, weights, mmap, folder: (!file).then_some(folder) })
     }
 
-    /// Whether the folder `path` holds weights under a name that says that they are a network's.
+    /// True if the folder `path` holds weights under a usual name.
     pub(crate) fn is_network(path: &Path, roots: &Roots) -> bool {
         stem(&ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }.names("")).is_some()
     }
 
-    /// Whether the folder `path` holds nothing that is, or once was, a network.
-    pub(crate) fn is_hollow(path: &Path, roots: &Roots) -> bool {
+    /// True if the folder `path` holds a whole model, or no weights or configuration at all.
+    pub(crate) fn is_not_a_network(path: &Path, roots: &Roots) -> bool {
         let names = ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }.names("");
         let ends = [".safetensors", ".gguf", ".json", ".bin", ".ckpt", ".pt", ".pth"];
         let whole = names.iter().any(|name| name == "model_index.json");
         stem(&names).is_none() && (whole || !names.iter().any(|name| ends.iter().any(|end| name.ends_with(end))))
     }
 
-    /// The folder of the whole model in diffusers' layout whose `part` it is; `None` if it is none's.
-    pub(crate) fn whole(&self, part: Part) -> Option<ModelFolder> {
+    /// The diffusers model that this folder is the `part` of; `None` for other folders.
+    pub(crate) fn model_folder(&self, part: Part) -> Option<ModelFolder> {
         let Some(ModelFolder::Disk { path, roots }) = &self.folder else { return None };
         let above: PathBuf =
             path.parent().filter(|_| path.file_name().is_some_and(|own| own == part.name()))?.to_owned();
-        let whole = ModelFolder::Disk { path: above, roots: roots.clone() };
-        matches!(whole.find("model_index.json"), Ok(Some(_))).then_some(whole)
+        let folder = ModelFolder::Disk { path: above, roots: roots.clone() };
+        matches!(folder.find("model_index.json"), Ok(Some(_))).then_some(folder)
     }
 
-    /// Its `config.json`, which a single file has not.
+    /// Its `config.json`; `None` for a single file.
     ///
     /// # Errors
-    /// `model_corrupt` for what is no JSON of this form.
+    /// `model_corrupt` for invalid JSON.
     pub fn config<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         self.config.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }
 
-    /// PEFT's `adapter_config.json`, which other writers' files have not.
+    /// PEFT's `adapter_config.json`; `None` for files of other writers.
     ///
     /// # Errors
     /// Those of [`Self::config`].
@@ -127,7 +127,7 @@ impl ComponentFile {
     }
 }
 
-/// How the weights of a network are called that a folder with these `names` holds, if it does.
+/// The stem of the weight files among `names`.
 fn stem(names: &[String]) -> Option<&'static str> {
     let holds = |stem: &&str| {
         let rest = |name: &String| name.strip_prefix(*stem).map(str::to_owned);
@@ -136,14 +136,14 @@ fn stem(names: &[String]) -> Option<&'static str> {
     STEMS.into_iter().find(holds)
 }
 
-/// The only file of weights among `names`, however it is called. A whole model has none: its networks lie in folders.
+/// The only weight file among `names`, under any name; `None` for a diffusers model.
 fn only(names: &[String]) -> Option<&String> {
     let mut weights = names.iter().filter(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
     let only = weights.next().filter(|_| weights.next().is_none());
     only.filter(|_| !names.iter().any(|name| name == "model_index.json"))
 }
 
-/// Refuses what is no safetensors file, by its name and by how it begins.
+/// Refuses files other than safetensors, by extension and first bytes.
 pub(crate) fn readable(name: &str, path: &Path) -> Result<()> {
     let end = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
     let pickle = || ModelFile::open(path).is_ok_and(|(file, _)| is_pickle(&file));
@@ -151,7 +151,7 @@ pub(crate) fn readable(name: &str, path: &Path) -> Result<()> {
         "safetensors" => Ok(()),
         "gguf" => Err(Error::ModelUnsupported {
             name: name.to_owned(),
-            message: "it is a GGUF file, which holds a UNet alone: name it as `unet` beside a model".to_owned(),
+            message: "it is a GGUF file, which holds only a UNet: name it in `unet`, with a `model`".to_owned(),
         }),
         "ckpt" | "pt" | "pth" | "bin" => Err(Error::UnsafeFormat { path: path.to_owned() }),
         _ if pickle() => Err(Error::UnsafeFormat { path: path.to_owned() }),

@@ -1,9 +1,9 @@
 //! The demonstration model and the CLIP vocabulary, embedded in the binary.
 
-/// The name by which requests, results and configurations call it.
+/// Its name in requests, results and configurations.
 pub const NAME: &str = "demo";
 
-/// Bytes at an address that any tensor's element fits, so that reading an embedded tensor copies it once.
+/// Bytes aligned for any dtype, so that reading an embedded tensor copies it only once.
 #[repr(C, align(64))]
 struct Aligned<T: ?Sized>(T);
 
@@ -16,8 +16,8 @@ macro_rules! embedded {
     };
 }
 
-/// Every file of the model by its path within the diffusers folder layout. The vocabulary serves both tokenizers, and
-/// every checkpoint that brings none.
+/// The files of the model by their path in the diffusers layout. The vocabulary serves both tokenizers, and every
+/// checkpoint without its own.
 pub(crate) static FILES: &[(&str, &[u8])] = embedded![
     "model_index.json",
     "scheduler/scheduler_config.json",

@@ -1,4 +1,4 @@
-//! The files of one model: a folder on disk beneath the configured roots, or the embedded one.
+//! The files of one model: in a folder on disk under the configured roots, or embedded in the binary.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::catalog::demo;
 use crate::roots::Roots;
 
-/// What lies at `path` with every link resolved; `None` if there is nothing.
+/// Resolves `path` and its links; `None` if nothing is there.
 ///
 /// # Errors
 /// `path_not_allowed` outside the roots.
@@ -17,14 +17,14 @@ pub(crate) fn admit(roots: &Roots, path: &Path) -> Result<Option<PathBuf>> {
     Ok(real.exists().then_some(real))
 }
 
-/// The files of one model by their path within the diffusers layout.
+/// The folder of one model; files are named by their path in the diffusers layout.
 #[derive(Clone, Debug)]
 pub(crate) enum ModelFolder {
     Disk { path: PathBuf, roots: Roots },
     Embedded,
 }
 
-/// A file that was found and may be read.
+/// A file that exists and may be read.
 #[derive(Clone, Debug)]
 pub(crate) enum ModelFile {
     Disk(PathBuf),
@@ -32,15 +32,14 @@ pub(crate) enum ModelFile {
 }
 
 impl ModelFile {
-    /// What messages call it.
+    /// Its path, for messages.
     pub(crate) fn path(&self) -> &Path {
         match self {
             Self::Disk(path) | Self::Embedded { path, .. } => path,
         }
     }
 
-    /// Opens a file on disk for reading. Anything that is not a regular file is refused before it is opened, as opening
-    /// a pipe waits for its writer.
+    /// Opens a file on disk for reading. Only regular files are opened, because opening a pipe waits for its writer.
     pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
         let corrupt = |message: String| Error::ModelCorrupt { path: path.to_owned(), message };
         let unreadable = |e: std::io::Error| corrupt(format!("cannot be read: {e}"));
@@ -77,18 +76,18 @@ impl ModelFile {
         }
     }
 
-    /// Parses the file as JSON of a known form. Every such file is an object; serde would take a list for one.
+    /// Parses a JSON object. Lists are refused, because serde would read a struct from one.
     pub(crate) fn json<T: serde::de::DeserializeOwned>(&self, limit: u64) -> Result<T> {
         let corrupt = |message: String| Error::ModelCorrupt { path: self.path().to_owned(), message };
         let bytes = self.read(limit)?;
-        let text = std::str::from_utf8(&bytes).map_err(|e| corrupt(format!("cannot be understood: {e}")))?;
+        let text = std::str::from_utf8(&bytes).map_err(|e| corrupt(format!("cannot be parsed: {e}")))?;
         if text.trim_start().starts_with('[') {
             return Err(corrupt("must be a JSON object, and is a list".to_owned()));
         }
-        serde_json::from_str(text).map_err(|e| corrupt(format!("cannot be understood: {e}")))
+        serde_json::from_str(text).map_err(|e| corrupt(format!("cannot be parsed: {e}")))
     }
 
-    /// Length and time of the last change, the file's part in the identity of its model.
+    /// Length and modification time, which are part of the key of its model.
     pub(crate) fn stamp(&self) -> (u64, Option<std::time::SystemTime>) {
         match self {
             Self::Embedded { bytes, .. } => (bytes.len() as u64, None),
@@ -101,7 +100,7 @@ impl ModelFile {
 }
 
 impl ModelFolder {
-    /// What messages call the folder, or the file `name` in it.
+    /// The path of the folder, or of the file `name` in it, for messages.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         match self {
             Self::Disk { path, .. } if name.is_empty() => path.clone(),
@@ -110,7 +109,7 @@ impl ModelFolder {
         }
     }
 
-    /// The file `name`, if it is there.
+    /// The file `name`, if it exists.
     ///
     /// # Errors
     /// `path_not_allowed` if it is a link that leads out of the roots.
@@ -118,7 +117,7 @@ impl ModelFolder {
         match self {
             Self::Disk { path, roots } => {
                 let path = path.join(name);
-                // The unresolved path is kept for messages; what it leads to was admitted.
+                // The unresolved path is kept for messages; its target has been admitted.
                 Ok(admit(roots, &path)?.map(|_| ModelFile::Disk(path)))
             }
             Self::Embedded => Ok(demo::file(name).map(|bytes| ModelFile::Embedded { path: self.path(name), bytes })),
@@ -133,7 +132,7 @@ impl ModelFolder {
         self.find(name)?.ok_or_else(|| Error::ModelCorrupt { path: self.path(name), message: "is missing".to_owned() })
     }
 
-    /// Names in the subfolder `name`, sorted; empty if there is none.
+    /// The sorted names in the subfolder `name`; empty if there is none.
     pub(crate) fn names(&self, name: &str) -> Vec<String> {
         let mut names: Vec<String> = match self {
             Self::Disk { path, .. } => fs::read_dir(path.join(name))

@@ -1,4 +1,5 @@
-//! Which models can be named, and what a name stands for. Holds no weights, so that it works beside the compute thread.
+//! Finds models and component files by name, under the configured roots and in the hub's cache. It holds no weights, so
+//! every lane can have one.
 
 pub mod component_file;
 pub mod demo;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result, nearest};
 use crate::model::catalog::component_file::{ComponentFile, readable};
-use crate::model::catalog::files::{ModelFile, ModelFolder, admit};
+use crate::model::catalog::files::{ModelFolder, admit};
 use crate::model::checkpoint::builder::CheckpointBuilder;
 use crate::model::checkpoint::files::WeightFiles;
 use crate::model::checkpoint::identify::is_sdxl;
@@ -23,13 +24,13 @@ use crate::model::interface::Settings;
 use crate::model::weights::open::look;
 use crate::roots::Roots;
 
-/// Folders that one look for models may visit, and how far below a root it goes.
+/// Limits on a search for models: folders, and levels below a root.
 const FOLDERS: usize = 10_000;
 const DEPTH: usize = 5;
-/// Checkpoints whose small files stay understood.
-const KEPT: usize = 16;
+/// Checkpoints whose configuration is cached.
+const CACHED: usize = 16;
 
-/// Finds checkpoints beneath the configured roots.
+/// The models under the configured roots and in the hub's cache.
 pub struct Catalog {
     folders: Vec<PathBuf>,
     roots: Roots,
@@ -37,13 +38,13 @@ pub struct Catalog {
     mmap: bool,
     /// Repositories by `owner/name`.
     pub hub: HubCache,
-    /// Those that were asked for, least recently first.
+    /// Opened checkpoints, least recently used first.
     known: Vec<Arc<Checkpoint>>,
-    /// Whether each safetensors file that was come across is a model, by its state.
-    looked: HashMap<CheckpointKey, bool>,
+    /// True for safetensors files that are models, by the state of the file.
+    probed: HashMap<CheckpointKey, bool>,
 }
 
-/// Parts that come from files of their own, each with the name that the request gives.
+/// Components that the request names separately, each with its name.
 pub type Separate<'a> = [(Part, Option<&'a str>)];
 
 /// A model that can be named.
@@ -52,12 +53,12 @@ pub struct Listed {
     pub name: String,
     /// `None` for the embedded model.
     path: Option<PathBuf>,
-    /// Where it lies in the cache of the hub, for one that does.
+    /// Its snapshot, for a model in the hub's cache.
     cached: Option<Snapshot>,
 }
 
 impl Listed {
-    /// Whether a repository of the cache lacks files that a model has. One of which a single file is here may be any.
+    /// True if files of a cached repository are missing. A single cached file is not judged.
     fn is_incomplete(&self) -> bool {
         let repository = matches!(Reference::parse(&self.name, "model"), Ok(Some(known)) if known.is_whole());
         self.cached.as_ref().is_some_and(|snapshot| repository && Checkpoint::lacks_files(&snapshot.path()))
@@ -74,38 +75,38 @@ impl Catalog {
             mmap: settings.mmap,
             hub: HubCache::new(&settings.hub),
             known: Vec::new(),
-            looked: HashMap::new(),
+            probed: HashMap::new(),
         }
     }
 
-    /// The name of the model of requests that name none.
+    /// The model of requests without `model`.
     #[must_use]
     pub fn default_name(&self) -> &str {
         self.default.as_deref().unwrap_or(demo::NAME)
     }
 
-    /// The checkpoint that `name` stands for: `demo`, a path beneath a root, an absolute path that lies beneath one, or
-    /// `owner/name` of a repository in the cache of the hub. `None` is the default model. A checkpoint whose files have changed since is understood anew.
+    /// The checkpoint called `name`: `demo`, a path under a root, or `owner/name` of a repository in the hub's cache. `None`
+    /// is the default model. A checkpoint whose files have changed is read again.
     ///
     /// # Errors
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found` with the nearest name, `unsafe_format`,
-    /// `model_unsupported` and `model_corrupt` for what is found but cannot be used.
+    /// `model_unsupported` and `model_corrupt` for files that cannot be used.
     pub fn resolve(&mut self, name: Option<&str>) -> Result<Arc<Checkpoint>> {
         self.resolve_with(name, &[])
     }
 
-    /// The same with parts of other files.
+    /// [`Self::resolve`], with components from other files.
     ///
     /// # Errors
-    /// Those of [`Self::resolve`], for the model and for each part, and `model_unsupported` where they do not fit together.
+    /// Those of [`Self::resolve`], for the model and for each component, and `model_unsupported` if they do not fit together.
     pub fn resolve_with(&mut self, name: Option<&str>, separate: &Separate<'_>) -> Result<Arc<Checkpoint>> {
         let name = name.unwrap_or(self.default_name()).to_owned();
         let listed = self.locate(&name)?;
         let given = separate.iter().filter_map(|(part, name)| Some((*part, (*name)?)));
         let mut others = given.map(|(part, name)| Ok((part, self.part(part, name)?))).collect::<Result<Vec<_>>>()?;
-        // The scale of the latents is the UNet's, unless the autoencoder that is named says another.
+        // The UNet sets the scale of the latents, unless a separate autoencoder, applied later, declares its own.
         others.sort_by_key(|(part, _)| *part);
-        self.assembled(&listed, &others).map_err(|error| match listed.is_incomplete() {
+        self.build(&listed, &others).map_err(|error| match listed.is_incomplete() {
             true if self.hub.download => Error::Unfetched { name: listed.name, otherwise: Some(Box::new(error)) },
             _ => error,
         })
@@ -153,28 +154,28 @@ impl Catalog {
         found
     }
 
-    /// The checkpoint of a listed model.
+    /// Opens a listed model.
     ///
     /// # Errors
     /// Those of [`Self::resolve`].
     pub fn checkpoint(&mut self, listed: &Listed) -> Result<Arc<Checkpoint>> {
-        self.assembled(listed, &[])
+        self.build(listed, &[])
     }
 
-    fn assembled(&mut self, listed: &Listed, others: &[(Part, ComponentFile)]) -> Result<Arc<Checkpoint>> {
-        // The embedded files do not change, so they are understood once.
-        let plain = listed.path.is_none() && others.is_empty();
-        let known = self.known.iter().find(|known| plain && known.is_demo());
+    fn build(&mut self, listed: &Listed, others: &[(Part, ComponentFile)]) -> Result<Arc<Checkpoint>> {
+        // The embedded files never change.
+        let is_demo = listed.path.is_none() && others.is_empty();
+        let known = self.known.iter().find(|known| is_demo && known.is_demo());
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
         let roots = &listed.cached.as_ref().map_or_else(|| self.roots.clone(), Snapshot::roots);
-        let mut draft = match &listed.path {
+        let mut builder = match &listed.path {
             None => CheckpointBuilder::from_folder(demo::NAME, &ModelFolder::Embedded)?,
             Some(path) if path.is_dir() => CheckpointBuilder::from_folder(&listed.name, &self.folder(path, roots))?,
             Some(path) => {
                 let (key, files) = self.single(path, roots)?;
-                // A header of thousands of tensors is parsed once.
+                // Parsing a header with thousands of tensors takes long.
                 if others.is_empty()
                     && let Some(place) =
                         self.known.iter().position(|known| known.key == key && known.name == listed.name)
@@ -186,14 +187,14 @@ impl Catalog {
                 CheckpointBuilder::single(&listed.name, key, files)?
             }
         };
-        others.iter().try_for_each(|(part, other)| draft.replace(*part, other))?;
-        let mut fresh = draft.finish()?;
-        fresh.mmap = self.mmap;
-        fresh.revision = listed.cached.as_ref().map(|snapshot| snapshot.commit.clone());
-        let place = self.known.iter().position(|known| known.key == fresh.key && known.name == fresh.name);
-        let checkpoint = place.map_or_else(|| Arc::new(fresh), |place| self.known.remove(place));
+        others.iter().try_for_each(|(part, other)| builder.replace(*part, other))?;
+        let mut checkpoint = builder.finish()?;
+        checkpoint.mmap = self.mmap;
+        checkpoint.revision = listed.cached.as_ref().map(|snapshot| snapshot.commit.clone());
+        let place = self.known.iter().position(|known| known.key == checkpoint.key && known.name == checkpoint.name);
+        let checkpoint = place.map_or_else(|| Arc::new(checkpoint), |place| self.known.remove(place));
         self.known.push(Arc::clone(&checkpoint));
-        let excess = self.known.len().saturating_sub(KEPT);
+        let excess = self.known.len().saturating_sub(CACHED);
         self.known.drain(..excess);
         Ok(checkpoint)
     }
@@ -202,45 +203,45 @@ impl Catalog {
         ModelFolder::Disk { path: path.to_owned(), roots: roots.clone() }
     }
 
-    /// A single file, and what tells its state from others.
+    /// A single file, with the key of its state.
     fn single(&self, path: &Path, roots: &Roots) -> Result<(CheckpointKey, WeightFiles)> {
         let folder = self.folder(path.parent().unwrap_or(path), roots);
         let found = folder.need(&path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default())?;
         Ok((key(&folder, std::slice::from_ref(&found)), WeightFiles::new(vec![found])))
     }
 
-    /// Whether a file is a model, by its header.
+    /// True if a file is a model, judging by its header.
     fn is_model(&mut self, path: &Path, roots: &Roots) -> bool {
         if path.extension().is_none_or(|end| end != "safetensors") {
             return false;
         }
         let Ok((key, files)) = self.single(path, roots) else { return false };
-        if let Some(known) = self.looked.get(&key) {
+        if let Some(known) = self.probed.get(&key) {
             return *known;
         }
-        let found: Option<&ModelFile> = files.files.first();
-        let is = found.is_some_and(|found| look(found).is_ok_and(|weights| is_sdxl(&weights)));
-        if self.looked.len() > FOLDERS {
-            self.looked.clear();
+        let is = files.files.first().is_some_and(|file| look(file).is_ok_and(|weights| is_sdxl(&weights)));
+        if self.probed.len() > FOLDERS {
+            self.probed.clear();
         }
-        self.looked.insert(key, is);
+        self.probed.insert(key, is);
         is
     }
 
-    /// The file or folder that a request names for a part. Of a whole model in diffusers' layout it is that part's folder.
+    /// The file or folder that a request names for a component. In a diffusers model it is the component's folder.
     fn part(&self, part: Part, name: &str) -> Result<ComponentFile> {
-        let path = sound(name, part.name())?;
+        let path = checked_path(name, part.name())?;
         let own = path.join(part.name());
         let whole = |candidate: PathBuf| candidate.join("model_index.json").is_file();
-        let whole = self.candidates(path).into_iter().any(whole) || self.is_cached_whole(path, part)?;
+        let whole = self.candidates(path).into_iter().any(whole) || self.is_cached_model(path, part)?;
         let name = if whole { &own } else { path };
         self.component_file(&name.to_string_lossy(), part.name())
     }
 
-    /// Whether a name that leads to nothing beneath a root is that of a whole model in the cache of the hub.
-    fn is_cached_whole(&self, path: &Path, part: Part) -> Result<bool> {
-        let ended = path.with_added_extension("safetensors");
-        if self.candidates(path).into_iter().chain(self.candidates(&ended)).any(|candidate| candidate.exists()) {
+    /// True if a name without a match under a root is a diffusers model in the hub's cache.
+    fn is_cached_model(&self, path: &Path, part: Part) -> Result<bool> {
+        let with_extension = path.with_added_extension("safetensors");
+        if self.candidates(path).into_iter().chain(self.candidates(&with_extension)).any(|candidate| candidate.exists())
+        {
             return Ok(false);
         }
         let Some(reference) = Reference::parse(&path.to_string_lossy(), part.name())? else { return Ok(false) };
@@ -248,47 +249,47 @@ impl Catalog {
         Ok(snapshot.path().join(&reference.path).join("model_index.json").is_file())
     }
 
-    /// What `name` stands for beside a checkpoint: a safetensors file, with its ending or without, or a folder, beneath
-    /// a root. `field` is the part of the request in which the name stood.
+    /// The component file called `name`: a safetensors file, with or without its extension, or a folder. `field` is the
+    /// request field, for messages.
     ///
     /// # Errors
     /// `path_not_allowed` outside the roots and for `..`, `model_not_found`, `unsafe_format`, `model_unsupported` and
-    /// `model_corrupt` for what is found but cannot be used.
+    /// `model_corrupt` for files that cannot be used.
     pub fn component_file(&self, name: &str, field: &str) -> Result<ComponentFile> {
-        if let Some(found) = self.beneath(name, field)? {
+        if let Some(found) = self.find_under_roots(name, field)? {
             return Ok(found);
         }
         match Reference::parse(name, field)?.filter(|reference| self.may_be_cached(reference)) {
             Some(reference) => self.cached_component_file(name, &reference),
             None => {
-                let hint = "give the path of a safetensors file or a folder beneath the configured model roots";
+                let hint = "give the path of a safetensors file or a folder under the configured model roots";
                 Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint.to_owned()) })
             }
         }
     }
 
-    /// [`Self::component_file`] of what lies beneath a root; `None` where nothing of this name does, whatever the hub may have.
+    /// [`Self::component_file`], without the hub's cache; `None` if nothing under a root has this name.
     ///
     /// # Errors
-    /// Those of [`Self::component_file`], but for `model_not_found`.
-    pub fn beneath(&self, name: &str, field: &str) -> Result<Option<ComponentFile>> {
-        let path = sound(name, field)?;
+    /// Those of [`Self::component_file`], except `model_not_found`.
+    pub fn find_under_roots(&self, name: &str, field: &str) -> Result<Option<ComponentFile>> {
+        let path = checked_path(name, field)?;
         let (mut refused, mut folder) = (None, None);
-        let ended = path.with_added_extension("safetensors");
-        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
+        let with_extension = path.with_added_extension("safetensors");
+        for candidate in self.candidates(path).into_iter().chain(self.candidates(&with_extension)) {
             match admit(&self.roots, &candidate) {
-                // A file of the same name may be meant.
+                // A file of the same name takes precedence.
                 Ok(Some(real)) if real.is_dir() && !ComponentFile::is_network(&candidate, &self.roots) => {
                     folder.get_or_insert(candidate);
                 }
-                // By the name that was given: what a link leads to need not end as a file of weights does.
+                // The given name decides: the target of a link may have another extension.
                 Ok(Some(_)) => return ComponentFile::find(name, &candidate, &self.roots, self.mmap).map(Some),
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
             }
         }
         match folder {
-            Some(folder) if ComponentFile::is_hollow(&folder, &self.roots) => Ok(None),
+            Some(folder) if ComponentFile::is_not_a_network(&folder, &self.roots) => Ok(None),
             Some(folder) => ComponentFile::find(name, &folder, &self.roots, self.mmap).map(Some),
             None => refused.map_or(Ok(None), Err),
         }
@@ -298,17 +299,17 @@ impl Catalog {
         if name == demo::NAME {
             return Ok(Listed { name: name.to_owned(), path: None, cached: None });
         }
-        let path = sound(name, "model")?;
+        let path = checked_path(name, "model")?;
         let (mut refused, mut folder) = (None, None);
-        let ended = path.with_added_extension("safetensors");
-        for candidate in self.candidates(path).into_iter().chain(self.candidates(&ended)) {
+        let with_extension = path.with_added_extension("safetensors");
+        for candidate in self.candidates(path).into_iter().chain(self.candidates(&with_extension)) {
             match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
                     let listed = Listed { name: self.name_of(&real), path: Some(real), cached: None };
                     if candidate.join("model_index.json").is_file() {
                         return Ok(listed);
                     }
-                    // A file of the same name may be meant.
+                    // A file of the same name takes precedence.
                     folder.get_or_insert(listed);
                 }
                 Ok(Some(_)) => {
@@ -330,7 +331,7 @@ impl Catalog {
         }
     }
 
-    /// Whether a name that is no path beneath a root may be a repository's: a folder beneath a root means itself.
+    /// True if a name may be a repository: a folder of the same name under a root takes precedence.
     fn may_be_cached(&self, reference: &Reference) -> bool {
         let owner = reference.repository.split('/').next().unwrap_or_default();
         matches!(self.hub.find(reference), Ok(Some(_)) | Err(_))
@@ -341,8 +342,8 @@ impl Catalog {
         let name = reference.to_string();
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
         let path = snapshot.path().join(snapshot.resolve(&reference.path));
-        let ended = path.with_added_extension("safetensors");
-        for path in [path, ended] {
+        let with_extension = path.with_added_extension("safetensors");
+        for path in [path, with_extension] {
             let Some(real) = admit(&snapshot.roots(), &path)? else { continue };
             if !real.is_dir() {
                 readable(&name, &path)?;
@@ -354,14 +355,14 @@ impl Catalog {
 
     fn cached_component_file(&self, name: &str, reference: &Reference) -> Result<ComponentFile> {
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
-        let whole = snapshot.path().join(&reference.path);
-        // A folder brings its configuration along, so the file alone goes second.
-        let path = match ComponentFile::find(name, &whole, &snapshot.roots(), self.mmap) {
+        let folder = snapshot.path().join(&reference.path);
+        // A folder has its configuration, so it comes before the single file.
+        let path = match ComponentFile::find(name, &folder, &snapshot.roots(), self.mmap) {
             Err(_) if reference.is_whole() => snapshot.path().join(snapshot.resolve(&reference.path)),
-            _ => whole,
+            _ => folder,
         };
-        let ended = path.with_added_extension("safetensors");
-        for candidate in [path, ended] {
+        let with_extension = path.with_added_extension("safetensors");
+        for candidate in [path, with_extension] {
             if admit(&snapshot.roots(), &candidate)?.is_some() {
                 return ComponentFile::find(name, &candidate, &snapshot.roots(), self.mmap);
             }
@@ -369,7 +370,7 @@ impl Catalog {
         Err(self.hub.missing(reference))
     }
 
-    /// Models in the cache of the hub that no folder beneath a root hides.
+    /// Models in the hub's cache, except those whose name a folder under a root has.
     fn list_cached(&mut self) -> Vec<Listed> {
         let references = self.hub.references().into_iter();
         let located = references.filter_map(|reference| self.locate(&reference.to_string()).ok());
@@ -381,12 +382,12 @@ impl Catalog {
         located.into_iter().filter(is_sdxl).collect()
     }
 
-    /// The roots that exist, with every link resolved.
+    /// The existing roots, with links resolved.
     pub(crate) fn real_roots(&self) -> Vec<PathBuf> {
         self.folders.iter().filter_map(|root| fs::canonicalize(root).ok()).collect()
     }
 
-    /// Where a name may lead: beneath each root, to the root of that name, or from the working directory into a root.
+    /// The paths that a name may stand for: under each root, a root of that name, or from the working directory into a root.
     fn candidates(&self, path: &Path) -> Vec<PathBuf> {
         if path.is_absolute() {
             return vec![path.to_owned()];
@@ -399,10 +400,10 @@ impl Catalog {
         candidates
     }
 
-    /// The path beneath the first root, if that name leads here; otherwise the whole path.
+    /// The path relative to a root, if that name resolves to the folder; otherwise the absolute path.
     fn name_of(&self, folder: &Path) -> String {
         let real = |path: &Path| fs::canonicalize(path).ok();
-        // A link keeps its own name, whatever it leads to.
+        // A link keeps its own name.
         let folder = &match (folder.parent().and_then(real), folder.file_name()) {
             (Some(parent), Some(name)) => parent.join(name),
             _ => folder.to_owned(),
@@ -411,8 +412,8 @@ impl Catalog {
             let Ok(below) = folder.strip_prefix(&root) else { continue };
             let name = if below.as_os_str().is_empty() { root.file_name().map(Path::new) } else { Some(below) };
             let Some(name) = name else { continue };
-            let leads_to = self.candidates(name).into_iter().find(|path| path.exists());
-            if leads_to.and_then(|path| real(&path)) == real(folder) && name != Path::new(demo::NAME) {
+            let target = self.candidates(name).into_iter().find(|path| path.exists());
+            if target.and_then(|path| real(&path)) == real(folder) && name != Path::new(demo::NAME) {
                 return name.to_string_lossy().into_owned();
             }
         }
@@ -424,14 +425,14 @@ impl Catalog {
         let close = nearest(name, listed.iter().map(|listed| listed.name.as_str()));
         let hint = match close {
             Some(close) => format!("did you mean `{close}`?"),
-            None => "`model.list` names every model beneath the configured roots".to_owned(),
+            None => "`model.list` names every model under the configured roots".to_owned(),
         };
         Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) }
     }
 }
 
-/// A name that may be a path.
-fn sound<'a>(name: &'a str, field: &str) -> Result<&'a Path> {
+/// Checks that a name may be a path.
+fn checked_path<'a>(name: &'a str, field: &str) -> Result<&'a Path> {
     if name.trim().is_empty() || name.contains('\0') {
         return Err(Error::invalid(field, "must be the name of a model or a path, got neither"));
     }

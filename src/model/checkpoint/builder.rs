@@ -136,7 +136,7 @@ impl CheckpointBuilder {
 
     /// Takes over the training of a UNet that replaces this checkpoint's. Returns the configuration files that were read.
     fn adopt_training(&mut self, weights: &Weights, other: &ComponentFile) -> Result<Vec<ModelFile>> {
-        let (training, read) = match other.whole(Part::Unet) {
+        let (training, read) = match other.model_folder(Part::Unet) {
             Some(folder) => UnetTraining::from_folder(&folder).map(|(training, read)| (Some(training), read))?,
             None => (UnetTraining::from_file(weights, self.variant)?, Vec::new()),
         };

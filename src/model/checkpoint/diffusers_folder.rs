@@ -139,7 +139,7 @@ impl CheckpointBuilder {
             pipeline: Some(index.class_name),
             force_zeros_for_empty_prompt: Some(index.force_zeros_for_empty_prompt),
             scales_image: index.is_cosxl_edit,
-            variant: Variant::scheduled(&scheduler),
+            variant: Variant::from_scheduler(&scheduler),
             scheduler,
             tokenizers,
             text_encoder: first.map(component).transpose()?,

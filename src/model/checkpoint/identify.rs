@@ -1,16 +1,16 @@
-//! What a file is that is no SDXL checkpoint, by the names of its tensors.
+//! Identifies a single file by its tensor names: an SDXL checkpoint, or another known kind.
 
 use crate::model::weights::open::{Stored, Weights};
 
-/// Whether a file holds a UNet of SDXL: one that is told sizes and the pooled text.
+/// True if a file holds an SDXL UNet: one with embeddings of sizes and pooled text.
 pub(crate) fn is_sdxl(weights: &Weights) -> bool {
-    let told = ["label_emb.0.0.weight", "add_embedding.linear_1.weight"];
+    let marks = ["label_emb.0.0.weight", "add_embedding.linear_1.weight"];
     let prefixes = ["model.diffusion_model.", "diffusion_model.", "unet.", ""];
     let named = |mark: &str| prefixes.iter().any(|prefix| weights.has(&format!("{prefix}{mark}")));
-    told.into_iter().any(named) && kind(weights).is_none()
+    marks.into_iter().any(named) && kind(weights).is_none()
 }
 
-/// What the file is, if it is known and no SDXL model or part of one.
+/// The kind of a file that is known, and neither an SDXL model nor a component of one.
 pub(crate) fn kind(weights: &Weights) -> Option<&'static str> {
     let any = |test: &dyn Fn(&str) -> bool| weights.tensors().any(|(name, _)| test(name));
     let starts = |starts: &[&str]| any(&|name| starts.iter().any(|start| name.starts_with(start)));
@@ -18,13 +18,13 @@ pub(crate) fn kind(weights: &Weights) -> Option<&'static str> {
     if starts(&["lora_unet_", "lora_te", "lycoris_"])
         || holds(&[".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".hada_w1_a", ".lokr_w", ".oft_"])
     {
-        return Some("a LoRA or another adapter, which goes beside a model");
+        return Some("a LoRA or another adapter, which goes into `loras`");
     }
     if starts(&["control_model.", "controlnet_", "input_hint_block.", "zero_convs."]) || holds(&["lora_controlnet"]) {
-        return Some("a ControlNet, which goes beside a model");
+        return Some("a ControlNet, which goes into `controlnet`");
     }
     if starts(&["image_proj.", "ip_adapter."]) {
-        return Some("an IP-Adapter, which goes beside a model");
+        return Some("an IP-Adapter, which goes into `ip_adapter`");
     }
     if holds(&["joint_blocks."]) {
         return Some("a Stable Diffusion 3 model");
@@ -35,7 +35,7 @@ pub(crate) fn kind(weights: &Weights) -> Option<&'static str> {
     if holds(&["time_stack.", "time_mixer"]) {
         return Some("a Stable Video Diffusion model");
     }
-    // A name that was left behind weighs less than the shapes of the UNet.
+    // The UNet's shapes outweigh tensor names left over from another model.
     if reads_sdxl(weights) {
         return None;
     }
@@ -48,7 +48,7 @@ pub(crate) fn kind(weights: &Weights) -> Option<&'static str> {
     None
 }
 
-/// Whether there is a UNet that is told sizes, and that reads a text as wide as SDXL's encoders make it.
+/// True if there is a UNet with size embeddings whose cross-attention has the width of SDXL's text.
 fn reads_sdxl(weights: &Weights) -> bool {
     let read = |(name, stored): (&str, &Stored)| {
         name.ends_with("attn2.to_k.weight") && matches!(stored.shape.get(1), Some(2048 | 1280))
@@ -56,7 +56,7 @@ fn reads_sdxl(weights: &Weights) -> bool {
     weights.tensors().any(read) && weights.tensors().any(|(name, _)| name.ends_with("label_emb.0.0.weight"))
 }
 
-/// What a file without an SDXL UNet is, for the message of its refusal.
+/// Describes a file without an SDXL UNet, for the error message.
 pub(crate) fn describe(weights: &Weights) -> String {
     if let Some(kind) = kind(weights) {
         return format!("it is {kind}");
@@ -73,10 +73,10 @@ pub(crate) fn describe(weights: &Weights) -> String {
     }
     let behind = |end: &str| weights.tensors().any(|(name, _)| name.ends_with(end));
     if behind("decoder.conv_in.weight") {
-        return "it is an autoencoder without a UNet: name it in `vae`, beside a model".to_owned();
+        return "it is an autoencoder without a UNet: name it in `vae`, with a `model`".to_owned();
     }
     if behind("token_embedding.weight") {
-        return "it is a text encoder without a UNet: name it in `text_encoder` or `text_encoder_2`, beside a model"
+        return "it is a text encoder without a UNet: name it in `text_encoder` or `text_encoder_2`, with a `model`"
             .to_owned();
     }
     match weights.tensors().next() {

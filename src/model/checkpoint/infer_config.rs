@@ -1,4 +1,5 @@
-//! Configurations from names and shapes alone, for files that bring none. What shapes do not tell has SDXL's values.
+//! Infers network configurations from tensor names and shapes, for files without any. Values that shapes do not determine
+//! are SDXL's.
 
 use std::collections::BTreeMap;
 
@@ -9,20 +10,22 @@ use crate::model::networks::vae::VaeConfig;
 use crate::model::weights::ldm_names::number;
 use crate::model::weights::open::Weights;
 
-/// Channels of each attention head, of SDXL's UNet and of CLIP alike.
+/// Channels of an attention head, in SDXL's UNet and in CLIP.
 const HEAD: usize = 64;
 /// Rows and columns of latents that SDXL was trained at.
 const LATENTS: usize = 128;
-/// By how much SDXL's latents are scaled.
+/// SDXL's `scaling_factor` of latents.
 pub(crate) const SCALING: f64 = 0.13025;
-/// More than any network has of what is counted.
+/// Most blocks or layers that are counted.
 const MOST: usize = 64;
+/// diffusers' mid block with transformers.
+const CROSS_ATTENTION_MID: &str = "UNetMidBlock2DCrossAttn";
 
 /// Shapes by name.
 struct Shapes<'a>(BTreeMap<&'a str, &'a [usize]>);
 
 impl<'a> Shapes<'a> {
-    fn of(weights: &'a Weights) -> Self {
+    fn new(weights: &'a Weights) -> Self {
         Self(weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice())).collect())
     }
 
@@ -30,73 +33,51 @@ impl<'a> Shapes<'a> {
         self.0.contains_key(name)
     }
 
-    /// How many numbers stand behind `prefix`.
+    /// The count of indices that follow `prefix` in tensor names.
     fn count(&self, prefix: &str) -> usize {
-        let behind = self.0.range(prefix..).map_while(|(name, _)| name.strip_prefix(prefix));
-        behind.filter_map(number).map(|(i, _)| i.saturating_add(1)).max().unwrap_or(0).min(MOST + 1)
+        let rests = self.0.range(prefix..).map_while(|(name, _)| name.strip_prefix(prefix));
+        rests.filter_map(number).map(|(i, _)| i.saturating_add(1)).max().unwrap_or(0).min(MOST + 1)
     }
 
-    /// One side of a tensor.
+    /// The size of one axis of a tensor.
     fn side(&self, name: &str, axis: usize) -> Result<usize, String> {
         let shape = self.0.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;
         shape.get(axis).copied().ok_or_else(|| format!("tensor `{name}` has the shape {shape:?}"))
     }
 }
 
-/// How many heads so many channels have.
+/// The number of attention heads for a number of channels.
 fn heads(channels: usize) -> Result<usize, String> {
     match channels / HEAD {
         heads if heads > 0 && channels.is_multiple_of(HEAD) => Ok(heads),
-        _ => Err(format!("it does not say how many heads share {channels} channels")),
+        _ => Err(format!("{channels} channels are not a multiple of {HEAD}, the channels of an attention head")),
     }
 }
 
-/// Of a UNet with diffusers' names.
+/// The configuration of a UNet with diffusers' names.
 pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
-    let shapes = Shapes::of(weights);
+    let shapes = Shapes::new(weights);
     let blocks = shapes.count("down_blocks.");
     let channels = |i: usize| shapes.side(&format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
     let channels: Vec<usize> = (0..blocks).map(channels).collect::<Result<_, _>>()?;
-    let way = |way: &str, i: usize| level(&shapes, &format!("{way}_blocks.{i}"));
-    let down: Vec<Level> = (0..blocks).map(|i| way("down", i)).collect::<Result<_, _>>()?;
-    let up: Vec<Level> = (0..blocks).map(|i| way("up", i)).collect::<Result<_, _>>()?;
-    for (i, (down, up)) in down.iter().zip(up.iter().rev()).enumerate() {
-        if down.layers + 1 != up.layers {
-            return Err(format!(
-                "level {i} has {} layers on the way down and {} on the way up",
-                down.layers, up.layers
-            ));
-        }
-    }
-    let of = |level: &Level| PerBlock::Each(level.depths.clone().unwrap_or(vec![0; level.layers]));
-    let mut depths: Vec<PerBlock<usize>> = down.iter().map(of).collect();
-    let mid = match (shapes.count("mid_block.resnets."), shapes.has("mid_block.attentions.0.norm.weight")) {
-        (_, true) => {
-            let depth = shapes.count("mid_block.attentions.0.transformer_blocks.");
-            // The middle goes by the last level's depth, which a level without transformers does not use itself.
-            match (down.last().and_then(|level| level.depths.as_ref()), depths.last_mut()) {
-                (None, Some(last)) => *last = PerBlock::Same(depth),
-                (Some(last), _) if last.first() == Some(&depth) => {}
-                (last, _) => {
-                    return Err(format!("its middle is {depth} transformers deep, and the level before {last:?}"));
-                }
-            }
-            Some("UNetMidBlock2DCrossAttn")
-        }
-        (0, false) => None,
-        (_, false) => Some("UNetMidBlock2D"),
-    };
-    let kind = |level: &Level, cross: &str, plain: &str| if level.depths.is_some() { cross } else { plain }.to_owned();
+    let level = |side: &str, i: usize| Level::read(&shapes, &format!("{side}_blocks.{i}"));
+    let down: Vec<Level> = (0..blocks).map(|i| level("down", i)).collect::<Result<_, _>>()?;
+    let up: Vec<Level> = (0..blocks).map(|i| level("up", i)).collect::<Result<_, _>>()?;
+    check_symmetry(&down, &up)?;
+    let mut depths: Vec<PerBlock<usize>> = down.iter().map(Level::depth_per_layer).collect();
+    let mid_block_type = mid_block(&shapes, &down, &mut depths)?;
     let widths = channels.iter().zip(&down).map(|(&channels, level)| match level.depths.is_some() {
         true => heads(channels),
         false => Ok(1),
     });
     let mut widths: Vec<usize> = widths.collect::<Result<_, _>>()?;
-    if let (Some("UNetMidBlock2DCrossAttn"), Some(&last), Some(width)) = (mid, channels.last(), widths.last_mut()) {
+    if let (Some(CROSS_ATTENTION_MID), Some(&last), Some(width)) = (mid_block_type, channels.last(), widths.last_mut())
+    {
         *width = heads(last)?;
     }
-    let crossed = shapes.0.keys().find(|name| name.ends_with("attn2.to_k.weight"));
-    let crossed = crossed.ok_or("it has no layer that reads a text")?;
+    let text_key = shapes.0.keys().find(|name| name.ends_with("attn2.to_k.weight"));
+    let text_key = text_key.ok_or("it has no layer that reads a text")?;
+    let kind = |level: &Level, cross: &str, plain: &str| if level.depths.is_some() { cross } else { plain }.to_owned();
     Ok(UnetConfig {
         sample_size: Some(PerBlock::Same(LATENTS)),
         in_channels: shapes.side("conv_in.weight", 1)?,
@@ -104,13 +85,13 @@ pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
         conv_in_kernel: shapes.side("conv_in.weight", 2)?,
         conv_out_kernel: shapes.side("conv_out.weight", 2)?,
         down_block_types: down.iter().map(|level| kind(level, "CrossAttnDownBlock2D", "DownBlock2D")).collect(),
-        mid_block_type: mid.map(str::to_owned),
+        mid_block_type: mid_block_type.map(str::to_owned),
         up_block_types: up.iter().map(|level| kind(level, "CrossAttnUpBlock2D", "UpBlock2D")).collect(),
         block_out_channels: channels,
         layers_per_block: PerBlock::Each(down.iter().map(|level| level.layers).collect()),
         transformer_layers_per_block: PerBlock::Each(depths),
-        reverse_transformer_layers_per_block: Some(up.iter().map(of).collect()),
-        cross_attention_dim: PerBlock::Same(shapes.side(crossed, 1)?),
+        reverse_transformer_layers_per_block: Some(up.iter().map(Level::depth_per_layer).collect()),
+        cross_attention_dim: PerBlock::Same(shapes.side(text_key, 1)?),
         attention_head_dim: PerBlock::Each(widths),
         addition_embed_type: Some("text_time".to_owned()),
         addition_time_embed_dim: Some(256),
@@ -120,28 +101,61 @@ pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
     })
 }
 
-/// One resolution of a UNet.
+/// An up block has one layer more than the down block of the same resolution.
+fn check_symmetry(down: &[Level], up: &[Level]) -> Result<(), String> {
+    for (i, (down, up)) in down.iter().zip(up.iter().rev()).enumerate() {
+        if down.layers + 1 != up.layers {
+            return Err(format!("down block {i} has {} layers and its up block {}", down.layers, up.layers));
+        }
+    }
+    Ok(())
+}
+
+/// The type of the mid block. diffusers gives it the depth of the last down block, which `depths` gets if that block has no
+/// transformers itself.
+fn mid_block(shapes: &Shapes, down: &[Level], depths: &mut [PerBlock<usize>]) -> Result<Option<&'static str>, String> {
+    if !shapes.has("mid_block.attentions.0.norm.weight") {
+        return Ok((shapes.count("mid_block.resnets.") > 0).then_some("UNetMidBlock2D"));
+    }
+    let depth = shapes.count("mid_block.attentions.0.transformer_blocks.");
+    match (down.last().and_then(|level| level.depths.as_ref()), depths.last_mut()) {
+        (None, Some(last)) => *last = PerBlock::Same(depth),
+        (Some(last), _) if last.first() == Some(&depth) => {}
+        (last, _) => {
+            return Err(format!("its mid block has {depth} transformers, and the last down block {last:?}"));
+        }
+    }
+    Ok(Some(CROSS_ATTENTION_MID))
+}
+
+/// One down or up block of a UNet.
 struct Level {
     layers: usize,
-    /// How deep the transformer of each layer is; `None` without any.
+    /// Transformer blocks of each layer; `None` without transformers.
     depths: Option<Vec<usize>>,
 }
 
-fn level(shapes: &Shapes, block: &str) -> Result<Level, String> {
-    let layers = shapes.count(&format!("{block}.resnets."));
-    let has = |i: usize| shapes.has(&format!("{block}.attentions.{i}.norm.weight"));
-    let depth = |i: usize| shapes.count(&format!("{block}.attentions.{i}.transformer_blocks."));
-    let depths = match (0..layers).filter(|&i| has(i)).count() {
-        0 => None,
-        all if all == layers => Some((0..layers).map(depth).collect()),
-        some => return Err(format!("`{block}` has transformers in {some} of its {layers} layers")),
-    };
-    Ok(Level { layers, depths })
+impl Level {
+    fn read(shapes: &Shapes, block: &str) -> Result<Self, String> {
+        let layers = shapes.count(&format!("{block}.resnets."));
+        let has = |i: usize| shapes.has(&format!("{block}.attentions.{i}.norm.weight"));
+        let depth = |i: usize| shapes.count(&format!("{block}.attentions.{i}.transformer_blocks."));
+        let depths = match (0..layers).filter(|&i| has(i)).count() {
+            0 => None,
+            all if all == layers => Some((0..layers).map(depth).collect()),
+            some => return Err(format!("`{block}` has transformers in {some} of its {layers} layers")),
+        };
+        Ok(Self { layers, depths })
+    }
+
+    fn depth_per_layer(&self) -> PerBlock<usize> {
+        PerBlock::Each(self.depths.clone().unwrap_or(vec![0; self.layers]))
+    }
 }
 
-/// Of a text encoder with transformers' names.
+/// The configuration of a text encoder with transformers' names.
 pub(crate) fn clip(weights: &Weights) -> Result<ClipConfig, String> {
-    let shapes = Shapes::of(weights);
+    let shapes = Shapes::new(weights);
     let bare = shapes.has("embeddings.token_embedding.weight");
     let name = |rest: &str| if bare { rest.to_owned() } else { format!("text_model.{rest}") };
     let words = name("embeddings.token_embedding.weight");
@@ -157,15 +171,15 @@ pub(crate) fn clip(weights: &Weights) -> Result<ClipConfig, String> {
         num_hidden_layers: shapes.count(&name("encoder.layers.")),
         num_attention_heads: heads(size)?,
         max_position_embeddings: shapes.side(&name("embeddings.position_embedding.weight"), 0)?,
-        // OpenAI's own approximation in ViT-L; OpenCLIP's models have the function itself.
+        // ViT-L has OpenAI's approximation of GELU; OpenCLIP's models have GELU itself.
         hidden_act: if size <= 768 { "quick_gelu" } else { "gelu" }.to_owned(),
         ..ClipConfig::default()
     })
 }
 
-/// Of an autoencoder with diffusers' names.
+/// The configuration of an autoencoder with diffusers' names.
 pub(crate) fn vae(weights: &Weights) -> Result<VaeConfig, String> {
-    let shapes = Shapes::of(weights);
+    let shapes = Shapes::new(weights);
     let blocks = shapes.count("encoder.down_blocks.");
     let channels = |i: usize| shapes.side(&format!("encoder.down_blocks.{i}.resnets.0.conv1.weight"), 0);
     Ok(VaeConfig {

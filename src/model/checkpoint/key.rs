@@ -4,31 +4,32 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::model::catalog::files::{ModelFile, ModelFolder};
 
-/// What tells one state of one checkpoint from every other: where it lies, and the length and time of every file.
+/// Identifies a checkpoint and its state: the path, length and modification time of every file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CheckpointKey(pub(crate) u64);
 
 impl CheckpointKey {
-    /// Of what tells one thing that is kept from every other.
+    /// The key of a cached item, from its distinguishing values.
     pub(crate) fn of(what: &impl Hash) -> Self {
         let mut hasher = DefaultHasher::new();
         what.hash(&mut hasher);
         Self(hasher.finish())
     }
 
-    /// Whether it is what a resident says of itself.
+    /// True if a resident reports this key.
     #[must_use]
-    pub fn is(self, told: Option<u64>) -> bool {
-        told == Some(self.0)
+    pub fn is(self, reported: Option<u64>) -> bool {
+        reported == Some(self.0)
     }
 }
 
+/// The key of the files of a folder.
 pub(crate) fn key(folder: &ModelFolder, files: &[ModelFile]) -> CheckpointKey {
     let mut hasher = DefaultHasher::new();
     folder.path("").hash(&mut hasher);
-    for found in files {
-        found.path().hash(&mut hasher);
-        found.stamp().hash(&mut hasher);
+    for file in files {
+        file.path().hash(&mut hasher);
+        file.stamp().hash(&mut hasher);
     }
     CheckpointKey(hasher.finish())
 }

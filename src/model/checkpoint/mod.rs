@@ -34,17 +34,17 @@ const DEFAULT_SAMPLE_SIZE: usize = 128;
 /// A complete SDXL checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// What requests call it.
+    /// Its name in requests.
     pub name: String,
     pub key: CheckpointKey,
     pub family: &'static Family,
-    /// How it was trained or distilled, where its files say: a name of [`crate::model::checkpoint::families::variants::VARIANTS`].
+    /// Training or distillation, if its files declare it: a name in [`families::variants::VARIANTS`].
     pub variant: Option<&'static str>,
     /// `_class_name` of `model_index.json`.
     pub pipeline: String,
-    /// Whether a missing negative prompt means zeros rather than the encoded empty text.
+    /// True if a missing negative prompt is embedded as zeros instead of as an empty text.
     pub force_zeros_for_empty_prompt: bool,
-    /// Whether the image that the model edits is scaled as its latents are; only CosXL's is.
+    /// True if the image to edit is scaled like latents; only CosXL does this.
     pub scales_image: bool,
     /// CLIP ViT-L; the refiner has none.
     pub text_encoder: Option<ClipConfig>,
@@ -53,16 +53,16 @@ pub struct Checkpoint {
     pub unet: UnetConfig,
     pub vae: VaeConfig,
     pub scheduler: SchedulerConfig,
-    /// The commit of the repository of the hub that it is, for one that is.
+    /// The commit, for a repository of the hub.
     pub revision: Option<String>,
-    /// Whether weights on disk may be mapped rather than read.
+    /// True if weight files may be mapped into memory.
     pub mmap: bool,
     pub(crate) tokenizers: [Option<TokenizerFiles>; 2],
     pub(crate) weights: Vec<(Part, WeightFiles)>,
 }
 
 impl Checkpoint {
-    /// What a request calls it that names the revision beside it.
+    /// Its name in requests, without the revision.
     #[must_use]
     pub fn base_name(&self) -> String {
         match (&self.revision, Reference::parse(&self.name, "model")) {
@@ -76,26 +76,26 @@ impl Checkpoint {
     pub fn default_size(&self) -> ImageSize {
         let sides = self.unet.sample_size.as_ref().map_or(&[][..], PerBlock::values);
         let scale = self.vae.reduction();
-        let side = |place: usize| {
-            let latents = sides.get(place).or(sides.first()).copied().unwrap_or(DEFAULT_SAMPLE_SIZE);
+        let side = |axis: usize| {
+            let latents = sides.get(axis).or(sides.first()).copied().unwrap_or(DEFAULT_SAMPLE_SIZE);
             latents.saturating_mul(scale)
         };
         ImageSize { width: side(1), height: side(0) }
     }
 
-    /// Whether its UNet takes mask and masked image beside the latents.
+    /// True if its UNet takes mask and masked image concatenated with the latents.
     #[must_use]
     pub fn takes_mask(&self) -> bool {
         self.family.masks
     }
 
-    /// Whether it brings tokenizers of its own.
+    /// True if it has its own tokenizers.
     #[must_use]
     pub fn own_tokenizers(&self) -> bool {
         self.tokenizers.iter().flatten().any(|files| matches!(files.vocab, ModelFile::Disk(_)))
     }
 
-    /// Whether it is the embedded model, every part of it.
+    /// True if every component is of the embedded model.
     pub(crate) fn is_demo(&self) -> bool {
         let embedded = |found: &ModelFile| matches!(found, ModelFile::Embedded { .. });
         self.weights.iter().flat_map(|(_, files)| &files.files).all(embedded)
@@ -107,18 +107,18 @@ impl Checkpoint {
         self.weights.iter().map(|(_, files)| files.size()).sum()
     }
 
-    /// The networks that it has.
+    /// Its networks.
     pub fn parts(&self) -> impl Iterator<Item = Part> + '_ {
         self.weights.iter().map(|(part, _)| *part)
     }
 
-    /// How many files hold the weights of a part.
+    /// The number of weight files of a component.
     #[must_use]
     pub fn file_count(&self, part: Part) -> usize {
         self.weights.iter().find(|(known, _)| *known == part).map_or(0, |(_, files)| files.files.len())
     }
 
-    /// Opens the weights of a part and checks their headers.
+    /// Opens the weights of a component and checks their headers.
     ///
     /// # Errors
     /// `model_corrupt` with the file at fault; `cancelled`, `deadline_exceeded`.

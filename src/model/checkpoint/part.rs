@@ -23,7 +23,7 @@ impl Part {
         }
     }
 
-    /// How its weight files begin.
+    /// The stem of its weight files.
     pub(crate) fn stem(self) -> &'static str {
         match self {
             Self::TextEncoder | Self::TextEncoder2 => "model",

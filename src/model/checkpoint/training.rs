@@ -27,10 +27,10 @@ impl FileTraining {
     /// # Errors
     /// `model_corrupt` for an invalid configuration in the metadata.
     pub(crate) fn read(weights: &Weights) -> Result<Self> {
-        let marked = Variant::marked(|name| weights.has(name));
+        let marked = Variant::from_tensors(|name| weights.has(name));
         let text = |key: &str| weights.metadata(key).unwrap_or_default();
         let title = ["modelspec.title", "modelspec.architecture"].map(text).join(" ");
-        let variant = marked.or_else(|| Variant::declared(&title));
+        let variant = marked.or_else(|| Variant::from_title(&title));
         let mut scheduler = Variant::scheduler(variant);
         let predicted = ["modelspec.prediction_type", "modelspec.predict_key"].map(text);
         let is_v = predicted.iter().any(|kind| matches!(*kind, "v" | "v_prediction"));
@@ -57,7 +57,7 @@ impl FileTraining {
         if let Some(config) = metadata_config(weights, "scheduler")? {
             scheduler = config;
         }
-        let variant = variant.or_else(|| Variant::scheduled(&scheduler));
+        let variant = variant.or_else(|| Variant::from_scheduler(&scheduler));
         Ok(Self { declared: own || variant.is_some(), variant, scheduler })
     }
 }
@@ -135,6 +135,6 @@ impl UnetTraining {
         let latents = vae.as_ref().map(|vae| vae.json(CONFIG_LIMIT)).transpose()?;
         let files = [index, scheduler.clone()].into_iter().chain(vae).collect();
         let scheduler = scheduler.json(CONFIG_LIMIT)?;
-        Ok((Self { scales_image, variant: Variant::scheduled(&scheduler), scheduler, latents }, files))
+        Ok((Self { scales_image, variant: Variant::from_scheduler(&scheduler), scheduler, latents }, files))
     }
 }

@@ -1,4 +1,4 @@
-//! Finds adapter files by what people call them: a path beneath a root, or the name of the file alone.
+//! Finds adapter files by a path under a root, or by the file name alone.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,45 +8,45 @@ use crate::error::{Error, Result, nearest};
 use crate::model::catalog::Catalog;
 use crate::model::catalog::component_file::ComponentFile;
 
-/// Folders in which adapters lie beside the models.
+/// Usual folders of adapters under a root.
 const FOLDERS: [&str; 3] = ["loras", "lora", "Lora"];
-/// Entries that one look may see, and how far below a root it goes.
+/// Limits on a search: entries, and levels below a root.
 const ENTRIES: usize = 50_000;
 const DEPTH: usize = 5;
-const END: &str = "safetensors";
+const EXTENSION: &str = "safetensors";
 
 impl Catalog {
-    /// The adapter file that `name` stands for. `field` is the part of the request in which the name stood.
+    /// The adapter file called `name`. `field` is the request field, for messages.
     ///
     /// # Errors
-    /// `model_not_found` with the nearest name, and for a name that several files have; those of [`Self::component_file`].
+    /// `model_not_found` with the nearest name, or if several files have the name; those of [`Self::component_file`].
     pub fn lora(&self, name: &str, field: &str) -> Result<ComponentFile> {
-        let called = |mut component_file: ComponentFile| {
+        let with_name = |mut component_file: ComponentFile| {
             name.clone_into(&mut component_file.name);
             component_file
         };
-        if let Some(found) = self.beneath(name, field)? {
+        if let Some(found) = self.find_under_roots(name, field)? {
             return Ok(found);
         }
         if !Path::new(name).is_absolute() {
             for folder in FOLDERS {
-                if let Some(found) = self.beneath(&format!("{folder}/{name}"), field)? {
-                    return Ok(called(found));
+                if let Some(found) = self.find_under_roots(&format!("{folder}/{name}"), field)? {
+                    return Ok(with_name(found));
                 }
             }
         }
-        let files = self.files();
+        let files = self.lora_files();
         let wanted = name.strip_suffix(".safetensors").unwrap_or(name);
         let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let mut same = files.iter().filter(|path| stem(path) == wanted);
         match (same.next(), same.next()) {
-            (Some(path), None) => self.component_file(&path.to_string_lossy(), field).map(called),
+            (Some(path), None) => self.component_file(&path.to_string_lossy(), field).map(with_name),
             (Some(one), Some(other)) => {
                 let hint = format!("`{}` and `{}` have this name: give a path", one.display(), other.display());
                 Err(Error::ModelNotFound { name: name.to_owned(), hint: Some(hint) })
             }
             (None, _) => {
-                // Nobody has it here: the name may be a repository's.
+                // No file has the name; it may be a repository.
                 let error = match self.component_file(name, field) {
                     Err(error @ Error::ModelNotFound { .. }) => error,
                     other => return other,
@@ -64,15 +64,15 @@ impl Catalog {
         }
     }
 
-    /// Files of weights beneath the roots that are no parts of models.
-    fn files(&self) -> Vec<PathBuf> {
+    /// Weight files under the roots that are not part of a diffusers model.
+    fn lora_files(&self) -> Vec<PathBuf> {
         let (mut found, mut seen) = (Vec::new(), 0);
-        // A root may lie in another, and a link may lead to what was seen.
-        let mut known = HashSet::new();
+        // Roots may be nested, and links may lead to visited folders.
+        let mut visited = HashSet::new();
         let mut waiting: Vec<(PathBuf, usize)> = self.real_roots().into_iter().map(|root| (root, 0)).collect();
         while let Some((folder, depth)) = waiting.pop() {
             let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-            if folder.join("model_index.json").is_file() || !known.insert(real(&folder)) {
+            if folder.join("model_index.json").is_file() || !visited.insert(real(&folder)) {
                 continue;
             }
             for path in fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
@@ -82,7 +82,7 @@ impl Catalog {
                 }
                 if path.is_dir() && depth < DEPTH {
                     waiting.push((path, depth + 1));
-                } else if path.extension().is_some_and(|end| end == END) && known.insert(real(&path)) {
+                } else if path.extension().is_some_and(|end| end == EXTENSION) && visited.insert(real(&path)) {
                     found.push(path);
                 }
             }

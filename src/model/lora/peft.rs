@@ -1,5 +1,5 @@
-//! What PEFT says of an adapter beside its tensors: the alphas of files whose keys have none. It stands in the file's
-//! metadata where diffusers wrote it, and in `adapter_config.json` in a folder of PEFT's own.
+//! PEFT's configuration of an adapter, which gives the alphas of files without `alpha` tensors. diffusers writes it into
+//! the file's metadata, PEFT into `adapter_config.json`.
 
 use std::collections::BTreeMap;
 
@@ -10,30 +10,30 @@ use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Part;
 use crate::model::weights::open::{ADAPTER, Weights};
 
-/// The alpha of a configuration that says none.
+/// PEFT's default alpha.
 const ALPHA: f64 = 8.0;
 /// Tensors whose first axis is the rank of LoRA, LoHa and LoKr.
 const RANKS: [&str; 4] = ["lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"];
 
-/// Configurations by network; one without a network is for all.
+/// Configurations by network; `None` applies to all networks.
 #[derive(Default)]
 pub(crate) struct Peft(Vec<(Option<Part>, Config)>);
 
-/// What is left out has PEFT's default.
+/// PEFT's `LoraConfig`, as far as it is used.
 #[derive(Default, Deserialize)]
 struct Config {
-    /// What LoHa and LoKr call `alpha`.
+    /// `alpha` in LoHa and LoKr.
     #[serde(alias = "alpha")]
     lora_alpha: Option<f64>,
-    /// Whether the alpha is divided by the root of the rank, Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>.
+    /// True if alpha is divided by the square root of the rank: Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>.
     use_rslora: Option<bool>,
-    /// Alphas of layers whose names end so.
+    /// Alphas by the end of layer names.
     alpha_pattern: Option<BTreeMap<String, f64>>,
 }
 
 impl Peft {
     /// # Errors
-    /// `model_unsupported` for metadata that cannot be understood, `model_corrupt` for such a configuration.
+    /// `model_unsupported` for invalid metadata, `model_corrupt` for an invalid configuration file.
     pub(crate) fn read(file: &ComponentFile, weights: &Weights) -> Result<Self> {
         let mut all = Vec::new();
         if let Some(config) = file.peft::<Config>()? {
@@ -42,7 +42,7 @@ impl Peft {
         if let Some(text) = weights.metadata(ADAPTER) {
             let refuse = |error: serde_json::Error| Error::ModelUnsupported {
                 name: file.name.clone(),
-                message: format!("its metadata `{ADAPTER}` cannot be understood: {error}"),
+                message: format!("its metadata `{ADAPTER}` cannot be parsed: {error}"),
             };
             let values: BTreeMap<String, serde_json::Value> = serde_json::from_str(text).map_err(refuse)?;
             for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
@@ -58,7 +58,7 @@ impl Peft {
         Ok(Self(all))
     }
 
-    /// The alpha of a layer, which its rank divides. `shape` is that of a part of the layer's change.
+    /// The alpha of a layer, to be divided by its rank. `shape` gives the shape of a part.
     pub(crate) fn alpha<'s>(
         &self,
         part: Part,
@@ -68,8 +68,8 @@ impl Peft {
         let rank = RANKS.iter().find_map(|name| shape(name)?.first().copied())?;
         let mut of_part = self.0.iter().filter(|(own, _)| own.is_none_or(|own| own == part));
         let (_, config) = of_part.next_back()?;
-        let ends = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-        let own = config.alpha_pattern.iter().flatten().find(|(end, _)| ends(end)).map(|(_, alpha)| *alpha);
+        let matches = |end: &str| layer.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        let own = config.alpha_pattern.iter().flatten().find(|(end, _)| matches(end)).map(|(_, alpha)| *alpha);
         let alpha = own.or(config.lora_alpha).unwrap_or(ALPHA);
         Some(if config.use_rslora == Some(true) { alpha * (rank as f64).sqrt() } else { alpha })
     }

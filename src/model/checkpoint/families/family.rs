@@ -1,23 +1,23 @@
 //! What identifies a model family in its files.
 
-/// What a checkpoint of one kind looks like.
+/// The marks of one family.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Family {
     pub name: &'static str,
     /// Values of `_class_name` in `model_index.json`.
     pub pipelines: &'static [&'static str],
-    /// Whether it has the CLIP ViT-L encoder besides OpenCLIP's.
+    /// True if it has CLIP ViT-L besides OpenCLIP ViT-bigG.
     pub first_encoder: bool,
     /// `in_channels` of its UNet.
     pub channels: usize,
-    /// Whether its UNet takes the mask and the masked image beside the latents.
+    /// True if its UNet takes the mask and the masked image concatenated with the latents.
     pub masks: bool,
-    /// Whether its UNet takes the image that it edits beside the latents.
+    /// True if its UNet takes the image to edit concatenated with the latents.
     pub edits: bool,
-    /// How many transformers each layer of the way down has, from the highest resolution; `None` if they do not matter.
+    /// Transformer blocks of each layer of the down blocks; `None` matches any.
     pub depths: Option<&'static [usize]>,
 }
 
-/// The pipelines of diffusers that every text-to-image model works with.
+/// diffusers' pipelines for text-to-image models.
 pub(crate) const PIPELINES: &[&str] =
     &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"];

@@ -1,5 +1,4 @@
-//! Kinds of SDXL by what tells them apart in their files. Data: a network is configured by its own `config.json`, or by
-//! the shapes of its tensors.
+//! SDXL model families, as data. Networks are configured by their `config.json` or tensor shapes, not by the family.
 
 pub(crate) mod family;
 pub(crate) mod koala_1b;
@@ -31,7 +30,7 @@ pub static FAMILIES: Registry<Family> = Registry::new(
 );
 
 impl Family {
-    /// The family of a checkpoint with such parts: the first that fits, so that the particular comes before the general.
+    /// The first family that matches; more specific families come first.
     #[must_use]
     pub fn detect(first_encoder: bool, channels: usize, depths: &[usize]) -> Option<&'static Self> {
         let fits = |family: &&Self| {
@@ -42,7 +41,7 @@ impl Family {
         FAMILIES.iter().map(|(_, family)| family).find(fits)
     }
 
-    /// Whether any family comes as the pipeline `class`.
+    /// True if a family comes as the pipeline `class`.
     #[must_use]
     pub fn knows(class: &str) -> bool {
         FAMILIES.iter().any(|(_, family)| family.pipelines.contains(&class))

@@ -1,24 +1,24 @@
-//! How a network was trained or distilled, by what its file says: marks among its tensors, or words in its metadata.
+//! Training variants and distillations, recognised by marker tensors or by words in the metadata.
 
 use crate::registry::Registry;
 use crate::scheduler::config::{Prediction, SchedulerConfig, TimestepSpacing};
 
-/// One way of training.
+/// One variant.
 #[derive(Debug)]
 pub struct Variant {
     pub name: &'static str,
-    /// Tensors that mark it, all of them.
+    /// Marker tensors; all must be present.
     marks: &'static [&'static str],
-    /// Words of which one stands in the metadata's title or architecture.
+    /// Words of which one is in the metadata's title or architecture.
     words: &'static [&'static str],
     prediction: Prediction,
     spacing: Option<TimestepSpacing>,
     edm: Option<Edm>,
-    /// By how much its latents are scaled, where this is not SDXL's factor.
+    /// Its `scaling_factor` of latents, if it is not SDXL's.
     pub scaling_factor: Option<f64>,
 }
 
-/// The noise of Karras et al. 2022, <https://arxiv.org/abs/2206.00364>, table 1.
+/// The noise parameters of Karras et al. 2022, <https://arxiv.org/abs/2206.00364>, table 1.
 #[derive(Clone, Copy, Debug)]
 struct Edm {
     class_name: &'static str,
@@ -87,23 +87,23 @@ pub static VARIANTS: Registry<Variant> = Registry::new(
 );
 
 impl Variant {
-    /// The variant that tensors mark.
+    /// The variant with these marker tensors.
     #[must_use]
-    pub fn marked(has: impl Fn(&str) -> bool) -> Option<&'static Self> {
+    pub fn from_tensors(has: impl Fn(&str) -> bool) -> Option<&'static Self> {
         let marked = |variant: &&Self| !variant.marks.is_empty() && variant.marks.iter().all(|mark| has(mark));
         VARIANTS.iter().map(|(_, variant)| variant).find(marked)
     }
 
     /// The variant that a title or an architecture names.
     #[must_use]
-    pub fn declared(text: &str) -> Option<&'static Self> {
+    pub fn from_title(text: &str) -> Option<&'static Self> {
         let text = text.to_lowercase();
         VARIANTS.iter().map(|(_, variant)| variant).find(|variant| variant.words.iter().any(|word| text.contains(word)))
     }
 
-    /// The variant that a scheduler's configuration is of.
+    /// The variant that a scheduler configuration implies.
     #[must_use]
-    pub fn scheduled(scheduler: &SchedulerConfig) -> Option<&'static Self> {
+    pub fn from_scheduler(scheduler: &SchedulerConfig) -> Option<&'static Self> {
         match (scheduler.is_edm(), scheduler.prediction_type) {
             (true, Prediction::Epsilon) => Some(&PLAYGROUND),
             (true, Prediction::VPrediction) => Some(&COSXL),
@@ -112,7 +112,7 @@ impl Variant {
         }
     }
 
-    /// The scheduler of a checkpoint that brings none.
+    /// The scheduler of a checkpoint without a scheduler configuration.
     #[must_use]
     pub fn scheduler(variant: Option<&Self>) -> SchedulerConfig {
         let sdxl = SchedulerConfig::sdxl();

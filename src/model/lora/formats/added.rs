@@ -1,5 +1,4 @@
-//! Differences of whole tensors: `W + s · diff`, and of biases `b + s · diff_b`. The norms' own format is the same by
-//! other names.
+//! Full differences: `W + s · diff` and `b + s · diff_b`. LyCORIS's format for norms is the same under other names.
 
 use candle_core::Tensor;
 
@@ -36,7 +35,7 @@ impl Worker<MergeTask<'_>> for Added {
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let name = if task.tensor == "bias" { self.bias } else { self.weight };
         let part = task.part(name)?;
-        // A linear layer may be a 1×1 convolution to who wrote the file, and the other way round.
+        // The writer of the file may store a linear layer as a 1×1 convolution, and the other way round.
         let trimmed = |dims: &[usize]| {
             let axes = dims.iter().rposition(|&side| side != 1).map_or(0, |last| last + 1);
             dims.iter().take(axes).copied().collect::<Vec<_>>()

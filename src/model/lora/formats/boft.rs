@@ -2,7 +2,7 @@
 //! <https://arxiv.org/abs/2311.06243>, section 4.
 //!
 //! The file's blocks are `[m, n, b, b]` with `n · b = O`. In stage `i` of `m` the outputs `2^i · b/2` apart meet in one
-//! block. The strength counts in each stage: `1 + s · (R − 1)`, as LyCORIS and ComfyUI have it.
+//! block. The strength applies to each stage: `1 + s · (R − 1)`, as in LyCORIS and ComfyUI.
 
 use candle_core::{IndexOp, Tensor};
 
@@ -11,8 +11,8 @@ use crate::error::Result;
 use crate::model::lora::formats::oft;
 use crate::model::lora::formats::task::MergeTask;
 
-/// The turned weight, `[O, I·K·K]`.
-pub(crate) fn turn(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<Tensor> {
+/// The rotated weight, `[O, I·K·K]`.
+pub(crate) fn rotate(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<Tensor> {
     let (outputs, rest) = task.sides()?;
     let (stages, count, side, _) = blocks.dims4()?;
     // The last stage mixes within `2^(m - 1) · b` outputs.
@@ -21,14 +21,14 @@ pub(crate) fn turn(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<T
     if !fits || widest.is_none_or(|widest| widest == 0 || outputs % widest != 0) {
         return Err(task.unfit("oft_blocks", blocks));
     }
-    let turns = oft::less_identity(task, blocks, ctx)?.reshape((stages, count, side, side))?;
+    let rotations = oft::rotation_minus_identity(task, blocks, ctx)?.reshape((stages, count, side, side))?;
     let mut x = task.base.reshape((outputs, rest))?;
     for stage in 0..stages {
-        let apart = (side / 2) << stage;
-        let meeting = x.reshape((outputs / (2 * apart), 2, apart, rest))?.transpose(1, 2)?.contiguous()?;
+        let distance = (side / 2) << stage;
+        let meeting = x.reshape((outputs / (2 * distance), 2, distance, rest))?.transpose(1, 2)?.contiguous()?;
         let meeting = meeting.reshape((count, side, rest))?;
-        let turned = (&meeting + (turns.i(stage)?.matmul(&meeting)? * task.strength)?)?;
-        let parted = turned.reshape((outputs / (2 * apart), apart, 2, rest))?.transpose(1, 2)?.contiguous()?;
+        let rotated = (&meeting + (rotations.i(stage)?.matmul(&meeting)? * task.strength)?)?;
+        let parted = rotated.reshape((outputs / (2 * distance), distance, 2, rest))?.transpose(1, 2)?.contiguous()?;
         x = parted.reshape((outputs, rest))?;
     }
     Ok(x)

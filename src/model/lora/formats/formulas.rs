@@ -1,4 +1,4 @@
-//! Formats against their formulas: `tests/adapters/make_formulas.py`, which compares them with LyCORIS and PEFT.
+//! Compares formats with the goldens of `tests/adapters/make_formulas.py`, which checks them against LyCORIS and PEFT.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::model::lora::formats::detect;
 use crate::model::lora::formats::task::{MergeTask, Parts};
 use crate::noise::{NoiseSource, RngKind};
 
-/// Cases by name and kind of layer, the parts of each, and the layers.
+/// Cases by name and kind of layer, with their parts and layers.
 pub(crate) struct Goldens {
     tensors: HashMap<String, Tensor>,
     pub(crate) cases: BTreeMap<(String, String), Parts>,
@@ -44,7 +44,7 @@ fn error(got: &Tensor, want: &Tensor) -> f32 {
 
 #[test]
 #[expect(clippy::print_stdout, reason = "a test tells what it measured")]
-fn every_format_is_its_formula() {
+fn every_format_matches_its_formula() {
     let goldens = Goldens::read();
     let (mut table, mut worst, mut formats) = (String::new(), 0.0_f32, std::collections::BTreeSet::new());
     for ((case, kind), parts) in &goldens.cases {
@@ -85,9 +85,9 @@ fn strength_zero_leaves_layers_as_they_are() {
     }
 }
 
-/// The same turn whatever the layer is made of: kohya's blocks are as wide as layers have outputs.
+/// kohya's blocks are as wide as the layer's outputs.
 #[test]
-fn wide_blocks_turn_by_rotations() {
+fn wide_oft_blocks_are_rotations() {
     let side = 160;
     let noise = NoiseSource::new(RngKind::Cpu, &[1], 1, side, side, &Device::Cpu).draw().unwrap();
     let blocks = noise.reshape((1, side, side)).unwrap();
@@ -95,7 +95,7 @@ fn wide_blocks_turn_by_rotations() {
     let parts = Parts::from([("oft_blocks".to_owned(), blocks)]);
     let task = MergeTask { layer: "layer", tensor: "weight", base: &base, parts: &parts, strength: 1.0 };
     let (_, format) = detect("weight", |part| part == "oft_blocks").unwrap();
-    let turned = Context::detached().perform(format.merge, task).unwrap();
-    let product = turned.matmul(&turned.t().unwrap()).unwrap();
+    let rotated = Context::detached().perform(format.merge, task).unwrap();
+    let product = rotated.matmul(&rotated.t().unwrap()).unwrap();
     assert!(error(&product, &base) < 1e-5, "{}", error(&product, &base));
 }

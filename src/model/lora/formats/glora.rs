@@ -40,8 +40,8 @@ impl Worker<MergeTask<'_>> for Glora {
         // The inputs last, for the products: [O·K·K, I].
         let area = rest / inputs;
         let base = task.base.reshape((outputs, inputs, area))?.transpose(1, 2)?.contiguous()?;
-        let turned = base.reshape((outputs * area, inputs))?.matmul(&a1)?.matmul(&a2)?;
-        let turned = turned.reshape((outputs, area, inputs))?.transpose(1, 2)?.contiguous()?;
-        task.change(&(turned.reshape((outputs, rest))? + added)?, task.scale(rank)?)
+        let product = base.reshape((outputs * area, inputs))?.matmul(&a1)?.matmul(&a2)?;
+        let product = product.reshape((outputs, area, inputs))?.transpose(1, 2)?.contiguous()?;
+        task.change(&(product.reshape((outputs, rest))? + added)?, task.scale(rank)?)
     }
 }

@@ -1,4 +1,4 @@
-//! Whatever a file holds for a layer, a format answers with a tensor of the layer's shape or says that it does not fit.
+//! Formats answer any parts with a tensor of the layer's shape or with `model_unsupported`.
 
 use candle_core::{Device, Tensor};
 
@@ -11,7 +11,7 @@ fn shaped(shape: &[usize], value: f32) -> Tensor {
     Tensor::full(value, shape, &Device::Cpu).unwrap()
 }
 
-/// Merges `parts` into the layer, and says how it was refused.
+/// Merges `parts` into the layer; returns the message if they are refused.
 fn check(goldens: &Goldens, kind: &str, parts: &Parts, what: &str) -> Option<String> {
     let mut refused = None;
     for tensor in ["weight", "bias"] {

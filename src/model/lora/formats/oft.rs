@@ -1,9 +1,9 @@
-//! OFT: every block of outputs is turned by a rotation of its own, `W + s · (R − 1)ᵀ · W`, then each output is rescaled
-//! where the file says so. Qiu et al. 2023, <https://arxiv.org/abs/2306.07280>. With blocks in stages it is [`boft`].
+//! OFT: each block of outputs is rotated, `W + s · (R − 1)ᵀ · W`, then each output is rescaled if the file has `rescale`.
+//! Qiu et al. 2023, <https://arxiv.org/abs/2306.07280>. With several stages of blocks the format is BOFT ([`boft`]).
 //!
-//! `R = (1 + Q)(1 − Q)⁻¹` (Cayley), `Q = B − Bᵀ` of the file's blocks `B`: `[n, b, b]` with `n · b = O`. Where `alpha` is
-//! above 0, `Q` of the whole layer is at most `alpha · O` long, as kohya and LyCORIS have it. Rescaling is not scaled by
-//! the strength, as in LyCORIS.
+//! `R = (1 + Q)(1 − Q)⁻¹` (Cayley), `Q = B − Bᵀ` of the file's blocks `B`: `[n, b, b]` with `n · b = O`. If `alpha` is
+//! above 0, the norm of the layer's `Q` is limited to `alpha · O`, as in kohya and LyCORIS. The strength does not apply to
+//! `rescale`, as in LyCORIS.
 
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -18,7 +18,7 @@ use crate::model::lora::formats::task::MergeTask;
 pub(crate) const FORMAT: Format =
     Format { marks: &["oft_blocks"], bias_marks: &[], parts: &["oft_blocks", "rescale", "alpha"], merge: &Oft };
 
-/// Blocks are solved on the host in cubic time; none that people train is as wide.
+/// Widest block; blocks are solved on the host in cubic time.
 const WIDEST_BLOCK: usize = 1280;
 
 struct Oft;
@@ -33,12 +33,12 @@ impl Worker<MergeTask<'_>> for Oft {
         let blocks = task.part("oft_blocks")?;
         let new = match *blocks.dims() {
             [count, side, other] if side == other && count.checked_mul(side) == Some(outputs) => {
-                let turns = less_identity(&task, blocks, ctx)?;
+                let rotations = rotation_minus_identity(&task, blocks, ctx)?;
                 let base = task.base.reshape((count, side, rest))?;
-                let change = (turns.transpose(1, 2)?.contiguous()?.matmul(&base)? * task.strength)?;
+                let change = (rotations.transpose(1, 2)?.contiguous()?.matmul(&base)? * task.strength)?;
                 (base + change)?.reshape((outputs, rest))?
             }
-            [_, _, side, other] if side == other => boft::turn(&task, blocks, ctx)?,
+            [_, _, side, other] if side == other => boft::rotate(&task, blocks, ctx)?,
             _ => return Err(task.unfit("oft_blocks", blocks)),
         };
         let new = match task.optional("rescale")? {
@@ -51,7 +51,7 @@ impl Worker<MergeTask<'_>> for Oft {
 }
 
 /// `R − 1` of every block of `[.., b, b]`, as `[n, b, b]`.
-pub(crate) fn less_identity(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<Tensor> {
+pub(crate) fn rotation_minus_identity(task: &MergeTask, blocks: &Tensor, ctx: &Context) -> Result<Tensor> {
     let (outputs, _) = task.sides()?;
     let side = blocks.dim(candle_core::D::Minus1)?;
     if side > WIDEST_BLOCK {
@@ -59,17 +59,17 @@ pub(crate) fn less_identity(task: &MergeTask, blocks: &Tensor, ctx: &Context) ->
     }
     let values = blocks.flatten_all()?.to_vec1::<f32>()?;
     let mut skew: Vec<Vec<f64>> = values.chunks(side * side).map(|block| skew(block, side)).collect();
-    let longest = task.number("alpha")?.unwrap_or(0.0) * outputs as f64;
+    let limit = task.number("alpha")?.unwrap_or(0.0) * outputs as f64;
     let length = skew.iter().flatten().map(|q| q * q).sum::<f64>().sqrt();
-    if longest > 0.0 && length > longest {
-        skew.iter_mut().flatten().for_each(|q| *q *= longest / length);
+    if limit > 0.0 && length > limit {
+        skew.iter_mut().flatten().for_each(|q| *q *= limit / length);
     }
-    let turned = skew.par_iter().map(|q| {
+    let rotations = skew.par_iter().map(|q| {
         ctx.checkpoint()?;
-        cayley_less_identity(q, side).ok_or_else(|| task.misfit("`oft_blocks` are too large to turn by"))
+        cayley_rotation_minus_identity(q, side).ok_or_else(|| task.misfit("`oft_blocks` are too large for a rotation"))
     });
-    let turned = turned.collect::<Result<Vec<_>>>()?.concat();
-    Ok(Tensor::from_vec(turned, (values.len() / (side * side), side, side), blocks.device())?)
+    let rotations = rotations.collect::<Result<Vec<_>>>()?.concat();
+    Ok(Tensor::from_vec(rotations, (values.len() / (side * side), side, side), blocks.device())?)
 }
 
 /// `B − Bᵀ`
@@ -80,7 +80,7 @@ fn skew(block: &[f32], side: usize) -> Vec<f64> {
 
 /// `(1 − Q)⁻¹(1 + Q) − 1 = (1 − Q)⁻¹ · 2Q`, by elimination with the largest pivot of each column. `None` if the numbers
 /// are too large; `1 − Q` of a skew `Q` is never singular.
-fn cayley_less_identity(q: &[f64], side: usize) -> Option<Vec<f32>> {
+fn cayley_rotation_minus_identity(q: &[f64], side: usize) -> Option<Vec<f32>> {
     // Rows of [1 − Q | 2Q].
     let mut rows: Vec<Vec<f64>> = q
         .chunks(side)

@@ -26,17 +26,16 @@ pub(crate) fn part_limit(base: &[usize]) -> usize {
     }
 }
 
-/// A tensor of the network, and what a file holds for the layer that it belongs to.
+/// A tensor of the network, and the file's parts for its layer.
 pub(crate) struct MergeTask<'a> {
     /// diffusers' name of the layer, for messages.
     pub(crate) layer: &'a str,
     /// `weight` or `bias`.
     pub(crate) tensor: &'static str,
-    /// The tensor as it is so far, in f32 and as files lay it: `[O, I]`, `[O, I, K, K]` or `[C]`. Formats that were merged
-    /// before have changed it.
+    /// The tensor with all earlier changes, in f32 and in the layout of files: `[O, I]`, `[O, I, K, K]` or `[C]`.
     pub(crate) base: &'a Tensor,
     pub(crate) parts: &'a Parts,
-    /// Times which the change counts.
+    /// Factor on the change.
     pub(crate) strength: f64,
 }
 
@@ -46,13 +45,13 @@ impl MergeTask<'_> {
     }
 
     /// # Errors
-    /// `model_unsupported` if the part is missing, larger than any part of this layer is, or not all finite.
+    /// `model_unsupported` if the part is missing, too large for the layer, or has non-finite values.
     pub(crate) fn part(&self, name: &str) -> Result<&Tensor> {
         self.optional(name)?.ok_or_else(|| self.misfit(format!("`{name}` is missing")))
     }
 
     /// # Errors
-    /// As [`Self::part`], but that it may be missing.
+    /// Those of [`Self::part`], except that the part may be missing.
     pub(crate) fn optional(&self, name: &str) -> Result<Option<&Tensor>> {
         let Some(part) = self.parts.get(name) else { return Ok(None) };
         if part.elem_count() == 0 || part.elem_count() > part_limit(self.base.dims()) {
@@ -68,23 +67,23 @@ impl MergeTask<'_> {
         self.misfit(format!("`{name}` of shape {:?} does not fit {:?}", part.dims(), self.base.dims()))
     }
 
-    /// `O`, and everything of an output: `I · K · K`.
+    /// `O`, and the elements of an output: `I · K · K`.
     pub(crate) fn sides(&self) -> Result<(usize, usize)> {
         match *self.base.dims() {
             [outputs, inputs, ref kernel @ ..] if !self.base.dims().contains(&0) => {
                 Ok((outputs, inputs * kernel.iter().product::<usize>()))
             }
-            _ => Err(self.misfit(format!("the format does not change tensors of shape {:?}", self.base.dims()))),
+            _ => Err(self.misfit(format!("the format cannot change tensors of shape {:?}", self.base.dims()))),
         }
     }
 
-    /// A part as a matrix: its first axis, and all others as one.
+    /// A part as a matrix: its first axis, and the others flattened.
     pub(crate) fn matrix(&self, name: &str) -> Result<Tensor> {
         let part = self.part(name)?;
         if part.rank() < 2 { Err(self.unfit(name, part)) } else { Ok(part.flatten_from(1)?) }
     }
 
-    /// A number that the file has for the layer.
+    /// A part that is a single number.
     pub(crate) fn number(&self, name: &str) -> Result<Option<f64>> {
         let Some(part) = self.optional(name)? else { return Ok(None) };
         if part.elem_count() != 1 {
@@ -93,12 +92,12 @@ impl MergeTask<'_> {
         Ok(Some(f64::from(part.flatten_all()?.get(0)?.to_scalar::<f32>()?)))
     }
 
-    /// `alpha / R`; files without an alpha mean the rank itself.
+    /// `alpha / R`; 1 for files without an alpha.
     pub(crate) fn scale(&self, rank: usize) -> Result<f64> {
         Ok(self.number("alpha")?.map_or(1.0, |alpha| alpha / rank as f64))
     }
 
-    /// `left · right` of two parts as matrices, and the rank between them. At most as large as the tensor itself.
+    /// `left · right` of two parts as matrices, and their rank. The product is at most as large as the tensor itself.
     pub(crate) fn product(&self, left: &str, right: &str) -> Result<(Tensor, usize)> {
         let (a, b) = (self.matrix(left)?, self.matrix(right)?);
         let ((rows, rank), (inner, columns)) = (a.dims2()?, b.dims2()?);
@@ -137,7 +136,7 @@ impl MergeTask<'_> {
         Ok((x.transpose(1, 2)?.contiguous()?.reshape((outputs, inputs * area))?, n))
     }
 
-    /// `W + s · scale · change`, or with its magnitude decomposed where the file says so.
+    /// `W + s · scale · change`, or DoRA's decomposition if the file has magnitudes.
     pub(crate) fn change(&self, change: &Tensor, scale: f64) -> Result<Tensor> {
         let (outputs, rest) = self.sides()?;
         let fits = change.elem_count() == self.base.elem_count() && change.dim(0)? == outputs;
