@@ -13,6 +13,8 @@ use sdxl_worker::context::{CancelToken, Context, Progress};
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::inference::managers::Session;
+use sdxl_worker::inference::managers::pipeline::Pipeline;
 use sdxl_worker::kernels::simd::{self, Level};
 use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
@@ -94,11 +96,13 @@ fn main() {
         };
         let ctx = Context::new(String::new(), CancelToken::default(), None, None, sink);
         let start = Instant::now();
-        let latents = inference.latents(&plan, plan.seeds[0], &placement, &mut managers, &ctx).expect("latents");
-        let pixels = inference.pixels(&plan, &latents, &placement, &mut managers, &ctx).expect("pixels");
+        let mut pipeline = Pipeline::new(&plan, inference.domains(), &ctx).expect("a pipeline");
+        let mut session = Session { placement: &placement, managers: &mut managers, ctx: &ctx };
+        let latents = pipeline.latents(&plan, plan.seeds[0], &mut session).expect("latents");
+        let pixels = pipeline.pixels(&plan, &latents, &mut session).expect("pixels");
         let stages: Vec<String> =
             ctx.timings().iter().map(|(s, t)| format!("{} {:.3} s", s.name(), t.as_secs_f64())).collect();
-        let (whole, steps) = (start.elapsed().as_secs_f64(), plan.sampling.steps());
+        let (whole, steps) = (start.elapsed().as_secs_f64(), plan.steps());
         eprintln!("run {run}: {steps} steps {}×{} in {whole:.3} s: {}", pixels.width, pixels.height, stages.join(", "));
         let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
         let spans: Vec<f64> = ended.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();

@@ -27,7 +27,7 @@ use sdxl_worker::roots::Roots;
 use sdxl_worker::runtime::config::Config;
 use serde_json::{Value, json};
 
-use super::drawing::{Worker, distance};
+use super::drawing::{Worker, distance, latents};
 
 /// Largest error of a network, relative to its largest value.
 const TOLERANCE: f64 = 1e-4;
@@ -204,7 +204,7 @@ fn refusal(fields: Value) -> (&'static str, String) {
     let inference = &worker.instructors.inference;
     let made = inference.plan(&request(fields), &mut worker.managers).and_then(|plan| {
         let placement = inference.device.place(&mut worker.managers.device, plan.dtype)?;
-        inference.latents(&plan, plan.seeds[0], &placement, &mut worker.managers, &ctx)
+        latents(inference, &plan, &placement, &mut worker.managers, &ctx)
     });
     let error = made.unwrap_err();
     (error.code(), error.to_string())
@@ -367,17 +367,19 @@ fn adapter_report_and_echo_reproduce_the_image() {
     });
     let inference = &worker.instructors.inference;
     let plan = inference.plan(&request(fields), &mut worker.managers).unwrap();
-    let echo = serde_json::to_value(&plan.parameters).unwrap();
+    let echo = serde_json::to_value(GenerateRequest::from(&plan)).unwrap();
     assert_eq!(echo["t2i_adapter"], json!([{ "model": "t2i/outline", "image": outline(), "weight": 1.0, "end": 1.0 }]));
     let ip = json!([{ "model": "ip/plus.safetensors", "image": [outline()], "image_encoder": "ip/encoder", "weight": 1.0, "start": 0.0, "end": 1.0 }]);
     assert_eq!(echo["ip_adapter"], ip);
     let again: GenerateRequest = serde_json::from_value(echo).unwrap();
-    assert_eq!(inference.plan(&again, &mut worker.managers).unwrap().parameters, plan.parameters);
+    let planned_again = inference.plan(&again, &mut worker.managers).unwrap();
+    assert_eq!(GenerateRequest::from(&planned_again), GenerateRequest::from(&plan));
 
     let placement = inference.device.place(&mut worker.managers.device, Some(Dtype::F32)).unwrap();
     let ctx = Context::detached();
     let resources = &mut worker.managers.conditioning;
-    let adapted = inference.conditioning.adapt(&plan.adapters, (plan.size, true), resources, &placement, &ctx).unwrap();
+    let adapted =
+        inference.conditioning.adapt(&plan.adapters, (plan.first().size, true), resources, &placement, &ctx).unwrap();
     let counts: Vec<_> = adapted.facts.iter().map(|one| (one.kind, one.applied, one.unused)).collect();
     let all = |file: &str| candle_core::safetensors::load(networks().join(file), &Device::Cpu).unwrap().len();
     let outline = all("t2i/outline/diffusion_pytorch_model.safetensors");

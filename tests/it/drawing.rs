@@ -6,8 +6,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use sdxl_worker::context::Context;
+use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::image::pixels::Rgb8;
+use sdxl_worker::inference::instructor::InferenceInstructor;
 use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::inference::managers::Session;
+use sdxl_worker::inference::managers::pipeline::Pipeline;
+use sdxl_worker::inference::plan::GenerationPlan;
 use sdxl_worker::managers::Managers;
 use sdxl_worker::runtime::config::Config;
 use sdxl_worker::runtime::dispatch::Instructors;
@@ -39,12 +44,26 @@ impl Worker {
         plan.seeds
             .iter()
             .map(|&seed| {
-                let latents = inference.latents(&plan, seed, &placement, &mut self.managers, &ctx).unwrap();
-                let pixels = inference.pixels(&plan, &latents, &placement, &mut self.managers, &ctx).unwrap();
+                let mut pipeline = Pipeline::new(&plan, inference.domains(), &ctx).unwrap();
+                let mut session = Session { placement: &placement, managers: &mut self.managers, ctx: &ctx };
+                let latents = pipeline.latents(&plan, seed, &mut session).unwrap();
+                let pixels = pipeline.pixels(&plan, &latents, &mut session).unwrap();
                 (latents.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap(), pixels)
             })
             .collect()
     }
+}
+
+/// Latents of the first image of a plan.
+pub(crate) fn latents(
+    inference: &InferenceInstructor,
+    plan: &GenerationPlan,
+    placement: &Placement,
+    managers: &mut Managers,
+    ctx: &Context,
+) -> sdxl_worker::error::Result<Tensor> {
+    let mut session = Session { placement, managers, ctx };
+    Pipeline::new(plan, inference.domains(), ctx)?.latents(plan, plan.seeds[0], &mut session)
 }
 
 /// Largest |Δ| over the standard deviation of the reference.

@@ -52,7 +52,7 @@ fn check_seeds(data: &str, expected: &[(u64, Option<u64>)]) {
     let plan = plan(data).unwrap();
     let seeds: Vec<_> = plan.seeds.iter().map(|s| (s.main, s.variation.map(|variation| variation.seed))).collect();
     assert_eq!(seeds, expected, "{data}");
-    let parameters = plan.parameters;
+    let parameters = GenerateRequest::from(&plan);
     let count = parameters.batch_size.unwrap() * parameters.n_iter.unwrap();
     assert_eq!(count, expected.len() as i64, "{data}");
     assert_eq!(parameters.subseed.is_some(), expected[0].1.is_some(), "{data}");
@@ -70,7 +70,7 @@ fn seeds_count_up_and_subseeds_do_for_variations() {
 fn guidance_echo_holds_the_defaults() {
     let parameters =
         plan(r#"{"pag_scale":3,"freeu":{"b1":1.1,"s2":null},"skip_layer":{"scale":1.5},"dynamic_thresholding":{}}"#);
-    let parameters = serde_json::to_value(parameters.unwrap().parameters).unwrap();
+    let parameters = serde_json::to_value(GenerateRequest::from(&parameters.unwrap())).unwrap();
     let expected = serde_json::json!({
         "cfg_scale": 5.0, "guidance_rescale": 0.0, "cfg_interval": [0.0, 1.0], "n_iter": 1, "subseed_strength": 0.0,
         "pag_scale": 3.0, "pag_adaptive_scale": 0.0, "pag_applied_layers": ["mid"],
@@ -115,7 +115,7 @@ fn guidance_agrees_across_dtypes() {
 fn guidance_passes_are_counted_per_step() {
     let passes = |data: &str| {
         let plan = plan(data).unwrap();
-        plan.guidance.evaluations(&plan.sampling)
+        plan.first().guidance.evaluations(&plan.first().sampling)
     };
     assert_eq!(passes(r#"{"steps":8}"#), 16);
     assert_eq!(passes(r#"{"steps":8,"cfg_scale":1}"#), 8);

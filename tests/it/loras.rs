@@ -20,7 +20,7 @@ use sdxl_worker::runtime::config::Config;
 use sdxl_worker::runtime::dispatch::{Call, Reply};
 use serde_json::json;
 
-use super::drawing::{Worker, distance};
+use super::drawing::{Worker, distance, latents};
 
 /// Largest difference of the latents, in units of the reference's standard deviation.
 const TOLERANCE: f64 = 1e-4;
@@ -346,7 +346,7 @@ fn lora_that_changes_nothing_is_refused_with_the_reason() {
         plan.and_then(|()| {
             let plan = inference.plan(&small(&[(name, 1.0)]), &mut worker.managers)?;
             let placement = inference.device.place(&mut worker.managers.device, plan.dtype)?;
-            inference.latents(&plan, plan.seeds[0], &placement, &mut worker.managers, &Context::detached()).map(drop)
+            latents(inference, &plan, &placement, &mut worker.managers, &Context::detached()).map(drop)
         })
         .unwrap_err()
     };

@@ -210,7 +210,7 @@ fn planned(request: GenerateRequest) -> Result<GenerateRequest> {
     config.workers.instructors.model.roots = vec![models()];
     let mut worker = Worker::with(&config);
     let plan = worker.instructors.inference.plan(&request, &mut worker.managers)?;
-    Ok(plan.parameters)
+    Ok(GenerateRequest::from(&plan))
 }
 
 fn request(prompt: &str) -> GenerateRequest {

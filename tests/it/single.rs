@@ -417,5 +417,5 @@ fn components_of_other_files_replace_the_models() {
     assert_eq!(plain, drawn(&mut worker, &narrow));
     let echoed = with("folder", &|r| r.vae = own("other-vae"));
     let plan = worker.instructors.inference.plan(&echoed, &mut worker.managers).unwrap();
-    assert_eq!(plan.parameters.vae.as_deref(), Some("other-vae"));
+    assert_eq!(GenerateRequest::from(&plan).vae.as_deref(), Some("other-vae"));
 }

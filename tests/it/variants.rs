@@ -108,7 +108,7 @@ fn marker_tensors_equal_a_folders_scheduler() {
     let far = distance(&marked.0, &folder.0);
     assert!(far < 1e-5, "{far}: {:?}", &bits(&folder.0)[..4]);
     let plan = worker.instructors.inference.plan(&request("marked"), &mut worker.managers).unwrap();
-    assert_eq!(plan.parameters.scheduler.as_deref(), Some("exponential"));
+    assert_eq!(GenerateRequest::from(&plan).scheduler.as_deref(), Some("exponential"));
 
     let mut refused = |change: &dyn Fn(&mut GenerateRequest), expected: &str| {
         let mut request = request("edm_v");
@@ -133,7 +133,7 @@ fn marker_tensors_equal_a_folders_scheduler() {
     // Shares count steps for EDM models: half of them are done.
     let half = GenerateRequest { denoising_end: Some(0.5), ..request("edm_v") };
     let plan = worker.instructors.inference.plan(&half, &mut worker.managers).unwrap();
-    assert_eq!(plan.sampling.steps(), 2);
+    assert_eq!(plan.steps(), 2);
 }
 
 /// `edit` and `edit_scaled`: the demonstration model with four more input channels, drawn as in the goldens' script.
@@ -182,6 +182,7 @@ fn instruct_pix2pix_equals_diffusers() {
     refused(&|r| r.mask = r.init_image.clone(), "unsupported_feature", "mask");
     refused(&|r| r.enable_hr = Some(true), "unsupported_feature", "enable_hr");
     let plan = worker.instructors.inference.plan(&any, &mut worker.managers).unwrap();
-    assert_eq!(plan.parameters.denoising_strength, None);
-    assert_eq!(plan.parameters.image_guidance_scale, any.image_guidance_scale);
+    let echo = GenerateRequest::from(&plan);
+    assert_eq!(echo.denoising_strength, None);
+    assert_eq!(echo.image_guidance_scale, any.image_guidance_scale);
 }

@@ -4,11 +4,10 @@
 use crate::context::Context;
 use crate::device::interface::{Dtype, Quantization};
 use crate::error::Result;
-use crate::inference::plan::controlnet::is_of;
 use crate::inference::plan::memory_estimate::{
     ActivationEstimate, ExtentBytes, MemoryEstimate, NetworkEstimate, NetworkPart,
 };
-use crate::inference::plan::{Entry, GenerationPlan};
+use crate::inference::plan::{GenerationPlan, PassEntry};
 use crate::layers::Resident;
 use crate::managers::throughput::{Throughput, ThroughputKey, Work};
 use crate::model::checkpoint::{Checkpoint, Part};
@@ -17,7 +16,7 @@ use crate::model::managers::{ENCODERS, form};
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
 use crate::model::weights::size::{SizeEstimator, WeightBytes, WeightFormat};
-use crate::units::{Bytes, ImageSize};
+use crate::units::Bytes;
 
 /// Vocabularies and merges of both tokenizers, which are CLIP's in every SDXL model.
 const TOKENIZERS: Bytes = Bytes(22 * Bytes::MIB);
@@ -60,38 +59,36 @@ impl Estimator<'_> {
     pub(crate) fn seconds(&self, throughput: &Throughput) -> Option<f64> {
         let WeightFormat { compute: dtype, quantization, .. } = self.format;
         let key = ThroughputKey { model: self.plan.checkpoint.key, dtype, quantization };
-        let further = self.plan.further.iter().map(|further| (&further.sampling, further.size));
-        let passes = std::iter::once((&self.plan.sampling, self.plan.size)).chain(further);
-        let units = passes.map(|(sampling, size)| self.plan.guidance.evaluations(sampling) * positions(size)).sum();
+        let guidance = &self.plan.first().guidance;
+        let units = self.plan.passes.iter().map(|pass| guidance.evaluations(&pass.sampling) * pass.positions()).sum();
         let denoise = throughput.expect(key, Work::Evaluation, units)?;
-        let decode = throughput.expect(key, Work::Decode, positions(self.plan.last_size()))?;
+        let decode = throughput.expect(key, Work::Decode, self.plan.last().positions())?;
         Some((denoise + decode) * self.plan.seeds.len() as f64)
     }
 
     /// Evaluations of the UNet for all images.
     pub(crate) fn evaluations(&self) -> usize {
-        let further = self.plan.further.iter().map(|further| &further.sampling);
-        let passes = std::iter::once(&self.plan.sampling).chain(further);
-        passes.map(|sampling| sampling.evaluations()).sum::<usize>() * self.plan.seeds.len()
+        let evaluations: usize = self.plan.passes.iter().map(|pass| pass.sampling.evaluations()).sum();
+        evaluations * self.plan.seeds.len()
     }
 
     fn activations(&self) -> Result<ActivationEstimate> {
         let (plan, compute) = (self.plan, self.format.compute);
         let (checkpoint, vae) = (&plan.checkpoint, &plan.checkpoint.vae);
-        let last = positions(plan.last_size());
-        let most = positions(plan.size).max(last);
+        let last = plan.last().positions();
+        let most = plan.first().positions().max(last);
         let element = compute.tensor().size_in_bytes();
         // The VAE never computes in f16.
         let vae_element = if compute == Dtype::F16 { Dtype::F32.tensor().size_in_bytes() } else { element };
         let decode = |extent| vae.decode_bytes(64 * last, vae_element, extent) as f64;
         let encode = |extent| vae.encode_bytes(64 * most, vae_element, extent) as f64;
         let takes_mask = checkpoint.unet.in_channels > vae.latent_channels;
-        let enlarges = plan.further.iter().any(|further| matches!(further.entry, Entry::Pixels(_)));
-        let encodes = plan.editing.is_some() || takes_mask || enlarges;
-        let passes = plan.guidance.all_roles().len();
+        let enlarges = plan.passes.iter().any(|pass| matches!(pass.entry, PassEntry::Pixels(_)));
+        let encodes = plan.init_image().is_some() || takes_mask || enlarges;
+        let passes = plan.first().guidance.all_roles().len();
         let Footprint { maps, skips, text } = checkpoint.unet.footprint(most, self.format.on_host)?;
         // Residuals of a ControlNet, and the sum to which the next one's are added.
-        let residuals = skips * plan.controls.len().min(2) as f64;
+        let residuals = skips * plan.controlnets.len().min(2) as f64;
         Ok(ActivationEstimate {
             pass: (maps + residuals) * element as f64,
             passes,
@@ -114,10 +111,10 @@ impl Estimator<'_> {
             let weights = WeightBytes { total: TOKENIZERS, offloaded: TOKENIZERS, ..WeightBytes::default() };
             networks.push(shared(NetworkPart::Tokenizers, "tokenizer", plan.checkpoint.name.as_str(), weights));
         }
-        for (index, control) in plan.controls.iter().enumerate() {
-            if plan.controls.iter().take(index).all(|earlier| earlier.net.key != control.net.key) {
-                let weights = sizes.controlnet(&control.net, &plan.checkpoint)?;
-                networks.push(shared(NetworkPart::ControlNet, "controlnet", &control.net.name, weights));
+        for (index, controlnet) in plan.controlnets.iter().enumerate() {
+            if plan.controlnets.iter().take(index).all(|earlier| earlier.file.key != controlnet.file.key) {
+                let weights = sizes.controlnet(&controlnet.file, &plan.checkpoint)?;
+                networks.push(shared(NetworkPart::ControlNet, "controlnet", &controlnet.file.name, weights));
             }
         }
         for lora in &plan.loras {
@@ -131,10 +128,10 @@ impl Estimator<'_> {
 
     /// The request's model and those of later passes, once each.
     fn models(&self) -> Vec<&Checkpoint> {
-        let mut models: Vec<&Checkpoint> = vec![&self.plan.checkpoint];
-        for further in &self.plan.further {
-            if models.iter().all(|model| model.key != further.checkpoint.key) {
-                models.push(&further.checkpoint);
+        let mut models: Vec<&Checkpoint> = Vec::new();
+        for pass in &self.plan.passes {
+            if models.iter().all(|model| model.key != pass.checkpoint.key) {
+                models.push(&pass.checkpoint);
             }
         }
         models
@@ -168,7 +165,7 @@ impl Estimator<'_> {
             one.kind == network.kind
                 && one.name == network.name
                 && one.form.as_ref().is_none_or(|own| *own == form)
-                && is_of(self.plan, one)
+                && self.plan.uses(one)
         });
         let over = match network.part {
             NetworkPart::Unet => self.stack.key(&[Part::Unet]),
@@ -214,11 +211,6 @@ fn model_networks<'a>(checkpoint: &'a Checkpoint, index: usize, sizes: SizeEstim
         networks.push(network(NetworkPart::Vae, "vae", sizes.part(checkpoint, Part::Vae)?, None));
     }
     Ok(networks)
-}
-
-/// Positions of an image's latents.
-fn positions(size: ImageSize) -> usize {
-    size.width * size.height / 64
 }
 
 fn by_extent(bytes: impl Fn(Extent) -> f64) -> ExtentBytes {

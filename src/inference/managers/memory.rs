@@ -4,20 +4,19 @@
 use crate::context::Context;
 use crate::device::instructor::{DeviceInstructor, MemoryStatus, Placement};
 use crate::error::{Error, Result};
-use crate::inference::interface::Estimate;
 use crate::inference::managers::estimate::Estimator;
 use crate::inference::plan::GenerationPlan;
-use crate::inference::plan::controlnet::is_of;
 use crate::inference::plan::memory_estimate::MemoryEstimate;
 use crate::inference::plan::memory_policy::{AvailableMemory, MemoryDecision, decide, next_fallback};
 use crate::inference::request::memory::{Fallback, Largest, MemoryPlan, MemoryStrategy, MemoryUse, Offload};
+use crate::inference::request::result::Estimate;
 use crate::layers::Resident;
 use crate::managers::Managers;
 use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::lora::LoraStack;
 use crate::model::managers::{ENCODERS, Reach};
 use crate::model::weights::size::WeightFormat;
-use crate::units::Bytes;
+use crate::units::{Bytes, ImageSize};
 
 /// Step between the sides that are tried for the largest image that fits, in pixels.
 const SIDE_STEP: usize = 64;
@@ -152,7 +151,7 @@ impl MemoryPlanner<'_> {
         let stack = LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?;
         let estimator = Estimator { plan, stack: &stack, format, ctx };
         let estimate = estimator.memory(&residents)?;
-        let others = residents.iter().filter(|one| !one.pinned && !is_of(plan, one));
+        let others = residents.iter().filter(|one| !one.pinned && !plan.uses(one));
         let evictable = others.map(|one| one.bytes).sum();
         let available = status.map(|MemoryStatus { free, .. }| AvailableMemory { free, evictable });
         Ok(Estimate {
@@ -197,7 +196,7 @@ impl MemoryPlanner<'_> {
     ) -> Error {
         let Shortage { stage, needed, free } = shortage;
         let residents = managers.resident();
-        let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !is_of(plan, one)).collect();
+        let pinned: Vec<&Resident> = residents.iter().filter(|one| one.pinned && !plan.uses(one)).collect();
         let mut hints = Vec::new();
         let available =
             AvailableMemory { free: free.unwrap_or_default(), evictable: managers.evictable(Reach::Others) };
@@ -216,7 +215,7 @@ impl MemoryPlanner<'_> {
 
     /// The largest image of the plan's proportions that fits, with any fallback that the request leaves open.
     fn largest(&self, plan: &GenerationPlan, estimate: &MemoryEstimate, available: AvailableMemory) -> Option<Largest> {
-        let (width, height) = (plan.size.width, plan.size.height);
+        let ImageSize { width, height } = plan.first().size;
         (1..=self.max_side / SIDE_STEP).rev().find_map(|count| {
             let longer = (count * SIDE_STEP) as f64 / width.max(height) as f64;
             let side = |side: usize| ((side as f64 * longer / SIDE_STEP as f64).round() as usize).max(1) * SIDE_STEP;
@@ -308,7 +307,7 @@ impl Planning<'_> {
 
 /// Marks the networks in memory that the request will use, so that they are the last to be evicted.
 fn claim(plan: &GenerationPlan, placement: &Placement, stack: &LoraStack, managers: &mut Managers) {
-    let controlnets = || plan.controls.iter().map(|control| control.net.key);
+    let controlnets = || plan.controlnets.iter().map(|controlnet| controlnet.file.key);
     let adapted = [stack.key(&[Part::Unet]), stack.key(&ENCODERS)].into_iter().flatten();
     let over: Vec<CheckpointKey> = adapted.chain(controlnets()).collect();
     let bare = LoraStack::default();
@@ -321,7 +320,7 @@ fn claim(plan: &GenerationPlan, placement: &Placement, stack: &LoraStack, manage
 
 /// The request's model and those of later passes.
 fn models(plan: &GenerationPlan) -> impl Iterator<Item = CheckpointKey> + '_ {
-    std::iter::once(plan.checkpoint.key).chain(plan.further.iter().map(|further| further.checkpoint.key))
+    plan.passes.iter().map(|pass| pass.checkpoint.key)
 }
 
 /// Every fallback that the request leaves open, each on top of those before it.

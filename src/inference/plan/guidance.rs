@@ -1,268 +1,246 @@
-//! Guidance with nothing left to decide, and which passes of the network each step needs for it.
+//! Guidance of a request: defaults, ranges, and the layers that a name matches.
 
-use crate::inference::request::guidance::{ScaleMode, ScalingStartpoint, VariabilityMeasure};
-use crate::model::networks::interventions::{Change, FreeU};
-use crate::scheduler::plan::SamplingPlan;
+use crate::error::{Error, Result, nearest};
+use crate::inference::plan::limits::{refuse_given, within};
+use crate::inference::request::generate::GenerateRequest;
+use crate::inference::request::guidance::{DynamicThresholdingOptions, FreeUOptions, SkipLayerOptions};
+use crate::inference::workers::guidance::{Guidance, PerturbedAttention, SkippedLayers};
+use crate::inference::workers::thresholding::{Curve, Thresholding};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::networks::interventions::{Change, FreeU, SelfAttention, Stage};
 
-/// Classifier-free guidance (Ho & Salimans 2022, <https://arxiv.org/abs/2207.12598>) and what goes with it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Guidance {
-    /// 1 and less: no pass for the negative prompt.
-    pub scale: f64,
-    /// Guidance towards the image of a model that edits it; `None` for others.
-    pub image_scale: Option<f64>,
-    /// φ of Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, section 3.4.
-    pub rescale: f64,
-    /// Shares of the steps between which the negative prompt is heeded: Kynkäänniemi et al. 2024,
-    /// <https://arxiv.org/abs/2404.07724>. Counted in steps, as diffusers' guiders do.
-    pub interval: [f64; 2],
-    pub thresholding: Option<Thresholding>,
-    pub perturbed_attention: Option<PerturbedAttention>,
-    pub skipped_layers: Option<SkippedLayers>,
-    pub freeu: Option<FreeU>,
-    /// Passes for the prompt: several where `AND` joins parts, which need the negative pass at every step.
-    pub parts: usize,
+/// Default `cfg_scale`.
+const CFG_SCALE: f64 = 5.0;
+/// Diffusers' default `image_guidance_scale` of instruct-pix2pix.
+const IMAGE_SCALE: f64 = 1.5;
+/// Default layers for perturbed attention and skipped layers.
+const LAYERS: &str = "mid";
+
+/// A request's options for guidance, completed with their defaults.
+#[derive(Clone, Debug, Default)]
+pub struct GuidanceOptions {
+    pub image_guidance_scale: Option<f64>,
+    pub pag_adaptive_scale: Option<f64>,
+    pub pag_applied_layers: Option<Vec<String>>,
+    pub dynamic_thresholding: Option<DynamicThresholdingOptions>,
+    pub skip_layer: Option<SkipLayerOptions>,
+    pub freeu: Option<FreeUOptions>,
 }
 
-/// Dynamic thresholding: brings the guided latents to the extent that they would have at a lower scale.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Thresholding {
-    /// The scale whose extent is wanted.
-    pub mimic: Curve,
-    /// The guidance scale.
-    pub guided: Curve,
-    /// Share of the values that set the guided extent.
-    pub percentile: f64,
-    /// Whether every channel has an extent of its own.
-    pub separate: bool,
-    pub startpoint: ScalingStartpoint,
-    pub measure: VariabilityMeasure,
-    /// Share of the thresholded latents.
-    pub phi: f64,
-}
-
-/// A scale that changes over the steps.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Curve {
-    pub mode: ScaleMode,
-    pub scale: f64,
-    /// What it goes down to.
-    pub least: f64,
-    /// Exponent or periods, where the mode has one.
-    pub value: f64,
-}
-
-impl Curve {
-    /// The scale at a share of the steps, 0 at the first, 1 at the last. The curves are those of sd-dynamic-thresholding, its
-    /// rounded π included.
-    #[must_use]
-    #[expect(clippy::approx_constant, reason = "the reference rounds π to five places")]
-    pub fn at(self, done: f64) -> f64 {
-        const QUARTER: f64 = 1.5707;
-        const TURN: f64 = 6.28318;
-        let share = match self.mode {
-            ScaleMode::Constant => 1.0,
-            ScaleMode::LinearDown => 1.0 - done,
-            ScaleMode::HalfCosineDown => done.cos(),
-            ScaleMode::CosineDown => (done * QUARTER).cos(),
-            ScaleMode::LinearUp => done,
-            ScaleMode::HalfCosineUp => 1.0 - done.cos(),
-            ScaleMode::CosineUp => 1.0 - (done * QUARTER).cos(),
-            ScaleMode::PowerUp => done.powf(self.value),
-            ScaleMode::PowerDown => 1.0 - done.powf(self.value),
-            ScaleMode::LinearRepeating => (0.5 - (done * self.value).fract()).abs() * 2.0,
-            ScaleMode::CosineRepeating => (done * TURN * self.value).cos() * 0.5 + 0.5,
-            ScaleMode::Sawtooth => (done * self.value).fract(),
-        };
-        (self.scale - self.least) * share + self.least
-    }
-}
-
-/// Perturbed-attention guidance: Ahn et al. 2024, <https://arxiv.org/abs/2403.17377>.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PerturbedAttention {
-    pub scale: f64,
-    /// By how much `scale` falls with every timestep below 1000.
-    pub adaptive_scale: f64,
-    /// For each transformer block of the UNet, what is changed.
-    pub blocks: Vec<Option<Change>>,
-}
-
-impl PerturbedAttention {
-    /// The scale at a timestep.
-    #[must_use]
-    pub fn scale_at(&self, timestep: f64) -> f64 {
-        if self.adaptive_scale > 0.0 {
-            (self.scale - self.adaptive_scale * (1000.0 - timestep)).max(0.0)
-        } else {
-            self.scale
-        }
-    }
-}
-
-/// Guidance away from a network without some of its layers.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SkippedLayers {
-    pub scale: f64,
-    /// Shares of the steps. The step at the first one is not guided.
-    pub interval: [f64; 2],
-    /// For each transformer block of the UNet, what is changed.
-    pub blocks: Vec<Option<Change>>,
-}
-
-/// What a pass of the network is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The negative prompt, without the image that the others see.
-    Unseen,
-    Negative,
-    Positive,
-    /// The prompt, with perturbed attention.
-    Perturbed,
-    /// The prompt, with layers skipped.
-    Skipping,
-}
-
-impl Guidance {
-    /// `scale` alone.
-    #[must_use]
-    pub fn of(scale: f64) -> Self {
+impl GuidanceOptions {
+    pub(crate) fn of(request: &GenerateRequest) -> Self {
         Self {
-            scale,
-            image_scale: None,
-            rescale: 0.0,
-            interval: [0.0, 1.0],
-            thresholding: None,
-            perturbed_attention: None,
-            skipped_layers: None,
-            freeu: None,
-            parts: 1,
+            image_guidance_scale: request.image_guidance_scale,
+            pag_adaptive_scale: request.pag_adaptive_scale,
+            pag_applied_layers: request.pag_applied_layers.clone(),
+            dynamic_thresholding: request.dynamic_thresholding.clone(),
+            skip_layer: request.skip_layer.clone(),
+            freeu: request.freeu.clone(),
         }
     }
+}
 
-    /// Whether step `step` of `steps` is guided away from the negative prompt.
-    #[must_use]
-    pub fn heeds_negative(&self, step: usize, steps: usize) -> bool {
-        // Diffusers' guiders cut the products down to whole steps.
-        let [start, end] = self.interval.map(|share| (share * steps as f64) as usize);
-        self.is_on() && (start..end).contains(&step)
+/// Guidance of `request` for one model, whose layers `options` name; completes `options` with their defaults.
+///
+/// # Errors
+/// `invalid_parameter` for numbers out of range and options that exclude each other; `unknown_name` for layers.
+pub(crate) fn guidance(
+    request: &GenerateRequest,
+    options: &mut GuidanceOptions,
+    checkpoint: &Checkpoint,
+) -> Result<Guidance> {
+    let scale = within("cfg_scale", request.cfg_scale.unwrap_or(CFG_SCALE), 0.0, 100.0)?;
+    options.image_guidance_scale = image_scale(options.image_guidance_scale, checkpoint)?;
+    let rescale = within("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0, 1.0)?;
+    let interval = interval("cfg_interval", request.cfg_interval.unwrap_or([0.0, 1.0]))?;
+    let perturbed_attention = perturbed_attention(request.pag_scale, options, checkpoint)?;
+    let thresholding = options.dynamic_thresholding.as_mut().map(|options| thresholding(options, scale)).transpose()?;
+    if thresholding.is_some() {
+        if scale <= 1.0 {
+            return Err(Error::invalid("dynamic_thresholding", format!("needs `cfg_scale` above 1, got {scale}")));
+        }
+        if rescale > 0.0 {
+            return Err(Error::invalid("guidance_rescale", "cannot be used together with `dynamic_thresholding`"));
+        }
     }
+    let skipped_layers = options.skip_layer.as_mut().map(|options| skipped_layers(options, checkpoint)).transpose()?;
+    Ok(Guidance {
+        scale,
+        image_scale: options.image_guidance_scale,
+        rescale,
+        interval,
+        thresholding,
+        perturbed_attention,
+        skipped_layers: skipped_layers.filter(|skipped| skipped.scale > 0.0),
+        freeu: options.freeu.as_mut().map(freeu).transpose()?,
+        parts: 1,
+    })
+}
 
-    /// Whether the network is evaluated for the negative prompt too.
-    #[must_use]
-    pub fn is_on(&self) -> bool {
-        self.scale > 1.0
+fn image_scale(requested: Option<f64>, checkpoint: &Checkpoint) -> Result<Option<f64>> {
+    const FIELD: &str = "image_guidance_scale";
+    match requested {
+        Some(_) if !checkpoint.family.edits => {
+            Err(Error::invalid(FIELD, format!("needs a model that edits an image, and `{}` is none", checkpoint.name)))
+        }
+        None if !checkpoint.family.edits => Ok(None),
+        requested => within(FIELD, requested.unwrap_or(IMAGE_SCALE), 1.0, 100.0).map(Some),
     }
+}
 
-    /// The passes of step `step` of `steps`, in the order of their samples in the batch.
-    #[must_use]
-    pub fn roles(&self, step: usize, steps: usize) -> Vec<Role> {
-        let negative = self.heeds_negative(step, steps) || self.parts > 1;
-        let skips = self.skipped_layers.as_ref().is_some_and(|skipped| {
-            let [start, end] = skipped.interval.map(|share| (share * steps as f64) as usize);
-            start < step && step < end
-        });
-        self.chosen(negative, skips)
-    }
-
-    /// Every pass that some step may need; those of a step are neighbours in it.
-    #[must_use]
-    pub fn all_roles(&self) -> Vec<Role> {
-        self.chosen(self.is_on() || self.parts > 1, self.skipped_layers.is_some())
-    }
-
-    /// How many passes all steps need together.
-    #[must_use]
-    pub fn passes(&self, steps: usize) -> usize {
-        (0..steps).map(|step| self.roles(step, steps).len()).sum()
-    }
-
-    /// How often the network is evaluated for one image's run: every pass counts.
-    #[must_use]
-    pub fn evaluations(&self, sampling: &SamplingPlan) -> usize {
-        let steps = sampling.steps();
-        // Steps of two evaluations make both with the passes of the step.
-        (sampling.evaluations() * self.passes(steps)).div_ceil(steps.max(1))
-    }
-
-    fn chosen(&self, negative: bool, skips: bool) -> Vec<Role> {
-        let all = [
-            (Role::Unseen, usize::from(negative && self.image_scale.is_some())),
-            (Role::Negative, usize::from(negative)),
-            (Role::Positive, self.parts),
-            (Role::Perturbed, usize::from(self.perturbed_attention.is_some())),
-            (Role::Skipping, usize::from(skips)),
+fn perturbed_attention(
+    requested: Option<f64>,
+    options: &mut GuidanceOptions,
+    checkpoint: &Checkpoint,
+) -> Result<Option<PerturbedAttention>> {
+    if requested.is_none() {
+        let given = [
+            ("pag_adaptive_scale", options.pag_adaptive_scale.is_some()),
+            ("pag_applied_layers", options.pag_applied_layers.is_some()),
         ];
-        all.into_iter().flat_map(|(role, count)| std::iter::repeat_n(role, count)).collect()
+        refuse_given(&given, "needs `pag_scale`, which is 0 where it is left out")?;
     }
+    let scale = within("pag_scale", requested.unwrap_or(0.0), 0.0, 100.0)?;
+    let adaptive_scale = within("pag_adaptive_scale", options.pag_adaptive_scale.unwrap_or(0.0), 0.0, 100.0)?;
+    if scale == 0.0 {
+        return Ok(None);
+    }
+    options.pag_adaptive_scale = Some(adaptive_scale);
+    let layers = options.pag_applied_layers.get_or_insert_with(|| vec![LAYERS.to_owned()]);
+    let change = Change::Within { attention: SelfAttention::Identity, skips_feed_forward: false };
+    let blocks = blocks("pag_applied_layers", layers, change, checkpoint)?;
+    Ok(Some(PerturbedAttention { scale, adaptive_scale, blocks }))
+}
 
-    /// For the text in an image's file: what differs from plain guidance, each with a name of its own.
-    #[must_use]
-    pub fn text(&self) -> Vec<(&'static str, String)> {
-        let mut text = Vec::new();
-        if let Some(scale) = self.image_scale {
-            text.push(("Image CFG scale", scale.to_string()));
+fn skipped_layers(options: &mut SkipLayerOptions, checkpoint: &Checkpoint) -> Result<SkippedLayers> {
+    let layers = options.layers.get_or_insert_with(|| vec![LAYERS.to_owned()]);
+    let scale = within("skip_layer.scale", *options.scale.get_or_insert(2.8), 0.0, 100.0)?;
+    let start = within("skip_layer.start", *options.start.get_or_insert(0.01), 0.0, 1.0)?;
+    let stop = within("skip_layer.stop", *options.stop.get_or_insert(0.2), start, 1.0)?;
+    let attention = *options.skip_attention.get_or_insert(true);
+    let scores = *options.skip_attention_scores.get_or_insert(false);
+    let skips_feed_forward = *options.skip_ff.get_or_insert(true);
+    let within = |attention: SelfAttention| Change::Within { attention, skips_feed_forward };
+    let change = match (attention, scores) {
+        (true, true) => {
+            let message = "cannot be used together with `skip_attention`, which is true where it is left out";
+            return Err(Error::invalid("skip_layer.skip_attention_scores", message));
         }
-        if self.interval != [0.0, 1.0] {
-            let [start, end] = self.interval;
-            text.push(("CFG interval", format!("{start} - {end}")));
-        }
-        if let Some(options) = &self.thresholding {
-            text.push(("Dynamic thresholding enabled", "True".to_owned()));
-            text.push(("Mimic scale", options.mimic.scale.to_string()));
-            text.push(("Threshold percentile", (options.percentile * 100.0).to_string()));
-        }
-        if let Some(pag) = &self.perturbed_attention {
-            text.push(("PAG scale", pag.scale.to_string()));
-        }
-        if let Some(skipped) = &self.skipped_layers {
-            text.push(("Skip layer scale", skipped.scale.to_string()));
-        }
-        if let Some(FreeU { stages: [first, second] }) = &self.freeu {
-            let numbers = [first.backbone, second.backbone, first.skip, second.skip].map(|number| number.to_string());
-            text.push(("FreeU b1 b2 s1 s2", numbers.join(" ")));
-        }
-        text
-    }
+        (true, false) if skips_feed_forward => Change::Skipped,
+        (true, false) => within(SelfAttention::Skipped),
+        (false, true) => within(SelfAttention::Identity),
+        (false, false) if skips_feed_forward => within(SelfAttention::Kept),
+        (false, false) => return Err(Error::invalid("skip_layer", "must skip something of its layers")),
+    };
+    let blocks = blocks("skip_layer.layers", layers, change, checkpoint)?;
+    Ok(SkippedLayers { scale, interval: [start, stop], blocks })
+}
 
-    /// What is changed in the transformer blocks of a pass.
-    #[must_use]
-    pub fn changes(&self, role: Role) -> Option<&[Option<Change>]> {
-        match role {
-            Role::Unseen | Role::Negative | Role::Positive => None,
-            Role::Perturbed => self.perturbed_attention.as_ref().map(|one| one.blocks.as_slice()),
-            Role::Skipping => self.skipped_layers.as_ref().map(|one| one.blocks.as_slice()),
+fn freeu(options: &mut FreeUOptions) -> Result<FreeU> {
+    let factor = |field: &str, options: &mut Option<f64>, default: f64| {
+        within(&format!("freeu.{field}"), *options.get_or_insert(default), 0.0, 10.0)
+    };
+    let first = Stage { skip: factor("s1", &mut options.s1, 0.9)?, backbone: factor("b1", &mut options.b1, 1.3)? };
+    let second = Stage { skip: factor("s2", &mut options.s2, 0.2)?, backbone: factor("b2", &mut options.b2, 1.4)? };
+    Ok(FreeU { stages: [first, second] })
+}
+
+fn thresholding(options: &mut DynamicThresholdingOptions, scale: f64) -> Result<Thresholding> {
+    let number = |field: &str, options: &mut Option<f64>, default: f64, high: f64| {
+        within(&format!("dynamic_thresholding.{field}"), *options.get_or_insert(default), 0.0, high)
+    };
+    let value = number("sched_val", &mut options.sched_val, 1.0, 100.0)?;
+    Ok(Thresholding {
+        mimic: Curve {
+            mode: *options.mimic_mode.get_or_insert_default(),
+            scale: number("mimic_scale", &mut options.mimic_scale, 7.0, 100.0)?,
+            least: number("mimic_scale_min", &mut options.mimic_scale_min, 0.0, 100.0)?,
+            value,
+        },
+        guided: Curve {
+            mode: *options.cfg_mode.get_or_insert_default(),
+            scale,
+            least: number("cfg_scale_min", &mut options.cfg_scale_min, 0.0, 100.0)?,
+            value,
+        },
+        percentile: number("threshold_percentile", &mut options.threshold_percentile, 1.0, 1.0)?,
+        separate: *options.separate_feature_channels.get_or_insert(true),
+        startpoint: *options.scaling_startpoint.get_or_insert_default(),
+        measure: *options.variability_measure.get_or_insert_default(),
+        phi: number("interpolate_phi", &mut options.interpolate_phi, 1.0, 1.0)?,
+    })
+}
+
+fn interval(field: &str, [start, end]: [f64; 2]) -> Result<[f64; 2]> {
+    if 0.0 <= start && start <= end && end <= 1.0 {
+        return Ok([start, end]);
+    }
+    Err(Error::invalid(field, format!("must be two shares of the steps, 0 to 1, rising, got [{start}, {end}]")))
+}
+
+/// `change` for every transformer block of the UNet that one of `layers` matches.
+fn blocks(field: &str, layers: &[String], change: Change, checkpoint: &Checkpoint) -> Result<Vec<Option<Change>>> {
+    let names = checkpoint.unet.transformer_blocks()?;
+    if layers.is_empty() {
+        return Err(Error::invalid(field, "must name a layer of the UNet, such as `mid`"));
+    }
+    if layers.len() > names.len() {
+        let (most, got) = (names.len(), layers.len());
+        return Err(Error::invalid(field, format!("must name at most {most} layers, which is all, got {got}")));
+    }
+    let mut blocks = vec![None; names.len()];
+    for layer in layers {
+        let part = canonical(layer);
+        let mut found = false;
+        for (block, name) in blocks.iter_mut().zip(&names) {
+            if is_part(&part, name) {
+                *block = Some(change);
+                found = true;
+            }
+        }
+        if !found {
+            let nearest = nearest(layer, names.iter().map(String::as_str));
+            let field = Some(field.to_owned());
+            return Err(Error::UnknownName { kind: "layer", name: layer.clone(), nearest, field });
         }
     }
+    Ok(blocks)
+}
+
+/// A name in diffusers' current form; `down.block_1.attentions_0` is its older one.
+fn canonical(layer: &str) -> String {
+    let layer = layer.replace("down.block_", "down_blocks.").replace("up.block_", "up_blocks.");
+    layer.replace("attentions_", "attentions.")
+}
+
+/// True if `name` contains `part`, and `part` does not end within a number of `name`.
+fn is_part(part: &str, name: &str) -> bool {
+    let digit = |c: char| c.is_ascii_digit();
+    let cut = |end: usize| part.ends_with(digit) && name.get(end..).is_some_and(|rest| rest.starts_with(digit));
+    !part.is_empty() && name.match_indices(part).any(|(at, _)| !cut(at + part.len()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// How many passes each of eight steps has.
-    fn check(guidance: &Guidance, expected: [usize; 8]) {
-        let passes: Vec<usize> = (0..8).map(|step| guidance.roles(step, 8).len()).collect();
-        assert_eq!(passes, expected, "{guidance:?}");
-        assert_eq!(guidance.passes(8), expected.iter().sum::<usize>());
-        let all = guidance.all_roles();
-        for step in 0..8 {
-            let roles = guidance.roles(step, 8);
-            assert!(all.windows(roles.len()).any(|window| window == roles), "{roles:?} in {all:?}");
-        }
+    /// Counts the transformer blocks of the demonstration model that `layer` matches.
+    fn check(layer: &str, expected: usize) {
+        let names = Checkpoint::demo().unwrap().unet.transformer_blocks().unwrap();
+        let found = names.iter().filter(|name| is_part(&canonical(layer), name)).count();
+        assert_eq!(found, expected, "`{layer}` in {names:?}");
     }
 
     #[test]
-    fn a_step_has_the_passes_that_its_share_of_the_run_asks_for() {
-        let blocks = || vec![Some(Change::Skipped)];
-        let cut = Guidance { interval: [0.2, 0.8], ..Guidance::of(5.0) };
-        check(&Guidance::of(1.0), [1; 8]);
-        check(&Guidance::of(5.0), [2; 8]);
-        check(&cut, [1, 2, 2, 2, 2, 2, 1, 1]);
-        check(&Guidance { interval: [0.5, 0.5], ..Guidance::of(5.0) }, [1; 8]);
-        let skipped_layers = Some(SkippedLayers { scale: 1.0, interval: [0.0, 0.5], blocks: blocks() });
-        check(&Guidance { skipped_layers: skipped_layers.clone(), ..cut.clone() }, [1, 3, 3, 3, 2, 2, 1, 1]);
-        let perturbed_attention = Some(PerturbedAttention { scale: 1.0, adaptive_scale: 0.0, blocks: blocks() });
-        check(&Guidance { skipped_layers, perturbed_attention, ..cut }, [2, 4, 4, 4, 3, 3, 2, 2]);
+    fn layer_matches_any_part_of_a_block_name() {
+        check("mid", 2);
+        check("down", 3);
+        check("down_blocks.1", 1);
+        check("down.block_2.attentions_0", 2);
+        check("up_blocks.0.attentions.1", 2);
+        check("transformer_blocks.1", 4);
+        check("mid_block.attentions.0.transformer_blocks.", 2);
+        check("down_blocks.0", 0);
+        check("", 0);
     }
 }

@@ -1,14 +1,20 @@
-//! A generation with nothing left to decide.
+//! A request with every default filled in and every check passed: [`GenerationPlan`].
 
 pub(crate) mod build;
 pub(crate) mod controlnet;
+pub(crate) mod echo;
 pub mod guidance;
-pub(crate) mod guidance_build;
+pub(crate) mod infotext;
 pub(crate) mod init_image;
 pub(crate) mod instruct_pix2pix;
+pub(crate) mod limits;
+pub(crate) mod lora;
 pub mod memory_estimate;
 pub mod memory_policy;
+pub(crate) mod operation;
 pub(crate) mod passes;
+pub(crate) mod seeds;
+pub(crate) mod size;
 
 use std::sync::Arc;
 
@@ -17,9 +23,14 @@ use crate::conditioning::image_adapters::AdapterPlan;
 use crate::conditioning::init_image::InitImageOptions;
 use crate::conditioning::instructor::PromptOptions;
 use crate::device::interface::{Dtype, Quantization};
-use crate::inference::interface::GenerateRequest;
-use crate::inference::plan::guidance::Guidance;
+use crate::inference::plan::guidance::GuidanceOptions;
+use crate::inference::request::generate::GenerateRequest;
+use crate::inference::request::lora::LoraList;
 use crate::inference::request::memory::{MemoryOptions, MemoryPlan};
+use crate::inference::workers::guidance::Guidance;
+use crate::inference::workers::prepare::TimeIds;
+use crate::inference::workers::step::StepSpan;
+use crate::layers::Resident;
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::LoraChoice;
@@ -29,72 +40,44 @@ use crate::postprocessing::upscaler::{LatentUpscaler, PixelUpscaler};
 use crate::scheduler::plan::SamplingPlan;
 use crate::units::ImageSize;
 
-/// What the whole recipe needs, decided and checked.
+/// A generation with nothing left to decide.
 pub struct GenerationPlan {
+    /// The request's model. Its VAE encodes and decodes in every pass.
     pub checkpoint: Arc<Checkpoint>,
-    /// What the request asks for; the device policy answers.
+    /// Compute dtype that the request names; once the device is known, the one that it computes in.
     pub dtype: Option<Dtype>,
-    /// Likewise.
+    /// The same for quantization.
     pub quantization: Option<Quantization>,
     pub prompt: PromptOptions,
-    pub size: ImageSize,
     /// One image each.
     pub seeds: Vec<Seed>,
     pub rng: RngKind,
-    pub guidance: Guidance,
-    pub sampling: SamplingPlan,
-    pub time_ids: TimeIds,
-    /// The image that is worked on; text to image has none.
-    pub editing: Option<InitImagePlan>,
-    /// What follows the first run.
-    pub further: Vec<PassPlan>,
-    pub controls: Vec<ControlPlan>,
-    /// Pictures beside the prompt.
+    /// Denoising passes of one image in their order, at least one.
+    pub passes: Vec<PassPlan>,
+    pub hires: Option<HiresPlan>,
+    /// Share of the noise levels at which the refiner takes over.
+    pub switch_at: Option<f64>,
+    pub controlnets: Vec<ControlNetPlan>,
+    /// T2I-Adapters and IP-Adapters.
     pub adapters: AdapterPlan,
     /// In the order in which they are applied.
     pub loras: Vec<LoraChoice>,
     pub output: OutputPlan,
-    /// What is left open for want of memory, and what was decided.
+    /// Memory choices that the request leaves open.
     pub memory: MemoryOptions,
+    /// Memory choices in effect.
     pub means: MemoryPlan,
-    /// Every value used, as a request that makes the same images.
-    pub parameters: GenerateRequest,
+    /// Options of the request, completed with their defaults.
+    pub guidance_options: GuidanceOptions,
+    /// LoRAs of the request and its prompt, completed with their defaults.
+    pub lora_options: Option<LoraList>,
+    /// The request; its adapters are completed with their defaults.
+    pub request: GenerateRequest,
 }
 
-/// A ControlNet, decided and checked.
-pub struct ControlPlan {
-    /// Its place in the request.
-    pub index: usize,
-    /// The same for all that name one network.
-    pub net: Arc<ComponentFile>,
-    pub hint: HintPlan,
-    /// What a union is told that the image is.
-    pub kind: Option<usize>,
-    pub weight: f64,
-    /// Shares of the steps.
-    pub start: f64,
-    pub end: f64,
-    pub guess: bool,
-}
-
-/// An image that is worked on.
-pub struct InitImagePlan {
-    pub canvas: InitImageOptions,
-    /// Whether latents are drawn from the encoder's distribution; otherwise its mode is taken.
-    pub sampled: bool,
-    /// Whether the mask's greys count.
-    pub soft: bool,
-    /// Whether the run starts from noise alone.
-    pub from_noise: bool,
-    /// Whether the network sees the image beside latents that are noise alone.
-    pub beside: bool,
-    /// Whether noise is added to the image; a run that goes on where another stopped adds none.
-    pub adds_noise: bool,
-}
-
-/// A run that goes on from the latents of the one before.
+/// One denoising pass over latents.
 pub struct PassPlan {
-    pub entry: Entry,
+    pub entry: PassEntry,
     pub checkpoint: Arc<Checkpoint>,
     pub size: ImageSize,
     pub sampling: SamplingPlan,
@@ -102,35 +85,134 @@ pub struct PassPlan {
     pub guidance: Guidance,
 }
 
-/// How latents enter a further run.
-#[derive(Clone, Copy)]
-pub enum Entry {
-    /// As they are, half denoised.
-    Carried,
-    /// Enlarged as latents, with fresh noise.
+/// The source of a pass's first sample.
+pub enum PassEntry {
+    /// Noise alone.
+    Noise,
+    /// The request's image.
+    Image(Box<InitImagePlan>),
+    /// Latents of the pass before, enlarged as latents, with fresh noise.
     Latents(&'static LatentUpscaler),
-    /// Decoded, enlarged as a picture and encoded, with fresh noise.
+    /// Latents of the pass before, decoded, enlarged as an image and encoded, with fresh noise.
     Pixels(&'static PixelUpscaler),
+    /// Latents of the pass before, half denoised, as they are.
+    Carried,
+}
+
+/// An image that the first pass starts from.
+pub struct InitImagePlan {
+    pub options: InitImageOptions,
+    /// Share of the steps that are taken; `None` if `denoising_start` sets them, or the model is instruct-pix2pix.
+    pub strength: Option<f64>,
+    /// True if latents are sampled from the encoder's distribution; otherwise its mode is taken.
+    pub sampled: bool,
+    /// True if the mask's greys count.
+    pub soft_mask: bool,
+    /// True if the pass starts from noise alone.
+    pub from_noise: bool,
+    /// True if the image's latents are concatenated with the sample, as instruct-pix2pix models take them.
+    pub concat: bool,
+    /// True if noise is added to the image; with `denoising_start` it holds its noise already.
+    pub adds_noise: bool,
+}
+
+/// The second, larger pass, as the request states it.
+pub struct HiresPlan {
+    pub strength: f64,
+    pub scale: f64,
+    /// Its name on the wire.
+    pub upscaler: &'static str,
+}
+
+/// A ControlNet and its image, decided and checked.
+pub struct ControlNetPlan {
+    /// Position in the request's list.
+    pub index: usize,
+    /// Shared by all entries that name one network.
+    pub file: Arc<ComponentFile>,
+    pub hint: HintPlan,
+    /// Control type of a ControlNet Union.
+    pub control_type: Option<usize>,
+    pub weight: f64,
+    /// Shares of the steps between which it is applied.
+    pub start: f64,
+    pub end: f64,
+    pub guess_mode: bool,
+}
+
+impl PassPlan {
+    /// True if the pass continues the denoising of the one before.
+    #[must_use]
+    pub fn is_carried(&self) -> bool {
+        matches!(self.entry, PassEntry::Carried)
+    }
+
+    /// Positions of its latents.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        self.size.width * self.size.height / 64
+    }
 }
 
 impl GenerationPlan {
-    /// Steps of all runs of one image.
+    /// The first pass.
     #[must_use]
-    pub fn steps(&self) -> usize {
-        self.sampling.steps() + self.further.iter().map(|further| further.sampling.steps()).sum::<usize>()
+    pub fn first(&self) -> &PassPlan {
+        &self.passes[0]
     }
 
-    /// The size at which the image is decoded.
+    /// The pass whose latents become the image.
     #[must_use]
-    pub fn last_size(&self) -> ImageSize {
-        self.further.last().map_or(self.size, |further| further.size)
+    pub fn last(&self) -> &PassPlan {
+        self.passes.last().unwrap_or_else(|| self.first())
+    }
+
+    /// The image that the first pass starts from.
+    #[must_use]
+    pub fn init_image(&self) -> Option<&InitImagePlan> {
+        match &self.first().entry {
+            PassEntry::Image(init_image) => Some(init_image),
+            _ => None,
+        }
+    }
+
+    /// Steps of all passes of one image.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        steps(&self.passes)
+    }
+
+    /// Position of pass `index` among the steps over which prompt schedules and guidance run: a pass and those that
+    /// carry its latents on share one schedule.
+    #[must_use]
+    pub fn span(&self, index: usize) -> StepSpan {
+        let first = (0..=index).rev().find(|&at| !self.passes[at].is_carried()).unwrap_or(0);
+        let carried = self.passes[index + 1..].iter().take_while(|pass| pass.is_carried()).count();
+        StepSpan { before: steps(&self.passes[first..index]), steps: steps(&self.passes[first..=index + carried]) }
+    }
+
+    /// True if another pass continues the denoising of pass `index`.
+    #[must_use]
+    pub fn continues(&self, index: usize) -> bool {
+        self.passes.get(index + 1).is_some_and(PassPlan::is_carried)
+    }
+
+    /// True if the networks of pass `index` are those that ControlNets, adapters and LoRAs of the request belong to.
+    #[must_use]
+    pub fn is_own_model(&self, pass: &PassPlan) -> bool {
+        pass.checkpoint.key == self.checkpoint.key
+    }
+
+    /// True if a loaded network belongs to the generation.
+    #[must_use]
+    pub fn uses(&self, resident: &Resident) -> bool {
+        let name = &resident.name;
+        self.passes.iter().any(|pass| pass.checkpoint.name == *name)
+            || (resident.kind == "controlnet" && self.controlnets.iter().any(|one| one.file.name == *name))
+            || self.adapters.names().any(|adapter| adapter == name)
     }
 }
 
-/// The six numbers of SDXL's size conditioning, in pixels: original height and width, crop top and left, target height
-/// and width. The refiner reads the first four and an aesthetic score in place of the last two.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TimeIds {
-    pub positive: Vec<f64>,
-    pub negative: Vec<f64>,
+fn steps(passes: &[PassPlan]) -> usize {
+    passes.iter().map(|pass| pass.sampling.steps()).sum()
 }

@@ -6,8 +6,8 @@ use crate::conditioning::init_image::ResizeMode;
 use crate::conditioning::interface::PreprocessorParameters;
 use crate::image::source::ImageSource;
 
-/// Most ControlNets of one request.
-pub const MOST: usize = 8;
+/// Largest number of ControlNets in one request.
+pub const MAX_CONTROLNETS: usize = 8;
 
 /// One image that steers a generation, and the ControlNet that is shown it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]

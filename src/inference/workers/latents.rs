@@ -1,4 +1,4 @@
-//! Pictures to latents, and latents to the level at which a run starts.
+//! Latents: encoding images, adding noise and masking.
 
 use candle_core::Tensor;
 
@@ -10,7 +10,7 @@ use crate::layers::Worker;
 use crate::model::managers::Vae;
 use crate::model::networks::vae::{Extent, VaeConfig};
 use crate::noise::NoiseSource;
-use crate::scheduler::plan::{Level, SamplingPlan};
+use crate::scheduler::plan::Level;
 
 /// Runs the encoder.
 pub struct Encode;
@@ -20,7 +20,7 @@ pub struct EncodeTask<'a> {
     pub config: &'a VaeConfig,
     /// `[1, H, W, 3]`, f32, -1..=1.
     pub pixels: &'a Tensor,
-    /// Draws from the encoder's distribution; `None` takes its mode.
+    /// Samples from the encoder's distribution; `None` takes its mode.
     pub noise: Option<&'a mut NoiseSource>,
     pub extent: Extent,
     pub placement: &'a Placement,
@@ -42,43 +42,35 @@ impl Worker<EncodeTask<'_>> for Encode {
     }
 }
 
-/// What an inpainting run is held to.
+/// The repainted part of an image.
 pub struct Masking {
     /// `[1, H/8, W/8, 1]`, f32: 1 is repainted.
     pub mask: Tensor,
-    /// What a UNet without channels for the mask is held to after each step.
+    /// Restored after each step, for a UNet without channels for the mask.
     pub outside: Option<Outside>,
-    /// `[1, H/8, W/8, 1 + Z]`, f32: mask and masked picture, for a UNet that takes them beside its latents.
-    pub beside: Option<Tensor>,
+    /// `[1, H/8, W/8, ·]`, f32, concatenated with the sample: the mask and the masked image for an inpainting UNet, the
+    /// image for instruct-pix2pix.
+    pub concat: Option<Tensor>,
 }
 
 /// The latents outside the mask: `[1, H/8, W/8, Z]` each, f32.
 pub struct Outside {
     pub latents: Tensor,
-    /// The noise that the run began with.
+    /// The noise that the pass began with.
     pub noise: Tensor,
 }
 
 impl Outside {
-    /// `x` with what lies outside the mask put back as it is where the step `landed`; clean after the last, unless
-    /// another run goes on from there.
+    /// `x` with the latents outside the mask restored at `level`; without noise for `None`.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn hold(
-        &self,
-        mask: &Tensor,
-        x: &Tensor,
-        (sampling, landed): (&SamplingPlan, usize),
-        goes_on: bool,
-    ) -> Result<Tensor> {
-        let next = sampling.run.start + landed;
-        let at = sampling.trajectory.get(next).filter(|_| next < sampling.run.end || goes_on).map(|step| step.at);
-        let proper = match at {
+    pub fn restore(&self, mask: &Tensor, x: &Tensor, level: Option<Level>) -> Result<Tensor> {
+        let latents = match level {
             Some(level) => noised(&self.latents, &self.noise, level)?,
             None => self.latents.clone(),
         };
-        Ok((proper.broadcast_mul(&(1.0 - mask)?)? + x.broadcast_mul(mask)?)?)
+        Ok((latents.broadcast_mul(&(1.0 - mask)?)? + x.broadcast_mul(mask)?)?)
     }
 }
 
@@ -90,12 +82,12 @@ pub fn noised(latents: &Tensor, noise: &Tensor, level: Level) -> Result<Tensor> 
     Ok(((latents * level.alpha)? + (noise * level.sigma)?)?)
 }
 
-/// The mask in latents: every eighth pixel, as the reference takes them. `soft` keeps its greys, otherwise half and more
-/// is 1.
+/// The mask at the latents' size: every eighth pixel, as the reference takes them. `soft` keeps its greys, otherwise half
+/// and more is 1.
 ///
 /// # Errors
 /// Those of the device.
-pub fn mask_of_latents(mask: &Gray8, soft: bool, reduction: usize, placement: &Placement) -> Result<Tensor> {
+pub fn latent_mask(mask: &Gray8, soft: bool, reduction: usize, placement: &Placement) -> Result<Tensor> {
     let (height, width) = (mask.height / reduction, mask.width / reduction);
     let value = |byte: u8| match soft {
         true => f32::from(byte) / 255.0,
@@ -107,11 +99,11 @@ pub fn mask_of_latents(mask: &Gray8, soft: bool, reduction: usize, placement: &P
     Ok(Tensor::from_vec(values, (1, height, width, 1), &placement.device)?)
 }
 
-/// The picture with mid-grey where the mask is half and more: `[1, H, W, 3]`, f32.
+/// The image with mid-grey where the mask is half and more: `[1, H, W, 3]`, f32.
 ///
 /// # Errors
 /// Those of the device.
-pub fn hidden(image: &Rgb8, mask: &Gray8, placement: &Placement) -> Result<Tensor> {
+pub fn masked_image(image: &Rgb8, mask: &Gray8, placement: &Placement) -> Result<Tensor> {
     let seen: Vec<f32> = mask.data.iter().map(|&byte| f32::from(u8::from(byte < 128))).collect();
     let seen = Tensor::from_vec(seen, (1, mask.height, mask.width, 1), &placement.device)?;
     Ok(image.to_tensor(&placement.device)?.broadcast_mul(&seen)?)

@@ -6,7 +6,7 @@ use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
 use crate::image::pixels::Rgb8;
-use crate::inference::interface::DecodeExtent;
+use crate::inference::request::memory::DecodeExtent;
 use crate::inference::workers::decode::{Decode, DecodeTask};
 use crate::layers::Worker;
 use crate::model::networks::vae::{VaeConfig, VaeDecoder};

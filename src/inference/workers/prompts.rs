@@ -1,49 +1,49 @@
-//! Hands an evaluation the prompt of its step. Keys and values of a text are made when it is first told, and kept for
-//! the steps and the images after.
+//! The prompt of each step. Keys and values of a text are computed when its first step comes, and kept for the steps and
+//! images after it.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
 use crate::conditioning::instructor::{Conditioning, PromptSchedule};
 use crate::error::{Error, Result};
-use crate::inference::workers::denoise::Prompt;
+use crate::inference::workers::prepare::PreparedPrompt;
 
-/// Prompts that stay prepared: alternatives come back in turn, and each takes up to a hundred megabytes.
-const KEPT: usize = 4;
+/// Prepared prompts that are kept: alternating prompts return, and each takes up to a hundred megabytes.
+const CAPACITY: usize = 4;
 
-/// Makes of what is told what the UNet takes.
-pub type PreparePrompt<'a> = dyn Fn(&Conditioning) -> Result<Prompt> + 'a;
+/// Prepares a text for one UNet.
+pub type PreparePrompt<'a> = dyn Fn(&Conditioning) -> Result<PreparedPrompt> + 'a;
 
-/// A script, and what of it is prepared for one UNet.
+/// A prompt schedule, and its texts that are prepared for one UNet.
 pub struct Prompts {
-    pub script: PromptSchedule,
-    /// By the place among what the script tells, least recently used first.
-    ready: RefCell<Vec<(usize, Rc<Prompt>)>>,
+    pub schedule: PromptSchedule,
+    /// By position in the schedule's texts, least recently used first.
+    prepared: RefCell<Vec<(usize, Rc<PreparedPrompt>)>>,
 }
 
 impl Prompts {
     #[must_use]
-    pub fn new(script: PromptSchedule) -> Self {
-        Self { script, ready: RefCell::default() }
+    pub fn new(schedule: PromptSchedule) -> Self {
+        Self { schedule, prepared: RefCell::default() }
     }
 
-    /// The prompt of the step after `done` steps.
+    /// The prompt of the step after `completed` steps.
     ///
     /// # Errors
     /// Those of `prepare`.
-    pub fn at(&self, done: usize, prepare: &PreparePrompt) -> Result<Rc<Prompt>> {
-        let place = self.script.at(done);
-        let mut ready = self.ready.borrow_mut();
-        let prompt = match ready.iter().position(|(known, _)| *known == place) {
-            Some(at) => ready.remove(at).1,
+    pub fn at(&self, completed: usize, prepare: &PreparePrompt) -> Result<Rc<PreparedPrompt>> {
+        let text = self.schedule.at(completed);
+        let mut prepared = self.prepared.borrow_mut();
+        let prompt = match prepared.iter().position(|(known, _)| *known == text) {
+            Some(at) => prepared.remove(at).1,
             None => {
-                let told = self.script.told.get(place);
-                let excess = (ready.len() + 1).saturating_sub(KEPT);
-                ready.drain(..excess);
-                Rc::new(prepare(told.ok_or_else(|| Error::bug("a step that is told nothing"))?)?)
+                let conditioning = self.schedule.told.get(text);
+                let excess = (prepared.len() + 1).saturating_sub(CAPACITY);
+                prepared.drain(..excess);
+                Rc::new(prepare(conditioning.ok_or_else(|| Error::bug("a step without a prompt"))?)?)
             }
         };
-        ready.push((place, Rc::clone(&prompt)));
+        prepared.push((text, Rc::clone(&prompt)));
         Ok(prompt)
     }
 }

@@ -5,9 +5,62 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::inference::plan::guidance::Thresholding;
-use crate::inference::request::guidance::{ScalingStartpoint, VariabilityMeasure};
+use crate::inference::request::guidance::{ScaleMode, ScalingStartpoint, VariabilityMeasure};
 use crate::layers::Worker;
+
+/// Dynamic thresholding with nothing left to decide.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Thresholding {
+    /// The scale whose extent is the target.
+    pub mimic: Curve,
+    /// The guidance scale.
+    pub guided: Curve,
+    /// Share of the values that set the guided extent.
+    pub percentile: f64,
+    /// True if every channel has an extent of its own.
+    pub separate: bool,
+    pub startpoint: ScalingStartpoint,
+    pub measure: VariabilityMeasure,
+    /// Share of the thresholded latents.
+    pub phi: f64,
+}
+
+/// A scale that changes over the steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Curve {
+    pub mode: ScaleMode,
+    pub scale: f64,
+    /// Its minimum.
+    pub least: f64,
+    /// Exponent or periods, for modes that have one.
+    pub value: f64,
+}
+
+impl Curve {
+    /// The scale at a share of the steps, 0 at the first, 1 at the last. The curves are those of sd-dynamic-thresholding, its
+    /// rounded π included.
+    #[must_use]
+    #[expect(clippy::approx_constant, reason = "the reference rounds π to five places")]
+    pub fn at(self, done: f64) -> f64 {
+        const QUARTER: f64 = 1.5707;
+        const TURN: f64 = 6.28318;
+        let share = match self.mode {
+            ScaleMode::Constant => 1.0,
+            ScaleMode::LinearDown => 1.0 - done,
+            ScaleMode::HalfCosineDown => done.cos(),
+            ScaleMode::CosineDown => (done * QUARTER).cos(),
+            ScaleMode::LinearUp => done,
+            ScaleMode::HalfCosineUp => 1.0 - done.cos(),
+            ScaleMode::CosineUp => 1.0 - (done * QUARTER).cos(),
+            ScaleMode::PowerUp => done.powf(self.value),
+            ScaleMode::PowerDown => 1.0 - done.powf(self.value),
+            ScaleMode::LinearRepeating => (0.5 - (done * self.value).fract()).abs() * 2.0,
+            ScaleMode::CosineRepeating => (done * TURN * self.value).cos() * 0.5 + 0.5,
+            ScaleMode::Sawtooth => (done * self.value).fract(),
+        };
+        (self.scale - self.least) * share + self.least
+    }
+}
 
 pub struct Threshold;
 
@@ -16,7 +69,7 @@ pub struct ThresholdTask<'a> {
     pub negative: &'a Tensor,
     pub positive: &'a Tensor,
     /// 0 at the first step, 1 at the last.
-    pub done: f64,
+    pub progress: f64,
     pub options: &'a Thresholding,
 }
 
@@ -25,10 +78,10 @@ impl Worker<ThresholdTask<'_>> for Threshold {
     type Output = Tensor;
 
     fn run(&self, task: ThresholdTask<'_>, _ctx: &Context) -> Result<Tensor> {
-        let ThresholdTask { negative, positive, done, options } = task;
-        let (mimic, scale) = (options.mimic.at(done), options.guided.at(done));
+        let ThresholdTask { negative, positive, progress, options } = task;
+        let (mimic, scale) = (options.mimic.at(progress), options.guided.at(progress));
         let (batch, height, width, channels) = positive.dims4()?;
-        // By channel, on the host: a sort is needed, and latents are small.
+        // On the host: the quantile sorts, and latents are small.
         let planes = |x: &Tensor| -> Result<Vec<Vec<f64>>> {
             let host = x.to_device(&Device::Cpu)?.permute((0, 3, 1, 2))?.to_dtype(DType::F64)?;
             Ok(host.reshape((batch * channels, height * width))?.to_vec2::<f64>()?)
@@ -49,7 +102,7 @@ impl Worker<ThresholdTask<'_>> for Threshold {
     }
 }
 
-/// The planes of one sample that have one extent together, guided and brought to the extent of the mimic scale.
+/// Channels of one sample that share an extent, guided and scaled to the extent of the mimic scale.
 fn thresholded(
     negative: &[Vec<f64>],
     positive: &[Vec<f64>],
@@ -95,14 +148,14 @@ fn thresholded(
     Ok(values.collect())
 }
 
-/// With Bessel's correction, as torch has it.
+/// Standard deviation with Bessel's correction, as torch computes it.
 fn deviation(values: &[f64]) -> f64 {
     let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
     let squares: f64 = values.iter().map(|x| (x - mean) * (x - mean)).sum();
     (squares / values.len().saturating_sub(1).max(1) as f64).sqrt()
 }
 
-/// Of the magnitudes, between neighbours linearly, as torch has it.
+/// Quantile of the magnitudes, interpolated linearly, as torch computes it.
 fn quantile(values: &[f64], share: f64) -> Result<f64> {
     let mut sorted: Vec<f64> = values.iter().map(|x| x.abs()).collect();
     sorted.sort_unstable_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! What ControlNets add to the UNet's feature maps at an evaluation.
+//! Residuals that ControlNets add to the UNet's feature maps.
 
 use std::sync::Arc;
 
@@ -6,82 +6,83 @@ use candle_core::{DType, Tensor};
 
 use crate::context::Context;
 use crate::error::{Error, Result, StageContext};
-use crate::inference::workers::denoise::Moment;
+use crate::inference::workers::step::EvaluationTime;
 use crate::model::checkpoint::CheckpointKey;
 use crate::model::networks::controlnet::{ControlInput, ControlNet, Hint, Residuals};
 use crate::model::networks::unet::ReadText;
 
 const STAGE: &str = "controlnet";
 
-/// The ControlNets of a generation; what they add is summed.
+/// The ControlNets of a pass, whose residuals are summed.
 #[derive(Default)]
-pub struct Controls(pub Vec<Control>);
+pub struct ControlNets(pub Vec<ControlNetUnit>);
 
 /// One network with its images: one, or several for a union.
-pub struct Control {
-    pub net: Arc<ControlNet>,
-    /// Of its files.
+pub struct ControlNetUnit {
+    pub controlnet: Arc<ControlNet>,
+    /// Key of its files.
     pub key: CheckpointKey,
-    pub shown: Vec<Shown>,
-    /// Whether it steers the prompt's pass alone, the middle more than the first feature maps.
-    pub guess: bool,
+    pub images: Vec<ControlImage>,
+    /// True if it applies to the prompt alone, and to deep feature maps more than to shallow ones.
+    pub guess_mode: bool,
 }
 
-/// An image as its network sees it.
-pub struct Shown {
+/// An image, embedded by its network.
+pub struct ControlImage {
     /// `[1, H, W, C]`
     pub embedded: Tensor,
-    pub kind: Option<usize>,
+    /// Control type, for a union.
+    pub control_type: Option<usize>,
     pub weight: f64,
-    /// Shares of the evaluations.
+    /// Shares of the evaluations between which it applies.
     pub start: f64,
     pub end: f64,
 }
 
-impl Shown {
-    /// Its weight at an evaluation; 0 outside of its share of them, of which the whole evaluation must be part.
-    fn weight(&self, now: Moment) -> f64 {
-        let share = |call: usize| call as f64 / now.calls as f64;
-        let kept = share(now.call) >= self.start && share(now.call + 1) <= self.end;
-        if kept { self.weight } else { 0.0 }
+impl ControlImage {
+    /// Its weight at an evaluation; 0 unless the whole evaluation lies within its share.
+    fn weight(&self, now: EvaluationTime) -> f64 {
+        let share = |evaluation: usize| evaluation as f64 / now.evaluations as f64;
+        let applies = share(now.evaluation) >= self.start && share(now.evaluation + 1) <= self.end;
+        if applies { self.weight } else { 0.0 }
     }
 }
 
-/// What the UNet is evaluated with.
+/// Inputs that the UNet is evaluated with.
 #[derive(Clone, Copy)]
 pub(crate) struct Evaluation<'a> {
     /// `[B, H, W, C]` in the compute dtype.
     pub(crate) sample: &'a Tensor,
-    /// From [`Controls::read`], of `B` samples.
+    /// From [`ControlNets::read`], of `B` samples.
     pub(crate) texts: &'a [ReadText],
     /// `[B, P]`
     pub(crate) pooled: &'a Tensor,
     pub(crate) time_ids: &'a [Vec<f64>],
-    /// How many samples, the first ones, are the negative prompt's.
+    /// Number of samples of the negative prompt, which come first.
     pub(crate) negative: usize,
-    pub(crate) now: Moment,
+    pub(crate) now: EvaluationTime,
 }
 
-impl Controls {
+impl ControlNets {
     /// Keys and values of the text, `[B, L, D]`, for each network.
     ///
     /// # Errors
     /// Those of [`ControlNet::read`].
     pub fn read(&self, context: &Tensor, dtype: DType, ctx: &Context) -> Result<Vec<ReadText>> {
-        self.0.iter().map(|control| control.net.read(context, dtype, &|| ctx.checkpoint())).collect()
+        self.0.iter().map(|unit| unit.controlnet.read(context, dtype, &|| ctx.checkpoint())).collect()
     }
 
-    /// What is added to the UNet's feature maps; `None` where no network steers at this step.
+    /// The sum of all residuals; `None` if no ControlNet applies at this evaluation.
     ///
     /// # Errors
     /// Cancellation; those of the device.
     pub(crate) fn residuals(&self, evaluation: Evaluation, ctx: &Context) -> Result<Option<Residuals>> {
         let mut sum: Option<Residuals> = None;
-        for (i, control) in self.0.iter().enumerate() {
+        for (i, unit) in self.0.iter().enumerate() {
             let Some(text) = evaluation.texts.get(i) else {
                 return Err(Error::bug("a ControlNet without its text"));
             };
-            let Some(own) = control.residuals(text, evaluation, ctx)? else { continue };
+            let Some(own) = unit.residuals(text, evaluation, ctx)? else { continue };
             sum = Some(match sum {
                 Some(sum) => sum.add(&own)?,
                 None => own,
@@ -91,16 +92,15 @@ impl Controls {
     }
 }
 
-impl Control {
+impl ControlNetUnit {
     fn residuals(&self, text: &ReadText, evaluation: Evaluation, ctx: &Context) -> Result<Option<Residuals>> {
         let Evaluation { sample, pooled, time_ids, negative, now, .. } = evaluation;
-        let hint = |shown: &'_ Shown| (shown.kind, shown.weight(now));
-        let weights: Vec<_> = self.shown.iter().map(hint).collect();
-        if weights.iter().all(|(_, weight)| *weight == 0.0) {
+        let weights: Vec<f64> = self.images.iter().map(|image| image.weight(now)).collect();
+        if weights.iter().all(|weight| *weight == 0.0) {
             return Ok(None);
         }
-        let hints: Vec<Hint> = (self.shown.iter().zip(weights))
-            .map(|(shown, (kind, weight))| Hint { embedded: &shown.embedded, kind, weight })
+        let hints: Vec<Hint> = (self.images.iter().zip(weights))
+            .map(|(image, weight)| Hint { embedded: &image.embedded, kind: image.control_type, weight })
             .collect();
         let check = || ctx.checkpoint();
         let input = ControlInput {
@@ -110,15 +110,15 @@ impl Control {
             pooled,
             time_ids,
             hints: &hints,
-            guess: self.guess,
+            guess: self.guess_mode,
             check: &check,
         };
-        if !self.guess || negative == 0 {
-            return self.net.forward(input).map(Some);
+        if !self.guess_mode || negative == 0 {
+            return self.controlnet.forward(input).map(Some);
         }
         let samples = sample.dims().first().copied().unwrap_or(0);
         let Some(count) = samples.checked_sub(negative).filter(|&count| count > 0) else { return Ok(None) };
-        let residuals = self.net.forward(ControlInput {
+        let residuals = self.controlnet.forward(ControlInput {
             sample: &sample.narrow(0, negative, count).stage(STAGE)?,
             text: &text.rows(negative, count)?,
             pooled: &pooled.narrow(0, negative, count).stage(STAGE)?,
