@@ -9,10 +9,9 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::VarBuilder;
-use candle_nn::var_builder::SimpleBackend;
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
+use sdxl_worker::kernels::{LoadPolicy, Loader, StoredWeight, WeightSource};
 use sdxl_worker::model::networks::clip::ClipTextModel;
 use sdxl_worker::model::networks::unet::Unet;
 use sdxl_worker::model::networks::vae::{VaeDecoder, VaeEncoder};
@@ -33,22 +32,22 @@ fn main() -> Result<(), Failure> {
     write_json(folder, "scheduler/scheduler_config.json", &scheduler())?;
     let pool = pool();
     let text = |with_projection| {
-        move |vb: &VarBuilder, config: &Value| -> Result<(), Failure> {
+        move |loader: &Loader, config: &Value| -> Result<(), Failure> {
             let config = serde_json::from_value(config.clone())?;
-            ClipTextModel::load(vb, &config, with_projection, DType::BF16)?;
+            ClipTextModel::load(loader, &config, with_projection, DType::BF16)?;
             Ok(())
         }
     };
     component(folder, "text_encoder/model", clip_l(), &pool, text(false))?;
     component(folder, "text_encoder_2/model", clip_g(), &pool, text(true))?;
-    component(folder, "vae/diffusion_pytorch_model", vae(), &pool, |vb, config| {
+    component(folder, "vae/diffusion_pytorch_model", vae(), &pool, |loader, config| {
         let config = serde_json::from_value(config.clone())?;
-        VaeEncoder::load(vb, &config)?;
-        VaeDecoder::load(vb, &config)?;
+        VaeEncoder::load(loader, &config)?;
+        VaeDecoder::load(loader, &config)?;
         Ok(())
     })?;
-    component(folder, "unet/diffusion_pytorch_model", unet(), &pool, |vb, config| {
-        Unet::load(vb, &serde_json::from_value(config.clone())?)?;
+    component(folder, "unet/diffusion_pytorch_model", unet(), &pool, |loader, config| {
+        Unet::load(loader, &serde_json::from_value(config.clone())?)?;
         Ok(())
     })
 }
@@ -59,11 +58,10 @@ fn component(
     stem: &str,
     config: Value,
     pool: &[f32],
-    load: impl FnOnce(&VarBuilder, &Value) -> Result<(), Failure>,
+    load: impl FnOnce(&Loader, &Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let requested = Arc::new(Mutex::new(BTreeMap::new()));
-    let backend: Box<dyn SimpleBackend> = Box::new(Recorder(Arc::clone(&requested)));
-    load(&VarBuilder::from_backend(backend, DType::BF16, Device::Cpu), &config)?;
+    load(&Loader::new(Recorder(Arc::clone(&requested)), LoadPolicy::default()), &config)?;
     let part = Path::new(stem).parent().unwrap_or(Path::new(""));
     write_json(folder, &part.join("config.json").to_string_lossy(), &config)?;
     let shapes = requested.lock().map_err(|_| "a load failed")?;
@@ -129,19 +127,24 @@ fn pool() -> Vec<f32> {
 /// Gives zeros for every tensor and records the requested names and shapes.
 struct Recorder(Arc<Mutex<BTreeMap<String, Vec<usize>>>>);
 
-impl SimpleBackend for Recorder {
-    fn get(&self, s: Shape, name: &str, _: candle_nn::Init, d: DType, device: &Device) -> candle_core::Result<Tensor> {
+impl WeightSource for Recorder {
+    fn stored(&self, name: &str, shape: Option<&[usize]>) -> candle_core::Result<StoredWeight> {
+        let Some(shape) = shape else { candle_core::bail!("`{name}` was requested without its shape") };
         let mut requested = self.0.lock().map_err(|_| candle_core::Error::Msg("poisoned".to_owned()))?;
-        requested.insert(name.to_owned(), s.dims().to_vec());
-        Tensor::zeros(1, d, device)?.broadcast_as(s)
+        requested.insert(name.to_owned(), shape.to_vec());
+        StoredWeight::of(Tensor::zeros(1, DType::BF16, &Device::Cpu)?.broadcast_as(shape)?)
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        Err(candle_core::Error::Msg(format!("`{name}` was requested without its shape")))
-    }
-
-    fn contains_tensor(&self, _: &str) -> bool {
+    fn contains(&self, _: &str) -> bool {
         true
+    }
+
+    fn compute(&self) -> DType {
+        DType::BF16
+    }
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
     }
 }
 

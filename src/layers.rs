@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::units::Bytes;
+use crate::units::{Bytes, Dtype, Quantization};
 
 /// The seven domains; `worker_type` on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -153,12 +153,22 @@ pub struct Resident {
     pub pinned: bool,
     /// Time of its last use in milliseconds of Unix time; `null` if that is not recorded.
     pub used_ms: Option<u64>,
-    /// In which numbers, and where, a network is held, to be compared with the same of a request; `None` for all else.
+    /// Number formats and location of a network's weights; `None` for everything else.
     #[serde(skip)]
-    pub form: Option<String>,
-    /// Key of the adapters that change it.
+    pub form: Option<ResidentForm>,
+    /// Key of the adapters or files that change it.
     #[serde(skip)]
     pub over: Option<u64>,
+}
+
+/// Number formats of a network's weights, and where they stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResidentForm {
+    /// The dtype in which the network computes.
+    pub dtype: Dtype,
+    pub quantization: Quantization,
+    /// True if weights stay on the host, and are brought to the device a layer at a time.
+    pub offloaded: bool,
 }
 
 /// Keeps one kind of long-lived resource and counts its bytes. Every manager can evict everything that it lists and that

@@ -1,4 +1,4 @@
-//! Quantities with their units in the type: bytes, shares of a memory, image sides, step counts.
+//! Quantities with their units in the type: bytes, shares of a memory, image sides, step counts; and number formats.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,6 +7,58 @@ use std::num::NonZeroU16;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
+
+/// Number format of activations and arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    #[must_use]
+    pub fn tensor(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::Bf16 => candle_core::DType::BF16,
+            Self::F16 => candle_core::DType::F16,
+        }
+    }
+}
+
+/// What the UNet multiplies in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// The compute dtype.
+    #[default]
+    None,
+    /// Signed bytes: weights by output, activations by token or feature map. On the CPU only.
+    Int8,
+}
+
+impl Quantization {
+    pub const ALL: [Self; 2] = [Self::None, Self::Int8];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+        }
+    }
+}
 
 /// A number of bytes. Read from a number or from text with a unit (`1024MB`, `7 GiB`), written as a number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -27,7 +27,7 @@ pub struct Placement {
     /// Quantization of the UNet.
     pub quantization: Quantization,
     /// True if the UNet's weights stay on the host, or in their files, and are copied to the device a layer at a time.
-    pub away: bool,
+    pub offloaded: bool,
 }
 
 impl Placement {
@@ -73,7 +73,7 @@ impl DeviceInstructor {
             compute: dtypes.compute,
             vae: dtypes.vae,
             quantization: self.settings.quantization,
-            away: false,
+            offloaded: false,
         }
         .quantized(None)
     }

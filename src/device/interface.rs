@@ -10,58 +10,7 @@ use crate::error::{Error, nearest};
 use crate::kernels::simd::Level;
 use crate::layers::{Domain, Interface, Nothing};
 use crate::units::{Allowance, Bytes};
-
-/// Number format of activations and arithmetic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl Dtype {
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-        }
-    }
-
-    #[must_use]
-    pub fn tensor(self) -> candle_core::DType {
-        match self {
-            Self::F32 => candle_core::DType::F32,
-            Self::Bf16 => candle_core::DType::BF16,
-            Self::F16 => candle_core::DType::F16,
-        }
-    }
-}
-
-/// What the UNet multiplies in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Quantization {
-    /// The compute dtype.
-    #[default]
-    None,
-    /// Signed bytes: weights by output, activations by token or feature map. On the CPU only.
-    Int8,
-}
-
-impl Quantization {
-    pub const ALL: [Self; 2] = [Self::None, Self::Int8];
-
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Int8 => "int8",
-        }
-    }
-}
+pub use crate::units::{Dtype, Quantization};
 
 /// A device by name: `cpu`, `cuda:0`, `metal`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,35 +1,35 @@
 //! Convolutions over feature maps.
 
 use candle_core::{DType, Result, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::kernels::conv_shape::ConvShape;
 use crate::kernels::epilogue::Epilogue;
+use crate::kernels::loader::Loader;
+use crate::kernels::shared_layers::LayerWeights;
 use crate::kernels::stored_weight::StoredWeight;
-use crate::kernels::weight::Weight;
-use crate::kernels::{cpu, offload, reference, shapes, shared_layers};
+use crate::kernels::weight::{ResidentWeight, Weight};
+use crate::kernels::{cpu, reference, shapes};
 
 /// A convolution over `[B, H, W, C]`.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
-    pub(crate) weight: Weight,
+    weight: Weight,
     /// `[O]`, f32
-    pub(crate) bias: Option<Tensor>,
+    bias: Option<Tensor>,
     shape: ConvShape,
 }
 
 impl Conv2d {
-    /// `weight` as files have it: `[O, C, K, K]`; it is re-laid here.
+    /// `weight` is `[O, C, K, K]`, as files have it.
     ///
     /// # Errors
-    /// Those of the re-layout.
+    /// A weight of another shape; the device's own.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
         shapes::kernel(weight.dims(), shape)?;
         Self::of(Weight::new(&StoredWeight::of(weight.clone())?, weight.dtype(), Some(shape))?, bias, shape)
     }
 
-    /// As [`Linear::int8`]; bytes are made of each sample's whole feature map, or, where the kernel is one pixel, of each
-    /// pixel. `weight` is `[O, C, K, K]`.
+    /// As [`crate::kernels::Linear::int8`]; a feature map is quantised as a whole, or, where the kernel is one pixel, by pixel. `weight` is `[O, C, K, K]`.
     ///
     /// # Errors
     /// A weight of another shape, or on a GPU.
@@ -39,7 +39,7 @@ impl Conv2d {
     }
 
     fn of(weight: Weight, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
-        let bias = bias.map(|b| offload::brought(b.to_dtype(DType::F32)?)).transpose()?;
+        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, bias, shape })
     }
 
@@ -47,12 +47,11 @@ impl Conv2d {
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load(vb: &VarBuilder, shape: ConvShape) -> Result<Self> {
-        shared_layers::layer(vb, || {
-            let weight = StoredWeight::read(vb, (shape.outputs, shape.inputs, shape.kernel, shape.kernel))?;
-            shapes::kernel(weight.dims(), shape)?;
-            Self::of(Weight::load(&weight, vb, Some(shape))?, Some(vb.get(shape.outputs, "bias")?), shape)
-        })
+    pub fn load(loader: &Loader, shape: ConvShape) -> Result<Self> {
+        let ConvShape { inputs, outputs, kernel, .. } = shape;
+        let LayerWeights { weight, bias } =
+            loader.weights(&[outputs, inputs, kernel, kernel], Some(shape), Some(outputs))?;
+        Ok(Self { weight, bias, shape })
     }
 
     /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
@@ -72,10 +71,9 @@ impl Conv2d {
         if shapes::is_empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &*self.weight.beside(x)? {
-            Weight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
-            Weight::Tensor(weight) => reference::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
-            Weight::Away(_) => offload::still(),
+        match &*self.weight.on_device_of(x)? {
+            ResidentWeight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
+            ResidentWeight::Tensor(weight) => reference::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
         }
     }
 }

@@ -1,21 +1,22 @@
 //! Linear layers.
 
 use candle_core::{DType, Result, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::kernels::epilogue::Epilogue;
+use crate::kernels::loader::Loader;
+use crate::kernels::shared_layers::LayerWeights;
 use crate::kernels::stored_weight::StoredWeight;
-use crate::kernels::weight::Weight;
-use crate::kernels::{cpu, offload, reference, shapes, shared_layers};
+use crate::kernels::weight::{ResidentWeight, Weight};
+use crate::kernels::{cpu, reference, shapes};
 
 /// `y = x · Wᵀ + b` over the last axis.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    pub(crate) weight: Weight,
+    weight: Weight,
     outputs: usize,
     inputs: usize,
     /// `[O]`, f32
-    pub(crate) bias: Option<Tensor>,
+    bias: Option<Tensor>,
 }
 
 impl Linear {
@@ -28,8 +29,8 @@ impl Linear {
         Self::of(size, Weight::new(&StoredWeight::of(weight)?, dtype, None)?, bias)
     }
 
-    /// Keeps each output's weights as signed bytes and a scale, and makes bytes of each row of its inputs, so that
-    /// products are sums of bytes: a quarter of f32's memory, for an error of about a hundredth. On the CPU only.
+    /// Keeps each output's weights as signed bytes and a scale, and quantises each row of its inputs, so that products
+    /// are sums of bytes: a quarter of f32's memory, for an error of about a hundredth. On the CPU only.
     /// `weight` is `[O, I]`, `bias` `[O]`.
     ///
     /// # Errors
@@ -39,38 +40,35 @@ impl Linear {
     }
 
     fn of((outputs, inputs): (usize, usize), weight: Weight, bias: Option<Tensor>) -> Result<Self> {
-        let bias = bias.map(|b| offload::brought(b.to_dtype(DType::F32)?)).transpose()?;
+        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, outputs, inputs, bias })
     }
 
-    /// Reads `weight`, which may be that of a convolution of one tap, and `bias`.
+    /// Reads `weight`, which may be a convolution of one tap, and `bias`.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        shared_layers::layer(vb, || {
-            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
-            Self::of((outputs, inputs), weight, Some(vb.get(outputs, "bias")?))
-        })
+    pub fn load(loader: &Loader, inputs: usize, outputs: usize) -> Result<Self> {
+        let LayerWeights { weight, bias } = loader.weights(&[outputs, inputs], None, Some(outputs))?;
+        Ok(Self { weight, outputs, inputs, bias })
     }
 
     /// Reads `weight` alone.
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load_no_bias(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
-        shared_layers::layer(vb, || {
-            let weight = Weight::load(&StoredWeight::matrix(vb, outputs, inputs)?, vb, None)?;
-            Self::of((outputs, inputs), weight, None)
-        })
+    pub fn load_no_bias(loader: &Loader, inputs: usize, outputs: usize) -> Result<Self> {
+        let LayerWeights { weight, bias } = loader.weights(&[outputs, inputs], None, None)?;
+        Ok(Self { weight, outputs, inputs, bias })
     }
 
-    /// The layer `vb`, whose `weight`, `[O, I]`, and `bias` have been read from it.
+    /// The layer at `loader`, whose `weight`, `[O, I]`, and `bias` have been read from it.
     ///
     /// # Errors
     /// Those of the cast of the bias to f32.
-    pub fn named(vb: &VarBuilder, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(weight.dims2()?, Weight::load(&StoredWeight::of(weight.clone())?, vb, None)?, bias)
+    pub fn from_tensors(loader: &Loader, weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let bias = bias.map(|bias| loader.small(bias)).transpose()?;
+        Self::of(weight.dims2()?, loader.keep(&StoredWeight::of(weight.clone())?, None)?, bias)
     }
 
     /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
@@ -90,10 +88,9 @@ impl Linear {
         if shapes::is_empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &*self.weight.beside(x)? {
-            Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
-            Weight::Tensor(weight) => reference::linear(x, weight, self.bias.as_ref(), epilogue),
-            Weight::Away(_) => offload::still(),
+        match &*self.weight.on_device_of(x)? {
+            ResidentWeight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
+            ResidentWeight::Tensor(weight) => reference::linear(x, weight, self.bias.as_ref(), epilogue),
         }
     }
 
@@ -107,12 +104,13 @@ impl Linear {
         if shapes::is_empty(&out) {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
-        match &*self.weight.beside(x)? {
-            Weight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true)),
-            Weight::Tensor(weight) => {
+        match &*self.weight.on_device_of(x)? {
+            ResidentWeight::Packed(weight) => {
+                cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
+            }
+            ResidentWeight::Tensor(weight) => {
                 reference::geglu(&reference::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)
             }
-            Weight::Away(_) => offload::still(),
         }
     }
 }

@@ -1,19 +1,19 @@
 //! Group norm and layer norm.
 
 use candle_core::{DType, Result, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::kernels::epilogue::Activation;
+use crate::kernels::loader::Loader;
 use crate::kernels::running_stats::RunningStats;
-use crate::kernels::{cpu, offload, reference, shapes, shared_layers};
+use crate::kernels::{cpu, reference, shapes};
 
 /// Normalisation over groups of channels and all positions, in f32.
 #[derive(Clone, Debug)]
 pub struct GroupNorm {
     /// `[C]`, f32
-    pub(crate) weight: Tensor,
+    weight: Tensor,
     /// `[C]`, f32
-    pub(crate) bias: Tensor,
+    bias: Tensor,
     groups: usize,
     eps: f64,
 }
@@ -24,7 +24,7 @@ impl GroupNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
-        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
+        let [weight, bias] = [weight, bias].map(|tensor| tensor.to_dtype(DType::F32));
         Ok(Self { weight: weight?, bias: bias?, groups, eps })
     }
 
@@ -32,8 +32,9 @@ impl GroupNorm {
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load(vb: &VarBuilder, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, groups, eps))
+    pub fn load(loader: &Loader, groups: usize, channels: usize, eps: f64) -> Result<Self> {
+        let (weight, bias) = loader.affine(channels)?;
+        Ok(Self { weight, bias, groups, eps })
     }
 
     /// `x` is `[B, .., C]`.
@@ -110,9 +111,9 @@ impl Statistics {
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
     /// `[C]`, f32
-    pub(crate) weight: Tensor,
+    weight: Tensor,
     /// `[C]`, f32
-    pub(crate) bias: Tensor,
+    bias: Tensor,
     eps: f64,
 }
 
@@ -122,7 +123,7 @@ impl LayerNorm {
     /// # Errors
     /// Those of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        let [weight, bias] = [weight, bias].map(|tensor| offload::brought(tensor.to_dtype(DType::F32)?));
+        let [weight, bias] = [weight, bias].map(|tensor| tensor.to_dtype(DType::F32));
         Ok(Self { weight: weight?, bias: bias?, eps })
     }
 
@@ -130,8 +131,9 @@ impl LayerNorm {
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load(vb: &VarBuilder, channels: usize, eps: f64) -> Result<Self> {
-        shared_layers::layer(vb, || Self::new(&vb.get(channels, "weight")?, &vb.get(channels, "bias")?, eps))
+    pub fn load(loader: &Loader, channels: usize, eps: f64) -> Result<Self> {
+        let (weight, bias) = loader.affine(channels)?;
+        Ok(Self { weight, bias, eps })
     }
 
     /// `x` is `[.., C]`.

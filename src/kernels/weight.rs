@@ -1,79 +1,124 @@
-//! A weight in the layout that the kernels of its device read.
+//! Weights in the layout that the kernels of a device read, and weights that stay on the host until a layer needs them.
+//!
+//! An offloaded weight is brought for one use and dropped behind it, for devices with less memory than a network has
+//! weights. It travels to a GPU as it is stored, widened before. On the CPU it lies in its file, which is mapped, and
+//! panels for the kernels are packed at every use rather than once beside the file.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, Result, Tensor, bail};
 
 use crate::kernels::block_format::Coding;
 use crate::kernels::conv_shape::{ConvShape, Padding};
+use crate::kernels::cpu;
 use crate::kernels::stored_weight::StoredWeight;
-use crate::kernels::{cpu, int8_policy, load_stats, offload};
 
-/// Weights as their device's kernels want them.
+/// The weight of a layer.
 #[derive(Clone, Debug)]
 pub(crate) enum Weight {
+    Resident(ResidentWeight),
+    Offloaded(OffloadedWeight),
+}
+
+/// A weight on the device that computes.
+#[derive(Clone, Debug)]
+pub(crate) enum ResidentWeight {
     /// On the CPU.
     Packed(Arc<cpu::PackedWeight>),
-    /// `[O, I]` or `[O, K, K, C]`.
+    /// `[O, I]` or `[O, K, K, C]`; or of a norm or table, as it is stored.
     Tensor(Tensor),
-    /// As the file has it, on the host; [`Weight::beside`] brings it.
-    Away(offload::Away),
+}
+
+/// A weight on the host, as it is stored.
+#[derive(Clone, Debug)]
+pub(crate) struct OffloadedWeight {
+    /// `[O, I]` or `[O, C, K, K]`
+    weight: StoredWeight,
+    /// The dtype in which the network computes.
+    compute: DType,
+    /// Geometry of a convolution.
+    conv: Option<ConvShape>,
 }
 
 impl Weight {
-    /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` the shape of its convolution.
+    /// `weight` is `[O, I]` or `[O, C, K, K]`, of a network that computes in `compute`; `conv` is the geometry of a
+    /// convolution.
     pub(crate) fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
-        match weight.device().is_cpu() {
-            true if offload::is_chosen() => Ok(Self::Away(offload::Away { weight: weight.clone(), compute, conv })),
-            true => {
-                let packed = Self::packed(weight, compute, conv)?;
-                load_stats::count(weight, packed.bytes());
-                Ok(Self::Packed(Arc::new(packed)))
-            }
-            false => Self::on_device(weight.tensor()),
-        }
-    }
-
-    pub(crate) fn on_host(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
-        Ok(Self::Packed(Arc::new(Self::packed(weight, compute, conv)?)))
-    }
-
-    fn packed(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<cpu::PackedWeight> {
-        let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
-        cpu::PackedWeight::new(weight, compute, by_filters)
-    }
-
-    /// As [`Self::new`], of one that is on a GPU.
-    pub(crate) fn on_device(weight: &Tensor) -> Result<Self> {
-        Ok(Self::Tensor(match weight.rank() {
-            4 => weight.permute((0, 2, 3, 1))?.contiguous()?, // [O, K, K, C]
-            _ => weight.contiguous()?,
-        }))
+        ResidentWeight::new(weight, compute, conv).map(Self::Resident)
     }
 
     /// As [`Self::new`], in signed bytes.
     pub(crate) fn int8(weight: &Tensor) -> Result<Self> {
         if !weight.device().is_cpu() {
-            candle_core::bail!("INT8 weights are for the CPU");
+            bail!("INT8 weights are for the CPU");
         }
-        Ok(Self::Packed(Arc::new(cpu::PackedWeight::int8(weight)?)))
+        Ok(Self::Resident(ResidentWeight::Packed(Arc::new(cpu::PackedWeight::int8(weight)?))))
     }
 
-    /// Of the layer `vb`: in bytes where [`quantizing`] has it so.
-    pub(crate) fn load(weight: &StoredWeight, vb: &VarBuilder, conv: Option<ConvShape>) -> Result<Self> {
-        if !weight.device().is_cpu() || !int8_policy::is_chosen(&vb.prefix(), weight.dims()) {
-            return Self::new(weight, vb.dtype(), conv);
+    /// As [`Self::new`], of a weight on the host that stays as it is stored.
+    pub(crate) fn offloaded(weight: StoredWeight, compute: DType, conv: Option<ConvShape>) -> Self {
+        Self::Offloaded(OffloadedWeight { weight, compute, conv })
+    }
+
+    /// A tensor that is used as it is.
+    pub(crate) fn tensor(tensor: Tensor) -> Self {
+        Self::Resident(ResidentWeight::Tensor(tensor))
+    }
+
+    /// The tensor of [`Self::tensor`].
+    pub(crate) fn into_tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Resident(ResidentWeight::Tensor(tensor)) => Ok(tensor),
+            _ => bail!("a layer has the name of another one of another kind"),
         }
-        let packed = cpu::PackedWeight::int8(&weight.used(vb.dtype())?)?;
-        int8_policy::count(weight.bytes().saturating_sub(packed.bytes()));
-        load_stats::count(weight, packed.bytes());
-        Ok(Self::Packed(Arc::new(packed)))
+    }
+
+    /// The weight on the device of `x`: as it is, or brought for this one use.
+    pub(crate) fn on_device_of(&self, x: &Tensor) -> Result<Cow<'_, ResidentWeight>> {
+        match self {
+            Self::Resident(weight) => Ok(Cow::Borrowed(weight)),
+            Self::Offloaded(OffloadedWeight { weight, compute, conv }) => Ok(Cow::Owned(match x.device().is_cpu() {
+                true => ResidentWeight::new(weight, *compute, *conv)?,
+                false => ResidentWeight::on_gpu(&weight.numbers(x.dtype())?.to_device(x.device())?)?,
+            })),
+        }
+    }
+
+    /// Bytes in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Resident(ResidentWeight::Packed(packed)) => packed.bytes(),
+            Self::Resident(ResidentWeight::Tensor(tensor)) => tensor_bytes(tensor),
+            Self::Offloaded(offloaded) => offloaded.weight.bytes(),
+        }
     }
 }
 
-/// Whether convolutions on the CPU read weights of this shape, `[O, C, K, K]`, in the order of the file, and lay none
-/// beside them, in a network that computes in `compute`; most convolutions have a stride of 1.
+impl ResidentWeight {
+    fn new(weight: &StoredWeight, compute: DType, conv: Option<ConvShape>) -> Result<Self> {
+        if !weight.device().is_cpu() {
+            return Self::on_gpu(weight.tensor());
+        }
+        let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
+        Ok(Self::Packed(Arc::new(cpu::PackedWeight::new(weight, compute, by_filters)?)))
+    }
+
+    fn on_gpu(weight: &Tensor) -> Result<Self> {
+        Ok(Self::Tensor(match weight.rank() {
+            4 => weight.permute((0, 2, 3, 1))?.contiguous()?, // [O, K, K, C]
+            _ => weight.contiguous()?,
+        }))
+    }
+}
+
+/// Bytes of a tensor's numbers.
+pub(crate) fn tensor_bytes(tensor: &Tensor) -> usize {
+    tensor.elem_count() * tensor.dtype().size_in_bytes()
+}
+
+/// True if convolutions on the CPU read weights of this shape, `[O, C, K, K]`, in the order of the file, without a packed
+/// copy, in a network that computes in `compute`. A stride of 1 is assumed, as most convolutions have it.
 #[must_use]
 pub fn stays_as_stored(weight: &[usize], compute: DType) -> bool {
     let &[outputs, inputs, kernel, _] = weight else { return false };

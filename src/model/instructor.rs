@@ -9,7 +9,7 @@ use crate::device::instructor::{MemoryStatus, Placement};
 use crate::device::interface::Quantization;
 use crate::device::scope::{RequestScope, ScopedResources};
 use crate::error::{Error, Result};
-use crate::layers::{Instructor, Manager, Resident};
+use crate::layers::{Instructor, Manager, Resident, ResidentForm};
 use crate::model::catalog::Catalog;
 use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::hub::download::fetch;
@@ -21,7 +21,7 @@ use crate::model::interface::{
 use crate::model::lora::LoraStack;
 use crate::model::managers::{
     AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
-    VaeManager, form,
+    VaeManager,
 };
 use crate::units::{Allowance, Bytes};
 
@@ -105,27 +105,27 @@ impl ModelResources {
 
     /// Frees the text encoders of a checkpoint, unless they are pinned.
     pub fn dismiss(&mut self, checkpoint: &Checkpoint) {
-        self.encoders.shelf.let_go(checkpoint.key);
+        self.encoders.shelf.remove_unpinned(checkpoint.key);
     }
 
     /// Marks networks of a checkpoint, or of a component file, as used by the running request: those with adapters in `over`,
     /// and those that `stack` does not change.
     pub fn claim(&mut self, key: CheckpointKey, over: &[CheckpointKey], stack: &LoraStack, placement: &Placement) {
         let Placement { compute, vae, quantization, .. } = *placement;
-        let is = |dtype, quantization, away| move |held: &str| held == form(dtype, quantization, away);
-        let (near, afar) = (is(compute, quantization, false), is(compute, quantization, true));
+        let form = |dtype, quantization| ResidentForm { dtype, quantization, offloaded: false };
+        let whole = form(compute, quantization);
         let bare = |parts: &[Part]| stack.key(parts).is_none();
-        self.encoders.shelf.claim(key, over, bare(&ENCODERS), is(compute, Quantization::None, false));
-        self.unets.shelf.claim(key, over, bare(&[Part::Unet]), |held| near(held) || afar(held));
-        self.vaes.shelf.claim(key, over, true, is(vae, Quantization::None, false));
-        self.controlnets.shelf.claim(key, over, true, near);
+        self.encoders.shelf.claim(key, over, bare(&ENCODERS), |own| own == form(compute, Quantization::None));
+        self.unets.shelf.claim(key, over, bare(&[Part::Unet]), |own| ResidentForm { offloaded: false, ..own } == whole);
+        self.vaes.shelf.claim(key, over, true, |own| own == form(vae, Quantization::None));
+        self.controlnets.shelf.claim(key, over, true, |own| own == whole);
         self.adapters.claim(key);
     }
 
     /// Frees the UNets of a checkpoint that are not offloaded as `placement` asks, unless they are pinned.
     pub fn drop_other_form(&mut self, key: CheckpointKey, placement: &Placement) {
-        let form = form(placement.compute, placement.quantization, !placement.away);
-        self.unets.shelf.drop_form(key, &form);
+        let form = UnetManager::form(placement);
+        self.unets.shelf.remove_form(key, ResidentForm { offloaded: !form.offloaded, ..form });
     }
 
     fn bytes_of(&self, checkpoint: &Checkpoint) -> Bytes {

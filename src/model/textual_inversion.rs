@@ -62,14 +62,13 @@ impl Inversion {
             return Err(refuse(format!("`{FIRST}` has {other} vectors and `{SECOND}` {count}")));
         }
         let task = ReadTask { component: "embedding", weights: &weights, compute: Dtype::F32, device };
-        let (inversion, _) = ctx.perform(&Read, task)?.build(ctx, |vb| {
+        ctx.perform(&Read, task)?.build(ctx, |source| {
             let vectors = |name: &str, shape: &[usize]| -> Result<Tensor> {
-                let tensor = vb.get(shape, name)?;
+                let tensor = source.numbers(name, Some(shape))?;
                 Ok(tensor.reshape((count, tensor.elem_count() / count))?)
             };
             let first = first.as_ref().map(|(_, shape)| vectors(FIRST, shape)).transpose()?;
             Ok(Self { first, second: vectors(SECOND, &second)?, count })
-        })?;
-        Ok(inversion)
+        })
     }
 }

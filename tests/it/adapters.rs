@@ -19,6 +19,7 @@ use sdxl_worker::image::pixels::Rgb8;
 use sdxl_worker::image::resample::Filter;
 use sdxl_worker::image::source::ImageSource;
 use sdxl_worker::inference::interface::GenerateRequest;
+use sdxl_worker::kernels::Loader;
 use sdxl_worker::model::networks::clip_vision::{ClipVision, ClipVisionConfig, Seen};
 use sdxl_worker::model::networks::ip_adapter::{IpAdapter, IpAdapterLayout};
 use sdxl_worker::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
@@ -89,9 +90,9 @@ fn units() -> HashMap<String, Tensor> {
     candle_core::safetensors::load(steer().join("adapters/units.safetensors"), &Device::Cpu).unwrap()
 }
 
-fn weights(file: &str) -> VarBuilder<'static> {
+fn weights(file: &str) -> Loader<'static> {
     let bytes = fs::read(networks().join(file)).unwrap();
-    VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap()
+    VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap().into()
 }
 
 fn config<T: serde::de::DeserializeOwned>(folder: &str) -> T {
@@ -162,8 +163,8 @@ fn t2i_adapter_features_equal_diffusers_at_odd_sizes() {
     let wide = picture("adapter_wide");
     for (name, channels) in [("outline", 3), ("sketch", 1)] {
         let config: T2iAdapterConfig = config(&format!("t2i/{name}"));
-        let vb = weights(&format!("t2i/{name}/diffusion_pytorch_model.safetensors"));
-        let adapter = T2iAdapter::load(&vb, &config).unwrap();
+        let loader = weights(&format!("t2i/{name}/diffusion_pytorch_model.safetensors"));
+        let adapter = T2iAdapter::load(&loader, &config).unwrap();
         let shown = if channels == 1 { wide.to_gray().to_rgb() } else { wide.clone() };
         let shown = shown.resized(144, 112, Filter::Lanczos).unwrap();
         let bytes = shown.data.iter().step_by(if channels == 1 { 3 } else { 1 });

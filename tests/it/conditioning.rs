@@ -48,7 +48,7 @@ fn placement() -> Placement {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
-        away: false,
+        offloaded: false,
     }
 }
 

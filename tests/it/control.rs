@@ -16,7 +16,7 @@ use sdxl_worker::layers::Interface;
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::interface::ModelRequest;
 use sdxl_worker::model::managers::Reach;
-use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile};
+use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile, ControlNetTask};
 use sdxl_worker::model::networks::unet::UnetConfig;
 use sdxl_worker::runtime::config::Config;
 use sdxl_worker::runtime::dispatch::{Call, Reply};
@@ -171,7 +171,8 @@ fn controlnet_layers_beyond_the_configuration_are_refused() {
         let mut shapes: HashMap<_, _> = tensors.map(|(name, shape, ..)| (name, shape)).collect();
         change(&mut shapes);
         let shape = |name: &str| shapes.get(name).map(Vec::as_slice);
-        ControlNetConfig::new("mine", None, &shape, (&demo.unet, demo.vae.reduction())).map(drop)
+        let (unet, reduction) = (&demo.unet, demo.vae.reduction());
+        ControlNetConfig::new(ControlNetTask { name: "mine", file: None, shapes: &shape, unet, reduction }).map(drop)
     };
     let refused = |change: &dyn Fn(&mut Sizes), text: &str| {
         let error = check(change).unwrap_err();
@@ -422,7 +423,9 @@ fn published_controlnet_layouts_are_identified() {
             }
         };
         let file: Option<ControlNetFile> = config.map(|config| serde_json::from_value(config).unwrap());
-        ControlNetConfig::new("mine", file, &shape, model).map(|config| config.kinds())
+        let (unet, reduction) = model;
+        let task = ControlNetTask { name: "mine", file, shapes: &shape, unet, reduction };
+        ControlNetConfig::new(task).map(|config| config.kinds())
     };
     let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {
         check_for(config, kinds.map(|kinds| [kinds, 320]), (&unet, 8))

@@ -15,7 +15,7 @@ use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
 use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::{Error, Result};
-use sdxl_worker::layers::{Instructor, Manager, Nothing};
+use sdxl_worker::layers::{Instructor, Manager, Nothing, ResidentForm};
 use sdxl_worker::model::checkpoint::families::FAMILIES;
 use sdxl_worker::model::checkpoint::{Checkpoint, Part};
 use sdxl_worker::model::instructor::{ModelInstructor, ModelResources};
@@ -37,7 +37,7 @@ fn resources(roots: Vec<PathBuf>) -> ModelResources {
 
 fn placement(compute: Dtype, quantization: Quantization) -> Placement {
     let (device, name) = (Device::Cpu, "cpu".to_owned());
-    Placement { device, name, compute, vae: Dtype::F32, quantization, away: false }
+    Placement { device, name, compute, vae: Dtype::F32, quantization, offloaded: false }
 }
 
 fn on_cpu() -> RequestScope {
@@ -351,8 +351,7 @@ fn keys(count: u64) -> Vec<ShelfKey> {
         .map(|n| ShelfKey {
             checkpoint,
             over: None,
-            dtype: Dtype::F32,
-            quantization: Quantization::None,
+            form: ResidentForm { dtype: Dtype::F32, quantization: Quantization::None, offloaded: false },
             device: format!("cuda:{n}"),
         })
         .collect()

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use sdxl_worker::error::{Error, Result};
+use sdxl_worker::kernels::Loader;
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::embeddings::Sinusoid;
 use sdxl_worker::model::networks::interventions::Steering;
@@ -58,7 +59,7 @@ impl Golden {
         channels_last(&self.get(name)).to_dtype(dtype).unwrap()
     }
 
-    fn weights(&self, dtype: DType) -> VarBuilder<'static> {
+    fn weights(&self, dtype: DType) -> Loader<'static> {
         weights(&self.path, dtype).pp("weights")
     }
 }
@@ -67,8 +68,8 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn weights(path: &Path, dtype: DType) -> VarBuilder<'static> {
-    VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &Device::Cpu).unwrap()
+fn weights(path: &Path, dtype: DType) -> Loader<'static> {
+    VarBuilder::from_buffered_safetensors(std::fs::read(path).unwrap(), dtype, &Device::Cpu).unwrap().into()
 }
 
 fn channels_last(x: &Tensor) -> Tensor {
@@ -145,16 +146,16 @@ fn numbers(x: &Tensor) -> Vec<Vec<f64>> {
     x.to_dtype(DType::F64).unwrap().to_vec2().unwrap()
 }
 
-fn check_vae(what: &str, vb: &VarBuilder, config: &VaeConfig, golden: &Golden, precision: Precision) {
+fn check_vae(what: &str, loader: &Loader, config: &VaeConfig, golden: &Golden, precision: Precision) {
     let dtype = precision.activations;
-    let encoder = VaeEncoder::load(vb, config).unwrap();
+    let encoder = VaeEncoder::load(loader, config).unwrap();
     for extent in [Extent::Whole, Extent::Strips] {
         let moments = encoder.encode(&golden.map("in.picture", dtype), extent, &go).unwrap();
         let (mean, logvar) = (golden.map("out.mean", DType::F32), golden.map("out.logvar", DType::F32));
         check_close(&format!("{what} mean, {extent:?}"), precision, &moments.mean, &mean);
         check_close(&format!("{what} logvar, {extent:?}"), precision, &moments.logvar, &logvar);
     }
-    let decoder = VaeDecoder::load(vb, config).unwrap();
+    let decoder = VaeDecoder::load(loader, config).unwrap();
     for extent in [Extent::Whole, Extent::Strips] {
         let picture = decoder.decode(&golden.map("in.latents", dtype), extent, &go).unwrap();
         assert_eq!(picture.dtype(), dtype);
@@ -165,8 +166,8 @@ fn check_vae(what: &str, vb: &VarBuilder, config: &VaeConfig, golden: &Golden, p
 
 #[test]
 fn tiled_decode_gives_the_same_image() {
-    let vb = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
-    let decoder = VaeDecoder::load(&vb, &parse(&demo_config("vae"))).unwrap();
+    let loader = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
+    let decoder = VaeDecoder::load(&loader, &parse(&demo_config("vae"))).unwrap();
     // Two, so that samples are not mixed; several strips at the upper levels, the last of them short, and an odd width.
     let latents: Vec<f32> = (0..2 * 41 * 13 * 4).map(|i| (f64::from(i) * 0.7).sin() as f32 * 3.0).collect();
     let latents = Tensor::from_vec(latents, (2, 41, 13, 4), &Device::Cpu).unwrap();
@@ -186,8 +187,8 @@ fn tiled_decode_gives_the_same_image() {
 
 #[test]
 fn tiled_encode_gives_the_same_latents() {
-    let vb = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
-    let encoder = VaeEncoder::load(&vb, &parse(&demo_config("vae"))).unwrap();
+    let loader = weights(&demo("vae", "diffusion_pytorch_model.safetensors"), DType::F32);
+    let encoder = VaeEncoder::load(&loader, &parse(&demo_config("vae"))).unwrap();
     // Two, so that samples are not mixed; several strips, the last of them short, and an odd width.
     let picture: Vec<f32> = (0..2 * 328 * 109 * 3).map(|i| (f64::from(i) * 0.7).sin() as f32).collect();
     let picture = Tensor::from_vec(picture, (2, 328, 109, 3), &Device::Cpu).unwrap();
@@ -204,10 +205,10 @@ fn tiled_encode_gives_the_same_latents() {
     assert_eq!(encoder.encode(&picture, Extent::Strips, &stop).unwrap_err().code(), "cancelled");
 }
 
-fn check_clip(what: &str, vb: &VarBuilder, config: &ClipConfig, golden: &Golden, precision: Precision) {
+fn check_clip(what: &str, loader: &Loader, config: &ClipConfig, golden: &Golden, precision: Precision) {
     let ids = golden.get("in.ids").to_dtype(DType::U32).unwrap();
     let pooled = golden.tensors.get("out.pooled");
-    let model = ClipTextModel::load(vb, config, pooled.is_some(), precision.activations).unwrap();
+    let model = ClipTextModel::load(loader, config, pooled.is_some(), precision.activations).unwrap();
     for skip in [0, 1] {
         let output = model.forward(&ids, skip).unwrap();
         let reference = golden.get(&format!("out.skip_{skip}"));
@@ -288,8 +289,8 @@ fn networks_of_the_demonstration_model_equal_diffusers() {
     for precision in PRECISIONS {
         for part in ["text_encoder", "text_encoder_2"] {
             let golden = Golden::open(&format!("demo_{part}"));
-            let vb = weights(&demo(part, "model.safetensors"), precision.weights);
-            check_clip(part, &vb, &parse(&demo_config(part)), &golden, precision);
+            let loader = weights(&demo(part, "model.safetensors"), precision.weights);
+            check_clip(part, &loader, &parse(&demo_config(part)), &golden, precision);
         }
         let golden = Golden::open("demo_vae");
         check_vae(
@@ -322,8 +323,8 @@ fn attention_weights_of_old_vaes_are_read() {
         }
         (name, value)
     });
-    let vb = VarBuilder::from_tensors(renamed.collect(), DType::F32, &Device::Cpu).pp("weights");
-    check_vae("old vae", &vb, &parse(&config("vae")), &golden, PRECISIONS[0]);
+    let loader = Loader::from(VarBuilder::from_tensors(renamed.collect(), DType::F32, &Device::Cpu)).pp("weights");
+    check_vae("old vae", &loader, &parse(&config("vae")), &golden, PRECISIONS[0]);
 }
 
 #[test]
@@ -537,7 +538,7 @@ fn no_configuration_panics() {
         json!("x"),
         json!(true),
     ];
-    let empty = || VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
+    let empty = || Loader::from(VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu));
     let mut tried = 0;
     for kind in ["unet", "vae", "text_encoder_2"] {
         let whole = demo_config(kind);

@@ -37,7 +37,7 @@ fn placement() -> Placement {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
-        away: false,
+        offloaded: false,
     }
 }
 

@@ -134,7 +134,7 @@ fn single_files_are_listed_inspected_loaded_and_unloaded() {
         compute: Dtype::F32,
         vae: Dtype::F32,
         quantization: Quantization::None,
-        away: false,
+        offloaded: false,
     };
     let (scope, ctx) = (RequestScope::Compute { placement }, Context::detached());
     let mut instruct = |request: Request| ModelInstructor.instruct(request, scope.with(&mut resources), &ctx).unwrap();

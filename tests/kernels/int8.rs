@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, Padding, quantizing, reference};
+use sdxl_worker::kernels::{Conv2d, ConvShape, Epilogue, Linear, LoadPolicy, Loader, Padding, reference};
 
 use crate::parity::{Dice, LEVEL, RandomEpilogue, at_every_level, close, numbers};
 
@@ -191,13 +191,18 @@ fn only_layers_chosen_at_load_are_quantized() {
         tensors.insert(format!("{name}.bias"), dice.tensor(&[64], DType::F32));
     }
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    let load = || ["in.linear", "out.linear"].map(|name| Linear::load(&vb.pp(name), 128, 64).unwrap());
-    let chosen = |layer: &str, weight: &[usize]| layer.starts_with("in.") && weight == [64, 128];
-    let (quantized, saved) = quantizing(chosen, load);
-    assert_eq!(saved, 64 * 128 * 4 - (64 * 128 + 64 * 8));
+    let load =
+        |loader: &Loader| ["in.linear", "out.linear"].map(|name| Linear::load(&loader.pp(name), 128, 64).unwrap());
+    let policy = LoadPolicy {
+        int8: Some(|layer, weight| layer.starts_with("in.") && weight == [64, 128]),
+        ..LoadPolicy::default()
+    };
+    let loader = Loader::new(vb.clone(), policy);
+    let quantized = load(&loader);
+    assert_eq!(loader.take_stats().saved, 64 * 128 * 4 - (64 * 128 + 64 * 8));
     let x = dice.tensor(&[5, 128], DType::F32);
     let made = |layers: &[Linear; 2]| [0, 1].map(|i| numbers(&layers[i].forward(&x).unwrap()));
-    let ([a, b], [exact_a, exact_b]) = (made(&quantized), made(&load()));
+    let ([a, b], [exact_a, exact_b]) = (made(&quantized), made(&load(&vb.into())));
     assert_eq!(b, exact_b);
     assert_ne!(a, exact_a);
 }

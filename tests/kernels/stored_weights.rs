@@ -5,10 +5,10 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
-use sdxl_worker::kernels::{Coding, Conv2d, ConvShape, Linear, Padding, StoredWeight, bytes_held, growing, welcomes};
+use candle_core::{DType, Device, Result, Tensor};
+use sdxl_worker::kernels::{
+    Coding, Conv2d, ConvShape, Linear, LoadPolicy, Loader, Padding, StoredWeight, WeightSource, bytes_held,
+};
 
 use crate::parity::{Dice, at_every_level, numbers};
 
@@ -37,24 +37,28 @@ fn formats_decode_to_the_numbers_of_their_reference_libraries() {
     });
 }
 
-/// Gives one weight as it is stored to whoever welcomes that.
-struct One(StoredWeight);
+/// One weight as it is stored, for a network that computes in a dtype, and biases of zeros.
+struct One(StoredWeight, DType);
 
-impl SimpleBackend for One {
-    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> Result<Tensor> {
+impl WeightSource for One {
+    fn stored(&self, name: &str, shape: Option<&[usize]>) -> Result<StoredWeight> {
         if name == "bias" {
-            return Tensor::zeros(shape, DType::F32, &Device::Cpu);
+            return StoredWeight::of(Tensor::zeros(shape.unwrap(), DType::F32, &Device::Cpu)?);
         }
-        assert_eq!((shape.dims(), name, welcomes(hint)), (self.0.dims(), "weight", true));
-        Ok(self.0.clone().give())
+        assert_eq!((shape, name), (Some(self.0.dims()), "weight"));
+        Ok(self.0.clone())
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
-        candle_core::bail!("{name} is not asked for without a shape")
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
+    fn contains(&self, name: &str) -> bool {
         name == "weight"
+    }
+
+    fn compute(&self) -> DType {
+        self.1
+    }
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
     }
 }
 
@@ -77,8 +81,8 @@ fn weight(dice: &mut Dice, coding: Coding, scale: f32, shape: &[usize]) -> Store
     StoredWeight::new(tensor, coding, scale, shape).unwrap()
 }
 
-fn source(weight: &StoredWeight, compute: DType) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(One(weight.clone())), compute, Device::Cpu)
+fn source(weight: &StoredWeight, compute: DType) -> Loader<'static> {
+    Loader::new(One(weight.clone(), compute), LoadPolicy::default())
 }
 
 /// The bits of all numbers, so that NaN equals NaN.
@@ -124,9 +128,9 @@ fn stored_convolution_weights_give_the_bits_of_weights_rounded_beforehand() {
                         continue;
                     }
                     let stored = weight(&mut dice, coding, 1.0, &[outputs, inputs, 3, 3]);
-                    let vb = source(&stored, compute);
+                    let loader = source(&stored, compute);
                     let none = Tensor::zeros(outputs, DType::F32, &Device::Cpu).unwrap();
-                    let layer = Conv2d::load(&vb, shape).unwrap();
+                    let layer = Conv2d::load(&loader, shape).unwrap();
                     let cast = stored.numbers(compute).unwrap();
                     let cast = if coding == Coding::F32 { stored.used(compute).unwrap() } else { cast };
                     let x = dice.tensor(&[1, side, side, inputs], compute);
@@ -147,11 +151,14 @@ fn bytes_that_layers_add_to_stored_weights_are_predicted() {
         for compute in [DType::F32, DType::BF16] {
             // The size of SDXL's attention.
             let matrix = weight(&mut dice, coding, 1.0, &[1280, 1280]);
-            let (_, grown) = growing(|| Linear::load_no_bias(&source(&matrix, compute), 1280, 1280).unwrap());
-            assert_eq!(grown, 0, "{coding:?} under {compute:?}");
+            let loader = source(&matrix, compute);
+            Linear::load_no_bias(&loader, 1280, 1280).unwrap();
+            assert_eq!(loader.take_stats().grown, 0, "{coding:?} under {compute:?}");
             assert_eq!(bytes_held(&[1280, 1280], coding, compute), coding.bytes(1280 * 1280));
             let narrow = weight(&mut dice, coding, 1.0, &[64, 16, 3, 3]);
-            let (_, grown) = growing(|| Conv2d::load(&source(&narrow, compute), shape).unwrap());
+            let loader = source(&narrow, compute);
+            Conv2d::load(&loader, shape).unwrap();
+            let grown = loader.take_stats().grown;
             let expected = 64 * 16 * 9 * compute.size_in_bytes();
             // A panel is padded.
             assert!((expected..=expected * 10 / 9).contains(&(narrow.bytes() + grown)), "{coding:?} under {compute:?}");

@@ -8,11 +8,11 @@ use crate::inference::plan::memory_estimate::{
     ActivationEstimate, ExtentBytes, MemoryEstimate, NetworkEstimate, NetworkPart,
 };
 use crate::inference::plan::{GenerationPlan, PassEntry};
-use crate::layers::Resident;
+use crate::layers::{Resident, ResidentForm};
 use crate::managers::throughput::{Throughput, ThroughputKey, Work};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::LoraStack;
-use crate::model::managers::{ENCODERS, form};
+use crate::model::managers::ENCODERS;
 use crate::model::networks::footprint::Footprint;
 use crate::model::networks::vae::Extent;
 use crate::model::weights::size::{SizeEstimator, WeightBytes, WeightFormat};
@@ -160,11 +160,12 @@ impl Estimator<'_> {
         };
         // The VAE never computes in f16.
         let in_f32 = network.part == NetworkPart::Vae && compute == Dtype::F16;
-        let form = form(if in_f32 { Dtype::F32 } else { compute }, quantization, offloaded);
+        let dtype = if in_f32 { Dtype::F32 } else { compute };
+        let form = ResidentForm { dtype, quantization, offloaded };
         let mut same = residents.iter().filter(|one| {
             one.kind == network.kind
                 && one.name == network.name
-                && one.form.as_ref().is_none_or(|own| *own == form)
+                && one.form.is_none_or(|own| own == form)
                 && self.plan.uses(one)
         });
         let over = match network.part {

@@ -349,5 +349,5 @@ fn strategies(
 
 fn apply(memory: MemoryPlan, plan: &mut GenerationPlan, placement: &mut Placement) {
     plan.means = memory;
-    placement.away = memory.offload == Offload::Sequential;
+    placement.offloaded = memory.offload == Offload::Sequential;
 }

@@ -136,7 +136,7 @@ mod tests {
             compute: Dtype::F32,
             vae: Dtype::F32,
             quantization: Quantization::None,
-            away: false,
+            offloaded: false,
         };
         let checkpoint = Checkpoint::demo().unwrap();
         let unet = ModelResources::new(&Settings::default()).unets.acquire(&checkpoint, &placement, &ctx).unwrap();

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use candle_core::{Device, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::context::Context;
 use crate::device::interface::Dtype;
 use crate::error::{Error, Result, nearest};
+use crate::kernels::WeightSource;
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::choice::{LoraChoice, LoraFacts};
 use crate::model::lora::formats;
@@ -117,11 +117,11 @@ impl LoraAdapter {
             return Ok(HashMap::new());
         }
         let task = ReadTask { component: "lora", weights: &self.weights, compute: Dtype::F32, device: &Device::Cpu };
-        let read = |vb: &VarBuilder| -> Result<HashMap<String, Tensor>> {
-            let one = |key: &str| Ok((key.to_owned(), vb.get_unchecked(key)?));
+        let read = |source: &dyn WeightSource| -> Result<HashMap<String, Tensor>> {
+            let one = |key: &str| Ok((key.to_owned(), source.numbers(key, None)?));
             wanted.into_iter().map(one).collect()
         };
-        Ok(ctx.perform(&Read, task)?.build(ctx, read)?.0)
+        ctx.perform(&Read, task)?.build(ctx, read)
     }
 }
 

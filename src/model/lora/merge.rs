@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Result as CandleResult, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use rayon::prelude::*;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::kernels::{StoredWeight, WeightSource};
 use crate::model::lora::formats::format::Format;
 use crate::model::lora::formats::task::{MergeTask, Parts};
 use crate::model::lora::fused;
@@ -42,43 +41,31 @@ pub(crate) struct Patches<'a> {
     pub(crate) layers: BTreeMap<String, Vec<LayerPatch>>,
 }
 
-/// A network that was built from patched weights.
-pub(crate) struct PatchedNetwork<T> {
-    pub(crate) network: T,
-    /// Merge time by adapter.
-    pub(crate) spent: Vec<Duration>,
-    /// Bytes that merged tensors take over their stored size.
-    pub(crate) added: Bytes,
-}
-
-/// Builds a network from `lower`, with `patches` merged.
+/// Builds a network from `lower`, with `patches` merged. Returns it with the merge time by adapter.
 ///
 /// # Errors
-/// `model_unsupported` for a change that does not fit its layer; those of `load`.
+/// `model_unsupported` for a change that does not fit its layer; the errors of `build`.
 pub(crate) fn build_patched<T>(
     patches: &Patches,
-    lower: &VarBuilder,
+    lower: &dyn WeightSource,
     ctx: &Context,
-    load: impl FnOnce(&VarBuilder) -> Result<T>,
-) -> Result<PatchedNetwork<T>> {
+    build: impl FnOnce(&dyn WeightSource) -> Result<T>,
+) -> Result<(T, Vec<Duration>)> {
     let spent = patches.names.iter().map(|_| AtomicU64::new(0)).collect();
-    let state = Mutex::new(State { pending: patches.tensors(), merged: HashMap::new(), added: 0, failure: None });
+    let state = Mutex::new(State { pending: patches.tensors(), merged: HashMap::new(), failure: None });
     let patched = PatchedWeights { patches, lower, ctx, spent, state };
-    let network = {
-        let backend: Box<dyn SimpleBackend + '_> = Box::new(&patched);
-        load(&VarBuilder::from_backend(backend, lower.dtype(), lower.device().clone()))
-    };
+    let network = build(&patched);
     let state = patched.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     if let Some(failure) = state.failure {
         return Err(failure);
     }
     let spent = patched.spent.into_iter().map(|nanos| Duration::from_nanos(nanos.into_inner())).collect();
-    Ok(PatchedNetwork { network: network?, spent, added: Bytes(state.added) })
+    Ok((network?, spent))
 }
 
 struct PatchedWeights<'a> {
     patches: &'a Patches<'a>,
-    lower: &'a VarBuilder<'a>,
+    lower: &'a dyn WeightSource,
     ctx: &'a Context,
     /// Nanoseconds by adapter.
     spent: Vec<AtomicU64>,
@@ -89,7 +76,6 @@ struct State<'a> {
     /// Tensors that are not merged yet, by name.
     pending: BTreeMap<String, TensorPatch<'a>>,
     merged: HashMap<String, Tensor>,
-    added: u64,
     /// The first failure; candle's own error would lose its code.
     failure: Option<Error>,
 }
@@ -123,38 +109,6 @@ impl Patches<'_> {
 }
 
 impl PatchedWeights<'_> {
-    /// The merged tensor, or the stored one if no adapter changes it.
-    fn take(&self, name: &str, requested: Option<(Shape, Init)>) -> CandleResult<Tensor> {
-        let from = |requested: Option<(Shape, Init)>| match requested {
-            Some((shape, hint)) => self.lower.get_with_hints(shape, name, hint),
-            None => self.lower.get_unchecked(name),
-        };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.merged.contains_key(name) {
-            if !state.pending.contains_key(name) {
-                drop(state);
-                return from(requested);
-            }
-            if let Err(error) = self.merge_batch(name, &mut state) {
-                let with_file = candle_core::Error::Msg(error.to_string());
-                state.failure.get_or_insert(error);
-                return Err(with_file);
-            }
-        }
-        match (state.merged.remove(name), requested) {
-            // A linear layer may be stored as a 1×1 convolution, and the other way round.
-            (Some(tensor), Some((expected, _))) if is_same_matrix(tensor.dims(), expected.dims()) => {
-                tensor.reshape(expected)
-            }
-            (Some(tensor), Some((expected, _))) if *tensor.shape() != expected => {
-                let msg = format!("tensor `{name}`");
-                Err(candle_core::Error::UnexpectedShape { msg, expected, got: tensor.shape().clone() })
-            }
-            (Some(tensor), _) => Ok(tensor),
-            (None, requested) => from(requested),
-        }
-    }
-
     /// Merges the tensor `first` and the following ones, up to a batch.
     fn merge_batch(&self, first: &str, state: &mut State) -> Result<()> {
         self.ctx.checkpoint()?;
@@ -164,7 +118,7 @@ impl PatchedWeights<'_> {
             if size >= BATCH {
                 break;
             }
-            let base = self.lower.get_unchecked(name)?;
+            let base = self.lower.numbers(name, None)?;
             size += (base.elem_count() * base.dtype().size_in_bytes()) as u64;
             batch.push((name.clone(), *patch, base));
         }
@@ -183,9 +137,7 @@ impl PatchedWeights<'_> {
             let share = whole as f64 * (nanos.load(Ordering::Relaxed) as f64 / sum as f64);
             total.fetch_add(share as u64, Ordering::Relaxed);
         }
-        for ((name, _, base), tensor) in batch.into_iter().zip(merged) {
-            let growth = tensor.dtype().size_in_bytes().saturating_sub(base.dtype().size_in_bytes());
-            state.added += (tensor.elem_count() * growth) as u64;
+        for ((name, ..), tensor) in batch.into_iter().zip(merged) {
             state.pending.remove(&name);
             state.merged.insert(name, tensor);
         }
@@ -194,7 +146,7 @@ impl PatchedWeights<'_> {
 
     fn merge(&self, patch: TensorPatch, base: &Tensor, spent: &[AtomicU64]) -> Result<Tensor> {
         let TensorPatch { layer, tensor, patches } = patch;
-        let dtype = if self.lower.dtype() == DType::F32 { DType::F32 } else { base.dtype() };
+        let dtype = if self.lower.compute() == DType::F32 { DType::F32 } else { base.dtype() };
         let begun = Instant::now();
         let changes = || patches.iter().filter(|patch| patch.format(tensor).is_some());
         if tensor == "weight"
@@ -250,16 +202,43 @@ fn with_file(error: Error, file: &str, parts: &Parts) -> Error {
     }
 }
 
-impl SimpleBackend for &PatchedWeights<'_> {
-    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, Some((shape, hint)))
+impl WeightSource for PatchedWeights<'_> {
+    /// The merged tensor, or the stored one if no adapter changes it.
+    fn stored(&self, name: &str, shape: Option<&[usize]>) -> CandleResult<StoredWeight> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !state.merged.contains_key(name)
+            && state.pending.contains_key(name)
+            && let Err(error) = self.merge_batch(name, &mut state)
+        {
+            let message = candle_core::Error::Msg(error.to_string());
+            state.failure.get_or_insert(error);
+            return Err(message);
+        }
+        let merged = state.merged.remove(name);
+        drop(state);
+        match (merged, shape) {
+            (None, shape) => self.lower.stored(name, shape),
+            // A linear layer may be stored as a 1×1 convolution, and the other way round.
+            (Some(tensor), Some(shape)) if is_same_matrix(tensor.dims(), shape) => {
+                StoredWeight::of(tensor.reshape(shape)?)
+            }
+            (Some(tensor), Some(shape)) if tensor.dims() != shape => {
+                let (msg, expected, got) = (format!("tensor `{name}`"), shape.into(), tensor.shape().clone());
+                Err(candle_core::Error::UnexpectedShape { msg, expected, got })
+            }
+            (Some(tensor), _) => StoredWeight::of(tensor),
+        }
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> CandleResult<Tensor> {
-        self.take(name, None)
+    fn contains(&self, name: &str) -> bool {
+        self.lower.contains(name)
     }
 
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.lower.contains_tensor(name)
+    fn compute(&self) -> DType {
+        self.lower.compute()
+    }
+
+    fn device(&self) -> &Device {
+        self.lower.device()
     }
 }

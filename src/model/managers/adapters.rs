@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_nn::VarBuilder;
-
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::layers::{Manager, Resident};
+use crate::kernels::{LoadPolicy, Loader};
+use crate::layers::{Manager, Resident, ResidentForm};
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::CheckpointKey;
-use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
+use crate::model::managers::budget::Budget;
+use crate::model::managers::opened::OpenedNetwork;
+use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::clip_vision::{ClipVision, ClipVisionConfig};
 use crate::model::networks::ip_adapter::{IpAdapter, IpAdapterLayout};
 use crate::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
@@ -44,10 +45,10 @@ impl AdapterManager {
         }
     }
 
-    /// A T2I-Adapter in the placement's compute dtype, loaded if it is not here.
+    /// A T2I-Adapter in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
     pub fn features(
         &mut self,
         found: &ComponentFile,
@@ -55,14 +56,14 @@ impl AdapterManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<Adapter<T2iAdapter>>> {
-        let load = |weights: &Weights, vb: &VarBuilder| {
-            let (network, applied) = (T2iAdapter::load(vb, config)?, config.tensors());
+        let load = |weights: &Weights, loader: &Loader| {
+            let (network, applied) = (T2iAdapter::load(loader, config)?, config.tensors());
             Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
         };
         acquire(&mut self.features, ("t2i_adapter", found), placement, load, ctx)
     }
 
-    /// An IP-Adapter in the placement's compute dtype, loaded if it is not here.
+    /// An IP-Adapter in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
     /// Those of [`Self::features`].
@@ -73,14 +74,14 @@ impl AdapterManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<Adapter<IpAdapter>>> {
-        let load = |weights: &Weights, vb: &VarBuilder| {
-            let (network, applied) = (IpAdapter::load(vb, layout)?, layout.tensors());
+        let load = |weights: &Weights, loader: &Loader| {
+            let (network, applied) = (IpAdapter::load(loader, layout)?, layout.tensors());
             Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
         };
         acquire(&mut self.pictures, ("ip_adapter", found), placement, load, ctx)
     }
 
-    /// An image encoder in the placement's compute dtype, loaded if it is not here.
+    /// An image encoder in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
     /// Those of [`Self::features`].
@@ -91,7 +92,7 @@ impl AdapterManager {
         placement: &Placement,
         ctx: &Context,
     ) -> Result<Arc<ClipVision>> {
-        let load = |_: &Weights, vb: &VarBuilder| ClipVision::load(vb, config);
+        let load = |_: &Weights, loader: &Loader| ClipVision::load(loader, config);
         acquire(&mut self.encoders, ("image_encoder", found), placement, load, ctx)
     }
 
@@ -123,23 +124,22 @@ fn acquire<T: 'static>(
     shelf: &mut Shelf<T>,
     (component, found): (&'static str, &ComponentFile),
     placement: &Placement,
-    load: impl FnOnce(&Weights, &VarBuilder) -> Result<T>,
+    load: impl FnOnce(&Weights, &Loader) -> Result<T>,
     ctx: &Context,
 ) -> Result<Arc<T>> {
     let key = ShelfKey {
         checkpoint: found.key,
         over: None,
-        dtype: placement.compute,
-        quantization: Quantization::None,
+        form: ResidentForm { dtype: placement.compute, quantization: Quantization::None, offloaded: false },
         device: placement.name.clone(),
     };
     if let Some(kept) = shelf.get(&key) {
         return Ok(kept);
     }
     ctx.stage(Stage::Load, || {
-        let opened = Opened { component, weights: found.open(ctx)?, placement, dtype: placement.compute };
+        let opened = OpenedNetwork { component, weights: found.open(ctx)?, placement, dtype: placement.compute };
         shelf.reserve(opened.bytes());
-        let (network, bytes) = opened.load(ctx, |vb| load(&opened.weights, vb))?;
+        let (network, bytes) = opened.load(LoadPolicy::default(), ctx, |loader| load(&opened.weights, loader))?;
         Ok(shelf.insert(key, &found.name, bytes, network))
     })
 }

@@ -3,20 +3,21 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_nn::VarBuilder;
-
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::quantizing;
-use crate::layers::{Manager, Resident};
+use crate::kernels::{Int8Rule, LoadPolicy, Loader};
+use crate::layers::{Manager, Resident, ResidentForm};
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
+use crate::model::managers::budget::Budget;
+use crate::model::managers::opened::{OpenedNetwork, load};
+use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
+use crate::model::networks::controlnet_config::ControlNetTask;
 use crate::model::networks::unet::Unet;
-use crate::model::weights::control_lora::{MARK, over};
+use crate::model::weights::control_lora::{ControlLora, MARK};
 use crate::model::weights::ldm_names::RenameControl;
 use crate::model::weights::open::Weights;
 use crate::units::Bytes;
@@ -32,11 +33,11 @@ impl ControlNetManager {
     }
 
     /// The ControlNet of these files in the placement's compute dtype and quantization, for the UNet of `checkpoint`,
-    /// loaded if it is not here.
+    /// loaded if it is not in memory.
     ///
     /// # Errors
     /// `model_unsupported` for what is no ControlNet or one for another UNet, `model_corrupt`, `cancelled`,
-    /// `deadline_exceeded`; those of the device.
+    /// `deadline_exceeded`; the device's own.
     pub fn acquire(
         &mut self,
         component_file: &ComponentFile,
@@ -49,38 +50,38 @@ impl ControlNetManager {
         let is_lora = weights.tensors().any(|(name, _)| name == MARK);
         let weights = ctx.perform(&RenameControl, weights)?;
         let base = is_lora.then(|| checkpoint.open(Part::Unet, ctx)).transpose()?;
-        let (of, laid) = if is_lora { (checkpoint.key, Some(component_file.key)) } else { (component_file.key, None) };
-        let key = ShelfKey { checkpoint: of, over: laid, dtype, quantization, device: placement.name.clone() };
+        let (of, over) = if is_lora { (checkpoint.key, Some(component_file.key)) } else { (component_file.key, None) };
+        let form = ResidentForm { dtype, quantization, offloaded: false };
+        let key = ShelfKey { checkpoint: of, over, form, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
-        let model = (&checkpoint.unet, checkpoint.vae.reduction());
-        let config = ControlNetConfig::new(&component_file.name, component_file.config()?, &shape, model)?;
+        let config = ControlNetConfig::new(ControlNetTask {
+            name: &component_file.name,
+            file: component_file.config()?,
+            shapes: &shape,
+            unet: &checkpoint.unet,
+            reduction: checkpoint.vae.reduction(),
+        })?;
         // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
         if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let open = |weights| Opened { component: "controlnet", weights, placement, dtype };
+            let open = |weights| OpenedNetwork { component: "controlnet", weights, placement, dtype };
             let (opened, base) = (open(weights), base.map(open));
             // Of the UNet at most all but its way up.
             let of_base = base.as_ref().map_or(Bytes(0), |base| base.bytes_of(|name| !name.starts_with("up_blocks.")));
             self.shelf.reserve(opened.bytes() + of_base);
-            let net = |vb: &VarBuilder| ControlNet::load(vb, &config);
-            let load = || match &base {
-                None => opened.load(ctx, net),
-                Some(base) => {
-                    let both = |upper: &VarBuilder| base.load(ctx, |lower| over(upper, lower, net));
-                    opened.load(ctx, both).map(|(((net, bytes), _), _)| (net, bytes))
-                }
-            };
-            let (loaded, saved) = match quantization {
-                Quantization::None => (load(), 0),
-                // Its blocks have the names of the UNet's.
-                Quantization::Int8 => quantizing(Unet::bears_int8, load),
-            };
-            let (net, bytes) = loaded?;
-            let bytes = bytes.saturating_sub(Bytes(saved as u64));
-            Ok(self.shelf.insert(key, &component_file.name, bytes, net))
+            let build = |loader: &Loader| ControlNet::load(loader, &config);
+            // Its blocks have the names of the UNet's.
+            let int8 = (quantization == Quantization::Int8).then_some(Unet::bears_int8 as Int8Rule);
+            let policy = LoadPolicy { int8, ..LoadPolicy::default() };
+            let (controlnet, stats) = opened.with_source(ctx, |own| match &base {
+                None => load(own, policy, build),
+                Some(base) => base.with_source(ctx, |unet| load(&ControlLora { changes: own, unet }, policy, build)),
+            })?;
+            let bytes = Bytes(stats.bytes() as u64);
+            Ok(self.shelf.insert(key, &component_file.name, bytes, controlnet))
         })
     }
 }

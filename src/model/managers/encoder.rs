@@ -1,27 +1,30 @@
-//! Keeps text encoders: those of a checkpoint together, as a prompt needs both.
+//! Keeps text encoders: both of a checkpoint together, as a prompt needs both.
 
 use std::sync::Arc;
 
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
+use crate::kernels::LoadPolicy;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::LoraStack;
-use crate::model::managers::lora::{Adapting, Kept, donors};
-use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
+use crate::model::managers::budget::Budget;
+use crate::model::managers::lora::{CachedNetwork, NetworkBuild, donors};
+use crate::model::managers::opened::OpenedNetwork;
+use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::clip::ClipTextModel;
 use crate::units::Bytes;
 
-/// The networks that are kept together.
+/// The parts of a checkpoint that are kept together.
 pub const ENCODERS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
 
 /// The text encoders of one checkpoint.
 pub struct TextEncoders {
     /// CLIP ViT-L; the refiner has none.
-    pub first: Option<Kept<ClipTextModel>>,
+    pub first: Option<CachedNetwork<ClipTextModel>>,
     /// OpenCLIP ViT-bigG, with the projection that gives the pooled embedding.
-    pub second: Kept<ClipTextModel>,
+    pub second: CachedNetwork<ClipTextModel>,
 }
 
 pub struct EncoderManager {
@@ -34,10 +37,10 @@ impl EncoderManager {
         Self { shelf: Shelf::new("encoder", budget) }
     }
 
-    /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not here.
+    /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
     pub fn acquire(
         &mut self,
         checkpoint: &Checkpoint,
@@ -47,7 +50,7 @@ impl EncoderManager {
         self.adapted(checkpoint, &LoraStack::default(), placement, ctx)
     }
 
-    /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
+    /// [`Self::acquire`], changed by adapters. Layers that they do not change are shared with other encoders in memory.
     ///
     /// # Errors
     /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
@@ -65,29 +68,32 @@ impl EncoderManager {
             return Ok(encoders);
         }
         ctx.stage(Stage::Load, || {
-            let open = |part| Opened::new(checkpoint, part, placement, dtype, ctx);
+            let open = |part| OpenedNetwork::new(checkpoint, part, placement, dtype, ctx);
             let with_config = |config| Ok::<_, Error>((config, open(Part::TextEncoder)?));
             let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
             let second = open(Part::TextEncoder2)?;
             let donors = donors(&self.shelf, &key);
-            let first_changes = Adapting::new(stack, Part::TextEncoder, &donors, |encoders| encoders.first.as_ref());
-            let second_changes = Adapting::new(stack, Part::TextEncoder2, &donors, |encoders| Some(&encoders.second));
+            let first_build = NetworkBuild::new(stack, Part::TextEncoder, &donors, |encoders| encoders.first.as_ref());
+            let second_build = NetworkBuild::new(stack, Part::TextEncoder2, &donors, |encoders| Some(&encoders.second));
             drop(donors);
-            let first_bytes = first.as_ref().map_or(Bytes(0), |(_, opened)| first_changes.bytes(opened));
-            let shared = first_changes.shares().clone().with(second_changes.shares().clone());
-            self.shelf.reserve_beside(first_bytes + second_changes.bytes(&second), &shared);
+            let first_bytes = first.as_ref().map_or(Bytes(0), |(_, opened)| first_build.own_bytes(opened));
+            let shared = first_build.shared_bytes().clone().with(second_build.shared_bytes().clone());
+            self.shelf.reserve_sharing(first_bytes + second_build.own_bytes(&second), &shared);
             let tensor = dtype.tensor();
             let first = first
                 .map(|(config, opened)| {
-                    first_changes.load(&opened, ctx, |vb| ClipTextModel::load(vb, config, false, tensor))
+                    first_build.load(&opened, LoadPolicy::default(), ctx, |loader| {
+                        ClipTextModel::load(loader, config, false, tensor)
+                    })
                 })
-                .transpose()?
-                .map(|first| first.kept(Bytes(0)));
+                .transpose()?;
             let config = &checkpoint.text_encoder_2;
-            let second = second_changes.load(&second, ctx, |vb| ClipTextModel::load(vb, config, true, tensor))?;
-            let second = second.kept(Bytes(0));
-            let held = first.as_ref().map(|first| first.held().clone()).unwrap_or_default().with(second.held().clone());
-            Ok(self.shelf.insert_held(key, &checkpoint.name, held, TextEncoders { first, second }))
+            let second = second_build.load(&second, LoadPolicy::default(), ctx, |loader| {
+                ClipTextModel::load(loader, config, true, tensor)
+            })?;
+            let bytes = first.as_ref().map(|first| first.bytes().clone()).unwrap_or_default();
+            let bytes = bytes.with(second.bytes().clone());
+            Ok(self.shelf.insert_sharing(key, &checkpoint.name, bytes, TextEncoders { first, second }))
         })
     }
 }

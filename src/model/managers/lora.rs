@@ -1,85 +1,36 @@
-//! Networks as they are kept: with their layers by name, so that one that adapters change in part shares the rest with the
-//! one that they do not change, or with one that they change otherwise.
+//! Networks with their layers by name, so that a network that adapters change in part shares all other layers with the
+//! unchanged network, or with one that is changed otherwise.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 use std::sync::Arc;
 
-use candle_nn::VarBuilder;
-
 use crate::context::Context;
 use crate::error::Result;
-use crate::kernels::shared_layers::{Layer, Layers, sharing};
+use crate::kernels::{Layers, LoadPolicy, Loader, SharedLayer, WeightSource};
 use crate::model::checkpoint::Part;
 use crate::model::lora::LoraStack;
-use crate::model::lora::merge::{PatchedNetwork, build_patched};
-use crate::model::managers::{Opened, Shelf, ShelfKey};
+use crate::model::lora::merge::build_patched;
+use crate::model::managers::opened::{OpenedNetwork, load};
+use crate::model::managers::shelf::{LayerBytes, Shelf, ShelfKey};
 use crate::units::Bytes;
 
-/// A network, its layers, and what tells the changes of each.
+/// A network, its layers, and a mark of each layer's changes.
 #[derive(Debug)]
-pub struct Kept<T> {
+pub struct CachedNetwork<T> {
     network: T,
     layers: Layers,
     marks: HashMap<String, u64>,
-    held: Held,
+    bytes: LayerBytes,
 }
 
-/// Bytes of a network: of each layer, which another network may have too, and of all else.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Held {
-    /// By what tells a layer from all others in memory.
-    pub(crate) layers: HashMap<usize, Bytes>,
-    pub(crate) rest: Bytes,
-}
-
-impl Held {
-    /// Of two networks that are kept as one.
-    pub(crate) fn with(mut self, other: Self) -> Self {
-        self.layers.extend(other.layers);
-        Self { rest: self.rest + other.rest, ..self }
+impl<T> CachedNetwork<T> {
+    pub(crate) fn bytes(&self) -> &LayerBytes {
+        &self.bytes
     }
 }
 
-/// A network that was built, and what was had for it beside the layers that were given.
-pub(crate) struct Loaded<T> {
-    network: Kept<T>,
-    given: Held,
-    bytes: Bytes,
-}
-
-impl<T> Loaded<T> {
-    /// The network, which keeps all that was read for it but `saved`.
-    pub(crate) fn kept(self, saved: Bytes) -> Kept<T> {
-        let Self { mut network, given, bytes } = self;
-        network.weigh(&given, bytes.saturating_sub(saved));
-        network
-    }
-}
-
-impl<T> Kept<T> {
-    /// Counts the layers that `given` does not, so that with all else they are the `bytes` which were had for them.
-    fn weigh(&mut self, given: &Held, bytes: Bytes) {
-        let of = |layer: &Layer| (layer.id(), Bytes(layer.bytes() as u64));
-        let fresh: Vec<_> =
-            self.layers.iter().map(|(_, layer)| of(layer)).filter(|(id, _)| !given.layers.contains_key(id)).collect();
-        // A layer may hold a little more than was read for it, as a widened bias.
-        let all = fresh.iter().map(|(_, bytes)| *bytes).sum::<Bytes>().max(Bytes(1));
-        let counted =
-            |own: Bytes| Bytes(if all > bytes { (own.0 as f64 / all.0 as f64 * bytes.0 as f64) as u64 } else { own.0 });
-        let fresh: HashMap<usize, Bytes> = fresh.into_iter().map(|(id, own)| (id, counted(own))).collect();
-        let rest = bytes.saturating_sub(fresh.values().copied().sum());
-        let taken = self.layers.iter().map(|(_, layer)| layer.id());
-        let shared = taken.filter_map(|id| Some((id, *given.layers.get(&id)?))).collect();
-        self.held = Held { layers: fresh, rest }.with(Held { layers: shared, rest: Bytes(0) });
-    }
-
-    pub(crate) fn held(&self) -> &Held {
-        &self.held
-    }
-}
-
-impl<T> Deref for Kept<T> {
+impl<T> Deref for CachedNetwork<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -87,71 +38,87 @@ impl<T> Deref for Kept<T> {
     }
 }
 
-/// A network that is about to be built: what it shares, and what is changed of it.
-pub(crate) struct Adapting<'a> {
+/// A network that is about to be built: the layers that it shares, and its adapters.
+pub(crate) struct NetworkBuild<'a> {
     stack: &'a LoraStack,
     part: Part,
-    given: Layers,
-    held: Held,
+    shared: Layers,
+    shared_bytes: LayerBytes,
     marks: HashMap<String, u64>,
 }
 
-impl<'a> Adapting<'a> {
-    /// Takes from the networks `of` donors, which are of the same checkpoint, device and dtype, what is the same in them.
+impl<'a> NetworkBuild<'a> {
+    /// Shares the layers of donors that have the same changes. `network` picks the donor's network of the same part;
+    /// donors are of the same checkpoint, device and form.
     pub(crate) fn new<D, T>(
         stack: &'a LoraStack,
         part: Part,
         donors: &[Arc<D>],
-        of: impl Fn(&D) -> Option<&Kept<T>>,
+        network: impl Fn(&D) -> Option<&CachedNetwork<T>>,
     ) -> Self {
         let marks = stack.fingerprints(part);
-        let (mut given, mut held) = (Layers::default(), Held::default());
-        for donor in donors.iter().filter_map(|donor| of(donor)) {
+        let (mut shared, mut shared_bytes) = (Layers::default(), LayerBytes::default());
+        for donor in donors.iter().filter_map(|donor| network(donor)) {
             for (name, layer) in donor.layers.iter() {
-                if donor.marks.get(name) == marks.get(name) && given.get(name).is_none() {
-                    given.insert(name, layer.clone());
-                    held.layers.extend(donor.held.layers.get(&layer.id()).map(|bytes| (layer.id(), *bytes)));
+                if donor.marks.get(name) == marks.get(name) && shared.get(name).is_none() {
+                    shared.insert(name, layer.clone());
+                    let bytes = donor.bytes.layers.get(&layer.id());
+                    shared_bytes.layers.extend(bytes.map(|bytes| (layer.id(), *bytes)));
                 }
             }
         }
-        Self { stack, part, given, held, marks }
+        Self { stack, part, shared, shared_bytes, marks }
     }
 
-    /// What it shares.
-    pub(crate) fn shares(&self) -> &Held {
-        &self.held
+    pub(crate) fn shared_bytes(&self) -> &LayerBytes {
+        &self.shared_bytes
     }
 
-    /// Bytes that the weights will take which are not shared.
-    pub(crate) fn bytes(&self, opened: &Opened) -> Bytes {
-        opened.bytes_of(|tensor| tensor.rsplit_once('.').is_none_or(|(layer, _)| self.given.get(layer).is_none()))
+    /// Bytes that the weights will take that are not shared.
+    pub(crate) fn own_bytes(&self, opened: &OpenedNetwork) -> Bytes {
+        opened.bytes_of(|tensor| tensor.rsplit_once('.').is_none_or(|(layer, _)| self.shared.get(layer).is_none()))
     }
 
     /// Builds the network.
     pub(crate) fn load<T>(
         self,
-        opened: &Opened,
+        opened: &OpenedNetwork,
+        policy: LoadPolicy,
         ctx: &Context,
-        load: impl FnOnce(&VarBuilder) -> Result<T>,
-    ) -> Result<Loaded<T>> {
-        let Self { stack, part, given, held, marks } = self;
-        let known: HashSet<&str> = given.names().collect();
+        build: impl FnOnce(&Loader) -> Result<T>,
+    ) -> Result<CachedNetwork<T>> {
+        let Self { stack, part, shared, shared_bytes, marks } = self;
+        let known: HashSet<&str> = shared.names().collect();
         let patches = stack.patches(part, &known, ctx)?;
         drop(known);
-        let (loaded, layers) = sharing(given, || {
-            opened.load(ctx, |vb| match patches.layers.is_empty() {
-                true => load(vb).map(|network| PatchedNetwork { network, spent: Vec::new(), added: Bytes(0) }),
-                false => build_patched(&patches, vb, ctx, load),
-            })
-        });
-        let (PatchedNetwork { network, spent, added }, bytes) = loaded?;
+        let policy = LoadPolicy { shared, ..policy };
+        let build = |source: &dyn WeightSource| load(source, policy, build);
+        let ((network, stats), spent) = opened.with_source(ctx, |source| match patches.layers.is_empty() {
+            true => build(source).map(|built| (built, Vec::new())),
+            false => build_patched(&patches, source, ctx, build),
+        })?;
         spent.into_iter().enumerate().for_each(|(adapter, time)| stack.add_time(adapter, time));
-        let network = Kept { network, layers, marks, held: Held::default() };
-        Ok(Loaded { network, given: held, bytes: bytes + added })
+        let bytes = count(&stats.layers, &shared_bytes, Bytes(stats.bytes() as u64));
+        Ok(CachedNetwork { network, layers: stats.layers, marks, bytes })
     }
 }
 
-/// What of a shelf may give layers to a network of this key.
+/// Bytes of each of `layers`, of which `shared` are counted elsewhere, so that all others and the rest add up to `read`.
+fn count(layers: &Layers, shared: &LayerBytes, read: Bytes) -> LayerBytes {
+    let bytes = |layer: &SharedLayer| (layer.id(), Bytes(layer.bytes() as u64));
+    let own: Vec<_> =
+        layers.iter().map(|(_, layer)| bytes(layer)).filter(|(id, _)| !shared.layers.contains_key(id)).collect();
+    // A layer may hold a little more than was read for it, as a widened bias.
+    let sum = own.iter().map(|(_, bytes)| *bytes).sum::<Bytes>().max(Bytes(1));
+    let counted =
+        |own: Bytes| Bytes(if sum > read { (own.0 as f64 / sum.0 as f64 * read.0 as f64) as u64 } else { own.0 });
+    let own: HashMap<usize, Bytes> = own.into_iter().map(|(id, bytes)| (id, counted(bytes))).collect();
+    let rest = read.saturating_sub(own.values().copied().sum());
+    let used = layers.iter().filter_map(|(_, layer)| Some((layer.id(), *shared.layers.get(&layer.id())?)));
+    LayerBytes { layers: own, rest }.with(LayerBytes { layers: used.collect(), rest: Bytes(0) })
+}
+
+/// Networks on a shelf that may share layers with one of this key.
 pub(crate) fn donors<T: 'static>(shelf: &Shelf<T>, key: &ShelfKey) -> Vec<Arc<T>> {
-    shelf.like(|other| ShelfKey { over: key.over, ..other.clone() } == *key)
+    shelf.matching(|other| ShelfKey { over: key.over, ..other.clone() } == *key)
 }

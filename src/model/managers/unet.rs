@@ -8,17 +8,19 @@ use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::device::interface::Quantization;
 use crate::error::Result;
-use crate::kernels::{away, quantizing};
-use crate::layers::{Manager, Resident};
+use crate::kernels::LoadPolicy;
+use crate::layers::{Manager, Resident, ResidentForm};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::LoraStack;
-use crate::model::managers::lora::{Adapting, Kept, donors};
-use crate::model::managers::{AFAR, Budget, Opened, Shelf, ShelfKey};
+use crate::model::managers::budget::Budget;
+use crate::model::managers::lora::{CachedNetwork, NetworkBuild, donors};
+use crate::model::managers::opened::OpenedNetwork;
+use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::unet::Unet;
 use crate::units::Bytes;
 
 pub struct UnetManager {
-    pub(crate) shelf: Shelf<Kept<Unet>>,
+    pub(crate) shelf: Shelf<CachedNetwork<Unet>>,
 }
 
 impl UnetManager {
@@ -27,27 +29,31 @@ impl UnetManager {
         Self { shelf: Shelf::new("unet", budget) }
     }
 
-    /// Under which key a UNet is kept.
-    pub(crate) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
-        let quantization = placement.quantization;
-        let device = if placement.away { format!("{}{AFAR}", placement.name) } else { placement.name.clone() };
-        ShelfKey { quantization, device, ..ShelfKey::new(checkpoint, placement, placement.compute) }
+    /// The form in which UNets of a placement are kept.
+    pub(crate) fn form(placement: &Placement) -> ResidentForm {
+        let Placement { compute, quantization, offloaded, .. } = *placement;
+        ResidentForm { dtype: compute, quantization, offloaded }
     }
 
-    /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not here.
+    /// The key of a checkpoint's unchanged UNet.
+    pub(crate) fn key(checkpoint: &Checkpoint, placement: &Placement) -> ShelfKey {
+        ShelfKey { form: Self::form(placement), ..ShelfKey::new(checkpoint, placement, placement.compute) }
+    }
+
+    /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
     pub fn acquire(
         &mut self,
         checkpoint: &Checkpoint,
         placement: &Placement,
         ctx: &Context,
-    ) -> Result<Arc<Kept<Unet>>> {
+    ) -> Result<Arc<CachedNetwork<Unet>>> {
         self.adapted(checkpoint, &LoraStack::default(), placement, ctx)
     }
 
-    /// [`Self::acquire`], changed by adapters. What they do not change is shared with the others that are here.
+    /// [`Self::acquire`], changed by adapters. Layers that they do not change are shared with other UNets in memory.
     ///
     /// # Errors
     /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
@@ -57,26 +63,26 @@ impl UnetManager {
         stack: &LoraStack,
         placement: &Placement,
         ctx: &Context,
-    ) -> Result<Arc<Kept<Unet>>> {
-        let dtype = placement.compute;
+    ) -> Result<Arc<CachedNetwork<Unet>>> {
         let key = ShelfKey { over: stack.key(&[Part::Unet]), ..Self::key(checkpoint, placement) };
         if let Some(found) = self.shelf.get(&key) {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
             let host = Placement { device: Device::Cpu, ..placement.clone() };
-            let lies = if placement.away { &host } else { placement };
-            let opened = Opened::new(checkpoint, Part::Unet, lies, dtype, ctx)?;
-            let adapting = Adapting::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
-            self.shelf.reserve_beside(adapting.bytes(&opened), adapting.shares());
-            let load = || adapting.load(&opened, ctx, |vb| Unet::load(vb, &checkpoint.unet));
-            let (loaded, saved) = match placement.quantization {
-                Quantization::None if placement.away => (away(&placement.device, load), 0),
-                Quantization::None => (load(), 0),
-                Quantization::Int8 => quantizing(Unet::bears_int8, load),
+            let stays = if placement.offloaded { &host } else { placement };
+            let opened = OpenedNetwork::new(checkpoint, Part::Unet, stays, placement.compute, ctx)?;
+            let network = NetworkBuild::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
+            self.shelf.reserve_sharing(network.own_bytes(&opened), network.shared_bytes());
+            let policy = match placement.quantization {
+                Quantization::None => {
+                    let offload = placement.offloaded.then(|| placement.device.clone());
+                    LoadPolicy { offload, ..LoadPolicy::default() }
+                }
+                Quantization::Int8 => LoadPolicy { int8: Some(Unet::bears_int8), ..LoadPolicy::default() },
             };
-            let unet = loaded?.kept(Bytes(saved as u64));
-            Ok(self.shelf.insert_held(key, &checkpoint.name, unet.held().clone(), unet))
+            let unet = network.load(&opened, policy, ctx, |loader| Unet::load(loader, &checkpoint.unet))?;
+            Ok(self.shelf.insert_sharing(key, &checkpoint.name, unet.bytes().clone(), unet))
         })
     }
 }

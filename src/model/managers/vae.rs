@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use candle_nn::VarBuilder;
-
 use crate::context::{Context, Stage};
 use crate::device::instructor::Placement;
 use crate::error::Result;
+use crate::kernels::{LoadPolicy, Loader};
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
-use crate::model::managers::{Budget, Opened, Shelf, ShelfKey};
+use crate::model::managers::budget::Budget;
+use crate::model::managers::opened::OpenedNetwork;
+use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use crate::units::Bytes;
 
@@ -20,8 +21,8 @@ pub struct Vae {
 }
 
 impl Vae {
-    fn load(vb: &VarBuilder, config: &VaeConfig) -> Result<Self> {
-        Ok(Self { encoder: VaeEncoder::load(vb, config)?, decoder: VaeDecoder::load(vb, config)? })
+    fn load(loader: &Loader, config: &VaeConfig) -> Result<Self> {
+        Ok(Self { encoder: VaeEncoder::load(loader, config)?, decoder: VaeDecoder::load(loader, config)? })
     }
 }
 
@@ -35,10 +36,10 @@ impl VaeManager {
         Self { shelf: Shelf::new("vae", budget) }
     }
 
-    /// The VAE of a checkpoint in the placement's vae dtype, loaded if it is not here.
+    /// The VAE of a checkpoint in the placement's vae dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; those of the device.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
     pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Vae>> {
         let dtype = placement.vae;
         let key = ShelfKey::new(checkpoint, placement, dtype);
@@ -46,9 +47,9 @@ impl VaeManager {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let opened = Opened::new(checkpoint, Part::Vae, placement, dtype, ctx)?;
+            let opened = OpenedNetwork::new(checkpoint, Part::Vae, placement, dtype, ctx)?;
             self.shelf.reserve(opened.bytes());
-            let (vae, bytes) = opened.load(ctx, |vb| Vae::load(vb, &checkpoint.vae))?;
+            let (vae, bytes) = opened.load(LoadPolicy::default(), ctx, |loader| Vae::load(loader, &checkpoint.vae))?;
             Ok(self.shelf.insert(key, &checkpoint.name, bytes, vae))
         })
     }

@@ -6,11 +6,10 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Mask, attention};
-use crate::model::networks::Check;
+use crate::kernels::{Epilogue, GroupNorm, LayerNorm, Linear, Loader, Mask, attention};
+use crate::model::networks::check::Check;
 use crate::model::networks::interventions::{Change, Perturbed, SelfAttention};
 
 const STAGE: &str = "unet";
@@ -127,12 +126,12 @@ struct Attention {
 }
 
 impl Attention {
-    fn load(vb: &VarBuilder, channels: usize, heads: usize, keys: usize) -> CandleResult<Self> {
+    fn load(loader: &Loader, channels: usize, heads: usize, keys: usize) -> CandleResult<Self> {
         Ok(Self {
-            to_q: Linear::load_no_bias(&vb.pp("to_q"), channels, channels)?,
-            to_k: Linear::load_no_bias(&vb.pp("to_k"), keys, channels)?,
-            to_v: Linear::load_no_bias(&vb.pp("to_v"), keys, channels)?,
-            to_out: Linear::load(&vb.pp("to_out").pp("0"), channels, channels)?,
+            to_q: Linear::load_no_bias(&loader.pp("to_q"), channels, channels)?,
+            to_k: Linear::load_no_bias(&loader.pp("to_k"), keys, channels)?,
+            to_v: Linear::load_no_bias(&loader.pp("to_v"), keys, channels)?,
+            to_out: Linear::load(&loader.pp("to_out").pp("0"), channels, channels)?,
             heads,
         })
     }
@@ -187,15 +186,15 @@ struct TransformerBlock {
 }
 
 impl TransformerBlock {
-    fn load(vb: &VarBuilder, shape: AttentionShape) -> CandleResult<Self> {
+    fn load(loader: &Loader, shape: AttentionShape) -> CandleResult<Self> {
         let AttentionShape { channels, heads, context } = shape;
-        let norm = |name: &str| LayerNorm::load(&vb.pp(name), channels, LAYER_NORM_EPS);
-        let net = vb.pp("ff").pp("net");
+        let norm = |name: &str| LayerNorm::load(&loader.pp(name), channels, LAYER_NORM_EPS);
+        let net = loader.pp("ff").pp("net");
         Ok(Self {
             norm1: norm("norm1")?,
-            attn1: Attention::load(&vb.pp("attn1"), channels, heads, channels)?,
+            attn1: Attention::load(&loader.pp("attn1"), channels, heads, channels)?,
             norm2: norm("norm2")?,
-            attn2: Attention::load(&vb.pp("attn2"), channels, heads, context)?,
+            attn2: Attention::load(&loader.pp("attn2"), channels, heads, context)?,
             norm3: norm("norm3")?,
             gate: Linear::load(&net.pp("0").pp("proj"), channels, 8 * channels)?,
             narrow: Linear::load(&net.pp("2"), 4 * channels, channels)?,
@@ -265,13 +264,13 @@ pub(crate) struct SpatialTransformer {
 impl SpatialTransformer {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
-        let blocks = vb.pp("transformer_blocks");
+    pub(crate) fn load(loader: &Loader, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
+        let blocks = loader.pp("transformer_blocks");
         Ok(Self {
-            norm: GroupNorm::load(&vb.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,
-            proj_in: Linear::load(&vb.pp("proj_in"), shape.channels, shape.channels)?,
+            norm: GroupNorm::load(&loader.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,
+            proj_in: Linear::load(&loader.pp("proj_in"), shape.channels, shape.channels)?,
             blocks: (0..depth).map(|i| TransformerBlock::load(&blocks.pp(i), shape)).collect::<CandleResult<_>>()?,
-            proj_out: Linear::load(&vb.pp("proj_out"), shape.channels, shape.channels)?,
+            proj_out: Linear::load(&loader.pp("proj_out"), shape.channels, shape.channels)?,
         })
     }
 

@@ -5,12 +5,12 @@
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention, shared_layers};
-use crate::model::networks::{Judge, MAX_CHANNELS, MAX_LAYERS, PerBlock, loading};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Loader, Mask, attention};
+use crate::model::networks::config::{MAX_CHANNELS, MAX_LAYERS, PerBlock, Validator};
+use crate::model::networks::load_error::load_error;
 
 const STAGE: &str = "text encoder";
 
@@ -54,31 +54,31 @@ impl ClipConfig {
     /// # Errors
     /// `model_unsupported` for a value that this network cannot compute.
     pub fn check(&self, name: &str) -> Result<()> {
-        let judge = Judge { name };
-        judge.within("vocab_size", self.vocab_size, 1..=1 << 22)?;
-        judge.channels("hidden_size", self.hidden_size)?;
-        judge.within("intermediate_size", self.intermediate_size, 1..=8 * MAX_CHANNELS)?;
-        judge.within("num_hidden_layers", self.num_hidden_layers, 1..=2 * MAX_LAYERS)?;
-        judge.divides("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
-        judge.within("max_position_embeddings", self.max_position_embeddings, 1..=1 << 16)?;
-        judge.epsilon("layer_norm_eps", self.layer_norm_eps)?;
-        self.activation(judge)?;
-        self.eos(judge)?;
+        let validator = Validator { name };
+        validator.within("vocab_size", self.vocab_size, 1..=1 << 22)?;
+        validator.channels("hidden_size", self.hidden_size)?;
+        validator.within("intermediate_size", self.intermediate_size, 1..=8 * MAX_CHANNELS)?;
+        validator.within("num_hidden_layers", self.num_hidden_layers, 1..=2 * MAX_LAYERS)?;
+        validator.divides("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
+        validator.within("max_position_embeddings", self.max_position_embeddings, 1..=1 << 16)?;
+        validator.epsilon("layer_norm_eps", self.layer_norm_eps)?;
+        self.activation(validator)?;
+        self.eos(validator)?;
         match self.projection_dim {
-            Some(projected) => judge.channels("projection_dim", projected),
+            Some(projected) => validator.channels("projection_dim", projected),
             None => Ok(()),
         }
     }
 
-    pub(crate) fn activation(&self, judge: Judge) -> Result<Activation> {
-        judge.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
+    pub(crate) fn activation(&self, validator: Validator) -> Result<Activation> {
+        validator.is("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"])?;
         Ok(if self.hidden_act == "gelu" { Activation::Gelu } else { Activation::QuickGelu })
     }
 
-    fn eos(&self, judge: Judge) -> Result<u32> {
+    fn eos(&self, validator: Validator) -> Result<u32> {
         match self.eos_token_id.as_ref().map(PerBlock::values) {
             Some(&[id]) => Ok(id),
-            _ => Err(judge.refuse("`eos_token_id` must be one id")),
+            _ => Err(validator.refuse("`eos_token_id` must be one id")),
         }
     }
 }
@@ -132,10 +132,10 @@ pub(crate) struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    pub(crate) fn load(vb: &VarBuilder, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
+    pub(crate) fn load(loader: &Loader, config: &ClipConfig, activation: Activation) -> CandleResult<Self> {
         let (size, inner) = (config.hidden_size, config.intermediate_size);
-        let (attn, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
-        let norm = |name: &str| LayerNorm::load(&vb.pp(name), size, config.layer_norm_eps);
+        let (attn, mlp) = (loader.pp("self_attn"), loader.pp("mlp"));
+        let norm = |name: &str| LayerNorm::load(&loader.pp(name), size, config.layer_norm_eps);
         let projection = |name: &str| Linear::load(&attn.pp(name), size, size);
         Ok(Self {
             layer_norm1: norm("layer_norm1")?,
@@ -211,13 +211,13 @@ struct Pooling {
 }
 
 /// OpenCLIP keeps it as the matrix that stands to the right of the state, and under the bare name.
-fn load_text_projection(vb: &VarBuilder, size: usize, projected: usize) -> CandleResult<Linear> {
-    let layer = vb.pp("text_projection");
-    if !vb.contains_tensor("text_projection") {
+fn load_text_projection(loader: &Loader, size: usize, projected: usize) -> CandleResult<Linear> {
+    let layer = loader.pp("text_projection");
+    if !loader.contains("text_projection") {
         return Linear::load_no_bias(&layer, size, projected);
     }
-    let weight = vb.get((size, projected), "text_projection")?.t()?.contiguous()?;
-    Linear::named(&layer, &weight, None)
+    let weight = loader.tensor("text_projection", (size, projected))?.t()?.contiguous()?;
+    Linear::from_tensors(&layer, &weight, None)
 }
 
 /// A text encoder.
@@ -238,26 +238,26 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not a text encoder's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &ClipConfig, with_projection: bool, compute: DType) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &ClipConfig, with_projection: bool, compute: DType) -> Result<Self> {
         config.check(STAGE)?;
-        let judge = Judge { name: STAGE };
-        let (activation, eos) = (config.activation(judge)?, config.eos(judge)?);
+        let validator = Validator { name: STAGE };
+        let (activation, eos) = (config.activation(validator)?, config.eos(validator)?);
         let projected = match (with_projection, config.projection_dim) {
             (false, _) => None,
             (true, Some(size)) => Some(size),
-            (true, None) => return Err(judge.refuse("`projection_dim` is null, but the pooled output is wanted")),
+            (true, None) => return Err(validator.refuse("`projection_dim` is null, but the pooled output is wanted")),
         };
-        let prefixed = vb.pp("text_model");
-        let model = if prefixed.contains_tensor("embeddings.token_embedding.weight") { &prefixed } else { vb };
+        let prefixed = loader.pp("text_model");
+        let model = if prefixed.contains("embeddings.token_embedding.weight") { &prefixed } else { loader };
         let read = || -> CandleResult<Self> {
             let size = config.hidden_size;
             let embeddings = model.pp("embeddings");
-            let table = |name: &str, rows: usize| shared_layers::table(&embeddings.pp(name), (rows, size));
+            let table = |name: &str, rows: usize| embeddings.pp(name).table((rows, size));
             let layers = model.pp("encoder").pp("layers");
             let pooling = projected.map(|projected| -> CandleResult<Pooling> {
                 Ok(Pooling {
                     final_layer_norm: LayerNorm::load(&model.pp("final_layer_norm"), size, config.layer_norm_eps)?,
-                    text_projection: load_text_projection(vb, size, projected)?,
+                    text_projection: load_text_projection(loader, size, projected)?,
                 })
             });
             Ok(Self {
@@ -271,7 +271,7 @@ impl ClipTextModel {
                 compute,
             })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     /// `ids` is `[B, L]`, u32, `L` at most the number of positions. `skip` is how many further layers are left out
@@ -309,7 +309,7 @@ impl ClipTextModel {
         };
         if let Some(id) = rows.iter().flat_map(|row| row.ids).find(|&&id| !known(id)) {
             let message = format!("its vocabulary has no token {id}, which the tokenizer gave");
-            return Err(Judge { name: STAGE }.refuse(message));
+            return Err(Validator { name: STAGE }.refuse(message));
         }
         if rows.iter().any(|row| row.ids.len() != length) {
             return Err(Error::bug("texts of several lengths for the text encoder"));

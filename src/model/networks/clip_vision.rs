@@ -4,13 +4,14 @@
 //! Legend: `B` batch, `S` side of the picture, `N` patches, `C` hidden size, `P` projected size.
 
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Padding};
+use crate::kernels::{Conv2d, ConvShape, LayerNorm, Linear, Loader, Padding};
+use crate::model::networks::check::Check;
 use crate::model::networks::clip::{ClipConfig, EncoderLayer};
-use crate::model::networks::{Check, Judge, MAX_LAYERS, loading};
+use crate::model::networks::config::{MAX_LAYERS, Validator};
+use crate::model::networks::load_error::load_error;
 
 const STAGE: &str = "image encoder";
 /// Along a side. Published ones have 16 or 24, and attention's costs grow by the fourth power.
@@ -54,15 +55,15 @@ impl ClipVisionConfig {
     /// # Errors
     /// `model_unsupported` for a value that this network cannot compute.
     pub fn check(&self, name: &str) -> Result<()> {
-        let judge = Judge { name };
+        let validator = Validator { name };
         self.layers().check(name)?;
-        judge.channels("projection_dim", self.projection_dim)?;
-        judge.within("num_hidden_layers", self.num_hidden_layers, 2..=2 * MAX_LAYERS)?;
-        judge.within("num_channels", self.num_channels, 3..=3)?;
-        judge.within("image_size", self.image_size, 1..=2048)?;
-        judge.within("patch_size", self.patch_size, 1..=self.image_size)?;
-        judge.within("image_size / patch_size", self.side(), 1..=MOST_PATCHES)?;
-        judge.within("intermediate_size", self.intermediate_size, 1..=8 * self.hidden_size)
+        validator.channels("projection_dim", self.projection_dim)?;
+        validator.within("num_hidden_layers", self.num_hidden_layers, 2..=2 * MAX_LAYERS)?;
+        validator.within("num_channels", self.num_channels, 3..=3)?;
+        validator.within("image_size", self.image_size, 1..=2048)?;
+        validator.within("patch_size", self.patch_size, 1..=self.image_size)?;
+        validator.within("image_size / patch_size", self.side(), 1..=MOST_PATCHES)?;
+        validator.within("intermediate_size", self.intermediate_size, 1..=8 * self.hidden_size)
     }
 
     /// What its layers have in common with a text encoder's.
@@ -110,33 +111,33 @@ pub struct ClipVision {
 impl ClipVision {
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &ClipVisionConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &ClipVisionConfig) -> Result<Self> {
         config.check(STAGE)?;
         let (size, patch, side) = (config.hidden_size, config.patch_size, config.side());
         let (eps, inner) = (config.layer_norm_eps, config.layers());
-        let activation = inner.activation(Judge { name: STAGE })?;
-        let model = vb.pp("vision_model");
+        let activation = inner.activation(Validator { name: STAGE })?;
+        let model = loader.pp("vision_model");
         let read = || -> CandleResult<Self> {
             let (embeddings, layers) = (model.pp("embeddings"), model.pp("encoder").pp("layers"));
-            let weight = embeddings.pp("patch_embedding").get((size, 3, patch, patch), "weight")?;
+            let weight = embeddings.pp("patch_embedding").tensor("weight", (size, 3, patch, patch))?;
             let shape =
                 ConvShape { inputs: 3, outputs: size, kernel: patch, stride: patch, padding: Padding::default() };
             Ok(Self {
-                class: embeddings.get(size, "class_embedding")?,
+                class: embeddings.tensor("class_embedding", size)?,
                 patches: Conv2d::new(&weight, None, shape)?,
-                positions: embeddings.pp("position_embedding").get((side * side + 1, size), "weight")?,
+                positions: embeddings.pp("position_embedding").tensor("weight", (side * side + 1, size))?,
                 // So spelt in every file.
                 pre_layrnorm: LayerNorm::load(&model.pp("pre_layrnorm"), size, eps)?,
                 layers: (0..config.num_hidden_layers)
                     .map(|i| EncoderLayer::load(&layers.pp(i), &inner, activation))
                     .collect::<CandleResult<_>>()?,
                 post_layernorm: LayerNorm::load(&model.pp("post_layernorm"), size, eps)?,
-                visual_projection: Linear::load_no_bias(&vb.pp("visual_projection"), size, config.projection_dim)?,
+                visual_projection: Linear::load_no_bias(&loader.pp("visual_projection"), size, config.projection_dim)?,
                 image_size: config.image_size,
                 sizes: [config.projection_dim, size],
             })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     /// `S`: pictures are `S` by `S` pixels.

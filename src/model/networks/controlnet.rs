@@ -5,18 +5,20 @@
 //! `P` channels of the pooled text, `T` width of the time embedding.
 
 use candle_core::{DType, Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Activation, Conv2d, ConvShape, Epilogue, Padding};
+use crate::kernels::{Activation, Conv2d, ConvShape, Epilogue, Loader, Padding};
 use crate::model::networks::attention::TextReader;
+use crate::model::networks::check::Check;
+use crate::model::networks::config::Validator;
 pub use crate::model::networks::controlnet_config::ControlNetConfig;
+pub use crate::model::networks::controlnet_union::Hint;
 use crate::model::networks::controlnet_union::{Fused, Union};
 use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};
+use crate::model::networks::load_error::load_error;
 use crate::model::networks::resnet::load_same_conv;
 use crate::model::networks::unet::ReadText;
 use crate::model::networks::unet_blocks::{Conditions, DownBlock, MidBlock, Skips};
-use crate::model::networks::{Check, Judge, loading};
 
 const STAGE: &str = "controlnet";
 
@@ -39,17 +41,6 @@ pub struct ControlInput<'a> {
     /// "guess mode" of the authors' repository, <https://github.com/lllyasviel/ControlNet>.
     pub guess: bool,
     pub check: Check<'a>,
-}
-
-/// An image that a ControlNet is shown.
-#[derive(Clone, Copy)]
-pub struct Hint<'a> {
-    /// `[1, H, W, C]`: what [`ControlNet::embed`] made of it.
-    pub embedded: &'a Tensor,
-    /// What a union is told that it is; below [`ControlNet::kinds`].
-    pub kind: Option<usize>,
-    /// 1 as trained.
-    pub weight: f64,
 }
 
 /// What is added to the UNet's feature maps.
@@ -93,10 +84,10 @@ struct HintEmbedding {
 }
 
 impl HintEmbedding {
-    fn load(vb: &VarBuilder, config: &ControlNetConfig, outputs: usize) -> CandleResult<Self> {
+    fn load(loader: &Loader, config: &ControlNetConfig, outputs: usize) -> CandleResult<Self> {
         let (first, last) = (config.hint.first(), config.hint.last());
         let (first, last) = (first.copied().unwrap_or(0), last.copied().unwrap_or(0));
-        let blocks = vb.pp("blocks");
+        let blocks = loader.pp("blocks");
         let mut convs = Vec::new();
         for (i, pair) in config.hint.windows(2).enumerate() {
             let &[inputs, outputs] = pair else { continue };
@@ -105,9 +96,9 @@ impl HintEmbedding {
             convs.push(Conv2d::load(&blocks.pp(2 * i + 1), shape)?);
         }
         Ok(Self {
-            conv_in: load_same_conv(&vb.pp("conv_in"), config.hint_inputs, first, 3)?,
+            conv_in: load_same_conv(&loader.pp("conv_in"), config.hint_inputs, first, 3)?,
             blocks: convs,
-            conv_out: load_same_conv(&vb.pp("conv_out"), last, outputs, 3)?,
+            conv_out: load_same_conv(&loader.pp("conv_out"), last, outputs, 3)?,
         })
     }
 
@@ -140,32 +131,32 @@ pub struct ControlNet {
 impl ControlNet {
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &ControlNetConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &ControlNetConfig) -> Result<Self> {
         let plan = config.plan(STAGE)?;
-        let shared = plan.shared;
+        let sizes = plan.sizes;
         let skips = plan.skips();
         let (width, last) = (skips.first().copied().unwrap_or(0), skips.last().copied().unwrap_or(0));
         let read = || -> CandleResult<Self> {
-            let (down, outputs) = (vb.pp("down_blocks"), vb.pp("controlnet_down_blocks"));
-            let union = config.union.map(|shape| Union::load(vb, shape, &config.trunk, &plan));
+            let (down, outputs) = (loader.pp("down_blocks"), loader.pp("controlnet_down_blocks"));
+            let union = config.union.map(|shape| Union::load(loader, shape, &config.trunk, &plan));
             Ok(Self {
-                step: StepEmbedding::load(vb, &config.trunk, &plan)?,
-                conv_in: load_same_conv(&vb.pp("conv_in"), config.trunk.in_channels, width, 3)?,
-                hint: HintEmbedding::load(&vb.pp("controlnet_cond_embedding"), config, width)?,
+                step: StepEmbedding::load(loader, &config.trunk, &plan)?,
+                conv_in: load_same_conv(&loader.pp("conv_in"), config.trunk.in_channels, width, 3)?,
+                hint: HintEmbedding::load(&loader.pp("controlnet_cond_embedding"), config, width)?,
                 union: union.transpose()?,
                 down_blocks: (plan.down.iter().enumerate())
-                    .map(|(i, block)| DownBlock::load(&down.pp(i), block, shared))
+                    .map(|(i, block)| DownBlock::load(&down.pp(i), block, sizes))
                     .collect::<CandleResult<_>>()?,
-                mid_block: plan.mid.map(|mid| MidBlock::load(&vb.pp("mid_block"), mid, shared)).transpose()?,
+                mid_block: plan.mid.map(|mid| MidBlock::load(&loader.pp("mid_block"), mid, sizes)).transpose()?,
                 down_outputs: (skips.iter().enumerate())
                     .map(|(i, &channels)| load_same_conv(&outputs.pp(i), channels, channels, 1))
                     .collect::<CandleResult<_>>()?,
-                mid_output: load_same_conv(&vb.pp("controlnet_mid_block"), last, last, 1)?,
+                mid_output: load_same_conv(&loader.pp("controlnet_mid_block"), last, last, 1)?,
                 config: config.clone(),
-                context: shared.context,
+                context: sizes.context,
             })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     #[must_use]
@@ -189,7 +180,7 @@ impl ControlNet {
         };
         if width != self.context {
             let message = format!("it takes text of {} channels, got {width}", self.context);
-            return Err(Judge { name: STAGE }.refuse(message));
+            return Err(Validator { name: STAGE }.refuse(message));
         }
         let context = context.to_dtype(dtype).stage(STAGE)?;
         let mut blocks = Vec::new();

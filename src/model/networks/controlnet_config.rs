@@ -4,8 +4,8 @@
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::model::networks::config::{MAX_BLOCKS, MAX_LAYERS, PerBlock, Validator};
 use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
-use crate::model::networks::{Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock};
 
 /// The tensor that every ControlNet has and no other network.
 const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
@@ -63,29 +63,39 @@ pub(crate) struct UnionShape {
 /// Shapes of the tensors of a file, by diffusers' names.
 pub type Shapes<'a> = &'a dyn Fn(&str) -> Option<&'a [usize]>;
 
+/// The files of a ControlNet, and the model that it is used with.
+#[derive(Clone)]
+pub struct ControlNetTask<'a, 's> {
+    /// The network as its user knows it.
+    pub name: &'a str,
+    /// Its `config.json`, if there is one.
+    pub file: Option<ControlNetFile>,
+    pub shapes: Shapes<'s>,
+    /// The model's UNet.
+    pub unet: &'a UnetConfig,
+    /// Pixels per latent pixel of the model, along each side.
+    pub reduction: usize,
+}
+
 impl ControlNetConfig {
-    /// Of the network `name` with these tensors, for a model whose UNet is `unet` and whose latents are `reduction` times
-    /// smaller than images.
-    ///
     /// # Errors
-    /// `model_unsupported` for what is no ControlNet, or one for another UNet, or cannot be computed.
-    pub fn new(
-        name: &str,
-        file: Option<ControlNetFile>,
-        shapes: Shapes,
-        (unet, reduction): (&UnetConfig, usize),
-    ) -> Result<Self> {
-        let judge = Judge { name };
+    /// `model_unsupported` for another kind of network, a ControlNet of another UNet, or one that cannot be computed.
+    pub fn new(task: ControlNetTask) -> Result<Self> {
+        let ControlNetTask { name, file, shapes, unet, reduction } = task;
+        let validator = Validator { name };
         let Some(&[first, hint_inputs, ..]) = shapes(MARK) else {
-            return Err(judge.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));
+            return Err(validator.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));
         };
         let file = match file {
             Some(file) => file,
-            None => ControlNetFile { trunk: seen(judge, shapes, unet)?, ..ControlNetFile::default() },
+            None => ControlNetFile {
+                trunk: TrunkInference { validator, shapes, unet }.trunk()?,
+                ..ControlNetFile::default()
+            },
         };
-        judge.absent("global_pool_conditions", file.global_pool_conditions)?;
+        validator.absent("global_pool_conditions", file.global_pool_conditions)?;
         let order = file.controlnet_conditioning_channel_order.as_str();
-        judge.is("controlnet_conditioning_channel_order", order, &["rgb", "bgr"])?;
+        validator.is("controlnet_conditioning_channel_order", order, &["rgb", "bgr"])?;
         let later = |i: usize| shapes(&format!("controlnet_cond_embedding.blocks.{}.weight", 2 * i + 1));
         let later = (0..MAX_BLOCKS).map_while(|i| later(i)?.first().copied());
         let blocks = file.trunk.block_out_channels.len();
@@ -99,10 +109,10 @@ impl ControlNetConfig {
             hint: std::iter::once(first).chain(later).collect(),
             hint_inputs,
             bgr: order == "bgr",
-            union: union(judge, shapes, file.num_trans_head)?,
+            union: union(validator, shapes, file.num_trans_head)?,
         };
-        config.check_hint(judge, reduction)?;
-        config.suits(judge, unet)?;
+        config.check_hint(validator, reduction)?;
+        config.suits(validator, unet)?;
         Ok(config)
     }
 
@@ -117,42 +127,42 @@ impl ControlNetConfig {
     }
 
     /// Whether images become as large as latents, and are not much larger meanwhile.
-    fn check_hint(&self, judge: Judge, reduction: usize) -> Result<()> {
+    fn check_hint(&self, validator: Validator, reduction: usize) -> Result<()> {
         for (halvings, &channels) in self.hint.iter().enumerate() {
-            judge.within("conditioning_embedding_out_channels", channels, 1..=MOST_HINT << halvings)?;
+            validator.within("conditioning_embedding_out_channels", channels, 1..=MOST_HINT << halvings)?;
         }
         if self.hint_inputs != 3 {
-            return Err(judge.refuse(format!("its hint has {} channels, and images have 3", self.hint_inputs)));
+            return Err(validator.refuse(format!("its hint has {} channels, and images have 3", self.hint_inputs)));
         }
         let own = 1 << self.hint.len().saturating_sub(1);
         if own != reduction {
             let message =
                 format!("it makes images {own} times smaller, and the model's latents are {reduction} times smaller");
-            return Err(judge.refuse(message));
+            return Err(validator.refuse(message));
         }
         Ok(())
     }
 
     /// Whether what it gives can be added to the feature maps of `unet`.
-    fn suits(&self, judge: Judge, unet: &UnetConfig) -> Result<()> {
-        let (own, other) = (self.plan(judge.name)?, unet.plan("unet")?);
+    fn suits(&self, validator: Validator, unet: &UnetConfig) -> Result<()> {
+        let (own, other) = (self.plan(validator.name)?, unet.plan("unet")?);
         let list = |channels: Vec<usize>| channels.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
         if own.skips() != other.skips() {
             let (own, other) = (list(own.skips()), list(other.skips()));
             let message = format!("it controls feature maps of {own} channels, and the model's UNet has {other}");
-            return Err(judge.refuse(message));
+            return Err(validator.refuse(message));
         }
         if own.skip_levels() != other.skip_levels() {
-            return Err(judge.refuse("it controls feature maps of other resolutions than the model's UNet has"));
+            return Err(validator.refuse("it controls feature maps of other resolutions than the model's UNet has"));
         }
         let numbers = [
             ("channels for each added number", own.addition, other.addition),
-            ("channels of text", own.shared.context, other.shared.context),
+            ("channels of text", own.sizes.context, other.sizes.context),
             ("channels of added conditioning", own.projection, other.projection),
         ];
         for (what, own, other) in numbers {
             if own != other {
-                return Err(judge.refuse(format!("it takes {own} {what}, and the model's UNet takes {other}")));
+                return Err(validator.refuse(format!("it takes {own} {what}, and the model's UNet takes {other}")));
             }
         }
         let width = own.down.first().map_or(0, |block| block.outputs);
@@ -160,77 +170,109 @@ impl ControlNetConfig {
             && channels != width
         {
             let message = format!("its `task_embedding` has {channels} channels, and its first feature map {width}");
-            return Err(judge.refuse(message));
+            return Err(validator.refuse(message));
         }
         if self.trunk.in_channels > unet.in_channels {
             let (own, other) = (self.trunk.in_channels, unet.in_channels);
-            return Err(judge.refuse(format!("it takes {own} latent channels, and the model's UNet takes {other}")));
+            return Err(validator.refuse(format!("it takes {own} latent channels, and the model's UNet takes {other}")));
         }
         Ok(())
     }
 }
 
-/// The trunk of a single file: what its tensors show, and otherwise that of `unet`.
-fn seen(judge: Judge, shapes: Shapes, unet: &UnetConfig) -> Result<UnetConfig> {
-    let count =
-        |limit: usize, name: &dyn Fn(usize) -> String| (0..limit).take_while(|&i| shapes(&name(i)).is_some()).count();
-    let outputs = |i: usize| shapes(&format!("down_blocks.{i}.resnets.0.conv1.weight"))?.first().copied();
-    let channels: Vec<usize> = (0..MAX_BLOCKS).map_while(outputs).collect();
-    let blocks = channels.len();
-    if blocks == 0 {
-        return Err(judge.refuse("it is no ControlNet: it has no tensor `down_blocks.0.resnets.0.conv1.weight`"));
-    }
-    let depth_at = |place: &str, layer: usize| {
-        count(MAX_LAYERS, &|i| format!("{place}.attentions.{layer}.transformer_blocks.{i}.attn2.to_k.weight"))
-    };
-    let depth = |place: &str| depth_at(place, 0);
-    let layers = |place: &str| count(MAX_LAYERS, &|layer| format!("{place}.resnets.{layer}.conv1.weight"));
-    let places = (0..blocks).map(|i| format!("down_blocks.{i}"));
-    let crosses = |place: &str| shapes(&format!("{place}.attentions.0.norm.weight")).is_some();
-    let kind = |place: &str| if crosses(place) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }.to_owned();
-    let mut depths: Vec<usize> = places.clone().map(|place| depth(&place)).collect();
-    // A configuration has one depth for each block, and the last block's for the middle.
-    let uneven = |place: &String| (1..layers(place)).any(|layer| depth_at(place, layer) != depth(place));
-    if let Some(place) = places.clone().find(uneven) {
-        return Err(judge.refuse(format!("the transformers of its `{place}` are of different depths")));
-    }
-    let (last, middle) = (depths.last().copied().unwrap_or(0), depth("mid_block"));
-    if last > 0 && crosses("mid_block") && middle != last {
-        let message =
-            format!("its middle has {middle} transformer blocks, and its last block {last}: both must be as many");
-        return Err(judge.refuse(message));
-    }
-    let mid = match (shapes("mid_block.resnets.0.conv1.weight"), crosses("mid_block")) {
-        (None, _) => None,
-        (Some(_), false) => Some("UNetMidBlock2D".to_owned()),
-        (Some(_), true) => {
-            // The middle has the last block's depth, of which a plain last block needs none.
-            if let Some(last) = depths.last_mut() {
-                *last = middle;
-            }
-            Some("UNetMidBlock2DCrossAttn".to_owned())
+/// A single file without configuration, whose trunk is inferred from its tensors.
+struct TrunkInference<'a, 's> {
+    validator: Validator<'a>,
+    shapes: Shapes<'s>,
+    /// The model's UNet, for everything that tensors do not show.
+    unet: &'a UnetConfig,
+}
+
+impl TrunkInference<'_, '_> {
+    fn trunk(&self) -> Result<UnetConfig> {
+        let outputs = |i: usize| self.side(&format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
+        let channels: Vec<usize> = (0..MAX_BLOCKS).map_while(outputs).collect();
+        let blocks = channels.len();
+        if blocks == 0 {
+            let message = "it is no ControlNet: it has no tensor `down_blocks.0.resnets.0.conv1.weight`";
+            return Err(self.validator.refuse(message));
         }
-    };
-    let of_text = |place: String| {
-        shapes(&format!("{place}.attentions.0.transformer_blocks.0.attn2.to_k.weight"))?.get(1).copied()
-    };
-    let context = places.clone().chain(["mid_block".to_owned()]).find_map(of_text);
-    let side = |name: &str| shapes(name).and_then(|shape| shape.get(1)).copied();
-    Ok(UnetConfig {
-        in_channels: side("conv_in.weight").unwrap_or(unet.in_channels),
-        down_block_types: places.clone().map(|place| kind(&place)).collect(),
-        mid_block_type: mid,
-        layers_per_block: PerBlock::Each(places.clone().map(|place| layers(&place)).collect()),
-        transformer_layers_per_block: PerBlock::Each(depths.into_iter().map(PerBlock::Same).collect()),
-        cross_attention_dim: context.map_or_else(|| unet.cross_attention_dim.clone(), PerBlock::Same),
-        projection_class_embeddings_input_dim: side("add_embedding.linear_1.weight")
-            .or(unet.projection_class_embeddings_input_dim),
-        // Tensors do not show how many heads share them. A network for another UNet is refused before it matters.
-        attention_head_dim: heads(&unet.attention_head_dim, blocks),
-        num_attention_heads: unet.num_attention_heads.as_ref().map(|each| heads(each, blocks)),
-        block_out_channels: channels,
-        ..unet.clone()
-    })
+        let names: Vec<String> = (0..blocks).map(|i| format!("down_blocks.{i}")).collect();
+        let kind = |name: &String| if self.crosses(name) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }.to_owned();
+        let (depths, mid_block_type) = self.depths(&names)?;
+        let context =
+            |block: &str| self.side(&format!("{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight"), 1);
+        let context = names.iter().map(String::as_str).chain(["mid_block"]).find_map(context);
+        let unet = self.unet;
+        Ok(UnetConfig {
+            in_channels: self.side("conv_in.weight", 1).unwrap_or(unet.in_channels),
+            down_block_types: names.iter().map(kind).collect(),
+            mid_block_type,
+            layers_per_block: PerBlock::Each(names.iter().map(|name| self.layers(name)).collect()),
+            transformer_layers_per_block: PerBlock::Each(depths.into_iter().map(PerBlock::Same).collect()),
+            cross_attention_dim: context.map_or_else(|| unet.cross_attention_dim.clone(), PerBlock::Same),
+            projection_class_embeddings_input_dim: self
+                .side("add_embedding.linear_1.weight", 1)
+                .or(unet.projection_class_embeddings_input_dim),
+            // Tensors do not show how many heads share them. A network for another UNet is refused before it matters.
+            attention_head_dim: heads(&unet.attention_head_dim, blocks),
+            num_attention_heads: unet.num_attention_heads.as_ref().map(|each| heads(each, blocks)),
+            block_out_channels: channels,
+            ..unet.clone()
+        })
+    }
+
+    /// Transformer blocks of each down block, and the type of the middle block.
+    fn depths(&self, names: &[String]) -> Result<(Vec<usize>, Option<String>)> {
+        let depth = |block: &str| self.depth(block, 0);
+        // A configuration has one depth for each block, and the last block's for the middle.
+        let is_uneven = |block: &&String| (1..self.layers(block)).any(|layer| self.depth(block, layer) != depth(block));
+        if let Some(block) = names.iter().find(is_uneven) {
+            let message = format!("the transformers of its `{block}` are of different depths");
+            return Err(self.validator.refuse(message));
+        }
+        let mut depths: Vec<usize> = names.iter().map(|block| depth(block)).collect();
+        let (last, middle) = (depths.last().copied().unwrap_or(0), depth("mid_block"));
+        let crosses = self.crosses("mid_block");
+        if last > 0 && crosses && middle != last {
+            let message =
+                format!("its middle has {middle} transformer blocks, and its last block {last}: both must be as many");
+            return Err(self.validator.refuse(message));
+        }
+        let mid = match (self.has("mid_block.resnets.0.conv1.weight"), crosses) {
+            (false, _) => None,
+            (true, false) => Some("UNetMidBlock2D"),
+            (true, true) => {
+                // The middle has the last block's depth, of which a plain last block needs none.
+                if let Some(last) = depths.last_mut() {
+                    *last = middle;
+                }
+                Some("UNetMidBlock2DCrossAttn")
+            }
+        };
+        Ok((depths, mid.map(str::to_owned)))
+    }
+
+    fn has(&self, tensor: &str) -> bool {
+        (self.shapes)(tensor).is_some()
+    }
+
+    fn side(&self, tensor: &str, axis: usize) -> Option<usize> {
+        (self.shapes)(tensor)?.get(axis).copied()
+    }
+
+    fn crosses(&self, block: &str) -> bool {
+        self.has(&format!("{block}.attentions.0.norm.weight"))
+    }
+
+    fn layers(&self, block: &str) -> usize {
+        (0..MAX_LAYERS).take_while(|layer| self.has(&format!("{block}.resnets.{layer}.conv1.weight"))).count()
+    }
+
+    fn depth(&self, block: &str, layer: usize) -> usize {
+        let name = |i: usize| format!("{block}.attentions.{layer}.transformer_blocks.{i}.attn2.to_k.weight");
+        (0..MAX_LAYERS).take_while(|&i| self.has(&name(i))).count()
+    }
 }
 
 /// `each`, or, where it is of a network of other blocks, one that every channel count has.
@@ -238,14 +280,14 @@ fn heads(each: &PerBlock<usize>, blocks: usize) -> PerBlock<usize> {
     if each.fits(blocks) { each.clone() } else { PerBlock::Same(1) }
 }
 
-fn union(judge: Judge, shapes: Shapes, heads: usize) -> Result<Option<UnionShape>> {
+fn union(validator: Validator, shapes: Shapes, heads: usize) -> Result<Option<UnionShape>> {
     let Some(shape) = shapes("task_embedding") else { return Ok(None) };
     let &[kinds, channels] = shape else {
-        return Err(judge.refuse(format!("tensor `task_embedding` must have two axes, got {shape:?}")));
+        return Err(validator.refuse(format!("tensor `task_embedding` must have two axes, got {shape:?}")));
     };
-    judge.within("num_control_type", kinds, 1..=64)?;
-    judge.channels("num_trans_channel", channels)?;
-    judge.divides("num_trans_head", heads, channels)?;
+    validator.within("num_control_type", kinds, 1..=64)?;
+    validator.channels("num_trans_channel", channels)?;
+    validator.divides("num_trans_head", heads, channels)?;
     let layers =
         (0..MAX_LAYERS).take_while(|i| shapes(&format!("transformer_layes.{i}.ln_1.weight")).is_some()).count();
     Ok(Some(UnionShape { kinds, channels, heads, layers }))

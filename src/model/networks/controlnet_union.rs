@@ -5,19 +5,28 @@
 //! embedding.
 
 use candle_core::{DType, Result, Tensor};
-use candle_nn::VarBuilder;
 
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
-use crate::model::networks::controlnet::Hint;
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Loader, Mask, attention};
 use crate::model::networks::controlnet_config::UnionShape;
 use crate::model::networks::embeddings::{Sinusoid, TimestepEmbedding};
 use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
 
 const LAYER_NORM_EPS: f64 = 1e-5;
 
+/// An image that steers a ControlNet.
+#[derive(Clone, Copy)]
+pub struct Hint<'a> {
+    /// `[1, H, W, C]`, made by [`crate::model::networks::controlnet::ControlNet::embed`].
+    pub embedded: &'a Tensor,
+    /// The kind of image for a union, below [`crate::model::networks::controlnet::ControlNet::kinds`].
+    pub kind: Option<usize>,
+    /// 1 as trained.
+    pub weight: f64,
+}
+
 /// Self-attention and a feed-forward layer, each with its norm before and a residual around.
 #[derive(Clone, Debug)]
-struct Block {
+struct UnionBlock {
     ln_1: LayerNorm,
     in_proj: Linear,
     out_proj: Linear,
@@ -27,16 +36,16 @@ struct Block {
     heads: usize,
 }
 
-impl Block {
-    fn load(vb: &VarBuilder, shape: UnionShape) -> Result<Self> {
+impl UnionBlock {
+    fn load(loader: &Loader, shape: UnionShape) -> Result<Self> {
         let UnionShape { channels, heads, .. } = shape;
-        let (attn, mlp) = (vb.pp("attn"), vb.pp("mlp"));
-        let weight = attn.get((3 * channels, channels), "in_proj_weight")?;
+        let (attn, mlp) = (loader.pp("attn"), loader.pp("mlp"));
+        let weight = attn.tensor("in_proj_weight", (3 * channels, channels))?;
         Ok(Self {
-            ln_1: LayerNorm::load(&vb.pp("ln_1"), channels, LAYER_NORM_EPS)?,
-            in_proj: Linear::new(weight, Some(attn.get(3 * channels, "in_proj_bias")?))?,
+            ln_1: LayerNorm::load(&loader.pp("ln_1"), channels, LAYER_NORM_EPS)?,
+            in_proj: Linear::new(weight, Some(attn.tensor("in_proj_bias", 3 * channels)?))?,
             out_proj: Linear::load(&attn.pp("out_proj"), channels, channels)?,
-            ln_2: LayerNorm::load(&vb.pp("ln_2"), channels, LAYER_NORM_EPS)?,
+            ln_2: LayerNorm::load(&loader.pp("ln_2"), channels, LAYER_NORM_EPS)?,
             c_fc: Linear::load(&mlp.pp("c_fc"), channels, 4 * channels)?,
             c_proj: Linear::load(&mlp.pp("c_proj"), 4 * channels, channels)?,
             heads,
@@ -61,7 +70,7 @@ impl Block {
 pub(crate) struct Union {
     /// `[K, C]`
     task_embedding: Tensor,
-    blocks: Vec<Block>,
+    blocks: Vec<UnionBlock>,
     spatial_ch_projs: Linear,
     control_type_proj: Sinusoid,
     control_add_embedding: TimestepEmbedding,
@@ -77,21 +86,21 @@ pub(crate) struct Fused {
 }
 
 impl Union {
-    pub(crate) fn load(vb: &VarBuilder, shape: UnionShape, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
+    pub(crate) fn load(loader: &Loader, shape: UnionShape, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
         let UnionShape { kinds, channels, layers, .. } = shape;
         let width = plan.down.first().map_or(0, |block| block.outputs);
-        let blocks = vb.pp("transformer_layes");
+        let blocks = loader.pp("transformer_layes");
         let sinusoid =
             Sinusoid { width: plan.addition, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
         Ok(Self {
-            task_embedding: vb.get((kinds, channels), "task_embedding")?,
-            blocks: (0..layers).map(|i| Block::load(&blocks.pp(i), shape)).collect::<Result<_>>()?,
-            spatial_ch_projs: Linear::load(&vb.pp("spatial_ch_projs"), channels, width)?,
+            task_embedding: loader.tensor("task_embedding", (kinds, channels))?,
+            blocks: (0..layers).map(|i| UnionBlock::load(&blocks.pp(i), shape)).collect::<Result<_>>()?,
+            spatial_ch_projs: Linear::load(&loader.pp("spatial_ch_projs"), channels, width)?,
             control_type_proj: sinusoid,
             control_add_embedding: TimestepEmbedding::load(
-                &vb.pp("control_add_embedding"),
+                &loader.pp("control_add_embedding"),
                 plan.addition * kinds,
-                plan.shared.time,
+                plan.sizes.time,
             )?,
             kinds,
         })

@@ -3,9 +3,8 @@
 //! Legend: `B` batch, `N` numbers per sample, `D` width of one number's embedding, `T` width of the time embedding.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::VarBuilder;
 
-use crate::kernels::{Activation, Epilogue, Linear};
+use crate::kernels::{Activation, Epilogue, Linear, Loader};
 use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
 
 /// The longest wavelength of a sinusoidal embedding, over 2π (Vaswani et al. 2017, section 3.5).
@@ -72,10 +71,10 @@ pub struct TimestepEmbedding {
 impl TimestepEmbedding {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub fn load(vb: &VarBuilder, inputs: usize, outputs: usize) -> Result<Self> {
+    pub fn load(loader: &Loader, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            linear_1: Linear::load(&vb.pp("linear_1"), inputs, outputs)?,
-            linear_2: Linear::load(&vb.pp("linear_2"), outputs, outputs)?,
+            linear_1: Linear::load(&loader.pp("linear_1"), inputs, outputs)?,
+            linear_2: Linear::load(&loader.pp("linear_2"), outputs, outputs)?,
         })
     }
 
@@ -113,15 +112,15 @@ pub(crate) struct StepEmbedding {
 impl StepEmbedding {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
-        let (width, time) = (plan.down.first().map_or(0, |block| block.outputs), plan.shared.time);
+    pub(crate) fn load(loader: &Loader, config: &UnetConfig, plan: &UnetPlan) -> Result<Self> {
+        let (width, time) = (plan.down.first().map_or(0, |block| block.outputs), plan.sizes.time);
         let sinusoid =
             |width| Sinusoid { width, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
         Ok(Self {
             time_proj: sinusoid(width),
-            time_embedding: TimestepEmbedding::load(&vb.pp("time_embedding"), width, time)?,
+            time_embedding: TimestepEmbedding::load(&loader.pp("time_embedding"), width, time)?,
             add_time_proj: sinusoid(plan.addition),
-            add_embedding: TimestepEmbedding::load(&vb.pp("add_embedding"), plan.projection, time)?,
+            add_embedding: TimestepEmbedding::load(&loader.pp("add_embedding"), plan.projection, time)?,
         })
     }
 

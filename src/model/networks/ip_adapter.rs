@@ -9,13 +9,14 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Mask, attention};
+use crate::kernels::{Activation, Epilogue, LayerNorm, Linear, Loader, Mask, attention};
 use crate::model::networks::attention::KeysValues;
+use crate::model::networks::check::Check;
 use crate::model::networks::clip_vision::Seen;
-use crate::model::networks::{Check, Judge, MAX_CHANNELS, MAX_LAYERS, loading};
+use crate::model::networks::config::{MAX_CHANNELS, MAX_LAYERS, Validator};
+use crate::model::networks::load_error::load_error;
 
 const STAGE: &str = "ip adapter";
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -29,7 +30,7 @@ const MOST_BLOCKS: usize = 1024;
 /// What the names and shapes of an IP-Adapter's file say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IpAdapterLayout {
-    kind: Kind,
+    kind: ProjectionKind,
     /// `T`
     tokens: usize,
     /// `D`
@@ -41,7 +42,7 @@ pub struct IpAdapterLayout {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum ProjectionKind {
     Plain,
     Plus { inner: usize, heads: usize, depth: usize, wide: usize },
 }
@@ -53,7 +54,7 @@ impl IpAdapterLayout {
     /// `unsupported_feature` for variants that are told of a face in other ways; `model_unsupported` for anything that
     /// is no IP-Adapter.
     pub fn of(tensors: &BTreeMap<String, Vec<usize>>, name: &str, field: &str) -> Result<Self> {
-        let judge = Judge { name };
+        let validator = Validator { name };
         let has = |key: &str| tensors.contains_key(key);
         let lora = tensors.keys().any(|key| key.starts_with("ip_adapter.") && key.contains("_lora."));
         let face = if has("image_proj.proj.3.weight") {
@@ -74,38 +75,38 @@ impl IpAdapterLayout {
                 Some(&[a, b]) if (1..=8 * MAX_CHANNELS).contains(&a) && (1..=8 * MAX_CHANNELS).contains(&b) => {
                     Ok([a, b])
                 }
-                Some(other) => Err(judge.refuse(format!("`{key}` has the shape {other:?}"))),
-                None => Err(judge.refuse(format!("it is no IP-Adapter: it has no tensor `{key}`"))),
+                Some(other) => Err(validator.refuse(format!("`{key}` has the shape {other:?}"))),
+                None => Err(validator.refuse(format!("it is no IP-Adapter: it has no tensor `{key}`"))),
             }
         };
-        let blocks = blocks(tensors, judge)?;
+        let blocks = blocks(tensors, validator)?;
         let (kind, tokens, width, inputs) = match tensors.get("image_proj.latents").map(Vec::as_slice) {
             Some(&[1, tokens, inner]) => {
                 let [_, inputs] = axes("image_proj.proj_in.weight")?;
                 let [width, _] = axes("image_proj.proj_out.weight")?;
                 let [queries, _] = axes("image_proj.layers.0.0.to_q.weight")?;
                 let [wide, _] = axes("image_proj.layers.0.1.1.weight")?;
-                judge.divides("heads", HEAD, queries)?;
+                validator.divides("heads", HEAD, queries)?;
                 let depth =
                     (0..=MAX_LAYERS).take_while(|i| has(&format!("image_proj.layers.{i}.0.to_q.weight"))).count();
-                judge.within("layers", depth, 1..=MAX_LAYERS)?;
+                validator.within("layers", depth, 1..=MAX_LAYERS)?;
                 for (key, channels) in [("hidden", inner), ("queries", queries), ("wide", wide)] {
-                    judge.channels(key, channels)?;
+                    validator.channels(key, channels)?;
                 }
-                (Kind::Plus { inner, heads: queries / HEAD, depth, wide }, tokens, width, inputs)
+                (ProjectionKind::Plus { inner, heads: queries / HEAD, depth, wide }, tokens, width, inputs)
             }
-            Some(other) => return Err(judge.refuse(format!("`image_proj.latents` has the shape {other:?}"))),
+            Some(other) => return Err(validator.refuse(format!("`image_proj.latents` has the shape {other:?}"))),
             None => {
                 let [outputs, inputs] = axes("image_proj.proj.weight")?;
                 let width = match tensors.get("image_proj.norm.weight").map(Vec::as_slice) {
                     Some(&[width]) if width > 0 && outputs.is_multiple_of(width) => width,
-                    _ => return Err(judge.refuse("`image_proj.norm.weight` does not divide its projection")),
+                    _ => return Err(validator.refuse("`image_proj.norm.weight` does not divide its projection")),
                 };
-                (Kind::Plain, outputs / width, width, inputs)
+                (ProjectionKind::Plain, outputs / width, width, inputs)
             }
         };
-        judge.within("tokens", tokens, 1..=MOST_TOKENS)?;
-        judge.channels("width", width)?;
+        validator.within("tokens", tokens, 1..=MOST_TOKENS)?;
+        validator.channels("width", width)?;
         Ok(Self { kind, tokens, width, inputs, blocks })
     }
 
@@ -113,28 +114,28 @@ impl IpAdapterLayout {
     #[must_use]
     pub fn tensors(&self) -> usize {
         let projection = match self.kind {
-            Kind::Plain => 4,
-            Kind::Plus { depth, .. } => 7 + 11 * depth,
+            ProjectionKind::Plain => 4,
+            ProjectionKind::Plus { depth, .. } => 7 + 11 * depth,
         };
         projection + 2 * self.blocks.len()
     }
 }
 
 /// The cross-attentions that a file has keys and values for.
-fn blocks(tensors: &BTreeMap<String, Vec<usize>>, judge: Judge) -> Result<Vec<(usize, usize)>> {
+fn blocks(tensors: &BTreeMap<String, Vec<usize>>, validator: Validator) -> Result<Vec<(usize, usize)>> {
     let mut blocks = Vec::new();
     for (key, shape) in tensors {
         let number = key.strip_prefix("ip_adapter.").and_then(|rest| rest.strip_suffix(".to_k_ip.weight"));
         let (Some(number), &[channels, _]) = (number, shape.as_slice()) else { continue };
         match number.parse::<usize>() {
             Ok(number) if (1..=MAX_CHANNELS).contains(&channels) => blocks.push((number, channels)),
-            _ => return Err(judge.refuse(format!("`{key}` has the shape {shape:?}"))),
+            _ => return Err(validator.refuse(format!("`{key}` has the shape {shape:?}"))),
         }
     }
     blocks.sort_unstable();
     if blocks.is_empty() || blocks.len() > MOST_BLOCKS {
         let message = format!("it is no IP-Adapter: it has keys for {} cross-attentions", blocks.len());
-        return Err(judge.refuse(message));
+        return Err(validator.refuse(message));
     }
     Ok(blocks)
 }
@@ -181,17 +182,17 @@ pub struct IpAdapter {
 impl IpAdapter {
     /// # Errors
     /// `model_unsupported` for weights that do not fit each other; those of the device.
-    pub fn load(vb: &VarBuilder, layout: &IpAdapterLayout) -> Result<Self> {
-        let (image, file) = (vb.pp("image_proj"), vb.pp("ip_adapter"));
+    pub fn load(loader: &Loader, layout: &IpAdapterLayout) -> Result<Self> {
+        let (image, file) = (loader.pp("image_proj"), loader.pp("ip_adapter"));
         let &IpAdapterLayout { tokens, width, inputs, .. } = layout;
-        let norm = |vb: &VarBuilder, width| LayerNorm::load(vb, width, LAYER_NORM_EPS);
+        let norm = |loader: &Loader, width| LayerNorm::load(loader, width, LAYER_NORM_EPS);
         let read = || -> CandleResult<Self> {
             let projection = match layout.kind {
-                Kind::Plain => Projection::Plain {
+                ProjectionKind::Plain => Projection::Plain {
                     proj: Linear::load(&image.pp("proj"), inputs, tokens * width)?,
                     norm: norm(&image.pp("norm"), width)?,
                 },
-                Kind::Plus { inner, heads, depth, wide } => {
+                ProjectionKind::Plus { inner, heads, depth, wide } => {
                     let layer = |i: usize| -> CandleResult<PerceiverLayer> {
                         let (attends, feeds) = (image.pp("layers").pp(i).pp("0"), image.pp("layers").pp(i).pp("1"));
                         let across = heads * HEAD;
@@ -207,7 +208,7 @@ impl IpAdapter {
                         })
                     };
                     Projection::Plus(Box::new(Perceiver {
-                        latents: image.get((1, tokens, inner), "latents")?,
+                        latents: image.tensor("latents", (1, tokens, inner))?,
                         proj_in: Linear::load(&image.pp("proj_in"), inputs, inner)?,
                         layers: (0..depth).map(layer).collect::<CandleResult<_>>()?,
                         proj_out: Linear::load(&image.pp("proj_out"), inner, width)?,
@@ -217,14 +218,14 @@ impl IpAdapter {
                 }
             };
             let block = |&(number, channels): &(usize, usize)| {
-                let vb = file.pp(number);
-                let load = |name: &str| Linear::load_no_bias(&vb.pp(name), width, channels);
+                let loader = file.pp(number);
+                let load = |name: &str| Linear::load_no_bias(&loader.pp(name), width, channels);
                 Ok((load("to_k_ip")?, load("to_v_ip")?))
             };
             let blocks = layout.blocks.iter().map(block).collect::<CandleResult<_>>()?;
             Ok(Self { projection, blocks, layout: layout.clone() })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     /// Which of an image encoder's states it wants.
@@ -275,7 +276,7 @@ impl IpAdapter {
                 channels.len(),
                 distinct(channels)
             );
-            return Err(Judge { name: STAGE }.refuse(message));
+            return Err(Validator { name: STAGE }.refuse(message));
         }
         let mut read = Vec::with_capacity(self.blocks.len());
         for (to_k, to_v) in &self.blocks {

@@ -5,19 +5,18 @@
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::Result as StagedResult;
-use crate::kernels::{Conv2d, ConvShape, Epilogue, GroupNorm, Linear, Padding, upsample_nearest};
-use crate::model::networks::tiling::{Source, Strips, cut};
+use crate::kernels::{Conv2d, ConvShape, Epilogue, GroupNorm, Linear, Loader, Padding, upsample_nearest};
+use crate::model::networks::tiling::{RowSource, Strips, cut};
 
 /// A convolution that keeps height and width. `kernel` is odd.
 ///
 /// # Errors
 /// A missing tensor, or one of another shape.
-pub(crate) fn load_same_conv(vb: &VarBuilder, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv2d> {
+pub(crate) fn load_same_conv(loader: &Loader, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv2d> {
     let padding = Padding::same(kernel.saturating_sub(1) / 2);
-    Conv2d::load(vb, ConvShape { inputs, outputs, kernel, stride: 1, padding })
+    Conv2d::load(loader, ConvShape { inputs, outputs, kernel, stride: 1, padding })
 }
 
 /// Sizes of a residual block.
@@ -45,15 +44,15 @@ pub(crate) struct ResnetBlock {
 impl ResnetBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, shape: ResnetShape) -> Result<Self> {
+    pub(crate) fn load(loader: &Loader, shape: ResnetShape) -> Result<Self> {
         let ResnetShape { inputs, outputs, groups, eps, time } = shape;
-        let shortcut = (inputs != outputs).then(|| load_same_conv(&vb.pp("conv_shortcut"), inputs, outputs, 1));
+        let shortcut = (inputs != outputs).then(|| load_same_conv(&loader.pp("conv_shortcut"), inputs, outputs, 1));
         Ok(Self {
-            norm1: GroupNorm::load(&vb.pp("norm1"), groups, inputs, eps)?,
-            conv1: load_same_conv(&vb.pp("conv1"), inputs, outputs, 3)?,
-            time_emb_proj: time.map(|t| Linear::load(&vb.pp("time_emb_proj"), t, outputs)).transpose()?,
-            norm2: GroupNorm::load(&vb.pp("norm2"), groups, outputs, eps)?,
-            conv2: load_same_conv(&vb.pp("conv2"), outputs, outputs, 3)?,
+            norm1: GroupNorm::load(&loader.pp("norm1"), groups, inputs, eps)?,
+            conv1: load_same_conv(&loader.pp("conv1"), inputs, outputs, 3)?,
+            time_emb_proj: time.map(|t| Linear::load(&loader.pp("time_emb_proj"), t, outputs)).transpose()?,
+            norm2: GroupNorm::load(&loader.pp("norm2"), groups, outputs, eps)?,
+            conv2: load_same_conv(&loader.pp("conv2"), outputs, outputs, 3)?,
             conv_shortcut: shortcut.transpose()?,
         })
     }
@@ -87,7 +86,7 @@ impl ResnetBlock {
     ///
     /// # Errors
     /// That of the strips' check; shapes that do not fit, or the device's own.
-    pub(crate) fn forward_in_strips(&self, source: Source, strips: Strips) -> StagedResult<Tensor> {
+    pub(crate) fn forward_in_strips(&self, source: RowSource, strips: Strips) -> StagedResult<Tensor> {
         let first = strips.statistics(&self.norm1, source)?;
         let hidden = |x: &Tensor, has: &Range<usize>, wanted: &Range<usize>| {
             cut(&self.conv1.forward(&self.norm1.forward_silu_by(x, &first)?)?, has, wanted)
@@ -122,9 +121,9 @@ impl Downsample {
     ///
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, channels: usize, padding: Padding) -> Result<Self> {
+    pub(crate) fn load(loader: &Loader, channels: usize, padding: Padding) -> Result<Self> {
         let shape = ConvShape { inputs: channels, outputs: channels, kernel: 3, stride: 2, padding };
-        Ok(Self { conv: Conv2d::load(&vb.pp("conv"), shape)? })
+        Ok(Self { conv: Conv2d::load(&loader.pp("conv"), shape)? })
     }
 
     /// # Errors
@@ -143,8 +142,8 @@ pub(crate) struct Upsample {
 impl Upsample {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, channels: usize) -> Result<Self> {
-        Ok(Self { conv: load_same_conv(&vb.pp("conv"), channels, channels, 3)? })
+    pub(crate) fn load(loader: &Loader, channels: usize) -> Result<Self> {
+        Ok(Self { conv: load_same_conv(&loader.pp("conv"), channels, channels, 3)? })
     }
 
     /// # Errors

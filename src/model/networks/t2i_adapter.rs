@@ -7,13 +7,14 @@
 use std::ops::RangeInclusive;
 
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Conv2d, Epilogue};
+use crate::kernels::{Conv2d, Epilogue, Loader};
+use crate::model::networks::check::Check;
+use crate::model::networks::config::{MAX_BLOCKS, MAX_LAYERS, Validator};
+use crate::model::networks::load_error::load_error;
 use crate::model::networks::resnet::load_same_conv;
-use crate::model::networks::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, loading};
 
 const STAGE: &str = "t2i adapter";
 /// 16 in every published file. Below the least, features are as large as pictures; above the most, a picture of the
@@ -51,17 +52,17 @@ impl T2iAdapterConfig {
     /// # Errors
     /// `model_unsupported` for a value that this network cannot compute.
     pub fn check(&self, name: &str) -> Result<()> {
-        let judge = Judge { name };
-        judge.is("adapter_type", &self.adapter_type, &["full_adapter_xl"])?;
+        let validator = Validator { name };
+        validator.is("adapter_type", &self.adapter_type, &["full_adapter_xl"])?;
         if self.in_channels != 1 && self.in_channels != 3 {
-            return Err(judge.refuse(format!("`in_channels` must be 1 or 3, got {}", self.in_channels)));
+            return Err(validator.refuse(format!("`in_channels` must be 1 or 3, got {}", self.in_channels)));
         }
-        judge.within("channels", self.channels.len(), 1..=MAX_BLOCKS)?;
-        self.channels.iter().try_for_each(|&channels| judge.within("channels", channels, 1..=MOST_CHANNELS))?;
+        validator.within("channels", self.channels.len(), 1..=MAX_BLOCKS)?;
+        self.channels.iter().try_for_each(|&channels| validator.within("channels", channels, 1..=MOST_CHANNELS))?;
         let changes = self.channels.windows(2).skip(2).any(|pair| pair.first() != pair.last());
-        judge.absent("channels", changes)?;
-        judge.within("num_res_blocks", self.num_res_blocks, 0..=MAX_LAYERS)?;
-        judge.within("downscale_factor", self.downscale_factor, FACTORS)
+        validator.absent("channels", changes)?;
+        validator.within("num_res_blocks", self.num_res_blocks, 0..=MAX_LAYERS)?;
+        validator.within("downscale_factor", self.downscale_factor, FACTORS)
     }
 
     /// Tensors that such a network has.
@@ -106,27 +107,27 @@ pub struct T2iAdapter {
 impl T2iAdapter {
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &T2iAdapterConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &T2iAdapterConfig) -> Result<Self> {
         config.check(STAGE)?;
-        let (vb, factor) = (vb.pp("adapter"), config.downscale_factor);
+        let (loader, factor) = (loader.pp("adapter"), config.downscale_factor);
         let first = config.channels.first().copied().unwrap_or(0);
         let block = |at: usize, channels: usize| -> CandleResult<Block> {
-            let vb = vb.pp("body").pp(at);
+            let loader = loader.pp("body").pp(at);
             let inputs = config.inputs(at).unwrap_or(channels);
             let resnet = |i: usize| {
-                let vb = vb.pp("resnets").pp(i);
+                let loader = loader.pp("resnets").pp(i);
                 Ok(Residual {
-                    block1: load_same_conv(&vb.pp("block1"), channels, channels, 3)?,
-                    block2: load_same_conv(&vb.pp("block2"), channels, channels, 1)?,
+                    block1: load_same_conv(&loader.pp("block1"), channels, channels, 3)?,
+                    block2: load_same_conv(&loader.pp("block2"), channels, channels, 1)?,
                 })
             };
-            let in_conv = (inputs != channels).then(|| load_same_conv(&vb.pp("in_conv"), inputs, channels, 1));
+            let in_conv = (inputs != channels).then(|| load_same_conv(&loader.pp("in_conv"), inputs, channels, 1));
             let resnets = (0..config.num_res_blocks).map(resnet).collect::<CandleResult<_>>()?;
             Ok(Block { halves: at == 2, in_conv: in_conv.transpose()?, resnets })
         };
         let read = || -> CandleResult<Self> {
             Ok(Self {
-                conv_in: load_same_conv(&vb.pp("conv_in"), config.in_channels * factor * factor, first, 3)?,
+                conv_in: load_same_conv(&loader.pp("conv_in"), config.in_channels * factor * factor, first, 3)?,
                 body: (config.channels.iter().enumerate())
                     .map(|(at, &channels)| block(at, channels))
                     .collect::<CandleResult<_>>()?,
@@ -134,7 +135,7 @@ impl T2iAdapter {
                 channels: config.in_channels,
             })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     /// The features of a picture, `[B, H, W, C]` in `[0, 1]`, one a block: `[B, h, w, C']` in the picture's dtype.

@@ -10,10 +10,10 @@ use candle_core::{Result as CandleResult, Tensor};
 
 use crate::error::{Error, Result, StageContext as _};
 use crate::kernels::{GroupNorm, Statistics};
-use crate::model::networks::Check;
+use crate::model::networks::check::Check;
 
 /// Gives rows of a feature map, `[B, rows, W, C]`.
-pub(crate) type Source<'a> = &'a dyn Fn(&Range<usize>) -> CandleResult<Tensor>;
+pub(crate) type RowSource<'a> = &'a dyn Fn(&Range<usize>) -> CandleResult<Tensor>;
 
 /// How a map is cut, and what is asked between strips.
 #[derive(Clone, Copy)]
@@ -37,7 +37,7 @@ impl Strips<'_> {
     }
 
     /// Statistics of the whole map for `norm`.
-    pub(crate) fn statistics(self, norm: &GroupNorm, source: Source) -> Result<Statistics> {
+    pub(crate) fn statistics(self, norm: &GroupNorm, source: RowSource) -> Result<Statistics> {
         let mut all: Option<Statistics> = None;
         for rows in self.ranges() {
             (self.check)()?;
@@ -51,7 +51,7 @@ impl Strips<'_> {
     }
 
     /// The whole map.
-    pub(crate) fn gather(self, source: Source) -> Result<Tensor> {
+    pub(crate) fn gather(self, source: RowSource) -> Result<Tensor> {
         let mut whole: Option<Tensor> = None;
         for rows in self.ranges() {
             (self.check)()?;

@@ -8,18 +8,19 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{DType, Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Activation, Conv2d, GroupNorm};
+use crate::kernels::{Activation, Conv2d, GroupNorm, Loader};
 use crate::model::networks::attention::{KeysValues, TextReader};
+use crate::model::networks::check::Check;
+use crate::model::networks::config::Validator;
 use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};
 use crate::model::networks::interventions::Steering;
 use crate::model::networks::ip_adapter::IpAdapter;
+use crate::model::networks::load_error::load_error;
 use crate::model::networks::resnet::load_same_conv;
 use crate::model::networks::unet_blocks::{Conditions, DownBlock, MidBlock, Skips, UpBlock, add_feature};
 pub use crate::model::networks::unet_config::UnetConfig;
-use crate::model::networks::{Check, Judge, loading};
 
 const STAGE: &str = "unet";
 
@@ -160,30 +161,30 @@ impl Unet {
 
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &UnetConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &UnetConfig) -> Result<Self> {
         let plan = config.plan(STAGE)?;
-        let shared = plan.shared;
+        let sizes = plan.sizes;
         let width = plan.down.first().map_or(0, |block| block.outputs);
         let read = || -> CandleResult<Self> {
-            let (down, up) = (vb.pp("down_blocks"), vb.pp("up_blocks"));
+            let (down, up) = (loader.pp("down_blocks"), loader.pp("up_blocks"));
             Ok(Self {
-                step: StepEmbedding::load(vb, config, &plan)?,
-                conv_in: load_same_conv(&vb.pp("conv_in"), config.in_channels, width, config.conv_in_kernel)?,
+                step: StepEmbedding::load(loader, config, &plan)?,
+                conv_in: load_same_conv(&loader.pp("conv_in"), config.in_channels, width, config.conv_in_kernel)?,
                 down_blocks: (plan.down.iter().enumerate())
-                    .map(|(i, block)| DownBlock::load(&down.pp(i), block, shared))
+                    .map(|(i, block)| DownBlock::load(&down.pp(i), block, sizes))
                     .collect::<CandleResult<_>>()?,
-                mid_block: plan.mid.map(|mid| MidBlock::load(&vb.pp("mid_block"), mid, shared)).transpose()?,
+                mid_block: plan.mid.map(|mid| MidBlock::load(&loader.pp("mid_block"), mid, sizes)).transpose()?,
                 up_blocks: (plan.up.iter().enumerate())
-                    .map(|(i, block)| UpBlock::load(&up.pp(i), block, shared))
+                    .map(|(i, block)| UpBlock::load(&up.pp(i), block, sizes))
                     .collect::<CandleResult<_>>()?,
-                conv_norm_out: GroupNorm::load(&vb.pp("conv_norm_out"), shared.groups, width, shared.eps)?,
-                conv_out: load_same_conv(&vb.pp("conv_out"), width, config.out_channels, config.conv_out_kernel)?,
+                conv_norm_out: GroupNorm::load(&loader.pp("conv_norm_out"), sizes.groups, width, sizes.eps)?,
+                conv_out: load_same_conv(&loader.pp("conv_out"), width, config.out_channels, config.conv_out_kernel)?,
                 inputs: config.in_channels,
-                context: shared.context,
+                context: sizes.context,
                 projection: plan.projection,
             })
         };
-        read().map_err(loading(STAGE))
+        read().map_err(load_error(STAGE))
     }
 
     /// How many feature maps the way down hands to the way up, the first convolution's included.
@@ -207,7 +208,7 @@ impl Unet {
         }
         if width != self.context {
             let message = format!("it takes text of {} channels, got {width}", self.context);
-            return Err(Judge { name: STAGE }.refuse(message));
+            return Err(Validator { name: STAGE }.refuse(message));
         }
         let context = context.to_dtype(dtype).stage(STAGE)?;
         let mut blocks = Vec::new();
@@ -303,7 +304,7 @@ impl Unet {
 
     /// What a caller can get wrong by joining parts that do not belong together is said in its terms.
     fn validate(&self, input: UnetInput) -> Result<()> {
-        let judge = Judge { name: STAGE };
+        let validator = Validator { name: STAGE };
         let &[batch, height, width, channels] = input.sample.dims() else {
             return Err(Error::bug(format!("latents of shape {:?}", input.sample.dims())));
         };
@@ -311,7 +312,7 @@ impl Unet {
             return Err(Error::bug(format!("latents of shape {:?}", input.sample.dims())));
         }
         if channels != self.inputs {
-            return Err(judge.refuse(format!("it takes {} latent channels, got {channels}", self.inputs)));
+            return Err(validator.refuse(format!("it takes {} latent channels, got {channels}", self.inputs)));
         }
         let (samples, dtype) = match input.text {
             Text::Embedded(context) => (context.dims().first().copied().unwrap_or(0), input.sample.dtype()),
@@ -329,7 +330,7 @@ impl Unet {
                 let width = pooled + ids * self.step.add_time_proj.width;
                 if width != self.projection {
                     let wanted = self.projection;
-                    return Err(judge.refuse(format!(
+                    return Err(validator.refuse(format!(
                         "its added conditioning has {wanted} channels, got {width}: {pooled} of pooled text and {ids} time ids"
                     )));
                 }
@@ -343,11 +344,11 @@ impl Unet {
         }
         let (count, places) = (input.features.len(), self.down_blocks.len() + 1);
         if count > places {
-            return Err(judge.refuse(format!("it takes at most {places} features of a t2i adapter, got {count}")));
+            return Err(validator.refuse(format!("it takes at most {places} features of a t2i adapter, got {count}")));
         }
         match input.down_residuals.map(<[Tensor]>::len) {
             Some(count) if count != self.skips() => {
-                Err(judge.refuse(format!("it has {} skip connections, got {count} residuals", self.skips())))
+                Err(validator.refuse(format!("it has {} skip connections, got {count} residuals", self.skips())))
             }
             _ => Ok(()),
         }

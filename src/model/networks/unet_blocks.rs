@@ -4,15 +4,15 @@
 //! `D` their width.
 
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Padding, concat_channels};
+use crate::kernels::{Loader, Padding, concat_channels};
 use crate::model::networks::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
+use crate::model::networks::check::Check;
+use crate::model::networks::config::Validator;
 use crate::model::networks::interventions;
 use crate::model::networks::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample};
-use crate::model::networks::unet_config::{BlockPlan, MidPlan, Shared};
-use crate::model::networks::{Check, Judge};
+use crate::model::networks::unet_config::{BlockPlan, MidPlan, UnetSizes};
 
 const STAGE: &str = "unet";
 
@@ -72,12 +72,12 @@ impl<'a> Skips<'a> {
 
 /// A residual block, and a transformer where the level has them.
 #[derive(Clone, Debug)]
-struct Layer {
+struct UnetLayer {
     resnet: ResnetBlock,
     attention: Option<SpatialTransformer>,
 }
 
-impl Layer {
+impl UnetLayer {
     fn forward(&self, x: Tensor, given: Conditions) -> Result<Tensor> {
         (given.check)()?;
         let x = self.resnet.forward(x, Some(given.time)).stage(STAGE)?;
@@ -89,38 +89,38 @@ impl Layer {
 }
 
 /// What the transformers of `layers` read in `context`, `[B, L, D]`, added to `read` in their order.
-fn read_text(layers: &[Layer], context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
+fn read_text(layers: &[UnetLayer], context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
     layers.iter().filter_map(|layer| layer.attention.as_ref()).try_for_each(|one| one.read(context, check, read))
 }
 
-fn load_layers(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Vec<Layer>> {
-    let Shared { groups, eps, time, context } = shared;
+fn load_layers(loader: &Loader, plan: &BlockPlan, sizes: UnetSizes) -> CandleResult<Vec<UnetLayer>> {
+    let UnetSizes { groups, eps, time, context } = sizes;
     let outputs = plan.outputs;
     let shape = AttentionShape { channels: outputs, heads: plan.heads, context };
-    let (resnets, attentions) = (vb.pp("resnets"), vb.pp("attentions"));
-    let layer = |(i, layer): (usize, &crate::model::networks::unet_config::LayerPlan)| -> CandleResult<Layer> {
+    let (resnets, attentions) = (loader.pp("resnets"), loader.pp("attentions"));
+    let layer = |(i, layer): (usize, &crate::model::networks::unet_config::LayerPlan)| -> CandleResult<UnetLayer> {
         let resnet = ResnetShape { inputs: layer.inputs, outputs, groups, eps, time: Some(time) };
         let attention = layer.depth.map(|depth| SpatialTransformer::load(&attentions.pp(i), shape, groups, depth));
-        Ok(Layer { resnet: ResnetBlock::load(&resnets.pp(i), resnet)?, attention: attention.transpose()? })
+        Ok(UnetLayer { resnet: ResnetBlock::load(&resnets.pp(i), resnet)?, attention: attention.transpose()? })
     };
     plan.layers.iter().enumerate().map(layer).collect()
 }
 
 #[derive(Clone, Debug)]
 pub(crate) struct DownBlock {
-    layers: Vec<Layer>,
+    layers: Vec<UnetLayer>,
     downsampler: Option<Downsample>,
 }
 
 impl DownBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(loader: &Loader, plan: &BlockPlan, sizes: UnetSizes) -> CandleResult<Self> {
         let downsampler = plan
             .resamples
-            .then(|| Downsample::load(&vb.pp("downsamplers").pp("0"), plan.outputs, Padding::same(1)))
+            .then(|| Downsample::load(&loader.pp("downsamplers").pp("0"), plan.outputs, Padding::same(1)))
             .transpose()?;
-        Ok(Self { layers: load_layers(vb, plan, shared)?, downsampler })
+        Ok(Self { layers: load_layers(loader, plan, sizes)?, downsampler })
     }
 
     /// # Errors
@@ -176,7 +176,7 @@ pub(crate) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
     let alike = own.len() == given.len() && own.iter().zip(given).skip(1).all(|(a, b)| a == b);
     if !alike || !(given.first() == Some(&1) || given.first() == own.first()) {
         let message = format!("a t2i adapter's feature is {given:?} where its own map is {own:?}");
-        return Err(Judge { name: STAGE }.refuse(message));
+        return Err(Validator { name: STAGE }.refuse(message));
     }
     feature.to_dtype(x.dtype()).and_then(|feature| x.broadcast_add(&feature)).stage(STAGE)
 }
@@ -190,14 +190,14 @@ pub(crate) struct MidBlock {
 impl MidBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, plan: MidPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(loader: &Loader, plan: MidPlan, sizes: UnetSizes) -> CandleResult<Self> {
         let MidPlan { channels, heads, depth } = plan;
-        let Shared { groups, eps, time, context } = shared;
+        let UnetSizes { groups, eps, time, context } = sizes;
         let shape = ResnetShape { inputs: channels, outputs: channels, groups, eps, time: Some(time) };
-        let resnet = |i: usize| ResnetBlock::load(&vb.pp("resnets").pp(i), shape);
+        let resnet = |i: usize| ResnetBlock::load(&loader.pp("resnets").pp(i), shape);
         let after = depth.map(|depth| -> CandleResult<_> {
             let shape = AttentionShape { channels, heads, context };
-            Ok((SpatialTransformer::load(&vb.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
+            Ok((SpatialTransformer::load(&loader.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
         });
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
     }
@@ -224,17 +224,17 @@ impl MidBlock {
 
 #[derive(Clone, Debug)]
 pub(crate) struct UpBlock {
-    layers: Vec<Layer>,
+    layers: Vec<UnetLayer>,
     upsampler: Option<Upsample>,
 }
 
 impl UpBlock {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(vb: &VarBuilder, plan: &BlockPlan, shared: Shared) -> CandleResult<Self> {
+    pub(crate) fn load(loader: &Loader, plan: &BlockPlan, sizes: UnetSizes) -> CandleResult<Self> {
         let upsampler =
-            plan.resamples.then(|| Upsample::load(&vb.pp("upsamplers").pp("0"), plan.outputs)).transpose()?;
-        Ok(Self { layers: load_layers(vb, plan, shared)?, upsampler })
+            plan.resamples.then(|| Upsample::load(&loader.pp("upsamplers").pp("0"), plan.outputs)).transpose()?;
+        Ok(Self { layers: load_layers(loader, plan, sizes)?, upsampler })
     }
 
     /// # Errors

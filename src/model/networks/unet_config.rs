@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use crate::error::Result;
-use crate::model::networks::{Judge, MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock};
+use crate::model::networks::config::{MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock, Validator};
 
 /// `config.json` of a `UNet2DConditionModel`; what is left out has diffusers' defaults, and keys that do not change
 /// what SDXL's blocks compute are not read.
@@ -157,19 +157,34 @@ impl UnetConfig {
         Ok(all.flat_map(blocks).collect())
     }
 
-    /// Refuses what would be computed otherwise than diffusers does, and what no real network has.
+    /// Refuses configurations that diffusers computes otherwise, and those that no real network has.
     pub(crate) fn plan(&self, name: &str) -> Result<UnetPlan> {
-        let judge = Judge { name };
-        self.refuse_variants(judge)?;
+        let validator = Validator { name };
+        self.refuse_variants(validator)?;
         let blocks = self.block_out_channels.len();
-        judge.within("block_out_channels", blocks, 1..=MAX_BLOCKS)?;
+        validator.within("block_out_channels", blocks, 1..=MAX_BLOCKS)?;
+        self.check_lengths(validator, blocks)?;
+        let sizes = self.sizes(validator)?;
+        let (addition, projection) = self.added_conditioning(validator)?;
+        Ok(UnetPlan {
+            sizes,
+            addition,
+            projection,
+            down: (0..blocks).map(|i| self.down_plan(validator, i)).collect::<Result<_>>()?,
+            mid: self.mid_plan(validator)?,
+            up: (0..blocks).map(|i| self.up_plan(validator, i)).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Every list must have a value for each block.
+    fn check_lengths(&self, validator: Validator, blocks: usize) -> Result<()> {
         for (key, length) in
             [("down_block_types", self.down_block_types.len()), ("up_block_types", self.up_block_types.len())]
         {
             if length != blocks {
                 let message =
                     format!("`{key}` must be as long as `block_out_channels`, which has {blocks}; got {length}");
-                return Err(judge.refuse(message));
+                return Err(validator.refuse(message));
             }
         }
         let fits = [
@@ -184,85 +199,88 @@ impl UnetConfig {
             ),
         ];
         if let Some((key, _)) = fits.iter().find(|(_, fits)| !fits) {
-            return Err(judge.refuse(format!("`{key}` must have one value, or {blocks}")));
+            return Err(validator.refuse(format!("`{key}` must have one value, or {blocks}")));
         }
         let uneven = self.transformer_layers_per_block.values().iter().any(|depth| matches!(depth, PerBlock::Each(_)));
         if uneven && self.reverse_transformer_layers_per_block.is_none() {
-            return Err(judge.refuse(
+            return Err(validator.refuse(
                 "`transformer_layers_per_block` has a list for a block, so `reverse_transformer_layers_per_block` is needed",
             ));
         }
+        Ok(())
+    }
+
+    /// Sizes that all blocks have in common.
+    fn sizes(&self, validator: Validator) -> Result<UnetSizes> {
         let Some(groups) = self.norm_num_groups else {
-            return Err(judge.refuse("`norm_num_groups` must be a number, got null"));
+            return Err(validator.refuse("`norm_num_groups` must be a number, got null"));
         };
         for &channels in &self.block_out_channels {
-            judge.channels("block_out_channels", channels)?;
-            judge.divides("norm_num_groups", groups, channels)?;
+            validator.channels("block_out_channels", channels)?;
+            validator.divides("norm_num_groups", groups, channels)?;
         }
-        judge.epsilon("norm_eps", self.norm_eps)?;
+        validator.epsilon("norm_eps", self.norm_eps)?;
         for (key, value) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
-            judge.channels(key, value)?;
+            validator.channels(key, value)?;
         }
         for (key, value) in [("conv_in_kernel", self.conv_in_kernel), ("conv_out_kernel", self.conv_out_kernel)] {
             if value % 2 == 0 || value > 9 {
-                return Err(judge.refuse(format!("`{key}` must be odd and at most 9, got {value}")));
+                return Err(validator.refuse(format!("`{key}` must be odd and at most 9, got {value}")));
             }
         }
         let context = self.context_channels();
-        judge.channels("cross_attention_dim", context)?;
+        validator.channels("cross_attention_dim", context)?;
         if self.cross_attention_dim.values().iter().any(|&other| other != context) {
-            return Err(judge.refuse("`cross_attention_dim` must be the same for every block"));
+            return Err(validator.refuse("`cross_attention_dim` must be the same for every block"));
         }
-        let width = self.block_out_channels.first().copied().unwrap_or(0);
+        let width = self.channels(0);
         let time = self.time_embedding_dim.unwrap_or(4 * width);
-        judge.within("time_embedding_dim", time, 1..=4 * MAX_CHANNELS)?;
-        self.check_frequencies(judge, "block_out_channels", width)?;
+        validator.within("time_embedding_dim", time, 1..=4 * MAX_CHANNELS)?;
+        self.check_frequencies(validator, "block_out_channels", width)?;
+        Ok(UnetSizes { groups, eps: self.norm_eps, time, context })
+    }
+
+    /// Channels of each added number, and of the whole added conditioning.
+    fn added_conditioning(&self, validator: Validator) -> Result<(usize, usize)> {
         let (Some(addition), Some(projection)) =
             (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         else {
-            return Err(judge.refuse(
+            return Err(validator.refuse(
                 "`addition_time_embed_dim` and `projection_class_embeddings_input_dim` must be numbers, got null",
             ));
         };
-        judge.channels("addition_time_embed_dim", addition)?;
-        self.check_frequencies(judge, "addition_time_embed_dim", addition)?;
-        judge.within("projection_class_embeddings_input_dim", projection, 1..=4 * MAX_CHANNELS)?;
-        Ok(UnetPlan {
-            shared: Shared { groups, eps: self.norm_eps, time, context },
-            addition,
-            projection,
-            down: (0..blocks).map(|i| self.down_plan(judge, i)).collect::<Result<_>>()?,
-            mid: self.mid_plan(judge)?,
-            up: (0..blocks).map(|i| self.up_plan(judge, i)).collect::<Result<_>>()?,
-        })
+        validator.channels("addition_time_embed_dim", addition)?;
+        self.check_frequencies(validator, "addition_time_embed_dim", addition)?;
+        validator.within("projection_class_embeddings_input_dim", projection, 1..=4 * MAX_CHANNELS)?;
+        Ok((addition, projection))
     }
 
-    fn refuse_variants(&self, judge: Judge) -> Result<()> {
-        judge.absent("center_input_sample", self.center_input_sample)?;
-        judge.absent("only_cross_attention", self.only_cross_attention.values().contains(&true))?;
-        judge.absent("dual_cross_attention", self.dual_cross_attention)?;
-        judge.absent("class_embed_type", self.class_embed_type.is_some())?;
-        judge.absent("num_class_embeds", self.num_class_embeds.is_some())?;
-        judge.absent("class_embeddings_concat", self.class_embeddings_concat)?;
-        judge.absent("encoder_hid_dim", self.encoder_hid_dim.is_some())?;
-        judge.absent("encoder_hid_dim_type", self.encoder_hid_dim_type.is_some())?;
-        judge.absent("time_embedding_act_fn", self.time_embedding_act_fn.is_some())?;
-        judge.absent("timestep_post_act", self.timestep_post_act.is_some())?;
-        judge.absent("time_cond_proj_dim", self.time_cond_proj_dim.is_some())?;
-        judge.absent("mid_block_scale_factor", self.mid_block_scale_factor != 1.0)?;
-        judge.absent("downsample_padding", self.downsample_padding != 1)?;
-        judge.is("act_fn", &self.act_fn, &["silu", "swish"])?;
-        judge.is("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default"])?;
-        judge.is("time_embedding_type", &self.time_embedding_type, &["positional"])?;
-        judge.is("attention_type", &self.attention_type, &["default"])?;
-        judge.is("addition_embed_type", self.addition_embed_type.as_deref().unwrap_or("null"), &["text_time"])
+    fn refuse_variants(&self, validator: Validator) -> Result<()> {
+        validator.absent("center_input_sample", self.center_input_sample)?;
+        validator.absent("only_cross_attention", self.only_cross_attention.values().contains(&true))?;
+        validator.absent("dual_cross_attention", self.dual_cross_attention)?;
+        validator.absent("class_embed_type", self.class_embed_type.is_some())?;
+        validator.absent("num_class_embeds", self.num_class_embeds.is_some())?;
+        validator.absent("class_embeddings_concat", self.class_embeddings_concat)?;
+        validator.absent("encoder_hid_dim", self.encoder_hid_dim.is_some())?;
+        validator.absent("encoder_hid_dim_type", self.encoder_hid_dim_type.is_some())?;
+        validator.absent("time_embedding_act_fn", self.time_embedding_act_fn.is_some())?;
+        validator.absent("timestep_post_act", self.timestep_post_act.is_some())?;
+        validator.absent("time_cond_proj_dim", self.time_cond_proj_dim.is_some())?;
+        validator.absent("mid_block_scale_factor", self.mid_block_scale_factor != 1.0)?;
+        validator.absent("downsample_padding", self.downsample_padding != 1)?;
+        validator.is("act_fn", &self.act_fn, &["silu", "swish"])?;
+        validator.is("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default"])?;
+        validator.is("time_embedding_type", &self.time_embedding_type, &["positional"])?;
+        validator.is("attention_type", &self.attention_type, &["default"])?;
+        validator.is("addition_embed_type", self.addition_embed_type.as_deref().unwrap_or("null"), &["text_time"])
     }
 
-    fn check_frequencies(&self, judge: Judge, key: &str, width: usize) -> Result<()> {
+    fn check_frequencies(&self, validator: Validator, key: &str, width: usize) -> Result<()> {
         if self.freq_shift.is_finite() && (width / 2) as f64 - self.freq_shift >= 0.5 {
             return Ok(());
         }
-        Err(judge.refuse(format!("`freq_shift` {} leaves no frequencies for `{key}` {width}", self.freq_shift)))
+        Err(validator.refuse(format!("`freq_shift` {} leaves no frequencies for `{key}` {width}", self.freq_shift)))
     }
 
     fn channels(&self, block: usize) -> usize {
@@ -270,44 +288,44 @@ impl UnetConfig {
     }
 
     /// Heads of the attention layers of the way down's block `block`.
-    fn heads(&self, judge: Judge, block: usize) -> Result<usize> {
+    fn heads(&self, validator: Validator, block: usize) -> Result<usize> {
         let (key, heads) = match &self.num_attention_heads {
             Some(heads) => ("num_attention_heads", heads),
             None => ("attention_head_dim", &self.attention_head_dim),
         };
         let heads = heads.at(block).copied().unwrap_or(0);
-        judge.divides(key, heads, self.channels(block))?;
+        validator.divides(key, heads, self.channels(block))?;
         Ok(heads)
     }
 
-    fn layers(&self, judge: Judge, block: usize) -> Result<usize> {
+    fn layers(&self, validator: Validator, block: usize) -> Result<usize> {
         let layers = self.layers_per_block.at(block).copied().unwrap_or(0);
-        judge.within("layers_per_block", layers, 1..=MAX_LAYERS)?;
+        validator.within("layers_per_block", layers, 1..=MAX_LAYERS)?;
         Ok(layers)
     }
 
-    fn down_plan(&self, judge: Judge, block: usize) -> Result<BlockPlan> {
+    fn down_plan(&self, validator: Validator, block: usize) -> Result<BlockPlan> {
         let kind = self.down_block_types.get(block).map_or("", String::as_str);
-        judge.is("down_block_types", kind, &["DownBlock2D", "CrossAttnDownBlock2D"])?;
+        validator.is("down_block_types", kind, &["DownBlock2D", "CrossAttnDownBlock2D"])?;
         let crosses = kind == "CrossAttnDownBlock2D";
         let outputs = self.channels(block);
         let before = self.channels(block.saturating_sub(1));
         let depths = (DEPTHS, self.transformer_layers_per_block.at(block));
-        let layers = (0..self.layers(judge, block)?).map(|i| {
-            let depth = if crosses { Some(depth(judge, depths, i)?) } else { None };
+        let layers = (0..self.layers(validator, block)?).map(|i| {
+            let depth = if crosses { Some(depth(validator, depths, i)?) } else { None };
             Ok(LayerPlan { inputs: if i == 0 { before } else { outputs }, depth })
         });
         Ok(BlockPlan {
             layers: layers.collect::<Result<_>>()?,
             outputs,
-            heads: if crosses { self.heads(judge, block)? } else { 1 },
+            heads: if crosses { self.heads(validator, block)? } else { 1 },
             resamples: block + 1 < self.block_out_channels.len(),
         })
     }
 
-    fn up_plan(&self, judge: Judge, step: usize) -> Result<BlockPlan> {
+    fn up_plan(&self, validator: Validator, step: usize) -> Result<BlockPlan> {
         let kind = self.up_block_types.get(step).map_or("", String::as_str);
-        judge.is("up_block_types", kind, &["UpBlock2D", "CrossAttnUpBlock2D"])?;
+        validator.is("up_block_types", kind, &["UpBlock2D", "CrossAttnUpBlock2D"])?;
         let crosses = kind == "CrossAttnUpBlock2D";
         let block = self.block_out_channels.len() - 1 - step; // the block of the way down on this level
         let outputs = self.channels(block);
@@ -316,48 +334,48 @@ impl UnetConfig {
             Some(depths) => ("reverse_transformer_layers_per_block", depths.get(step)),
             None => (DEPTHS, self.transformer_layers_per_block.at(block)),
         };
-        let count = self.layers(judge, block)? + 1;
+        let count = self.layers(validator, block)? + 1;
         let layers = (0..count).map(|i| {
             let skip = if i + 1 == count { self.channels(block.saturating_sub(1)) } else { outputs };
-            let depth = if crosses { Some(depth(judge, depths, i)?) } else { None };
+            let depth = if crosses { Some(depth(validator, depths, i)?) } else { None };
             Ok(LayerPlan { inputs: skip + if i == 0 { before } else { outputs }, depth })
         });
         Ok(BlockPlan {
             layers: layers.collect::<Result<_>>()?,
             outputs,
-            heads: if crosses { self.heads(judge, block)? } else { 1 },
+            heads: if crosses { self.heads(validator, block)? } else { 1 },
             resamples: block > 0,
         })
     }
 
-    fn mid_plan(&self, judge: Judge) -> Result<Option<MidPlan>> {
+    fn mid_plan(&self, validator: Validator) -> Result<Option<MidPlan>> {
         let Some(kind) = self.mid_block_type.as_deref() else { return Ok(None) };
-        judge.is("mid_block_type", kind, &["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"])?;
+        validator.is("mid_block_type", kind, &["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"])?;
         let last = self.block_out_channels.len() - 1;
         let channels = self.channels(last);
         if kind == "UNetMidBlock2D" {
             return Ok(Some(MidPlan { channels, heads: 1, depth: None }));
         }
-        let depth = depth(judge, (DEPTHS, self.transformer_layers_per_block.at(last)), 0)?;
-        Ok(Some(MidPlan { channels, heads: self.heads(judge, last)?, depth: Some(depth) }))
+        let depth = depth(validator, (DEPTHS, self.transformer_layers_per_block.at(last)), 0)?;
+        Ok(Some(MidPlan { channels, heads: self.heads(validator, last)?, depth: Some(depth) }))
     }
 }
 
 const DEPTHS: &str = "transformer_layers_per_block";
 
 /// `depths` are a block's, with the key they stand under.
-fn depth(judge: Judge, (key, depths): (&str, Option<&PerBlock<usize>>), layer: usize) -> Result<usize> {
+fn depth(validator: Validator, (key, depths): (&str, Option<&PerBlock<usize>>), layer: usize) -> Result<usize> {
     let Some(&depth) = depths.and_then(|depths| depths.at(layer)) else {
-        return Err(judge.refuse(format!("`{key}` has no value for layer {layer} of a block")));
+        return Err(validator.refuse(format!("`{key}` has no value for layer {layer} of a block")));
     };
-    judge.within(key, depth, 0..=MAX_LAYERS)?;
+    validator.within(key, depth, 0..=MAX_LAYERS)?;
     Ok(depth)
 }
 
 /// A configuration that can be computed, as sizes.
 #[derive(Clone, Debug)]
 pub(crate) struct UnetPlan {
-    pub(crate) shared: Shared,
+    pub(crate) sizes: UnetSizes,
     pub(crate) addition: usize,
     pub(crate) projection: usize,
     pub(crate) down: Vec<BlockPlan>,
@@ -386,7 +404,7 @@ impl UnetPlan {
 
 /// What all blocks have in common.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shared {
+pub(crate) struct UnetSizes {
     pub(crate) groups: usize,
     pub(crate) eps: f64,
     /// Width of the time embedding.

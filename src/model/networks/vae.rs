@@ -5,14 +5,15 @@
 use std::ops::Range;
 
 use candle_core::{DType, Result as CandleResult, Tensor};
-use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, StageContext};
-use crate::kernels::{Conv2d, Epilogue, GroupNorm, Linear, Mask, Padding, attention};
+use crate::kernels::{Conv2d, Epilogue, GroupNorm, Linear, Loader, Mask, Padding, attention};
+use crate::model::networks::check::Check;
+use crate::model::networks::config::{MAX_BLOCKS, MAX_LAYERS, PerBlock, Validator};
+use crate::model::networks::load_error::load_error;
 use crate::model::networks::resnet::{Downsample, ResnetBlock, ResnetShape, Upsample, load_same_conv};
 use crate::model::networks::tiling::{Strips, cut};
-use crate::model::networks::{Check, Judge, MAX_BLOCKS, MAX_LAYERS, PerBlock, loading};
 
 const STAGE_ENCODE: &str = "vae encode";
 const STAGE_DECODE: &str = "vae decode";
@@ -86,9 +87,9 @@ impl VaeConfig {
     /// # Errors
     /// `model_unsupported` for a value that this network cannot compute.
     pub fn check(&self, name: &str) -> Result<()> {
-        let judge = Judge { name };
+        let validator = Validator { name };
         let blocks = self.block_out_channels.len();
-        judge.within("block_out_channels", blocks, 1..=MAX_BLOCKS)?;
+        validator.within("block_out_channels", blocks, 1..=MAX_BLOCKS)?;
         let kinds = [
             ("down_block_types", &self.down_block_types, "DownEncoderBlock2D"),
             ("up_block_types", &self.up_block_types, "UpDecoderBlock2D"),
@@ -98,31 +99,31 @@ impl VaeConfig {
                 let length = types.len();
                 let message =
                     format!("`{key}` must be as long as `block_out_channels`, which has {blocks}; got {length}");
-                return Err(judge.refuse(message));
+                return Err(validator.refuse(message));
             }
-            types.iter().try_for_each(|kind| judge.is(key, kind, &[known]))?;
+            types.iter().try_for_each(|kind| validator.is(key, kind, &[known]))?;
         }
         for &channels in &self.block_out_channels {
-            judge.channels("block_out_channels", channels)?;
-            judge.divides("norm_num_groups", self.norm_num_groups, channels)?;
+            validator.channels("block_out_channels", channels)?;
+            validator.divides("norm_num_groups", self.norm_num_groups, channels)?;
         }
-        judge.within("layers_per_block", self.layers_per_block, 1..=MAX_LAYERS)?;
-        judge.is("act_fn", &self.act_fn, &["silu", "swish"])?;
-        judge.channels("in_channels", self.in_channels)?;
-        judge.channels("out_channels", self.out_channels)?;
-        judge.channels("latent_channels", self.latent_channels)?;
+        validator.within("layers_per_block", self.layers_per_block, 1..=MAX_LAYERS)?;
+        validator.is("act_fn", &self.act_fn, &["silu", "swish"])?;
+        validator.channels("in_channels", self.in_channels)?;
+        validator.channels("out_channels", self.out_channels)?;
+        validator.channels("latent_channels", self.latent_channels)?;
         if !(self.scaling_factor.is_finite() && self.scaling_factor > 0.0) {
-            return Err(judge.refuse(format!("`scaling_factor` must be above 0, got {}", self.scaling_factor)));
+            return Err(validator.refuse(format!("`scaling_factor` must be above 0, got {}", self.scaling_factor)));
         }
         if self.shift_factor.is_some_and(|shift| !shift.is_finite()) {
-            return Err(judge.refuse("`shift_factor` must be finite"));
+            return Err(validator.refuse("`shift_factor` must be finite"));
         }
         for (key, values) in [("latents_mean", &self.latents_mean), ("latents_std", &self.latents_std)] {
             let Some(values) = values else { continue };
             let wrong = |value: &f64| !value.is_finite() || (key == "latents_std" && *value <= 0.0);
             if values.len() != self.latent_channels || values.iter().any(wrong) {
                 let count = self.latent_channels;
-                return Err(judge.refuse(format!("`{key}` must have {count} finite values, deviations above 0")));
+                return Err(validator.refuse(format!("`{key}` must have {count} finite values, deviations above 0")));
             }
         }
         Ok(())
@@ -207,7 +208,7 @@ impl VaeConfig {
 
 /// Self-attention of one head over all positions.
 #[derive(Clone, Debug)]
-struct Attention {
+struct VaeAttention {
     group_norm: GroupNorm,
     to_q: Linear,
     to_k: Linear,
@@ -215,16 +216,16 @@ struct Attention {
     to_out: Linear,
 }
 
-impl Attention {
+impl VaeAttention {
     /// Knows the names that diffusers used before 0.18 too.
-    fn load(vb: &VarBuilder, groups: usize, channels: usize) -> CandleResult<Self> {
+    fn load(loader: &Loader, groups: usize, channels: usize) -> CandleResult<Self> {
         let projection = |name: &str, old: &str| {
-            let now = vb.pp(name);
-            let vb = if now.contains_tensor("weight") { now } else { vb.pp(old) };
-            Linear::load(&vb, channels, channels)
+            let now = loader.pp(name);
+            let loader = if now.contains("weight") { now } else { loader.pp(old) };
+            Linear::load(&loader, channels, channels)
         };
         Ok(Self {
-            group_norm: GroupNorm::load(&vb.pp("group_norm"), groups, channels, EPS)?,
+            group_norm: GroupNorm::load(&loader.pp("group_norm"), groups, channels, EPS)?,
             to_q: projection("to_q", "query")?,
             to_k: projection("to_k", "key")?,
             to_v: projection("to_v", "value")?,
@@ -248,19 +249,19 @@ impl Attention {
 }
 
 #[derive(Clone, Debug)]
-struct MidBlock {
+struct VaeMidBlock {
     before: ResnetBlock,
-    attention: Option<Attention>,
+    attention: Option<VaeAttention>,
     after: ResnetBlock,
 }
 
-impl MidBlock {
-    fn load(vb: &VarBuilder, config: &VaeConfig) -> CandleResult<Self> {
+impl VaeMidBlock {
+    fn load(loader: &Loader, config: &VaeConfig) -> CandleResult<Self> {
         let (_, channels) = config.ends();
-        let resnet = |i: usize| ResnetBlock::load(&vb.pp("resnets").pp(i), config.resnet(channels, channels));
+        let resnet = |i: usize| ResnetBlock::load(&loader.pp("resnets").pp(i), config.resnet(channels, channels));
         let attention = config
             .mid_block_add_attention
-            .then(|| Attention::load(&vb.pp("attentions").pp("0"), config.norm_num_groups, channels));
+            .then(|| VaeAttention::load(&loader.pp("attentions").pp("0"), config.norm_num_groups, channels));
         Ok(Self { before: resnet(0)?, attention: attention.transpose()?, after: resnet(1)? })
     }
 
@@ -278,14 +279,14 @@ impl MidBlock {
 
 /// Residual blocks of one resolution.
 fn load_resnets(
-    vb: &VarBuilder,
+    loader: &Loader,
     config: &VaeConfig,
     count: usize,
     (inputs, outputs): (usize, usize),
 ) -> CandleResult<Vec<ResnetBlock>> {
-    let vb = vb.pp("resnets");
+    let loader = loader.pp("resnets");
     let shape = |i| config.resnet(if i == 0 { inputs } else { outputs }, outputs);
-    (0..count).map(|i| ResnetBlock::load(&vb.pp(i), shape(i))).collect()
+    (0..count).map(|i| ResnetBlock::load(&loader.pp(i), shape(i))).collect()
 }
 
 /// Pictures to latents.
@@ -293,7 +294,7 @@ fn load_resnets(
 pub struct VaeEncoder {
     conv_in: Conv2d,
     blocks: Vec<(Vec<ResnetBlock>, Option<Downsample>)>,
-    mid_block: MidBlock,
+    mid_block: VaeMidBlock,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     quant_conv: Option<Conv2d>,
@@ -314,29 +315,30 @@ pub struct Moments {
 impl VaeEncoder {
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &VaeConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &VaeConfig) -> Result<Self> {
         config.check("vae")?;
-        let encoder = vb.pp("encoder");
+        let encoder = loader.pp("encoder");
         let (first, last) = config.ends();
         let latents = 2 * config.latent_channels;
         let block = |i: usize, outputs: usize| -> CandleResult<_> {
-            let vb = encoder.pp("down_blocks").pp(i);
+            let loader = encoder.pp("down_blocks").pp(i);
             let inputs = config.block_out_channels.get(i.saturating_sub(1)).copied().unwrap_or(outputs);
-            let resnets = load_resnets(&vb, config, config.layers_per_block, (inputs, outputs))?;
+            let resnets = load_resnets(&loader, config, config.layers_per_block, (inputs, outputs))?;
             // Zeros at the bottom and the right alone, as the network was trained.
             let padding = Padding { bottom: 1, right: 1, ..Padding::default() };
             let downsampler = (i + 1 < config.block_out_channels.len())
-                .then(|| Downsample::load(&vb.pp("downsamplers").pp("0"), outputs, padding));
+                .then(|| Downsample::load(&loader.pp("downsamplers").pp("0"), outputs, padding));
             Ok((resnets, downsampler.transpose()?))
         };
         let read = || -> CandleResult<Self> {
-            let quant_conv = config.use_quant_conv.then(|| load_same_conv(&vb.pp("quant_conv"), latents, latents, 1));
+            let quant_conv =
+                config.use_quant_conv.then(|| load_same_conv(&loader.pp("quant_conv"), latents, latents, 1));
             Ok(Self {
                 conv_in: load_same_conv(&encoder.pp("conv_in"), config.in_channels, first, 3)?,
                 blocks: (config.block_out_channels.iter().enumerate())
                     .map(|(i, &outputs)| block(i, outputs))
                     .collect::<CandleResult<_>>()?,
-                mid_block: MidBlock::load(&encoder.pp("mid_block"), config)?,
+                mid_block: VaeMidBlock::load(&encoder.pp("mid_block"), config)?,
                 conv_norm_out: GroupNorm::load(&encoder.pp("conv_norm_out"), config.norm_num_groups, last, EPS)?,
                 conv_out: load_same_conv(&encoder.pp("conv_out"), last, latents, 3)?,
                 quant_conv: quant_conv.transpose()?,
@@ -345,7 +347,7 @@ impl VaeEncoder {
                 reduction: config.reduction(),
             })
         };
-        read().map_err(loading("vae"))
+        read().map_err(load_error("vae"))
     }
 
     /// `x` is `[B, H, W, 3]` within -1..=1, in the dtype of the activations. `check` is called between blocks, and between
@@ -427,7 +429,7 @@ impl VaeEncoder {
 pub struct VaeDecoder {
     post_quant_conv: Option<Conv2d>,
     conv_in: Conv2d,
-    mid_block: MidBlock,
+    mid_block: VaeMidBlock,
     blocks: Vec<(Vec<ResnetBlock>, Option<Upsample>)>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -437,26 +439,26 @@ pub struct VaeDecoder {
 impl VaeDecoder {
     /// # Errors
     /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
-    pub fn load(vb: &VarBuilder, config: &VaeConfig) -> Result<Self> {
+    pub fn load(loader: &Loader, config: &VaeConfig) -> Result<Self> {
         config.check("vae")?;
-        let decoder = vb.pp("decoder");
+        let decoder = loader.pp("decoder");
         let (first, last) = config.ends();
         let latents = config.latent_channels;
         let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
         let block = |i: usize, outputs: usize| -> CandleResult<_> {
-            let vb = decoder.pp("up_blocks").pp(i);
+            let loader = decoder.pp("up_blocks").pp(i);
             let inputs = channels.get(i.saturating_sub(1)).copied().unwrap_or(outputs);
-            let resnets = load_resnets(&vb, config, config.layers_per_block + 1, (inputs, outputs))?;
-            let upsampler = (i + 1 < channels.len()).then(|| Upsample::load(&vb.pp("upsamplers").pp("0"), outputs));
+            let resnets = load_resnets(&loader, config, config.layers_per_block + 1, (inputs, outputs))?;
+            let upsampler = (i + 1 < channels.len()).then(|| Upsample::load(&loader.pp("upsamplers").pp("0"), outputs));
             Ok((resnets, upsampler.transpose()?))
         };
         let read = || -> CandleResult<Self> {
             let post = config.use_post_quant_conv;
-            let post_quant_conv = post.then(|| load_same_conv(&vb.pp("post_quant_conv"), latents, latents, 1));
+            let post_quant_conv = post.then(|| load_same_conv(&loader.pp("post_quant_conv"), latents, latents, 1));
             Ok(Self {
                 post_quant_conv: post_quant_conv.transpose()?,
                 conv_in: load_same_conv(&decoder.pp("conv_in"), latents, last, 3)?,
-                mid_block: MidBlock::load(&decoder.pp("mid_block"), config)?,
+                mid_block: VaeMidBlock::load(&decoder.pp("mid_block"), config)?,
                 blocks: (channels.iter().enumerate())
                     .map(|(i, &outputs)| block(i, outputs))
                     .collect::<CandleResult<_>>()?,
@@ -465,7 +467,7 @@ impl VaeDecoder {
                 latent_channels: latents,
             })
         };
-        read().map_err(loading("vae"))
+        read().map_err(load_error("vae"))
     }
 
     /// `z` is `[B, H, W, Z]` on the encoder's scale ([`VaeConfig::from_model`]), in the dtype of the activations; gives

@@ -10,7 +10,8 @@ use std::io::Read;
 use std::ops::Range;
 
 use crate::kernels::Coding;
-use crate::model::weights::open::{RANK_LIMIT, Stored, StoredDtype};
+use crate::model::weights::dtype::StoredDtype;
+use crate::model::weights::stored::{RANK_LIMIT, Stored};
 
 /// How every such file begins.
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";

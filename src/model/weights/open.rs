@@ -1,18 +1,9 @@
-//! Opens the safetensors files of one network and understands their headers, believing nothing that they say.
-//!
-//! The format: 8 bytes little-endian length of the header, the header (JSON: name → dtype, shape, data_offsets), then
-//! the data, which the tensors cover without gaps; <https://github.com/huggingface/safetensors#format>.
+//! Opens the files of one network, safetensors or GGUF, as one set of tensors.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::fs::File;
-use std::io::Read;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::allocator::{self, FromBits};
 use crate::context::Context;
@@ -21,13 +12,9 @@ use crate::layers::Worker;
 use crate::model::catalog::files::ModelFile;
 pub(crate) use crate::model::weights::dtype::StoredDtype;
 use crate::model::weights::gguf;
-use crate::units::Bytes;
-
-/// Longest header that is read, so that no file takes much memory before it is known. Those of whole SDXL models are
-/// below 1 MB.
-const HEADER_LIMIT: u64 = 16 * Bytes::MIB;
-/// More axes than any weight has.
-pub(crate) const RANK_LIMIT: usize = 8;
+pub(crate) use crate::model::weights::safetensors::ADAPTER;
+use crate::model::weights::safetensors::{Header, header};
+pub(crate) use crate::model::weights::stored::Stored;
 
 /// The weights of one network: every tensor of its files, none of them read yet.
 pub struct Weights {
@@ -38,20 +25,12 @@ pub struct Weights {
     metadata: BTreeMap<String, String>,
 }
 
-/// What a header says of a tensor; `range` is within the file.
-#[derive(Clone, Debug)]
-pub struct Stored {
-    pub dtype: StoredDtype,
-    pub shape: Vec<usize>,
-    pub range: Range<u64>,
-}
-
 struct Shard {
     path: PathBuf,
-    source: Source,
+    source: ShardSource,
 }
 
-enum Source {
+enum ShardSource {
     Disk(File),
     Embedded(&'static [u8]),
 }
@@ -171,14 +150,14 @@ impl Weights {
     /// The `count` numbers of a file from byte `offset` on, in memory that is the file's; `None` if they must be read.
     pub(crate) fn map<T: FromBits>(&self, shard: usize, offset: u64, count: usize) -> Option<Vec<T>> {
         match &self.shards.get(shard)?.source {
-            Source::Disk(file) if self.mmap => allocator::map_file(file, offset, count),
-            Source::Disk(_) | Source::Embedded(_) => None,
+            ShardSource::Disk(file) if self.mmap => allocator::map_file(file, offset, count),
+            ShardSource::Disk(_) | ShardSource::Embedded(_) => None,
         }
     }
 
     /// Whether a tensor that is kept as it is stored can stay in its file, as [`Self::map`] has it.
     pub(crate) fn stays(&self, shard: usize, stored: &Stored) -> bool {
-        let on_disk = self.shards.get(shard).is_some_and(|shard| matches!(shard.source, Source::Disk(_)));
+        let on_disk = self.shards.get(shard).is_some_and(|shard| matches!(shard.source, ShardSource::Disk(_)));
         let bytes = stored.range.end - stored.range.start;
         on_disk && self.mmap && cfg!(target_os = "linux") && bytes >= allocator::LARGE as u64
     }
@@ -199,12 +178,12 @@ impl Weights {
     pub(crate) fn read(&self, shard: usize, offset: u64, into: &mut [u8]) -> Result<()> {
         let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
         match &shard.source {
-            Source::Embedded(bytes) => {
+            ShardSource::Embedded(bytes) => {
                 let from = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)?.get(..into.len()));
                 into.copy_from_slice(from.ok_or_else(|| Error::bug("a tensor lies outside its file"))?);
                 Ok(())
             }
-            Source::Disk(file) => {
+            ShardSource::Disk(file) => {
                 read_at(file, offset, into).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
             }
         }
@@ -294,7 +273,7 @@ pub(crate) fn look(found: &ModelFile) -> Result<Weights> {
 fn open(found: &ModelFile) -> Result<(Shard, Header<Stored>)> {
     match found {
         ModelFile::Embedded { path, bytes } => {
-            let shard = Shard { path: path.clone(), source: Source::Embedded(bytes) };
+            let shard = Shard { path: path.clone(), source: ShardSource::Embedded(bytes) };
             let header = header(&mut &bytes[..], bytes.len() as u64).map_err(|message| shard.corrupt(message))?;
             Ok((shard, header))
         }
@@ -309,14 +288,17 @@ fn open(found: &ModelFile) -> Result<(Shard, Header<Stored>)> {
                         Error::ModelUnsupported { name: path.display().to_string(), message: format!("it {message}") }
                     }
                 })?;
-                return Ok((Shard { path: path.clone(), source: Source::Disk(file) }, Header { entries, metadata }));
+                return Ok((
+                    Shard { path: path.clone(), source: ShardSource::Disk(file) },
+                    Header { entries, metadata },
+                ));
             }
             if is_pickle(&file) {
                 return Err(Error::UnsafeFormat { path: path.clone() });
             }
             let header =
                 header(&mut file, length).map_err(|message| Error::ModelCorrupt { path: path.clone(), message })?;
-            Ok((Shard { path: path.clone(), source: Source::Disk(file) }, header))
+            Ok((Shard { path: path.clone(), source: ShardSource::Disk(file) }, header))
         }
     }
 }
@@ -332,157 +314,5 @@ pub(crate) fn is_pickle(file: &File) -> bool {
         [b'P', b'K', 3, 4, ..] => true,
         [0x80, 2..=5, _, _, rest @ ..] => rest != [0; 4],
         _ => false,
-    }
-}
-
-/// Reads and checks the header of a file of `length` bytes. The message of a failure follows the file's name.
-fn header(file: &mut impl Read, length: u64) -> Result<Header<Stored>, String> {
-    if length == 0 {
-        return Err("is empty".to_owned());
-    }
-    if length < 8 {
-        return Err(format!("is not a safetensors file: it must have at least 8 bytes, and has {length}"));
-    }
-    let mut prefix = [0; 8];
-    file.read_exact(&mut prefix).map_err(|e| format!("cannot be read: {e}"))?;
-    let header_length = u64::from_le_bytes(prefix);
-    if header_length > HEADER_LIMIT {
-        return Err(format!("is not a safetensors file: its header claims {header_length} bytes"));
-    }
-    if header_length > length - 8 {
-        return Err(format!("is cut off: its header claims {header_length} bytes, and {} follow", length - 8));
-    }
-    let mut text = Vec::with_capacity(usize::try_from(header_length).unwrap_or_default());
-    file.take(header_length).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
-    if text.len() as u64 != header_length || text.first() != Some(&b'{') {
-        return Err("is not a safetensors file: its header must be a JSON object".to_owned());
-    }
-    let Header { entries, metadata } =
-        serde_json::from_slice(&text).map_err(|e| format!("has a header that cannot be understood: {e}"))?;
-    drop(text);
-    Ok(Header { entries: place(entries, 8 + header_length, length)?, metadata })
-}
-
-/// Checks that the tensors cover the data from `start` to `end` of the file without gap or overlap.
-fn place(entries: Vec<(String, Entry)>, start: u64, end: u64) -> Result<Vec<(String, Stored)>, String> {
-    let mut tensors = Vec::with_capacity(entries.len());
-    for (name, entry) in entries {
-        let (dtype, size) = StoredDtype::KNOWN
-            .iter()
-            .find(|(known, ..)| *known == entry.dtype)
-            .map(|(_, dtype, size)| (*dtype, *size))
-            .ok_or_else(|| format!("tensor `{name}` has the unknown dtype `{}`", entry.dtype))?;
-        if entry.shape.len() > RANK_LIMIT {
-            return Err(format!("tensor `{name}` must have at most {RANK_LIMIT} axes, and has {}", entry.shape.len()));
-        }
-        // A zero side must not hide sides whose product no number holds.
-        let product =
-            |least: u64| entry.shape.iter().try_fold(size, |product, &side| product.checked_mul(side.max(least)));
-        let bytes = product(1)
-            .and_then(|_| product(0))
-            .ok_or_else(|| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
-        let [from, to] = entry.data_offsets;
-        if from > to || to > end - start {
-            return Err(format!(
-                "tensor `{name}` lies at bytes {from} to {to} of the data, which has {}; the file may be cut off",
-                end - start
-            ));
-        }
-        if to - from != bytes {
-            return Err(format!(
-                "tensor `{name}` of shape {:?} in {} takes {bytes} bytes, and has {}",
-                entry.shape,
-                dtype.name(),
-                to - from
-            ));
-        }
-        let shape = entry.shape.iter().map(|&side| usize::try_from(side)).collect::<Result<_, _>>();
-        let shape = shape.map_err(|_| format!("tensor `{name}` has the impossible shape {:?}", entry.shape))?;
-        tensors.push((name, Stored { dtype, shape, range: start + from..start + to }));
-    }
-    tensors.sort_by_key(|(_, stored)| (stored.range.start, stored.range.end));
-    let mut covered = start;
-    for (name, stored) in &tensors {
-        if stored.range.start < covered {
-            return Err(format!("tensor `{name}` overlaps another one"));
-        }
-        if stored.range.start > covered {
-            return Err(format!(
-                "has {} bytes before tensor `{name}` that belong to none",
-                stored.range.start - covered
-            ));
-        }
-        covered = stored.range.end;
-    }
-    if covered != end {
-        return Err(format!("has {} bytes after its last tensor that belong to none", end - covered));
-    }
-    Ok(tensors)
-}
-
-/// The header's JSON: entries in the order of the file. A name that comes twice is refused.
-struct Header<T> {
-    entries: Vec<(String, T)>,
-    metadata: BTreeMap<String, String>,
-}
-
-/// Longest text of the metadata that is kept: trainers write down every word they met.
-const TEXT_LIMIT: usize = 64 << 10;
-/// The one that is kept however long it is: what diffusers says of an adapter, with numbers for every layer.
-pub(crate) const ADAPTER: &str = "lora_adapter_metadata";
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Metadata {
-    Text(String),
-    Other(IgnoredAny),
-}
-
-#[derive(Deserialize)]
-struct Entry {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: [u64; 2],
-}
-
-impl<'de> Deserialize<'de> for Header<Entry> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Header<Entry>;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object of tensors")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let (mut entries, mut metadata) = (Vec::new(), BTreeMap::new());
-                let mut described = false;
-                while let Some(name) = map.next_key::<String>()? {
-                    if name == "__metadata__" {
-                        if std::mem::replace(&mut described, true) {
-                            return Err(A::Error::custom("`__metadata__` comes twice"));
-                        }
-                        for (key, value) in map.next_value::<BTreeMap<String, Metadata>>()? {
-                            match value {
-                                Metadata::Text(text) if text.len() <= TEXT_LIMIT || key == ADAPTER => {
-                                    drop(metadata.insert(key, text));
-                                }
-                                Metadata::Text(_) | Metadata::Other(_) => {}
-                            }
-                        }
-                    } else {
-                        entries.push((name, map.next_value()?));
-                    }
-                }
-                let mut names: Vec<&str> = entries.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
-                names.sort_unstable();
-                if let Some([name, _]) = names.array_windows().find(|[one, next]| one == next) {
-                    return Err(A::Error::custom(format!("`{name}` comes twice")));
-                }
-                Ok(Header { entries, metadata })
-            }
-        }
-        deserializer.deserialize_map(Entries)
     }
 }

@@ -7,9 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
+use candle_core::{DType, Device, Tensor};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -17,7 +15,7 @@ use rayon::prelude::*;
 use crate::context::{Context, Progress};
 use crate::device::interface::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Coding, StoredWeight, bytes_held, growing, welcomes};
+use crate::kernels::{Coding, StoredWeight, WeightSource, bytes_held};
 use crate::layers::Worker;
 use crate::model::weights::fp8_scales::{is_in_eight_bits, scales_of};
 use crate::model::weights::open::{Stored, StoredDtype, Weights};
@@ -224,60 +222,55 @@ fn size_of_stored(stored: &Stored) -> usize {
     usize::try_from(stored.range.end - stored.range.start).unwrap_or(usize::MAX)
 }
 
-/// What has been read, what is still to be, and what went wrong: candle's own error names neither file nor both shapes.
-struct Source<'a> {
+/// Tensors that have been read, tensors still to be read, and the first error: candle's own names neither file nor both
+/// shapes.
+struct Reader<'a> {
     tensors: &'a Tensors<'a>,
     ctx: &'a Context,
-    /// Place of each tensor in `tensors.wanted`, until it is read.
+    /// Index of each tensor in `tensors.wanted`, until it is read.
     unread: HashMap<&'a str, usize>,
     read: HashMap<&'a str, StoredWeight>,
     bytes_done: u64,
-    /// Of the tensors that the network took.
-    bytes_taken: u64,
     failure: Option<Error>,
 }
 
 impl Tensors<'_> {
-    /// Builds the network from the tensors. Gives it with the bytes of the tensors that it took.
+    /// Runs `build` with a source of the tensors, each of which can be taken once.
     ///
     /// # Errors
     /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; that of cancellation; those of the
     /// device.
-    pub(crate) fn build<T>(self, ctx: &Context, load: impl FnOnce(&VarBuilder) -> Result<T>) -> Result<(T, Bytes)> {
+    pub(crate) fn build<T>(self, ctx: &Context, build: impl FnOnce(&dyn WeightSource) -> Result<T>) -> Result<T> {
         ctx.checkpoint()?;
         let ReadTask { component, weights, compute, device } = self.task;
         let bytes_total = Bytes(size_of_wanted(&self.wanted));
-        let source = Mutex::new(Source {
+        let reader = Mutex::new(Reader {
             tensors: &self,
             ctx,
             unread: self.wanted.iter().enumerate().map(|(i, (name, ..))| (*name, i)).collect(),
             read: HashMap::new(),
             bytes_done: 0,
-            bytes_taken: 0,
             failure: None,
         });
-        let (built, grown) = growing(|| {
-            let backend: Box<dyn SimpleBackend + '_> = Box::new(Backend(&source));
-            load(&VarBuilder::from_backend(backend, compute.tensor(), device.clone()))
-        });
-        let source = source.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = source.failure {
+        let built = build(&FileSource { reader: &reader, compute: compute.tensor(), device });
+        let reader = reader.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = reader.failure {
             return Err(failure);
         }
         let network = built?;
-        if source.bytes_done < bytes_total.0 {
+        if reader.bytes_done < bytes_total.0 {
             ctx.progress(Progress::ModelLoading { component, bytes_done: bytes_total, bytes_total });
         }
-        let left = source.read.len() + source.unread.len();
-        if let Some(name) = source.read.keys().chain(source.unread.keys()).min() {
+        let left = reader.read.len() + reader.unread.len();
+        if let Some(name) = reader.read.keys().chain(reader.unread.keys()).min() {
             let path = weights.path(0).display();
             tracing::debug!("{left} tensors of {path} belong to no part of the network, the first is {name}");
         }
-        Ok((network, Bytes(source.bytes_taken + grown as u64)))
+        Ok(network)
     }
 }
 
-impl Source<'_> {
+impl Reader<'_> {
     /// Reads the tensor at `first` and those after it that are not read yet, up to a batch.
     fn fetch(&mut self, first: usize) -> Result<()> {
         self.ctx.checkpoint()?;
@@ -317,12 +310,12 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// A tensor, or, where they are `welcome`, the bytes that it is stored as.
-    fn take(&mut self, name: &str, shape: Option<&Shape>, welcome: bool) -> Result<Tensor> {
+    /// Takes a tensor out, of `shape` if it is given.
+    fn take(&mut self, name: &str, shape: Option<&[usize]>) -> Result<StoredWeight> {
         let corrupt =
             |message: String| Error::ModelCorrupt { path: self.tensors.task.weights.path(0).to_owned(), message };
-        let wanted = || shape.map_or(&[][..], Shape::dims);
-        let fits = |stored: &[usize]| shape.is_none_or(|shape| is_as(shape.dims(), stored));
+        let wanted = || shape.unwrap_or_default();
+        let fits = |stored: &[usize]| shape.is_none_or(|shape| is_as(shape, stored));
         let misfit = |stored: &[usize]| {
             corrupt(format!("tensor `{name}` must be of shape {:?}, and is of shape {stored:?}", wanted()))
         };
@@ -339,25 +332,20 @@ impl Source<'_> {
             Some(weight) => return Err(misfit(weight.dims())),
             None => return Err(corrupt(format!("tensor `{name}` of shape {:?} is missing", wanted()))),
         };
-        let compute = |source| Error::of_tensors("load", source);
-        let shape = shape.map_or_else(|| weight.dims().to_vec(), |shape| shape.dims().to_vec());
-        let weight = weight.reshape(&shape).map_err(compute)?;
-        if welcome {
-            self.bytes_taken += weight.bytes() as u64;
-            return Ok(weight.give());
+        match shape {
+            Some(shape) => weight.reshape(shape).map_err(|source| Error::of_tensors("load", source)),
+            None => Ok(weight),
         }
-        let tensor = weight.used(self.tensors.task.compute.tensor()).map_err(compute)?;
-        self.bytes_taken += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-        Ok(tensor)
     }
 }
 
-/// Whether a tensor of shape `stored` can be had as `wanted`: real files keep some matrices as convolutions of one tap.
+/// True if a tensor of shape `stored` serves as one of shape `wanted`: real files keep some matrices as convolutions of one
+/// tap.
 fn is_as(wanted: &[usize], stored: &[usize]) -> bool {
     wanted == stored || matches!(stored, [rows, columns, 1, 1] if wanted == [*rows, *columns])
 }
 
-/// Times which the numbers of a tensor of eight-bit floats count.
+/// Factor of the numbers of a tensor of eight-bit floats.
 fn scale(task: &ReadTask, name: &str, stored: &Stored) -> Result<f32> {
     if !is_in_eight_bits(stored) {
         return Ok(1.0);
@@ -379,30 +367,33 @@ fn scale(task: &ReadTask, name: &str, stored: &Stored) -> Result<f32> {
     Ok(f32::from_le_bytes(bytes))
 }
 
-struct Backend<'m, 'a>(&'m Mutex<Source<'a>>);
-
-impl Backend<'_, '_> {
-    fn take(&self, name: &str, shape: Option<&Shape>, welcome: bool) -> candle_core::Result<Tensor> {
-        let mut source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        source.take(name, shape, welcome).map_err(|error| {
-            let told = candle_core::Error::Msg(error.to_string());
-            source.failure.get_or_insert(error);
-            told
-        })
-    }
+/// The tensors of one network's files.
+struct FileSource<'m, 'a> {
+    reader: &'m Mutex<Reader<'a>>,
+    compute: DType,
+    device: &'m Device,
 }
 
-impl SimpleBackend for Backend<'_, '_> {
-    fn get(&self, shape: Shape, name: &str, hint: Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        self.take(name, Some(&shape), welcomes(hint))
+impl WeightSource for FileSource<'_, '_> {
+    fn stored(&self, name: &str, shape: Option<&[usize]>) -> candle_core::Result<StoredWeight> {
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        reader.take(name, shape).map_err(|error| {
+            let message = candle_core::Error::Msg(error.to_string());
+            reader.failure.get_or_insert(error);
+            message
+        })
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        self.take(name, None, false)
+    fn contains(&self, name: &str) -> bool {
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        reader.unread.contains_key(name) || reader.read.contains_key(name)
     }
 
-    fn contains_tensor(&self, name: &str) -> bool {
-        let source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        source.unread.contains_key(name) || source.read.contains_key(name)
+    fn compute(&self) -> DType {
+        self.compute
+    }
+
+    fn device(&self) -> &Device {
+        self.device
     }
 }
