@@ -1,10 +1,10 @@
-//! How files write numbers down: one after another, or in blocks that share a scale. Blocks are those of GGUF,
-//! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; eight-bit floats those of Micikevicius et al. 2022,
+//! Codings of numbers in files: plain numbers, eight-bit floats, and blocks that share a scale. Blocks are GGUF's,
+//! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; eight-bit floats follow Micikevicius et al. 2022,
 //! <https://arxiv.org/abs/2209.05433>.
 
 use candle_core::DType;
 
-/// A way to write numbers.
+/// A number format of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Coding {
     F32,
@@ -26,7 +26,7 @@ pub enum Coding {
     Q6K,
 }
 
-/// Numbers of a block that can be read alone.
+/// Numbers of a block that can be decoded without the others.
 pub(crate) const GRAIN: usize = 32;
 
 impl Coding {
@@ -48,7 +48,7 @@ impl Coding {
         Self::Q6K,
     ];
 
-    /// The name of the wire.
+    /// The name on the wire.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -97,7 +97,7 @@ impl Coding {
         if count.is_multiple_of(numbers) { (count / numbers).checked_mul(bytes) } else { None }
     }
 
-    /// The tensors' dtype that is this coding.
+    /// The tensor dtype of plain numbers.
     pub(crate) fn dtype(self) -> Option<DType> {
         match self {
             Self::F32 => Some(DType::F32),
@@ -107,12 +107,13 @@ impl Coding {
         }
     }
 
-    /// Numbers that can be read without those before them.
+    /// Granularity at which numbers can be decoded.
     pub(crate) fn grain(self) -> usize {
         if self.block().0 == 1 { 1 } else { GRAIN }
     }
 
-    /// What a number is rounded to before a network that computes in `compute` uses it; f32 where it is used as it is.
+    /// The dtype to which numbers are rounded before a network that computes in `compute` uses them; f32 if they are used
+    /// unrounded.
     pub(crate) fn rounding(self, compute: DType) -> DType {
         match (self, compute) {
             (Self::F32 | Self::Bf16, DType::BF16) | (Self::F32 | Self::F16, DType::F16) => DType::F32,
@@ -121,7 +122,7 @@ impl Coding {
         }
     }
 
-    /// The narrowest dtype that holds what [`Self::rounding`] leaves.
+    /// The narrowest dtype that holds numbers after [`Self::rounding`].
     pub(crate) fn widened(self, compute: DType) -> DType {
         match (self.rounding(compute), self.dtype()) {
             (DType::F32, Some(own)) => own,

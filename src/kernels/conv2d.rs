@@ -23,7 +23,7 @@ impl Conv2d {
     /// `weight` is `[O, C, K, K]`, as files have it.
     ///
     /// # Errors
-    /// A weight of another shape; the device's own.
+    /// A weight of another shape; device errors.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, shape: ConvShape) -> Result<Self> {
         shapes::kernel(weight.dims(), shape)?;
         Self::of(Weight::new(&StoredWeight::of(weight.clone())?, weight.dtype(), Some(shape))?, bias, shape)
@@ -54,18 +54,18 @@ impl Conv2d {
         Ok(Self { weight, bias, shape })
     }
 
-    /// `x` is `[B, H, W, C]`; gives `[B, H', W', O]` in the dtype of `x`.
+    /// `x` is `[B, H, W, C]`; returns `[B, H', W', O]` in the dtype of `x`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Epilogue::default())
     }
 
-    /// [`Self::forward`] with what follows it fused.
+    /// [`Self::forward`] with a fused epilogue.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
         let out = shapes::conv2d(x, self.bias.as_ref(), self.shape, epilogue)?;
         if shapes::is_empty(&out) {

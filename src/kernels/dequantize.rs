@@ -6,10 +6,10 @@ use crate::kernels::cpu;
 use crate::kernels::stored_weight::StoredWeight;
 
 impl StoredWeight {
-    /// The numbers on the CPU, of [`Self::dims`], rounded once to `dtype`; those that have it are not copied.
+    /// The numbers on the CPU, of [`Self::dims`], rounded once to `dtype`. Numbers of that dtype are not copied.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn numbers(&self, dtype: DType) -> Result<Tensor> {
         match self.coding().dtype() {
             Some(own) if own == dtype && self.scale() == 1.0 => self.tensor().reshape(self.dims()),
@@ -20,7 +20,7 @@ impl StoredWeight {
     /// The numbers as a network that computes in `compute` uses them.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn used(&self, compute: DType) -> Result<Tensor> {
         self.numbers(self.coding().widened(compute))
     }

@@ -2,14 +2,14 @@
 
 use candle_core::Tensor;
 
-/// What is applied to the result of a linear layer or convolution while it is still at hand, in this order:
+/// Operations fused with a linear layer or convolution, applied in this order:
 /// bias, `per_sample`, `activation`, `residual`.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {
     /// `[B, O]`, added to every position of its sample: the time embedding.
     pub per_sample: Option<&'a Tensor>,
     pub activation: Option<Activation>,
-    /// Of the result's own shape.
+    /// Of the result's shape.
     pub residual: Option<&'a Tensor>,
 }
 
@@ -19,6 +19,6 @@ pub enum Activation {
     Silu,
     /// `x · Φ(x)`, by erf
     Gelu,
-    /// `x · sigmoid(1.702 x)`, as CLIP ViT-L has it
+    /// `x · sigmoid(1.702 x)`, as in CLIP ViT-L
     QuickGelu,
 }

@@ -23,7 +23,7 @@ impl Linear {
     /// `weight` is `[O, I]`, `bias` `[O]`.
     ///
     /// # Errors
-    /// Those of the cast of the bias to f32.
+    /// Errors of the cast of the bias to f32.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let (size, dtype) = (weight.dims2()?, weight.dtype());
         Self::of(size, Weight::new(&StoredWeight::of(weight)?, dtype, None)?, bias)
@@ -34,7 +34,7 @@ impl Linear {
     /// `weight` is `[O, I]`, `bias` `[O]`.
     ///
     /// # Errors
-    /// Those of the cast of the bias to f32; weights on a GPU.
+    /// Errors of the cast of the bias to f32; weights on a GPU.
     pub fn int8(weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
         Self::of(weight.dims2()?, Weight::int8(weight)?, bias)
     }
@@ -65,24 +65,24 @@ impl Linear {
     /// The layer at `loader`, whose `weight`, `[O, I]`, and `bias` have been read from it.
     ///
     /// # Errors
-    /// Those of the cast of the bias to f32.
+    /// Errors of the cast of the bias to f32.
     pub fn from_tensors(loader: &Loader, weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
         let bias = bias.map(|bias| loader.small(bias)).transpose()?;
         Self::of(weight.dims2()?, loader.keep(&StoredWeight::of(weight.clone())?, None)?, bias)
     }
 
-    /// `x` is `[.., I]`; gives `[.., O]` in the dtype of `x`.
+    /// `x` is `[.., I]`; returns `[.., O]` in the dtype of `x`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Epilogue::default())
     }
 
-    /// [`Self::forward`] with what follows it fused.
+    /// [`Self::forward`] with a fused epilogue.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward_with(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
         let out = shapes::linear(x, (self.outputs, self.inputs), self.bias.as_ref(), epilogue)?;
         if shapes::is_empty(&out) {
@@ -95,10 +95,10 @@ impl Linear {
     }
 
     /// The feed-forward gate of SDXL's transformers: the first half of the outputs times erf-GELU of the second.
-    /// `x` is `[.., I]`; gives `[.., O/2]`.
+    /// `x` is `[.., I]`; returns `[.., O/2]`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward_geglu(&self, x: &Tensor) -> Result<Tensor> {
         let out = shapes::geglu(x, (self.outputs, self.inputs), self.bias.as_ref())?;
         if shapes::is_empty(&out) {

@@ -25,7 +25,7 @@ pub trait WeightSource: Sync {
     /// The tensor `name` in the numbers that the network uses; otherwise as [`Self::stored`].
     ///
     /// # Errors
-    /// Those of [`Self::stored`].
+    /// The errors of [`Self::stored`].
     fn numbers(&self, name: &str, shape: Option<&[usize]>) -> Result<Tensor> {
         self.stored(name, shape)?.used(self.compute())
     }

@@ -22,7 +22,7 @@ impl GroupNorm {
     /// `weight` and `bias` are `[C]`.
     ///
     /// # Errors
-    /// Those of the cast to f32.
+    /// Errors of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> Result<Self> {
         let [weight, bias] = [weight, bias].map(|tensor| tensor.to_dtype(DType::F32));
         Ok(Self { weight: weight?, bias: bias?, groups, eps })
@@ -40,7 +40,7 @@ impl GroupNorm {
     /// `x` is `[B, .., C]`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, false)
     }
@@ -48,15 +48,15 @@ impl GroupNorm {
     /// [`Self::forward`], then SiLU.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, true)
     }
 
-    /// Of `x`, a part of a feature map; [`Statistics::merge`] makes those of the whole.
+    /// Statistics of `x`, a part of a feature map; [`Statistics::merge`] combines them to the whole map's.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn statistics(&self, x: &Tensor) -> Result<Statistics> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
         let running_stats = if cpu::serves(x) { cpu::running_stats(x)? } else { reference::running_stats(x)? };
@@ -66,7 +66,7 @@ impl GroupNorm {
     /// [`Self::forward_silu`] of a part of a feature map that has `statistics`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward_silu_by(&self, x: &Tensor, statistics: &Statistics) -> Result<Tensor> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
         let (running_stats, affine) = (&statistics.0, (&self.weight, &self.bias));
@@ -101,7 +101,7 @@ impl GroupNorm {
 pub struct Statistics(Vec<RunningStats>);
 
 impl Statistics {
-    /// Adds those of another part, of as many samples and channels.
+    /// Adds the statistics of another part, with as many samples and channels.
     pub fn merge(&mut self, other: &Self) {
         self.0.iter_mut().zip(&other.0).for_each(|(ours, other)| ours.merge(other));
     }
@@ -121,7 +121,7 @@ impl LayerNorm {
     /// `weight` and `bias` are `[C]`.
     ///
     /// # Errors
-    /// Those of the cast to f32.
+    /// Errors of the cast to f32.
     pub fn new(weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
         let [weight, bias] = [weight, bias].map(|tensor| tensor.to_dtype(DType::F32));
         Ok(Self { weight: weight?, bias: bias?, eps })
@@ -139,7 +139,7 @@ impl LayerNorm {
     /// `x` is `[.., C]`.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         shapes::norm(x, &self.weight, &self.bias, 1)?;
         if shapes::is_empty(x.dims()) {

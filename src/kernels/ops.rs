@@ -10,7 +10,7 @@ impl Activation {
     /// Elementwise, in f32, cast back to the input's dtype.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         if cpu::serves(x) { cpu::activation(self, x) } else { reference::activation(self, x) }
     }
@@ -20,7 +20,7 @@ impl Activation {
 /// `q` is `[B, Lq, heads·D]`, `k` and `v` `[B, Lk, heads·D]`; gives `[B, Lq, heads·D]`.
 ///
 /// # Errors
-/// Shapes that do not fit, or the device's own.
+/// Shapes that do not fit; device errors.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
     let out = shapes::attention(q, k, v, heads)?;
     if shapes::is_empty(&out) || shapes::is_empty(k.dims()) {
@@ -35,7 +35,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -
 /// Nearest-neighbour upscaling of `[B, H, W, C]` to `[B, height, width, C]`, as torch's `interpolate` picks rows.
 ///
 /// # Errors
-/// The device's own.
+/// Device errors.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
     let out = shapes::upsample(x, height, width)?;
     if shapes::is_empty(&out) {
@@ -50,7 +50,7 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
 /// Joins feature maps along their channels.
 ///
 /// # Errors
-/// Shapes that do not fit, or the device's own.
+/// Shapes that do not fit; device errors.
 pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let out = shapes::concat(a, b)?;
     if shapes::is_empty(&out) {

@@ -1,4 +1,4 @@
-//! Every kernel composed of candle's own operations: slow, short, and right on every device. The measure of the others.
+//! Every kernel composed of candle's own operations: slow, short, and right on every device. Every other implementation is tested against it.
 //!
 //! Arithmetic is f32 whatever the dtypes, and the result is cast to the dtype of the activations, except on a GPU,
 //! where matrix products run in the activations' dtype (the device accumulates in f32).
@@ -8,7 +8,7 @@ use candle_core::{D, DType, Result, Tensor};
 use crate::kernels::conv_shape::ConvShape;
 use crate::kernels::epilogue::{Activation, Epilogue};
 use crate::kernels::mask::Mask;
-use crate::kernels::running_stats::{OfGroup, RunningStats};
+use crate::kernels::running_stats::{GroupStats, RunningStats};
 
 /// Scores held at a time by [`attention`], in elements.
 const SCORE_BLOCK: usize = 1 << 24;
@@ -102,7 +102,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     normal.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
 }
 
-/// One tally a sample.
+/// Statistics of each sample.
 pub fn running_stats(x: &Tensor) -> Result<Vec<RunningStats>> {
     let wide = x.to_dtype(DType::F32)?.reshape((x.dim(0)?, (), x.dim(D::Minus1)?))?; // [B, positions, C]
     let count = wide.dim(1)? as f64;
@@ -112,7 +112,7 @@ pub fn running_stats(x: &Tensor) -> Result<Vec<RunningStats>> {
     Ok(mean.into_iter().zip(spread).map(|(mean, spread)| RunningStats { count, mean, spread }).collect())
 }
 
-/// [`group_norm`] by the statistics of other positions than these.
+/// [`group_norm`] with given statistics.
 pub fn group_norm_by(
     x: &Tensor,
     running_stats: &[RunningStats],
@@ -121,9 +121,9 @@ pub fn group_norm_by(
     eps: f64,
 ) -> Result<Tensor> {
     let (batch, channels) = (x.dim(0)?, x.dim(D::Minus1)?);
-    let of_groups: Vec<OfGroup> =
+    let of_groups: Vec<GroupStats> =
         running_stats.iter().flat_map(|running_stats| running_stats.groups(groups, eps)).collect();
-    let column = |number: fn(&OfGroup) -> f64| {
+    let column = |number: fn(&GroupStats) -> f64| {
         let numbers: Vec<f32> = of_groups.iter().map(|group| number(group) as f32).collect();
         Tensor::from_vec(numbers, (batch, 1, groups, 1), x.device())
     };
@@ -149,13 +149,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -
         t.to_dtype(dtype)?.reshape((batch, length, heads, depth))?.transpose(1, 2)?.contiguous() // [B, heads, L, D]
     };
     let (q_heads, k_heads, v_heads) = (split(q, queries)?, split(k, keys)?, split(v, keys)?);
-    let k_turned = k_heads.transpose(2, 3)?.contiguous()?;
+    let k_transposed = k_heads.transpose(2, 3)?.contiguous()?;
     let scale = 1.0 / (depth as f64).sqrt();
     let block = (SCORE_BLOCK / (batch * heads * keys).max(1)).clamp(1, queries.max(1));
     let mut blocks = Vec::new();
     for start in (0..queries).step_by(block) {
         let rows = block.min(queries - start);
-        let scores = (q_heads.narrow(2, start, rows)?.contiguous()?.matmul(&k_turned)?.to_dtype(DType::F32)? * scale)?;
+        let scores =
+            (q_heads.narrow(2, start, rows)?.contiguous()?.matmul(&k_transposed)?.to_dtype(DType::F32)? * scale)?;
         let scores = match mask {
             Mask::None => scores,
             Mask::Causal => {

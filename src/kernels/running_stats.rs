@@ -1,18 +1,18 @@
-//! Statistics of group norms, so that a feature map too large to be whole can be normalised a part at a time.
+//! Statistics of group norms, so that a feature map can be normalised in parts.
 
-/// What the positions of one sample add up to, for each channel.
+/// Statistics over positions of one sample, for each channel.
 #[derive(Clone, Debug)]
 pub struct RunningStats {
-    /// Positions.
+    /// Count of positions.
     pub count: f64,
     /// `[C]`
     pub mean: Vec<f64>,
-    /// Squared distances to the mean, added up; `[C]`
+    /// Sum of squared distances to the mean; `[C]`
     pub spread: Vec<f64>,
 }
 
 /// Mean and reciprocal deviation of one group of channels.
-pub struct OfGroup {
+pub struct GroupStats {
     pub mean: f64,
     pub normal: f64,
 }
@@ -23,23 +23,23 @@ impl RunningStats {
         let count = self.count + other.count;
         if count > 0.0 {
             for (c, (mean, spread)) in self.mean.iter_mut().zip(&mut self.spread).enumerate() {
-                let away = other.mean[c] - *mean;
-                *spread += other.spread[c] + away * away * self.count * other.count / count;
-                *mean += away * other.count / count;
+                let distance = other.mean[c] - *mean;
+                *spread += other.spread[c] + distance * distance * self.count * other.count / count;
+                *mean += distance * other.count / count;
             }
         }
         self.count = count;
     }
 
-    /// Of each group, in order; `groups` divides the channels.
-    pub fn groups(&self, groups: usize, eps: f64) -> Vec<OfGroup> {
+    /// Statistics of each group, in order; `groups` divides the channels.
+    pub fn groups(&self, groups: usize, eps: f64) -> Vec<GroupStats> {
         let size = self.mean.len() / groups;
         let group = |(mean, spread): (&[f64], &[f64])| {
             let middle = mean.iter().sum::<f64>() / size as f64;
             // Each channel's own variance, and its distance to the mean of the group.
             let one = |(mean, spread): (&f64, &f64)| spread / self.count + (mean - middle) * (mean - middle);
             let variance = mean.iter().zip(spread).map(one).sum::<f64>() / size as f64;
-            OfGroup { mean: middle, normal: 1.0 / (variance.max(0.0) + eps).sqrt() }
+            GroupStats { mean: middle, normal: 1.0 / (variance.max(0.0) + eps).sqrt() }
         };
         self.mean.chunks_exact(size).zip(self.spread.chunks_exact(size)).map(group).collect()
     }

@@ -1,5 +1,4 @@
-//! What fits what: the shape rules of every kernel, checked once before any implementation runs. Each function gives the
-//! shape of the result.
+//! Shape rules of every kernel, checked once before any implementation runs. Functions return the shape of the result.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -51,7 +50,7 @@ pub(crate) fn geglu(x: &Tensor, size: (usize, usize), bias: Option<&Tensor>) -> 
     Ok(out)
 }
 
-/// The kernel as files have it.
+/// The kernel in the layout of files.
 pub(crate) fn kernel(weight: &[usize], shape: ConvShape) -> Result<()> {
     let ConvShape { inputs, outputs, kernel, .. } = shape;
     if weight != [outputs, inputs, kernel, kernel] {

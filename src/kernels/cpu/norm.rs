@@ -12,7 +12,7 @@ use crate::kernels::cpu::math::silu;
 use crate::kernels::cpu::parallel::{make_rows, rows_per_block};
 use crate::kernels::cpu::simd::multiversion;
 use crate::kernels::cpu::tensor_guard::TensorGuard;
-use crate::kernels::running_stats::{OfGroup, RunningStats};
+use crate::kernels::running_stats::{GroupStats, RunningStats};
 
 /// Numbers of a block, which the compiler keeps in registers.
 const LANES: usize = 16;
@@ -38,7 +38,7 @@ impl ChannelNorm {
         let channels = affine.weight.len();
         let of_group = channels / groups;
         let (mut mean, mut scale, mut shift) = (vec![0.0; channels], vec![0.0; channels], vec![0.0; channels]);
-        for (group, OfGroup { mean: middle, normal }) in
+        for (group, GroupStats { mean: middle, normal }) in
             running_stats.groups(groups, affine.eps).into_iter().enumerate()
         {
             for c in group * of_group..(group + 1) * of_group {

@@ -1,4 +1,4 @@
-//! Keeps what adds pictures to a prompt: T2I-Adapters, IP-Adapters, and the image encoders that these see with.
+//! Keeps what adds images to a prompt: T2I-Adapters, IP-Adapters, and the image encoders that these see with.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ impl AdapterManager {
     /// A T2I-Adapter in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; device errors.
     pub fn features(
         &mut self,
         found: &ComponentFile,
@@ -66,7 +66,7 @@ impl AdapterManager {
     /// An IP-Adapter in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// Those of [`Self::features`].
+    /// The errors of [`Self::features`].
     pub fn pictures(
         &mut self,
         found: &ComponentFile,
@@ -84,7 +84,7 @@ impl AdapterManager {
     /// An image encoder in the placement's compute dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// Those of [`Self::features`].
+    /// The errors of [`Self::features`].
     pub fn encoder(
         &mut self,
         found: &ComponentFile,

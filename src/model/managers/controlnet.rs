@@ -37,7 +37,7 @@ impl ControlNetManager {
     ///
     /// # Errors
     /// `model_unsupported` for what is no ControlNet or one for another UNet, `model_corrupt`, `cancelled`,
-    /// `deadline_exceeded`; the device's own.
+    /// `deadline_exceeded`; device errors.
     pub fn acquire(
         &mut self,
         component_file: &ComponentFile,
@@ -69,7 +69,7 @@ impl ControlNetManager {
         ctx.stage(Stage::Load, || {
             let open = |weights| OpenedNetwork { component: "controlnet", weights, placement, dtype };
             let (opened, base) = (open(weights), base.map(open));
-            // Of the UNet at most all but its way up.
+            // Of the UNet at most all but its up blocks.
             let of_base = base.as_ref().map_or(Bytes(0), |base| base.bytes_of(|name| !name.starts_with("up_blocks.")));
             self.shelf.reserve(opened.bytes() + of_base);
             let build = |loader: &Loader| ControlNet::load(loader, &config);

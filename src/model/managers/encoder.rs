@@ -40,7 +40,7 @@ impl EncoderManager {
     /// The encoders of a checkpoint in the placement's compute dtype, loaded if they are not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; device errors.
     pub fn acquire(
         &mut self,
         checkpoint: &Checkpoint,
@@ -53,7 +53,7 @@ impl EncoderManager {
     /// [`Self::acquire`], changed by adapters. Layers that they do not change are shared with other encoders in memory.
     ///
     /// # Errors
-    /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
+    /// The errors of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
     pub fn adapted(
         &mut self,
         checkpoint: &Checkpoint,

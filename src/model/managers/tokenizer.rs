@@ -27,7 +27,7 @@ use crate::units::Bytes;
 
 /// Longest vocabulary file.
 const VOCABULARY_LIMIT: u64 = 64 * Bytes::MIB;
-/// Sets of tokenizers that are kept.
+/// Upper limit of checkpoints whose tokenizers are kept.
 const KEPT: usize = 4;
 /// Bytes in memory per byte of vocabulary file: two maps of tokens, and the merges as pairs of ids.
 const BYTES_PER_BYTE: u64 = 8;
@@ -36,9 +36,9 @@ const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|
 
 /// The tokenizers of one checkpoint.
 pub struct Tokenizers {
-    /// Of CLIP ViT-L; the refiner has none.
+    /// CLIP ViT-L's; the refiner has none.
     pub first: Option<ClipTokenizer>,
-    /// Of OpenCLIP ViT-bigG.
+    /// OpenCLIP ViT-bigG's.
     pub second: ClipTokenizer,
     bytes: Bytes,
 }
@@ -51,7 +51,7 @@ pub struct ClipTokenizer {
     pub padding: u32,
 }
 
-/// Part of a text, as the encoder sees it.
+/// A token of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
     pub id: u32,
@@ -78,13 +78,13 @@ pub struct TokenizerManager {
 }
 
 impl TokenizerManager {
-    /// The tokenizers of a checkpoint, read if they are not here.
+    /// The tokenizers of a checkpoint, read if they are not in memory.
     ///
     /// # Errors
     /// `model_corrupt` if the checkpoint's own vocabulary cannot be used.
     pub fn acquire(&mut self, checkpoint: &Checkpoint) -> Result<Arc<Tokenizers>> {
-        if let Some(place) = self.entries.iter().position(|(key, ..)| *key == checkpoint.key) {
-            let entry = self.entries.remove(place);
+        if let Some(index) = self.entries.iter().position(|(key, ..)| *key == checkpoint.key) {
+            let entry = self.entries.remove(index);
             let tokenizers = Arc::clone(&entry.2);
             self.entries.push(entry);
             return Ok(tokenizers);
@@ -96,7 +96,7 @@ impl TokenizerManager {
         Ok(tokenizers)
     }
 
-    /// Drops the tokenizers of a checkpoint; `None` drops all. Gives the bytes that were held.
+    /// Drops the tokenizers of a checkpoint; `None` drops all. Returns the bytes that were freed.
     pub(crate) fn remove(&mut self, checkpoint: Option<CheckpointKey>) -> Bytes {
         let bytes =
             |entries: &[(CheckpointKey, String, Arc<Tokenizers>)]| entries.iter().map(|entry| entry.2.bytes).sum();
@@ -133,7 +133,7 @@ impl Manager for TokenizerManager {
     }
 }
 
-/// A special token in `tokenizer_config.json`: its text, or its text with the ways in which it is recognised.
+/// A special token in `tokenizer_config.json`: its text, or its text with options of recognition.
 #[derive(Clone, Deserialize)]
 #[serde(untagged)]
 enum Special {
@@ -172,7 +172,7 @@ impl Special {
     }
 }
 
-/// What matters of `tokenizer_config.json`.
+/// The relevant part of `tokenizer_config.json`.
 #[derive(Clone, Default, Deserialize)]
 #[serde(default)]
 struct TokenizerConfig {
@@ -219,8 +219,8 @@ fn embedded(name: &str) -> Result<ModelFile> {
     Ok(ModelFile::Embedded { path: name.into(), bytes })
 }
 
-/// Whether both tokenizers have the same vocabulary, as in every SDXL checkpoint that brings CLIP's twice. One without
-/// files takes its neighbour's.
+/// True if both tokenizers have the same vocabulary, as in every SDXL checkpoint that has CLIP's twice. A tokenizer
+/// without files uses the other's.
 fn same_vocabulary(first: Option<&TokenizerFiles>, second: Option<&TokenizerFiles>) -> bool {
     let (Some(first), Some(second)) = (first, second) else { return true };
     let same = |a: &ModelFile, b: &ModelFile| {
@@ -231,12 +231,12 @@ fn same_vocabulary(first: Option<&TokenizerFiles>, second: Option<&TokenizerFile
     same(&first.vocab, &second.vocab) && same(&first.merges, &second.merges)
 }
 
-/// Tokens and merges, understood.
+/// Tokens and merges, parsed.
 #[derive(Clone)]
 struct Vocabulary {
     model: BPE,
     highest: u32,
-    /// In memory.
+    /// Bytes in memory.
     bytes: u64,
 }
 
@@ -260,7 +260,7 @@ fn vocabulary(files: Option<&TokenizerFiles>) -> Result<Vocabulary> {
                 .split_once(' ')
                 .filter(|(_, b)| !b.contains(' '))
                 .ok_or_else(|| corrupt(&merges, format!("must have two tokens a line, and has `{line}`")))?;
-            // The library takes for granted that what two tokens make is a token.
+            // The library assumes that two merged tokens are a token.
             if a.len() + b.len() > words.longest {
                 return Err(corrupt(&merges, format!("joins `{a}` and `{b}`, which the vocabulary does not know")));
             }

@@ -43,7 +43,7 @@ impl UnetManager {
     /// The UNet of a checkpoint in the placement's compute dtype and quantization, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; device errors.
     pub fn acquire(
         &mut self,
         checkpoint: &Checkpoint,
@@ -56,7 +56,7 @@ impl UnetManager {
     /// [`Self::acquire`], changed by adapters. Layers that they do not change are shared with other UNets in memory.
     ///
     /// # Errors
-    /// Those of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
+    /// The errors of [`Self::acquire`]; `model_unsupported` for a change that does not fit.
     pub fn adapted(
         &mut self,
         checkpoint: &Checkpoint,

@@ -39,7 +39,7 @@ impl VaeManager {
     /// The VAE of a checkpoint in the placement's vae dtype, loaded if it is not in memory.
     ///
     /// # Errors
-    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; the device's own.
+    /// `model_corrupt`, `model_unsupported`, `cancelled`, `deadline_exceeded`; device errors.
     pub fn acquire(&mut self, checkpoint: &Checkpoint, placement: &Placement, ctx: &Context) -> Result<Arc<Vae>> {
         let dtype = placement.vae;
         let key = ShelfKey::new(checkpoint, placement, dtype);

@@ -13,7 +13,7 @@ use crate::model::networks::check::Check;
 use crate::model::networks::interventions::{Change, Perturbed, SelfAttention};
 
 const STAGE: &str = "unet";
-/// Of the transformer's group norm; `norm_eps` of the configuration is the residual blocks' alone.
+/// Epsilon of the transformer's group norm; the configuration's `norm_eps` applies to residual blocks only.
 const GROUP_NORM_EPS: f64 = 1e-6;
 const LAYER_NORM_EPS: f64 = 1e-5;
 
@@ -26,7 +26,7 @@ pub(crate) struct AttentionShape {
     pub(crate) context: usize,
 }
 
-/// What queries are compared with, and what they then read: both `[B, L, C]`, over the text or the feature map.
+/// Keys and values of attention, both `[B, L, C]`, of the text or the feature map.
 #[derive(Clone, Debug)]
 pub(crate) struct KeysValues {
     keys: Tensor,
@@ -48,7 +48,7 @@ impl KeysValues {
         self.keys.dims().last().copied().unwrap_or(0)
     }
 
-    /// The first sample `first` times, then the last as often as is left of `samples`.
+    /// Repeats the first sample `first` times, then the last one up to `samples`.
     pub(crate) fn spread(&self, first: usize, samples: usize) -> CandleResult<Self> {
         let spread = |x: &Tensor| -> CandleResult<Tensor> {
             let (one, other) = (x.narrow(0, 0, 1)?, x.narrow(0, x.dim(0)?.saturating_sub(1), 1)?);
@@ -58,37 +58,37 @@ impl KeysValues {
         Ok(Self { keys: spread(&self.keys)?, values: spread(&self.values)? })
     }
 
-    /// Those of `count` samples from `start` on.
+    /// Keys and values of `count` samples from `start` on.
     pub(crate) fn rows(&self, start: usize, count: usize) -> CandleResult<Self> {
         Ok(Self { keys: self.keys.narrow(0, start, count)?, values: self.values.narrow(0, start, count)? })
     }
 }
 
-/// What every block reads of pictures beside the text, and how much it counts.
+/// Keys and values of image prompts for every block, and their weight.
 pub(crate) type Pictures<'a> = (&'a [KeysValues], f64);
 
-/// Hands each transformer block its own in turn, the order of [`SpatialTransformer::read`] being that of evaluation:
-/// what it reads of the text, and in which samples it is changed.
+/// Hands each transformer block its keys and values of the text and its interventions. [`SpatialTransformer::read`] adds
+/// keys and values in the order of evaluation.
 pub(crate) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
     all: usize,
-    /// One an IP-Adapter.
+    /// One for each IP-Adapter.
     pictures: &'a [Pictures<'a>],
     perturbed: &'a [Perturbed],
 }
 
-/// What one block reads.
+/// Keys and values for one block.
 #[derive(Clone, Copy)]
 struct Reading<'a> {
     text: &'a KeysValues,
-    place: usize,
+    index: usize,
     pictures: &'a [Pictures<'a>],
-    /// The samples that it is for, where they are not all.
+    /// First sample and count, if they are not for all samples.
     samples: Option<(usize, usize)>,
 }
 
 impl Reading<'_> {
-    /// The same for some samples.
+    /// Limits them to some samples.
     fn of(self, samples: &Range<usize>) -> Self {
         Self { samples: Some((samples.start, samples.len())), ..self }
     }
@@ -99,7 +99,7 @@ impl<'a> TextReader<'a> {
         Self { ahead: Cell::new(all), all: all.len(), pictures, perturbed }
     }
 
-    /// Of the block whose turn is next.
+    /// Interventions of the next block.
     fn changes(&self) -> Vec<(&'a Range<usize>, Change)> {
         let block = self.all - self.ahead.get().len();
         let change = |one: &'a Perturbed| Some((&one.samples, one.blocks.get(block).copied().flatten()?));
@@ -111,7 +111,7 @@ impl<'a> TextReader<'a> {
             return Err(Error::bug("text was read by fewer blocks than there are"));
         };
         self.ahead.set(rest);
-        Ok(Reading { text, place: self.all - rest.len() - 1, pictures: self.pictures, samples: None })
+        Ok(Reading { text, index: self.all - rest.len() - 1, pictures: self.pictures, samples: None })
     }
 }
 
@@ -141,12 +141,12 @@ impl Attention {
         Ok(KeysValues { keys: self.to_k.forward(source)?, values: self.to_v.forward(source)? })
     }
 
-    /// Gives `[B, HW, C]`, as `x` is.
+    /// Returns `[B, HW, C]`, as `x` is.
     fn attend(&self, x: &Tensor, given: &KeysValues) -> CandleResult<Tensor> {
         attention(&self.to_q.forward(x)?, &given.keys, &given.values, self.heads, Mask::None)
     }
 
-    /// [`Self::attend`] to the text, plus the same to each IP-Adapter's pictures times its weight.
+    /// [`Self::attend`] to the text, plus attention to each IP-Adapter's images times its weight.
     fn attend_all(&self, x: &Tensor, given: Reading) -> CandleResult<Tensor> {
         let q = self.to_q.forward(x)?;
         let read = |all: &KeysValues| -> CandleResult<Tensor> {
@@ -160,14 +160,14 @@ impl Attention {
         };
         let mut attended = read(given.text)?;
         for (blocks, weight) in given.pictures {
-            if let Some(block) = blocks.get(given.place) {
+            if let Some(block) = blocks.get(given.index) {
                 attended = (attended + (read(block)? * *weight)?)?;
             }
         }
         Ok(attended)
     }
 
-    /// `residual` plus the projection of what [`Self::attend`] gave.
+    /// `residual` plus the projection of `attended`, the result of [`Self::attend`].
     fn join(&self, attended: &Tensor, residual: &Tensor) -> CandleResult<Tensor> {
         self.to_out.forward_with(attended, Epilogue { residual: Some(residual), ..Epilogue::default() })
     }
@@ -189,15 +189,15 @@ impl TransformerBlock {
     fn load(loader: &Loader, shape: AttentionShape) -> CandleResult<Self> {
         let AttentionShape { channels, heads, context } = shape;
         let norm = |name: &str| LayerNorm::load(&loader.pp(name), channels, LAYER_NORM_EPS);
-        let net = loader.pp("ff").pp("net");
+        let feed_forward = loader.pp("ff").pp("net");
         Ok(Self {
             norm1: norm("norm1")?,
             attn1: Attention::load(&loader.pp("attn1"), channels, heads, channels)?,
             norm2: norm("norm2")?,
             attn2: Attention::load(&loader.pp("attn2"), channels, heads, context)?,
             norm3: norm("norm3")?,
-            gate: Linear::load(&net.pp("0").pp("proj"), channels, 8 * channels)?,
-            narrow: Linear::load(&net.pp("2"), 4 * channels, channels)?,
+            gate: Linear::load(&feed_forward.pp("0").pp("proj"), channels, 8 * channels)?,
+            narrow: Linear::load(&feed_forward.pp("2"), 4 * channels, channels)?,
         })
     }
 
@@ -235,7 +235,7 @@ impl TransformerBlock {
                     drop(normal);
                     self.attn1.join(&attended, x)?
                 }
-                // What attention would mix is taken as it is.
+                // Every position keeps its own value.
                 SelfAttention::Identity => self.attn1.join(&self.attn1.to_v.forward(&normal)?, x)?,
                 SelfAttention::Skipped => (normal + x)?,
             }
@@ -274,15 +274,15 @@ impl SpatialTransformer {
         })
     }
 
-    /// How many blocks read the text.
+    /// Count of blocks that read the text.
     pub(crate) fn reads(&self) -> usize {
         self.blocks.len()
     }
 
-    /// What each block reads in `context`, `[B, L, D]`, added to `read` in the blocks' order.
+    /// Adds each block's keys and values of `context`, `[B, L, D]`, to `read` in the blocks' order.
     ///
     /// # Errors
-    /// That of `check`, called before each block; shapes that do not fit, or the device's own.
+    /// The error of `check`, called before each block; shapes that do not fit; device errors.
     pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         for block in &self.blocks {
             check()?;
@@ -291,10 +291,10 @@ impl SpatialTransformer {
         Ok(())
     }
 
-    /// `x` is `[B, H, W, C]`; gives the shape of `x`. `text` is what [`Self::read`] added.
+    /// `x` is `[B, H, W, C]`; the result has its shape. `text` hands out what [`Self::read`] added.
     ///
     /// # Errors
-    /// That of `check`, called before each block; shapes that do not fit, or the device's own.
+    /// The error of `check`, called before each block; shapes that do not fit; device errors.
     pub(crate) fn forward(&self, x: &Tensor, text: &TextReader, check: Check) -> Result<Tensor> {
         let enter = || -> CandleResult<(Tensor, Tensor)> {
             let (batch, height, width, channels) = x.dims4()?;

@@ -17,7 +17,7 @@ const STAGE: &str = "text encoder";
 /// The `eos_token_id` of configurations written before the right one was; it means the highest id of the text.
 const LEGACY_EOS: u32 = 2;
 
-/// `config.json` of a text encoder; what is left out has transformers' defaults.
+/// `config.json` of a text encoder; missing keys have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct ClipConfig {
@@ -83,7 +83,7 @@ impl ClipConfig {
     }
 }
 
-/// What an encoder says of a text.
+/// Embeddings of texts.
 #[derive(Clone, Debug)]
 pub struct ClipOutput {
     /// `[B, L, C]`: the states after the chosen layer, without the final norm.
@@ -100,7 +100,7 @@ pub const FIRST_VECTOR: u32 = 1 << 30;
 #[derive(Clone, Copy)]
 pub struct ClipInput<'a> {
     pub rows: &'a [ClipRow<'a>],
-    /// How many further layers are left out before `hidden` is taken: 0 gives `hidden_states[-2]`, as SDXL has it.
+    /// Layers to skip below the second to last before `hidden` is taken: 0 returns `hidden_states[-2]`, as in SDXL.
     pub skip: usize,
     /// `[V, C]`: vectors in place of token embeddings.
     pub vectors: Option<&'a Tensor>,
@@ -112,7 +112,7 @@ pub struct ClipInput<'a> {
 pub struct ClipRow<'a> {
     /// At most as many as there are positions.
     pub ids: &'a [u32],
-    /// Positions that no other attends to; none at the first one.
+    /// Positions that no other attends to; the first position is never one.
     pub hidden: Range<usize>,
 }
 
@@ -151,7 +151,7 @@ impl EncoderLayer {
         })
     }
 
-    /// `[B, L, C]` to `[B, L, C]`. `hidden` holds for each text the positions that no other sees.
+    /// `[B, L, C]` to `[B, L, C]`. `hidden` has for each text the positions that no other attends to.
     fn forward(&self, x: &Tensor, hidden: &[Range<usize>]) -> CandleResult<Tensor> {
         self.forward_by(x, |q, k, v| {
             if hidden.iter().all(Range::is_empty) {
@@ -165,7 +165,7 @@ impl EncoderLayer {
         })
     }
 
-    /// `[B, L, C]` to `[B, L, C]`, where every position sees every other.
+    /// `[B, L, C]` to `[B, L, C]`; every position attends to every other.
     pub(crate) fn forward_unmasked(&self, x: &Tensor) -> CandleResult<Tensor> {
         self.forward_by(x, |q, k, v| attention(q, k, v, self.heads, Mask::None))
     }
@@ -187,7 +187,7 @@ impl EncoderLayer {
         self.fc2.forward_with(&inner, Epilogue { residual: Some(&x), ..Epilogue::default() })
     }
 
-    /// Attention of one text, `[1, L, C]`, whose positions `hidden` see what stands before them and are not seen.
+    /// Attention within one text, `[1, L, C]`: positions `hidden` attend to those before them, and none attends to them.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, hidden: &Range<usize>) -> CandleResult<Tensor> {
         let (start, count, length) = (hidden.start, hidden.len(), q.dim(1)?);
         if count == 0 || start == 0 || start + count > length {
@@ -203,14 +203,14 @@ impl EncoderLayer {
     }
 }
 
-/// What the pooled output needs beyond the layers.
+/// Layers of the pooled output.
 #[derive(Clone, Debug)]
 struct Pooling {
     final_layer_norm: LayerNorm,
     text_projection: Linear,
 }
 
-/// OpenCLIP keeps it as the matrix that stands to the right of the state, and under the bare name.
+/// OpenCLIP stores the transposed matrix, and without `.weight` in its name.
 fn load_text_projection(loader: &Loader, size: usize, projected: usize) -> CandleResult<Linear> {
     let layer = loader.pp("text_projection");
     if !loader.contains("text_projection") {
@@ -233,11 +233,11 @@ pub struct ClipTextModel {
 }
 
 impl ClipTextModel {
-    /// Reads the weights, whether or not their names begin with `text_model.`. With `with_projection` the pooled
+    /// Reads the weights, with or without `text_model.` before their names. With `with_projection` the pooled
     /// output is made too, as SDXL's second encoder does. Activations are of dtype `compute`.
     ///
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not a text encoder's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &ClipConfig, with_projection: bool, compute: DType) -> Result<Self> {
         config.check(STAGE)?;
         let validator = Validator { name: STAGE };
@@ -245,7 +245,7 @@ impl ClipTextModel {
         let projected = match (with_projection, config.projection_dim) {
             (false, _) => None,
             (true, Some(size)) => Some(size),
-            (true, None) => return Err(validator.refuse("`projection_dim` is null, but the pooled output is wanted")),
+            (true, None) => return Err(validator.refuse("`projection_dim` is null, but the pooled output is needed")),
         };
         let prefixed = loader.pp("text_model");
         let model = if prefixed.contains("embeddings.token_embedding.weight") { &prefixed } else { loader };
@@ -274,23 +274,20 @@ impl ClipTextModel {
         read().map_err(load_error(STAGE))
     }
 
-    /// `ids` is `[B, L]`, u32, `L` at most the number of positions. `skip` is how many further layers are left out
-    /// before `hidden` is taken: 0 gives `hidden_states[-2]`, as SDXL has it.
+    /// `ids` is `[B, L]`, u32, `L` at most the number of positions. `skip` is as in [`ClipInput`].
     ///
     /// # Errors
-    /// Those of [`Self::encode`].
+    /// The errors of [`Self::encode`].
     pub fn forward(&self, ids: &Tensor, skip: usize) -> Result<ClipOutput> {
         let rows = ids.to_vec2::<u32>().stage(STAGE)?;
         let rows: Vec<ClipRow> = rows.iter().map(|ids| ClipRow { ids, hidden: 0..0 }).collect();
         self.encode(ClipInput { rows: &rows, skip, vectors: None, device: ids.device() })
     }
 
-    /// What the encoder says of texts of the same length.
-    ///
-    /// Layers that no output needs are not computed.
+    /// Encodes texts of the same length. Layers that no output needs are not computed.
     ///
     /// # Errors
-    /// `invalid_parameter` for a `skip` that leaves nothing; ids outside the vocabulary; those of the device.
+    /// `invalid_parameter` for a `skip` that leaves nothing; ids outside the vocabulary; device errors.
     pub fn encode(&self, input: ClipInput) -> Result<ClipOutput> {
         let ClipInput { rows, skip, vectors, .. } = input;
         let Some(wanted) = self.layers.len().checked_sub(1).and_then(|last| last.checked_sub(skip)) else {

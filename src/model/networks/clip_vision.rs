@@ -1,7 +1,7 @@
 //! CLIP image encoders as transformers stores `CLIPVisionModelWithProjection` (Radford et al. 2021): ViT-L, OpenCLIP
 //! ViT-H and ViT-bigG.
 //!
-//! Legend: `B` batch, `S` side of the picture, `N` patches, `C` hidden size, `P` projected size.
+//! Legend: `B` batch, `S` side of the image, `N` patches, `C` hidden size, `P` projected size.
 
 use candle_core::{Result as CandleResult, Tensor};
 use serde::Deserialize;
@@ -17,7 +17,7 @@ const STAGE: &str = "image encoder";
 /// Along a side. Published ones have 16 or 24, and attention's costs grow by the fourth power.
 const MOST_PATCHES: usize = 64;
 
-/// `config.json` of an image encoder; what is left out has transformers' defaults.
+/// `config.json` of an image encoder; missing keys have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct ClipVisionConfig {
@@ -66,7 +66,7 @@ impl ClipVisionConfig {
         validator.within("intermediate_size", self.intermediate_size, 1..=8 * self.hidden_size)
     }
 
-    /// What its layers have in common with a text encoder's.
+    /// Its layers' configuration in the terms of a text encoder.
     fn layers(&self) -> ClipConfig {
         ClipConfig {
             hidden_size: self.hidden_size,
@@ -94,7 +94,7 @@ pub enum Seen {
     Patches,
 }
 
-/// Sees what a picture shows.
+/// Encodes images.
 #[derive(Clone, Debug)]
 pub struct ClipVision {
     class: Tensor,
@@ -110,7 +110,7 @@ pub struct ClipVision {
 
 impl ClipVision {
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &ClipVisionConfig) -> Result<Self> {
         config.check(STAGE)?;
         let (size, patch, side) = (config.hidden_size, config.patch_size, config.side());
@@ -140,13 +140,13 @@ impl ClipVision {
         read().map_err(load_error(STAGE))
     }
 
-    /// `S`: pictures are `S` by `S` pixels.
+    /// `S`: images are `S` by `S` pixels.
     #[must_use]
     pub fn image_size(&self) -> usize {
         self.image_size
     }
 
-    /// Channels of what is seen: `P` or `C`.
+    /// Channels of the result: `P` or `C`.
     #[must_use]
     pub fn channels(&self, seen: Seen) -> usize {
         match seen {
@@ -155,10 +155,10 @@ impl ClipVision {
         }
     }
 
-    /// `pixels` are `[B, S, S, 3]`, normalised; gives what [`Seen`] says, in their dtype.
+    /// `pixels` are `[B, S, S, 3]`, normalised; returns the states that [`Seen`] names, in their dtype.
     ///
     /// # Errors
-    /// That of `check`, called before each layer; a picture of another size; those of the device.
+    /// The error of `check`, called before each layer; an image of another size; device errors.
     pub fn forward(&self, pixels: &Tensor, seen: Seen, check: Check) -> Result<Tensor> {
         let (side, dtype) = (self.image_size, pixels.dtype());
         let &[batch, height, width, _] = pixels.dims() else {

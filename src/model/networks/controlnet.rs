@@ -37,16 +37,16 @@ pub struct ControlInput<'a> {
     pub time_ids: &'a [Vec<f64>],
     /// One, or several for a union.
     pub hints: &'a [Hint<'a>],
-    /// Whether what is given grows from 0.1 of its size at the first feature map to all of it in the middle: section
+    /// True if residuals are scaled from 0.1 at the first feature map to 1 in the middle block: section
     /// "guess mode" of the authors' repository, <https://github.com/lllyasviel/ControlNet>.
     pub guess: bool,
     pub check: Check<'a>,
 }
 
-/// What is added to the UNet's feature maps.
+/// Tensors that are added to the UNet's feature maps.
 #[derive(Clone, Debug)]
 pub struct Residuals {
-    /// In the order of the way down, each of the shape of its feature map.
+    /// In the order of evaluation, each of the shape of its feature map.
     pub down: Vec<Tensor>,
     pub mid: Tensor,
 }
@@ -55,7 +55,7 @@ impl Residuals {
     /// The sum of both.
     ///
     /// # Errors
-    /// Residuals for another UNet, or the device's own.
+    /// Residuals for another UNet; device errors.
     pub fn add(&self, other: &Self) -> Result<Self> {
         if self.down.len() != other.down.len() {
             return Err(Error::bug(format!("{} residuals and {}", self.down.len(), other.down.len())));
@@ -67,7 +67,7 @@ impl Residuals {
     /// With `count` samples of zeros before its own.
     ///
     /// # Errors
-    /// The device's own.
+    /// Device errors.
     pub fn after_zeros(&self, count: usize) -> Result<Self> {
         let pad = |x: &Tensor| x.pad_with_zeros(0, count, 0);
         let down = self.down.iter().map(pad).collect::<CandleResult<_>>().stage(STAGE)?;
@@ -112,7 +112,7 @@ impl HintEmbedding {
     }
 }
 
-/// Gives what is added to the feature maps of a UNet.
+/// Computes residuals for the feature maps of a UNet.
 #[derive(Clone, Debug)]
 pub struct ControlNet {
     step: StepEmbedding,
@@ -130,7 +130,7 @@ pub struct ControlNet {
 
 impl ControlNet {
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &ControlNetConfig) -> Result<Self> {
         let plan = config.plan(STAGE)?;
         let sizes = plan.sizes;
@@ -164,7 +164,7 @@ impl ControlNet {
         &self.config
     }
 
-    /// How many kinds of hints it tells apart; `None` for one that is shown one kind alone.
+    /// Count of kinds of hints that a union distinguishes; `None` for an ordinary ControlNet.
     #[must_use]
     pub fn kinds(&self) -> Option<usize> {
         self.config.kinds()
@@ -173,7 +173,7 @@ impl ControlNet {
     /// Keys and values of the text, `[B, L, D]`, for every evaluation with it whose sample is of `dtype`.
     ///
     /// # Errors
-    /// That of `check`; `model_unsupported` where the text is another network's; those of the device.
+    /// The error of `check`; `model_unsupported` where the text is another network's; device errors.
     pub fn read(&self, context: &Tensor, dtype: DType, check: Check) -> Result<ReadText> {
         let &[samples, _, width] = context.dims() else {
             return Err(Error::bug(format!("text of shape {:?}", context.dims())));
@@ -193,11 +193,11 @@ impl ControlNet {
         Ok(ReadText { blocks, samples, dtype })
     }
 
-    /// What the network sees in an image, `[1, 8·H, 8·W, 3]` in `[0, 1]`: `[1, H, W, C]` in `dtype`. It is the same at
+    /// Embeds a hint image, `[1, 8·H, 8·W, 3]` in `[0, 1]`, as `[1, H, W, C]` in `dtype`. The embedding is the same at
     /// every step.
     ///
     /// # Errors
-    /// The device's own.
+    /// Device errors.
     pub fn embed(&self, pixels: &Tensor, dtype: DType) -> Result<Tensor> {
         let run = || -> CandleResult<Tensor> {
             let pixels = pixels.to_dtype(dtype)?;
@@ -208,7 +208,7 @@ impl ControlNet {
     }
 
     /// # Errors
-    /// That of `check`; those of the device.
+    /// The error of `check`; device errors.
     pub fn forward(&self, input: ControlInput) -> Result<Residuals> {
         let ControlInput { text, check, hints, .. } = input;
         check()?;
@@ -257,8 +257,8 @@ impl ControlNet {
         Ok(Residuals { down: down.stage(STAGE)?, mid: scaled(&self.mid_output, &x, last).stage(STAGE)? })
     }
 
-    /// By what each residual is multiplied, the middle's last. Where a union is shown several images, their weights are
-    /// those of the images and not of the residuals.
+    /// Factors of the residuals, the middle block's last. The weights of several images of a union apply to the images
+    /// instead.
     fn scales(&self, count: usize, hints: &[Hint], guess: bool) -> Vec<f64> {
         let weight = match hints {
             [hint] => hint.weight,

@@ -1,5 +1,4 @@
-//! `config.json` of a ControlNet, and the sizes of its layers, which are read off its tensors wherever they can be: a
-//! single file has no configuration.
+//! Configuration of a ControlNet: its `config.json`, or, for a single file, sizes inferred from its tensors.
 
 use serde::Deserialize;
 
@@ -7,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::model::networks::config::{MAX_BLOCKS, MAX_LAYERS, PerBlock, Validator};
 use crate::model::networks::unet_config::{UnetConfig, UnetPlan};
 
-/// The tensor that every ControlNet has and no other network.
+/// A tensor that every ControlNet has, and no other network.
 const MARK: &str = "controlnet_cond_embedding.conv_in.weight";
 /// Channels of the hint's embedding at full size, at most; twice as many at half of it, and so on. Published ones have 16,
 /// and 256 at an eighth.
@@ -15,7 +14,7 @@ const MOST_HINT: usize = 128;
 /// Heads of a union's transformer where no configuration names them, as in every published one.
 const UNION_HEADS: usize = 8;
 
-/// `config.json` of a `ControlNetModel` or `ControlNetUnionModel`; what is left out has diffusers' defaults.
+/// `config.json` of a `ControlNetModel` or `ControlNetUnionModel`; missing keys have diffusers' defaults.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct ControlNetFile {
@@ -37,23 +36,23 @@ impl Default for ControlNetFile {
     }
 }
 
-/// Everything that decides what a ControlNet computes.
+/// Configuration of a ControlNet, complete.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ControlNetConfig {
-    /// The way down and the middle, as a UNet's; its way up means nothing.
+    /// The down blocks and the middle block, as a UNet's; its up blocks mean nothing.
     pub(crate) trunk: UnetConfig,
     /// Channels of the hint's embedding at each resolution, and of the hint itself.
     pub(crate) hint: Vec<usize>,
     pub(crate) hint_inputs: usize,
-    /// Whether the hint's channels are blue, green, red.
+    /// True if the hint's channels are blue, green, red.
     pub(crate) bgr: bool,
     pub(crate) union: Option<UnionShape>,
 }
 
-/// Sizes of what a union has beyond a ControlNet.
+/// Sizes of a union's transformer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnionShape {
-    /// How many kinds of hints it knows.
+    /// Count of kinds of hints.
     pub(crate) kinds: usize,
     pub(crate) channels: usize,
     pub(crate) heads: usize,
@@ -116,7 +115,7 @@ impl ControlNetConfig {
         Ok(config)
     }
 
-    /// How many kinds of hints it tells apart; `None` for an ordinary ControlNet.
+    /// Count of kinds of hints that a union distinguishes; `None` for an ordinary ControlNet.
     #[must_use]
     pub fn kinds(&self) -> Option<usize> {
         self.union.map(|union| union.kinds)
@@ -126,7 +125,7 @@ impl ControlNetConfig {
         self.trunk.plan(name)
     }
 
-    /// Whether images become as large as latents, and are not much larger meanwhile.
+    /// The hint's embedding must have the size of latents, and must not have too many channels.
     fn check_hint(&self, validator: Validator, reduction: usize) -> Result<()> {
         for (halvings, &channels) in self.hint.iter().enumerate() {
             validator.within("conditioning_embedding_out_channels", channels, 1..=MOST_HINT << halvings)?;
@@ -143,7 +142,7 @@ impl ControlNetConfig {
         Ok(())
     }
 
-    /// Whether what it gives can be added to the feature maps of `unet`.
+    /// Residuals must fit the feature maps of `unet`.
     fn suits(&self, validator: Validator, unet: &UnetConfig) -> Result<()> {
         let (own, other) = (self.plan(validator.name)?, unet.plan("unet")?);
         let list = |channels: Vec<usize>| channels.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
@@ -275,7 +274,7 @@ impl TrunkInference<'_, '_> {
     }
 }
 
-/// `each`, or, where it is of a network of other blocks, one that every channel count has.
+/// `each`, or one head if `each` is for another count of blocks.
 fn heads(each: &PerBlock<usize>, blocks: usize) -> PerBlock<usize> {
     if each.fits(blocks) { each.clone() } else { PerBlock::Same(1) }
 }
@@ -293,7 +292,7 @@ fn union(validator: Validator, shapes: Shapes, heads: usize) -> Result<Option<Un
     Ok(Some(UnionShape { kinds, channels, heads, layers }))
 }
 
-/// The kinds of hints of published unions, and their places.
+/// Kinds of hints of published unions, and their indices.
 pub const KINDS: &[(&str, usize)] = &[
     ("openpose", 0),
     ("depth", 1),
@@ -311,13 +310,13 @@ pub const KINDS: &[(&str, usize)] = &[
     ("repaint", 7),
 ];
 
-/// The place of a kind among those of a union.
+/// The index of a kind of hint.
 ///
 /// # Errors
 /// `unknown_name` with the nearest name.
 pub fn kind(name: &str) -> Result<usize> {
     let lower = name.to_lowercase();
-    KINDS.iter().find(|(known, _)| *known == lower).map(|(_, place)| *place).ok_or_else(|| Error::UnknownName {
+    KINDS.iter().find(|(known, _)| *known == lower).map(|(_, index)| *index).ok_or_else(|| Error::UnknownName {
         kind: "control type",
         name: name.to_owned(),
         nearest: crate::error::nearest(name, KINDS.iter().map(|(known, _)| *known)),

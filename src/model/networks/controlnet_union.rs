@@ -1,5 +1,5 @@
-//! What a ControlNet Union has beyond a ControlNet: it is told what kind of image each hint is, and joins several.
-//! The network and its names are those of <https://github.com/xinsir6/ControlNetPlus>.
+//! The parts of a ControlNet Union beyond a ControlNet: it is conditioned on the kind of each hint image, and fuses
+//! several. Network and names follow <https://github.com/xinsir6/ControlNetPlus>.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns of latents, `C` channels, `N` hints and the sample, `T` width of the time
 //! embedding.
@@ -77,7 +77,7 @@ pub(crate) struct Union {
     kinds: usize,
 }
 
-/// What several hints are to the network.
+/// Several hints, fused.
 pub(crate) struct Fused {
     /// `[B, H, W, C]`, added to the first feature map.
     pub(crate) addition: Tensor,
@@ -110,14 +110,14 @@ impl Union {
     pub(crate) fn fuse(&self, x: &Tensor, hints: &[Hint]) -> Result<Fused> {
         let (batch, dtype, device) = (x.dim(0)?, x.dtype(), x.device());
         let mean = |map: &Tensor| map.to_dtype(DType::F32)?.mean((1, 2))?.to_dtype(dtype); // [B, C]
-        // The weight of a hint that is alone is that of the residuals.
+        // The weight of a single hint applies to the residuals.
         let weight = |hint: &Hint| if hints.len() == 1 { 1.0 } else { hint.weight };
         let mut used = vec![0.0; self.kinds];
         let mut tokens = Vec::with_capacity(hints.len() + 1);
         for hint in hints {
             let kind = hint.kind.unwrap_or(0);
-            if let Some(place) = used.get_mut(kind) {
-                *place = 1.0;
+            if let Some(used) = used.get_mut(kind) {
+                *used = 1.0;
             }
             let task = self.task_embedding.narrow(0, kind, 1)?.to_dtype(dtype)?; // [1, C]
             let token = ((mean(hint.embedded)? + task)? * weight(hint))?;

@@ -27,7 +27,7 @@ impl Sinusoid {
     /// Angles are f32, as torch's are: at timestep 999 that is 6e-5 from the real angle, and the network was trained so.
     ///
     /// # Errors
-    /// Rows of unequal length, or the device's own.
+    /// Rows of unequal length; device errors.
     pub fn embed<'a>(self, rows: impl IntoIterator<Item = &'a [f64]>, device: &Device) -> Result<Tensor> {
         let half = self.width / 2;
         let log_period = -MAX_PERIOD.ln() as f32;
@@ -81,7 +81,7 @@ impl TimestepEmbedding {
     /// `[B, I]` to `[B, T]`, in f32.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(DType::F32)?;
         let activated =
@@ -100,7 +100,7 @@ pub(crate) struct StepNumbers<'a> {
     pub(crate) time_ids: &'a [Vec<f64>],
 }
 
-/// What every residual block is told: diffusion time, and SDXL's added conditioning.
+/// Embedding of the timestep and of SDXL's added conditioning, for every residual block.
 #[derive(Clone, Debug)]
 pub(crate) struct StepEmbedding {
     time_proj: Sinusoid,
@@ -127,7 +127,7 @@ impl StepEmbedding {
     /// `[B, T]`, f32, without the SiLU that every residual block begins with.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub(crate) fn embed(&self, numbers: StepNumbers, device: &Device) -> Result<Tensor> {
         let StepNumbers { timesteps, pooled, time_ids } = numbers;
         let times = (0..time_ids.len()).map(|i| match timesteps {

@@ -1,5 +1,4 @@
-//! How much memory the UNet's feature maps take, found by walking through a pass as the network does and counting the
-//! maps that are alive.
+//! Estimates the memory of the UNet's feature maps by walking through an evaluation and counting the maps that are alive.
 //!
 //! Legend: `C` channels. Maps are counted in numbers.
 
@@ -24,11 +23,11 @@ pub struct Footprint {
 struct Walk {
     /// Positions of the maps at this level.
     positions: f64,
-    /// Maps that wait for the way up, in numbers each.
+    /// Sizes of the skip connections that wait for the up blocks.
     skips: Vec<f64>,
     most: f64,
     text: f64,
-    /// What the feed-forward layer holds between its two matrices, in `C`.
+    /// Channels between the two matrices of the feed-forward layer, as a multiple of `C`.
     gated: f64,
 }
 
@@ -53,8 +52,8 @@ impl Walk {
         self.text += (2 * TOKENS * channels * depth) as f64;
         if depth > 0 {
             let map = channels as f64 * self.positions;
-            // What came in, the tokens, and either queries, keys, values, what they were made of and what they give, or the
-            // sum so far, its norm, and the wide map between the two matrices.
+            // The input, the tokens, and either queries, keys, values, their input and their result, or the sum so far,
+            // its norm, and the wide map between the two matrices.
             self.see(map * (2.0 + f64::max(5.0, 2.0 + self.gated)));
         }
     }
@@ -101,8 +100,8 @@ impl Walk {
 }
 
 impl UnetConfig {
-    /// Of latents with `positions` rows times columns. `on_host`: the gate is applied as its matrix is multiplied, as the
-    /// CPU's kernels do.
+    /// Footprint for latents with `positions` rows times columns. `on_host`: the gate is fused with its matrix product, as
+    /// in the CPU's kernels.
     ///
     /// # Errors
     /// `model_unsupported` for a configuration that is no such network's.

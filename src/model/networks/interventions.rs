@@ -1,4 +1,4 @@
-//! Changes to one evaluation of the UNet: samples that are made worse on purpose, and FreeU. Nothing of it is kept.
+//! Interventions in one evaluation of the UNet: perturbed samples for guidance, and FreeU. Nothing persists.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `R` rows of a basis.
 
@@ -7,56 +7,56 @@ use std::ops::Range;
 
 use candle_core::{DType, Result as CandleResult, Tensor};
 
-/// What is changed in an evaluation; nothing by default.
+/// Interventions in one evaluation; none by default.
 #[derive(Clone, Copy, Default)]
 pub struct Steering<'a> {
-    /// Ranges of samples that do not meet, in their order.
+    /// Disjoint ranges of samples, in order.
     pub perturbed: &'a [Perturbed],
     pub freeu: Option<&'a FreeU>,
 }
 
-/// Samples that some transformer blocks treat in another way.
+/// Samples for which some transformer blocks are changed.
 #[derive(Clone, Debug)]
 pub struct Perturbed {
     pub samples: Range<usize>,
-    /// For each transformer block, in the order of evaluation, what is changed; `None` where nothing is.
+    /// The change of each transformer block, in the order of evaluation; `None` for an unchanged block.
     pub blocks: Vec<Option<Change>>,
 }
 
-/// What is changed in a transformer block.
+/// A change of a transformer block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// The block gives what it was given.
+    /// The block returns its input.
     Skipped,
     Within {
         attention: SelfAttention,
-        /// The feed-forward layer gives its input, which is normed.
+        /// The feed-forward layer returns its normed input.
         skips_feed_forward: bool,
     },
 }
 
-/// What self-attention does.
+/// Behaviour of self-attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SelfAttention {
     Kept,
     /// Every position attends to itself alone: Ahn et al. 2024, <https://arxiv.org/abs/2403.17377>, section 4.
     Identity,
-    /// It gives its input, which is normed.
+    /// It returns its normed input.
     Skipped,
 }
 
-/// FreeU (Si et al. 2023, <https://arxiv.org/abs/2309.11497>): the first blocks of the way up, each with its factors.
+/// FreeU (Si et al. 2023, <https://arxiv.org/abs/2309.11497>): factors of the first up blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FreeU {
     pub stages: [Stage; 2],
 }
 
-/// Factors of one block of the way up.
+/// Factors of one up block.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stage {
-    /// Of the first half of the backbone's channels.
+    /// Factor of the first half of the backbone's channels.
     pub backbone: f64,
-    /// Of the skip connection's lowest frequencies.
+    /// Factor of the skip connection's lowest frequencies.
     pub skip: f64,
 }
 
@@ -72,7 +72,7 @@ impl Stage {
 }
 
 /// Scales the frequencies 0 and -1 of both axes, a square of 2 × 2 in the shifted spectrum, and keeps the real part of
-/// what they then make: `x + (s − 1) · Re Σ X(k) e(k) / (H W)`. With real `x` each frequency gives its cosine and its sine,
+/// the result: `x + (s − 1) · Re Σ X(k) e(k) / (H W)`. With real `x` each frequency gives its cosine and its sine,
 /// so the sum is `Mᵀ M x / (H W)`, M having a row for each of them.
 fn scale_low(x: &Tensor, factor: f64) -> CandleResult<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_square_of_two_by_two_frequencies_is_scaled() {
+    fn freeu_scales_a_square_of_two_by_two_frequencies() {
         check((6, 8), (0.0, 0.0), 0.5);
         // Of a wave's two frequencies, k and -k, one lies in the square.
         check((6, 8), (1.0, 0.0), 0.75);

@@ -1,9 +1,9 @@
-//! IP-Adapter (Ye et al. 2023, <https://arxiv.org/abs/2308.06721>): what an image encoder sees in a picture becomes
-//! tokens that every cross-attention of the UNet reads beside the text, by keys and values of their own. The plain one
-//! projects the whole picture's embedding; Plus asks the patches by a perceiver (Alayrac et al. 2022,
+//! IP-Adapter (Ye et al. 2023, <https://arxiv.org/abs/2308.06721>): the states of an image encoder become tokens that
+//! every cross-attention of the UNet reads in addition to the text, through keys and values of their own. The plain one
+//! projects the whole image's embedding; Plus resamples the patches with a perceiver (Alayrac et al. 2022,
 //! <https://arxiv.org/abs/2204.14198>).
 //!
-//! Legend: `B` batch, `N` what is seen (patches), `I` its channels, `T` tokens of a picture, `D` their width, `H` width
+//! Legend: `B` batch, `N` patches, `I` their channels, `T` tokens of an image, `D` their width, `H` width
 //! inside the perceiver, `C` channels of a feature map.
 
 use std::collections::BTreeMap;
@@ -22,12 +22,12 @@ const STAGE: &str = "ip adapter";
 const LAYER_NORM_EPS: f64 = 1e-5;
 /// Channels of a head inside the perceiver, in every published file.
 const HEAD: usize = 64;
-/// Tokens of a picture. Published files have 4 or 16.
+/// Tokens of an image. Published files have 4 or 16.
 const MOST_TOKENS: usize = 256;
 /// Cross-attention layers of a UNet, at most.
 const MOST_BLOCKS: usize = 1024;
 
-/// What the names and shapes of an IP-Adapter's file say.
+/// Kind and sizes of an IP-Adapter, inferred from its tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IpAdapterLayout {
     kind: ProjectionKind,
@@ -37,7 +37,7 @@ pub struct IpAdapterLayout {
     width: usize,
     /// `I`
     inputs: usize,
-    /// Number in the file, and `C`, of each cross-attention, by number.
+    /// Number in the file and `C` of each cross-attention, sorted by number.
     blocks: Vec<(usize, usize)>,
 }
 
@@ -48,11 +48,11 @@ enum ProjectionKind {
 }
 
 impl IpAdapterLayout {
-    /// From the file's tensors. `name` is the file as its user knows it, `field` where the request names it.
+    /// Infers the layout. `name` is the file as its user knows it, `field` the field of the request that names it.
     ///
     /// # Errors
-    /// `unsupported_feature` for variants that are told of a face in other ways; `model_unsupported` for anything that
-    /// is no IP-Adapter.
+    /// `unsupported_feature` for variants conditioned on faces; `model_unsupported` for any other file that is no
+    /// IP-Adapter.
     pub fn of(tensors: &BTreeMap<String, Vec<usize>>, name: &str, field: &str) -> Result<Self> {
         let validator = Validator { name };
         let has = |key: &str| tensors.contains_key(key);
@@ -110,7 +110,7 @@ impl IpAdapterLayout {
         Ok(Self { kind, tokens, width, inputs, blocks })
     }
 
-    /// Tensors that such a network has.
+    /// Count of the network's tensors.
     #[must_use]
     pub fn tensors(&self) -> usize {
         let projection = match self.kind {
@@ -121,7 +121,7 @@ impl IpAdapterLayout {
     }
 }
 
-/// The cross-attentions that a file has keys and values for.
+/// Cross-attentions for which a file has keys and values.
 fn blocks(tensors: &BTreeMap<String, Vec<usize>>, validator: Validator) -> Result<Vec<(usize, usize)>> {
     let mut blocks = Vec::new();
     for (key, shape) in tensors {
@@ -140,7 +140,7 @@ fn blocks(tensors: &BTreeMap<String, Vec<usize>>, validator: Validator) -> Resul
     Ok(blocks)
 }
 
-/// Asks what is seen by a fixed set of queries, again and again.
+/// Resamples patches by cross-attention from learned queries.
 #[derive(Clone, Debug)]
 struct Perceiver {
     /// `[1, T, H]`
@@ -170,7 +170,7 @@ enum Projection {
     Plus(Box<Perceiver>),
 }
 
-/// Makes tokens of what an image encoder sees, and keys and values of tokens.
+/// Projects states of an image encoder to tokens, and tokens to keys and values.
 #[derive(Clone, Debug)]
 pub struct IpAdapter {
     projection: Projection,
@@ -181,7 +181,7 @@ pub struct IpAdapter {
 
 impl IpAdapter {
     /// # Errors
-    /// `model_unsupported` for weights that do not fit each other; those of the device.
+    /// `model_unsupported` for weights that do not fit each other; device errors.
     pub fn load(loader: &Loader, layout: &IpAdapterLayout) -> Result<Self> {
         let (image, file) = (loader.pp("image_proj"), loader.pp("ip_adapter"));
         let &IpAdapterLayout { tokens, width, inputs, .. } = layout;
@@ -228,7 +228,7 @@ impl IpAdapter {
         read().map_err(load_error(STAGE))
     }
 
-    /// Which of an image encoder's states it wants.
+    /// The image encoder's states that it takes.
     #[must_use]
     pub fn wants(&self) -> Seen {
         match self.projection {
@@ -243,10 +243,10 @@ impl IpAdapter {
         self.layout.inputs
     }
 
-    /// The tokens of pictures: of `[B, I]`, or for Plus `[B, N, I]`, gives `[B, T, D]`.
+    /// Tokens of images: from `[B, I]`, or for Plus `[B, N, I]`, to `[B, T, D]`.
     ///
     /// # Errors
-    /// States of other channels; those of the device.
+    /// States of other channels; device errors.
     pub fn project(&self, seen: &Tensor) -> Result<Tensor> {
         let run = || -> CandleResult<Tensor> {
             match &self.projection {
@@ -263,11 +263,11 @@ impl IpAdapter {
     /// Keys and values of `tokens`, `[B, T, D]`, for cross-attentions of `channels` channels, in the file's order.
     ///
     /// # Errors
-    /// That of `check`, called before each; `model_unsupported` where the adapter is for another UNet; those of the
-    /// device.
+    /// The error of `check`, called before each; `model_unsupported` where the adapter is for another UNet; device
+    /// errors.
     pub(crate) fn read(&self, tokens: &Tensor, channels: &[usize], check: Check) -> Result<Vec<KeysValues>> {
         let own: Vec<usize> = self.layout.blocks.iter().map(|&(_, channels)| channels).collect();
-        let odd = self.layout.blocks.iter().enumerate().all(|(place, &(number, _))| number == 2 * place + 1);
+        let odd = self.layout.blocks.iter().enumerate().all(|(i, &(number, _))| number == 2 * i + 1);
         if own != channels || !odd {
             let message = format!(
                 "it is for another UNet: it has keys for {} cross-attentions of {} channels, and this one has {} of {}",
@@ -288,7 +288,7 @@ impl IpAdapter {
     }
 }
 
-/// Every number once, for people.
+/// Every number once, as text.
 fn distinct(all: &[usize]) -> String {
     let mut numbers = all.to_vec();
     numbers.sort_unstable();

@@ -5,7 +5,7 @@
 //! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Activations run in the dtype of the input; weights are
 //! kept in the dtype of the file, or in the compute dtype where that is narrower. No network caches anything between calls.
 //!
-//! Every configuration has a `check`: what cannot be computed exactly as diffusers computes it is
+//! Every configuration has a `check`: networks that cannot be computed exactly as diffusers computes them are
 //! `model_unsupported`, and so are sizes that no real network has, so that a hostile file cannot make the worker
 //! divide by zero, overflow or allocate without bound.
 

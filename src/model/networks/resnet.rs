@@ -59,10 +59,10 @@ impl ResnetBlock {
 
     /// `x` is `[B, H, W, C]`; gives `[B, H, W, O]`. `time` is `[B, T]`, SiLU already applied, in the dtype of `x`.
     ///
-    /// At most three feature maps are alive at a time, if the caller keeps none of its own: `x` is given away.
+    /// At most three feature maps are alive at a time, if the caller keeps none: `x` is consumed.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub(crate) fn forward(&self, x: Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let per_sample = match (&self.time_emb_proj, time) {
             (Some(projection), Some(time)) => Some(projection.forward(time)?), // [B, O]
@@ -85,7 +85,7 @@ impl ResnetBlock {
     /// [`Self::forward`] without a time embedding, of a map of which `source` gives rows.
     ///
     /// # Errors
-    /// That of the strips' check; shapes that do not fit, or the device's own.
+    /// The error of the strips' `check`; shapes that do not fit; device errors.
     pub(crate) fn forward_in_strips(&self, source: RowSource, strips: Strips) -> StagedResult<Tensor> {
         let first = strips.statistics(&self.norm1, source)?;
         let hidden = |x: &Tensor, has: &Range<usize>, wanted: &Range<usize>| {
@@ -127,7 +127,7 @@ impl Downsample {
     }
 
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.conv.forward(x)
     }
@@ -147,16 +147,16 @@ impl Upsample {
     }
 
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub(crate) fn forward(&self, x: Tensor, height: usize, width: usize) -> Result<Tensor> {
         let enlarged = upsample_nearest(&x, height, width)?;
         drop(x);
         self.conv.forward(&enlarged)
     }
-    /// Rows `rows` of what [`Self::forward`] gives for twice the height and width; `strips` are its.
+    /// Rows `rows` of the result of [`Self::forward`] for twice the height and width, which `strips` cut.
     ///
     /// # Errors
-    /// Shapes that do not fit, or the device's own.
+    /// Shapes that do not fit; device errors.
     pub(crate) fn rows(&self, x: &Tensor, rows: &Range<usize>, strips: Strips) -> Result<Tensor> {
         let (_, height, width, _) = x.dims4()?;
         let around = strips.around(rows, 1);

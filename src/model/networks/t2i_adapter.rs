@@ -1,8 +1,8 @@
-//! T2I-Adapter for SDXL (Mou et al. 2023, <https://arxiv.org/abs/2302.08453>): a picture of edges, depth or the like
-//! becomes features that are added to the UNet's way down. As diffusers stores `full_adapter_xl`.
+//! T2I-Adapter for SDXL (Mou et al. 2023, <https://arxiv.org/abs/2302.08453>): an image of edges, depth or the like
+//! becomes features that are added to the UNet's down blocks. Names are diffusers' of `full_adapter_xl`.
 //!
-//! Legend: `B` batch, `H` `W` rows and columns of the picture, `h` `w` of a feature map, `C` channels, `F` the factor by
-//! which the picture is folded.
+//! Legend: `B` batch, `H` `W` rows and columns of the image, `h` `w` of a feature map, `C` channels, `F` the factor by
+//! which the image is folded.
 
 use std::ops::RangeInclusive;
 
@@ -17,17 +17,17 @@ use crate::model::networks::load_error::load_error;
 use crate::model::networks::resnet::load_same_conv;
 
 const STAGE: &str = "t2i adapter";
-/// 16 in every published file. Below the least, features are as large as pictures; above the most, a picture of the
+/// 16 in every published file. Below the least, features are as large as images; above the most, an image of the
 /// largest size folds to nothing.
 const FACTORS: RangeInclusive<usize> = 8..=64;
-/// Of a block. A published one has 1280.
+/// Upper limit of a block's channels. A published one has 1280.
 const MOST_CHANNELS: usize = 4096;
 
-/// `config.json` of a T2I-Adapter; what is left out has diffusers' defaults.
+/// `config.json` of a T2I-Adapter; missing keys have diffusers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct T2iAdapterConfig {
-    /// 3 for a picture in colours, 1 for one in grey.
+    /// 3 for an image in colours, 1 for one in grey.
     pub in_channels: usize,
     pub channels: Vec<usize>,
     pub num_res_blocks: usize,
@@ -93,20 +93,20 @@ struct Block {
     resnets: Vec<Residual>,
 }
 
-/// Makes features from a picture.
+/// Computes features of an image.
 #[derive(Clone, Debug)]
 pub struct T2iAdapter {
     conv_in: Conv2d,
     body: Vec<Block>,
     /// `F`
     factor: usize,
-    /// Of the picture.
+    /// Channels of the image.
     channels: usize,
 }
 
 impl T2iAdapter {
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &T2iAdapterConfig) -> Result<Self> {
         config.check(STAGE)?;
         let (loader, factor) = (loader.pp("adapter"), config.downscale_factor);
@@ -138,10 +138,10 @@ impl T2iAdapter {
         read().map_err(load_error(STAGE))
     }
 
-    /// The features of a picture, `[B, H, W, C]` in `[0, 1]`, one a block: `[B, h, w, C']` in the picture's dtype.
+    /// Features of an image, `[B, H, W, C]` in `[0, 1]`: for each block `[B, h, w, C']` in the image's dtype.
     ///
     /// # Errors
-    /// That of `check`, called before each block; a picture whose sides `F` does not divide; those of the device.
+    /// The error of `check`, called before each block; an image whose sides `F` does not divide; device errors.
     pub fn forward(&self, picture: &Tensor, check: Check) -> Result<Vec<Tensor>> {
         let &[_, height, width, channels] = picture.dims() else {
             return Err(Error::bug(format!("a picture of shape {:?}", picture.dims())));
@@ -181,7 +181,7 @@ impl Block {
     }
 }
 
-/// Squares of `factor` pixels become channels, the picture's own channel outermost: torch's `PixelUnshuffle`.
+/// Squares of `factor` pixels become channels, the image's own channel outermost: torch's `PixelUnshuffle`.
 fn fold(x: &Tensor, factor: usize) -> CandleResult<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     let (h, w) = (height / factor, width / factor);
@@ -193,7 +193,7 @@ fn fold(x: &Tensor, factor: usize) -> CandleResult<Tensor> {
     ))
 }
 
-/// Means of two by two positions; at an odd border, of those that there are.
+/// Means of two by two positions; at an odd border, of the positions within the map.
 fn halved(x: &Tensor) -> CandleResult<Tensor> {
     let (_, height, width, _) = x.dims4()?;
     // The mean of a border and its copy is the border.

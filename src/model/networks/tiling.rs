@@ -1,6 +1,6 @@
-//! Feature maps a few rows at a time, for those too large to be whole. The result is that of the whole map: a norm's
-//! statistics are gathered from all strips before any is normalised, and a strip brings the rows around it that its
-//! convolutions see. The price is that what leads to a norm is computed again after it.
+//! Processes feature maps a few rows at a time. The result equals that of the whole map: a norm's
+//! statistics are gathered from all strips before any is normalised, and a strip includes the rows around it that its
+//! convolutions read. The price: everything before a norm is computed again after it.
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels.
 
@@ -12,15 +12,15 @@ use crate::error::{Error, Result, StageContext as _};
 use crate::kernels::{GroupNorm, Statistics};
 use crate::model::networks::check::Check;
 
-/// Gives rows of a feature map, `[B, rows, W, C]`.
+/// Computes rows of a feature map, `[B, rows, W, C]`.
 pub(crate) type RowSource<'a> = &'a dyn Fn(&Range<usize>) -> CandleResult<Tensor>;
 
-/// How a map is cut, and what is asked between strips.
+/// The strips of a map, and the check between them.
 #[derive(Clone, Copy)]
 pub(crate) struct Strips<'a> {
     /// Rows of the map.
     pub(crate) height: usize,
-    /// Rows of a strip, at most.
+    /// Upper limit of a strip's rows.
     pub(crate) rows: usize,
     pub(crate) stage: &'static str,
     pub(crate) check: Check<'a>,
@@ -31,7 +31,7 @@ impl Strips<'_> {
         (0..self.height).step_by(self.rows.max(1)).map(move |start| start..(start + self.rows.max(1)).min(self.height))
     }
 
-    /// `rows` and as many as `by` on either side, where the map has them.
+    /// `rows` and up to `by` rows on either side, within the map.
     pub(crate) fn around(self, rows: &Range<usize>, by: usize) -> Range<usize> {
         rows.start.saturating_sub(by)..(rows.end + by).min(self.height)
     }
@@ -72,7 +72,7 @@ impl Strips<'_> {
     }
 }
 
-/// Rows `wanted` of `x`, which has rows `has`.
+/// Rows `wanted` of `x`, which holds rows `has`.
 pub(crate) fn cut(x: &Tensor, has: &Range<usize>, wanted: &Range<usize>) -> CandleResult<Tensor> {
     x.narrow(1, wanted.start - has.start, wanted.len())?.contiguous()
 }

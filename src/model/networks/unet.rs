@@ -24,7 +24,7 @@ pub use crate::model::networks::unet_config::UnetConfig;
 
 const STAGE: &str = "unet";
 
-/// What the cross-attention of an evaluation reads.
+/// The text of an evaluation.
 #[derive(Clone, Copy)]
 pub enum Text<'a> {
     /// `[B, L, D]`, read for this evaluation alone.
@@ -50,10 +50,10 @@ impl ReadText {
         self.samples
     }
 
-    /// That of `count` samples from `start` on.
+    /// Keys and values of `count` samples from `start` on.
     ///
     /// # Errors
-    /// Samples that it does not have, or the device's own.
+    /// Samples out of range; device errors.
     pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
         let blocks = self.blocks.iter().map(|block| block.rows(start, count)).collect::<CandleResult<_>>();
         Ok(Self { blocks: blocks.stage(STAGE)?, samples: count, dtype: self.dtype })
@@ -66,31 +66,30 @@ pub struct ReadPictures {
     blocks: Vec<KeysValues>,
 }
 
-/// What an evaluation reads of pictures beside the text.
+/// Image prompts of an evaluation, read in addition to the text.
 #[derive(Clone, Copy)]
 pub struct Pictures<'a> {
-    /// Of as many samples as the evaluation has.
+    /// Keys and values for as many samples as the evaluation has.
     pub read: &'a ReadPictures,
-    /// Times which what they give is added to what the text gives.
+    /// Factor of their attention, which is added to the text's.
     pub weight: f64,
 }
 
 impl ReadPictures {
-    /// For an evaluation of `samples`, of which the first `negatives` read the first sample of the tokens, and all others
-    /// the last.
+    /// Spreads the tokens over `samples` samples: the first `negatives` read the tokens' first sample, all others the last.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn spread(&self, negatives: usize, samples: usize) -> Result<Self> {
         let spread = |block: &KeysValues| block.spread(negatives, samples);
         let blocks = self.blocks.iter().map(spread).collect::<CandleResult<_>>().stage(STAGE)?;
         Ok(Self { blocks })
     }
 
-    /// Those of some samples.
+    /// Keys and values of some samples.
     ///
     /// # Errors
-    /// Samples that there are not, or the device's own.
+    /// Samples out of range; device errors.
     pub fn of(&self, samples: &Range<usize>) -> Result<Cow<'_, Self>> {
         if self.blocks.first().is_none_or(|block| block.samples() == samples.len()) {
             return Ok(Cow::Borrowed(self));
@@ -113,15 +112,15 @@ pub struct UnetInput<'a> {
     /// For each sample, in pixels: original height and width, top and left of the crop, target height and width;
     /// for the refiner an aesthetic score instead of the last two.
     pub time_ids: &'a [Vec<f64>],
-    /// A ControlNet's additions to the skip connections, [`Unet::skips`] of them in the order of the way down, each of
-    /// the shape of its feature map `[B, H', W', C']`.
+    /// A ControlNet's residuals of the skip connections: [`Unet::skips`] tensors in the order of evaluation, each of the
+    /// shape of its feature map `[B, H', W', C']`.
     pub down_residuals: Option<&'a [Tensor]>,
-    /// A ControlNet's addition to the output of the middle block.
+    /// A ControlNet's residual of the middle block.
     pub mid_residual: Option<&'a Tensor>,
-    /// Read beside the text, one an IP-Adapter.
+    /// One for each IP-Adapter.
     pub pictures: &'a [Pictures<'a>],
-    /// A T2I-Adapter's features, one a block of the way down and one for the middle block, as far as it has them: each
-    /// is added to what the block gives, and so to its last skip connection. `[1, H', W', C']`, or one a sample.
+    /// A T2I-Adapter's features, for the down blocks and then the middle block, as far as it has them: each is added to the
+    /// block's result, and so to its last skip connection. `[1, H', W', C']`, or one for each sample.
     pub features: &'a [Tensor],
     pub steering: Steering<'a>,
     pub check: Check<'a>,
@@ -144,23 +143,21 @@ pub struct Unet {
 }
 
 impl Unet {
-    /// Whether the layer of this name, whose weight is `[O, I]` or `[O, C, K, K]`, may multiply bytes: those within
-    /// residual blocks, transformers and steps between resolutions, which are nearly all of the work. Left out are the time embedding, the text's
-    /// keys and values, as a few of CLIP's channels are far greater than the others, and layers so narrow that they gain
-    /// nothing.
+    /// True if the layer of this name, whose weight is `[O, I]` or `[O, C, K, K]`, can be quantised: layers of residual
+    /// blocks, transformers and resamplers, which are nearly all of the work. Excluded are the time embedding, the text's
+    /// keys and values, as a few of CLIP's channels are far greater than the others, and layers too narrow to gain.
     #[must_use]
     pub fn bears_int8(layer: &str, weight: &[usize]) -> bool {
-        /// Inputs and outputs that a layer has at least.
-        const LEAST: usize = 64;
+        const LEAST_CHANNELS: usize = 64;
         let has = |part: &str| layer.split('.').any(|name| name == part);
         let of_text = has("attn2") && (has("to_k") || has("to_v"));
         let within = ["resnets", "attentions", "downsamplers", "upsamplers"].into_iter().any(has);
         let inside = within && !has("time_emb_proj") && !of_text;
-        inside && weight.iter().take(2).all(|&side| side >= LEAST)
+        inside && weight.iter().take(2).all(|&side| side >= LEAST_CHANNELS)
     }
 
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &UnetConfig) -> Result<Self> {
         let plan = config.plan(STAGE)?;
         let sizes = plan.sizes;
@@ -187,7 +184,7 @@ impl Unet {
         read().map_err(load_error(STAGE))
     }
 
-    /// How many feature maps the way down hands to the way up, the first convolution's included.
+    /// Count of skip connections, including the first convolution's.
     #[must_use]
     pub fn skips(&self) -> usize {
         1 + self.down_blocks.iter().map(DownBlock::skips).sum::<usize>()
@@ -197,7 +194,7 @@ impl Unet {
     /// `[B, L, C]` a transformer block.
     ///
     /// # Errors
-    /// That of `check`, called before each transformer block; `model_unsupported` where the text is another network's;
+    /// The error of `check`, called before each transformer block; `model_unsupported` where the text is another network's;
     /// those of the device.
     pub fn read(&self, context: &Tensor, dtype: DType, check: Check) -> Result<ReadText> {
         let &[samples, tokens, width] = context.dims() else {
@@ -224,11 +221,11 @@ impl Unet {
         Ok(ReadText { blocks, samples, dtype })
     }
 
-    /// Keys and values of an IP-Adapter's tokens, `[R, T, D]`, beside `text`, which this network read. The adapter's file
+    /// Keys and values of an IP-Adapter's tokens, `[R, T, D]`, to match `text`, which this network read. The adapter's file
     /// numbers cross-attentions in the order in which diffusers lists them: down, up, middle.
     ///
     /// # Errors
-    /// That of `check`; `model_unsupported` where the adapter is for another UNet; those of the device.
+    /// The error of `check`; `model_unsupported` where the adapter is for another UNet; device errors.
     pub fn pictures(
         &self,
         text: &ReadText,
@@ -240,18 +237,18 @@ impl Unet {
         let up = down + self.mid_block.as_ref().map_or(0, MidBlock::reads);
         let order: Vec<usize> = (0..down).chain(up..text.blocks.len()).chain(down..up).collect();
         let channels: Vec<usize> =
-            order.iter().filter_map(|&place| text.blocks.get(place)).map(KeysValues::channels).collect();
+            order.iter().filter_map(|&index| text.blocks.get(index)).map(KeysValues::channels).collect();
         let tokens = tokens.to_dtype(text.dtype).stage(STAGE)?;
         let read = adapter.read(&tokens, &channels, check)?;
         let mut placed: Vec<(usize, KeysValues)> = order.into_iter().zip(read).collect();
-        placed.sort_by_key(|(place, _)| *place);
+        placed.sort_by_key(|(index, _)| *index);
         Ok(ReadPictures { blocks: placed.into_iter().map(|(_, read)| read).collect() })
     }
 
-    /// Gives `[B, H, W, C]` in the dtype of the sample.
+    /// Returns `[B, H, W, C]` in the dtype of the sample.
     ///
     /// # Errors
-    /// That of `check`; `model_unsupported` where text or latents are another network's; those of the device.
+    /// The error of `check`; `model_unsupported` where text or latents are another network's; device errors.
     pub fn forward(&self, input: UnetInput) -> Result<Tensor> {
         let dtype = input.sample.dtype();
         self.validate(input)?;
@@ -302,7 +299,7 @@ impl Unet {
         embedded.and_then(|time| Activation::Silu.apply(&time)).stage(STAGE)
     }
 
-    /// What a caller can get wrong by joining parts that do not belong together is said in its terms.
+    /// Reports parts that do not fit together in terms of the caller.
     fn validate(&self, input: UnetInput) -> Result<()> {
         let validator = Validator { name: STAGE };
         let &[batch, height, width, channels] = input.sample.dims() else {

@@ -16,21 +16,21 @@ use crate::model::networks::unet_config::{BlockPlan, MidPlan, UnetSizes};
 
 const STAGE: &str = "unet";
 
-/// What every block is told beside its feature map.
+/// Conditioning of every block.
 #[derive(Clone, Copy)]
 pub(crate) struct Conditions<'a> {
     /// `[B, T]`, SiLU already applied.
     pub(crate) time: &'a Tensor,
     pub(crate) text: &'a TextReader<'a>,
-    /// Of this block of the way up.
+    /// FreeU's factors for this up block.
     pub(crate) freeu: Option<interventions::Stage>,
     pub(crate) check: Check<'a>,
 }
 
-/// Feature maps of the way down, waiting for the way up; each is freed when it is taken.
+/// Skip connections of the down blocks; each is freed when an up block has taken it.
 pub(crate) struct Skips<'a> {
     kept: Vec<Tensor>,
-    /// A ControlNet's additions, one for each feature map, in the order of the way down.
+    /// A ControlNet's residuals, one for each skip connection, in the order of evaluation.
     residuals: Option<&'a [Tensor]>,
 }
 
@@ -43,15 +43,15 @@ impl<'a> Skips<'a> {
         self.kept.push(x.clone());
     }
 
-    /// Those that nobody took, in the order of the way down.
+    /// Skip connections that were not taken, in the order of evaluation.
     pub(crate) fn left(self) -> Vec<Tensor> {
         self.kept
     }
 
-    /// The latest one, with its addition.
+    /// The latest one, with its residual.
     fn take(&mut self) -> Result<Tensor> {
         let Some(skip) = self.kept.pop() else {
-            return Err(Error::bug("the way up takes more than the way down left"));
+            return Err(Error::bug("the up blocks take more skip connections than the down blocks have"));
         };
         let Some(residuals) = self.residuals else { return Ok(skip) };
         let Some(residual) = residuals.get(self.kept.len()) else {
@@ -60,8 +60,8 @@ impl<'a> Skips<'a> {
         residual.to_dtype(skip.dtype()).and_then(|residual| skip + residual).stage(STAGE)
     }
 
-    /// Height and width of the next one. Latents whose sides are not multiples of the network's total reduction come
-    /// back to their size by it.
+    /// Height and width of the next one, by which latents come back to their size if their sides are no multiples of the
+    /// network's total reduction.
     fn next_size(&self) -> Result<(usize, usize)> {
         match self.kept.last().map(Tensor::dims) {
             Some(&[_, height, width, _]) => Ok((height, width)),
@@ -88,7 +88,7 @@ impl UnetLayer {
     }
 }
 
-/// What the transformers of `layers` read in `context`, `[B, L, D]`, added to `read` in their order.
+/// Adds the transformers' keys and values of `context`, `[B, L, D]`, to `read` in their order.
 fn read_text(layers: &[UnetLayer], context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
     layers.iter().filter_map(|layer| layer.attention.as_ref()).try_for_each(|one| one.read(context, check, read))
 }
@@ -124,12 +124,12 @@ impl DownBlock {
     }
 
     /// # Errors
-    /// Those of [`SpatialTransformer::read`].
+    /// The errors of [`SpatialTransformer::read`].
     pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         read_text(&self.layers, context, check, read)
     }
 
-    /// How many transformer blocks read the text.
+    /// Count of transformer blocks that read the text.
     pub(crate) fn reads(&self) -> usize {
         self.layers.iter().filter_map(|layer| layer.attention.as_ref()).map(SpatialTransformer::reads).sum()
     }
@@ -138,7 +138,7 @@ impl DownBlock {
         self.layers.len() + usize::from(self.downsampler.is_some())
     }
 
-    /// `feature` is added where diffusers adds it: with transformers behind the last of them, without at the end.
+    /// `feature` is added where diffusers adds it: after the last transformer, or at the end of a block without any.
     pub(crate) fn forward(
         &self,
         mut x: Tensor,
@@ -149,9 +149,9 @@ impl DownBlock {
         let attends = self.layers.iter().any(|layer| layer.attention.is_some());
         let early = feature.filter(|_| attends || self.downsampler.is_none());
         let late = feature.filter(|_| early.is_none());
-        for (place, layer) in self.layers.iter().enumerate() {
+        for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(x, given)?;
-            if let Some(feature) = early.filter(|_| place + 1 == self.layers.len()) {
+            if let Some(feature) = early.filter(|_| i + 1 == self.layers.len()) {
                 x = add_feature(&x, feature)?;
             }
             skips.keep(&x);
@@ -170,7 +170,7 @@ impl DownBlock {
 /// A feature map with a T2I-Adapter's feature.
 ///
 /// # Errors
-/// `model_unsupported` where the feature is for another network's map; those of the device.
+/// `model_unsupported` where the feature is for another network's map; device errors.
 pub(crate) fn add_feature(x: &Tensor, feature: &Tensor) -> Result<Tensor> {
     let (own, given) = (x.dims(), feature.dims());
     let alike = own.len() == given.len() && own.iter().zip(given).skip(1).all(|(a, b)| a == b);
@@ -202,13 +202,13 @@ impl MidBlock {
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
     }
 
-    /// How many transformer blocks read the text.
+    /// Count of transformer blocks that read the text.
     pub(crate) fn reads(&self) -> usize {
         self.after.as_ref().map_or(0, |(attention, _)| attention.reads())
     }
 
     /// # Errors
-    /// Those of [`SpatialTransformer::read`].
+    /// The errors of [`SpatialTransformer::read`].
     pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         self.after.as_ref().map_or(Ok(()), |(attention, _)| attention.read(context, check, read))
     }
@@ -238,7 +238,7 @@ impl UpBlock {
     }
 
     /// # Errors
-    /// Those of [`SpatialTransformer::read`].
+    /// The errors of [`SpatialTransformer::read`].
     pub(crate) fn read(&self, context: &Tensor, check: Check, read: &mut Vec<KeysValues>) -> Result<()> {
         read_text(&self.layers, context, check, read)
     }

@@ -5,8 +5,8 @@ use serde::Deserialize;
 use crate::error::Result;
 use crate::model::networks::config::{MAX_BLOCKS, MAX_CHANNELS, MAX_LAYERS, PerBlock, Validator};
 
-/// `config.json` of a `UNet2DConditionModel`; what is left out has diffusers' defaults, and keys that do not change
-/// what SDXL's blocks compute are not read.
+/// `config.json` of a `UNet2DConditionModel`; missing keys have diffusers' defaults, and keys that do not
+/// affect SDXL's blocks are not read.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct UnetConfig {
@@ -31,11 +31,11 @@ pub struct UnetConfig {
     pub cross_attention_dim: PerBlock<usize>,
     /// Per block, or per layer of each block.
     pub transformer_layers_per_block: PerBlock<PerBlock<usize>>,
-    /// The same for the way up, in its order. Without it the way up mirrors the way down.
+    /// Depths of the up blocks, in their order. By default the up blocks mirror the down blocks.
     pub reverse_transformer_layers_per_block: Option<Vec<PerBlock<usize>>>,
     pub encoder_hid_dim: Option<usize>,
     pub encoder_hid_dim_type: Option<String>,
-    /// The *number* of heads, whatever it is called, unless `num_attention_heads` is given.
+    /// The *number* of heads, despite its name, unless `num_attention_heads` is given.
     pub attention_head_dim: PerBlock<usize>,
     pub num_attention_heads: Option<PerBlock<usize>>,
     pub dual_cross_attention: bool,
@@ -113,8 +113,8 @@ impl UnetConfig {
         self.plan(name).map(drop)
     }
 
-    /// How many time ids there are beside a pooled text of `pooled` channels: 6 for the base, 5 for the refiner.
-    /// `None` if the two do not belong together.
+    /// Count of time ids that accompany a pooled text of `pooled` channels: 6 for the base, 5 for the refiner.
+    /// `None` if the text is another network's.
     #[must_use]
     pub fn time_ids(&self, pooled: usize) -> Option<usize> {
         let (whole, each) = (self.projection_class_embeddings_input_dim?, self.addition_time_embed_dim?);
@@ -128,10 +128,10 @@ impl UnetConfig {
         self.cross_attention_dim.values().first().copied().unwrap_or(0)
     }
 
-    /// How many transformers each layer of the way down has, from the highest resolution.
+    /// Count of transformer blocks of each layer of the down blocks, from the highest resolution.
     ///
     /// # Errors
-    /// That of [`Self::check`].
+    /// The error of [`Self::check`].
     pub fn depths(&self) -> Result<Vec<usize>> {
         let down = self.plan("unet")?.down;
         Ok(down.iter().flat_map(|block| &block.layers).map(|layer| layer.depth.unwrap_or(0)).collect())
@@ -140,7 +140,7 @@ impl UnetConfig {
     /// Names of the transformer blocks, in the order of evaluation.
     ///
     /// # Errors
-    /// That of [`Self::check`].
+    /// The error of [`Self::check`].
     pub fn transformer_blocks(&self) -> Result<Vec<String>> {
         let plan = self.plan("unet")?;
         let level = |way: &str, blocks: &[BlockPlan]| -> Vec<(String, usize)> {
@@ -287,7 +287,7 @@ impl UnetConfig {
         self.block_out_channels.get(block).copied().unwrap_or(0)
     }
 
-    /// Heads of the attention layers of the way down's block `block`.
+    /// Attention heads of down block `block`.
     fn heads(&self, validator: Validator, block: usize) -> Result<usize> {
         let (key, heads) = match &self.num_attention_heads {
             Some(heads) => ("num_attention_heads", heads),
@@ -327,7 +327,7 @@ impl UnetConfig {
         let kind = self.up_block_types.get(step).map_or("", String::as_str);
         validator.is("up_block_types", kind, &["UpBlock2D", "CrossAttnUpBlock2D"])?;
         let crosses = kind == "CrossAttnUpBlock2D";
-        let block = self.block_out_channels.len() - 1 - step; // the block of the way down on this level
+        let block = self.block_out_channels.len() - 1 - step; // the down block of this level
         let outputs = self.channels(block);
         let before = if step == 0 { outputs } else { self.channels(block + 1) };
         let depths = match &self.reverse_transformer_layers_per_block {
@@ -363,7 +363,7 @@ impl UnetConfig {
 
 const DEPTHS: &str = "transformer_layers_per_block";
 
-/// `depths` are a block's, with the key they stand under.
+/// The depth of a layer; `depths` are a block's, with their key.
 fn depth(validator: Validator, (key, depths): (&str, Option<&PerBlock<usize>>), layer: usize) -> Result<usize> {
     let Some(&depth) = depths.and_then(|depths| depths.at(layer)) else {
         return Err(validator.refuse(format!("`{key}` has no value for layer {layer} of a block")));
@@ -372,7 +372,7 @@ fn depth(validator: Validator, (key, depths): (&str, Option<&PerBlock<usize>>), 
     Ok(depth)
 }
 
-/// A configuration that can be computed, as sizes.
+/// Sizes of all blocks of a valid configuration.
 #[derive(Clone, Debug)]
 pub(crate) struct UnetPlan {
     pub(crate) sizes: UnetSizes,
@@ -384,7 +384,7 @@ pub(crate) struct UnetPlan {
 }
 
 impl UnetPlan {
-    /// Channels of each feature map that the way down hands over, in its order.
+    /// Channels of each skip connection, in the order of evaluation.
     pub(crate) fn skips(&self) -> Vec<usize> {
         let first = self.down.first().map(|block| block.outputs);
         let of_block =
@@ -392,7 +392,7 @@ impl UnetPlan {
         first.into_iter().chain(self.down.iter().flat_map(of_block)).collect()
     }
 
-    /// How often each of [`Self::skips`] was halved.
+    /// Halvings of the resolution of each of [`Self::skips`].
     pub(crate) fn skip_levels(&self) -> Vec<usize> {
         let of_block = |(level, block): (usize, &BlockPlan)| {
             let halved = block.resamples.then_some(level + 1);
@@ -402,7 +402,7 @@ impl UnetPlan {
     }
 }
 
-/// What all blocks have in common.
+/// Sizes that all blocks have in common.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct UnetSizes {
     pub(crate) groups: usize,
@@ -418,13 +418,13 @@ pub(crate) struct BlockPlan {
     pub(crate) layers: Vec<LayerPlan>,
     pub(crate) outputs: usize,
     pub(crate) heads: usize,
-    /// Whether a change of resolution follows.
+    /// True if a change of resolution follows.
     pub(crate) resamples: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LayerPlan {
-    /// On the way up, with the skip connection's channels.
+    /// In up blocks including the skip connection's channels.
     pub(crate) inputs: usize,
     /// Transformer blocks; `None` where the layer has no transformer at all.
     pub(crate) depth: Option<usize>,

@@ -1,4 +1,4 @@
-//! The autoencoder between pictures and latents: `AutoencoderKL` (Kingma & Welling 2013; Rombach et al. 2022).
+//! The autoencoder between images and latents: `AutoencoderKL` (Kingma & Welling 2013; Rombach et al. 2022).
 //!
 //! Legend: `B` batch, `H` `W` rows and columns, `C` channels, `Z` latent channels.
 
@@ -24,15 +24,15 @@ const LOGVAR: (f64, f64) = (-30.0, 20.0);
 /// Rows that are decoded at a time, at each resolution.
 const STRIP: usize = 64;
 
-/// How much of a feature map encoder or decoder holds at a time.
+/// Part of a feature map that encoder or decoder hold at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     Whole,
-    /// A few rows: less than half the memory at 1024², and less the larger the picture, for up to twice the work.
+    /// A few rows: less than half the memory at 1024², and less the larger the image, for up to twice the work.
     Strips,
 }
 
-/// `config.json` of an `AutoencoderKL`; what is left out has diffusers' defaults.
+/// `config.json` of an `AutoencoderKL`; missing keys have diffusers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct VaeConfig {
@@ -51,7 +51,7 @@ pub struct VaeConfig {
     pub shift_factor: Option<f64>,
     pub latents_mean: Option<Vec<f64>>,
     pub latents_std: Option<Vec<f64>>,
-    /// Whether the network overflows in f16.
+    /// True if the network overflows in f16.
     pub force_upcast: bool,
     pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
@@ -139,11 +139,11 @@ impl VaeConfig {
     #[must_use]
     pub fn decode_bytes(&self, pixels: usize, element: usize, extent: Extent) -> usize {
         let (first, _) = self.ends();
-        // A map at full size has `first` channels or, before the last level's first block, those of the level below.
+        // A map at full size has `first` channels or, before the last level's first block, the channels of the level below.
         let below = self.block_out_channels.get(1).copied().unwrap_or(first);
         let channels = match extent {
             Extent::Whole => 2 * below + first,
-            // Two maps, and some rows of those before and between them. The picture is taken to be square.
+            // Two maps, and some rows of the maps before and between them. The image is taken to be square.
             Extent::Strips => 2 * first + below * STRIP.min(pixels.isqrt()) / pixels.isqrt().max(1),
         };
         pixels * channels * element
@@ -163,7 +163,7 @@ impl VaeConfig {
     /// From the encoder's scale to the UNet's: `(z - mean) · scaling_factor / std`. `z` is `[B, H, W, Z]`.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn to_model(&self, z: &Tensor) -> Result<Tensor> {
         let run = || -> CandleResult<Tensor> {
             match self.moments(z)? {
@@ -177,7 +177,7 @@ impl VaeConfig {
     /// The inverse of [`Self::to_model`], for the decoder.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Device errors.
     pub fn from_model(&self, z: &Tensor) -> Result<Tensor> {
         let run = || -> CandleResult<Tensor> {
             match self.moments(z)? {
@@ -217,7 +217,7 @@ struct VaeAttention {
 }
 
 impl VaeAttention {
-    /// Knows the names that diffusers used before 0.18 too.
+    /// Accepts the names of diffusers before 0.18 too.
     fn load(loader: &Loader, groups: usize, channels: usize) -> CandleResult<Self> {
         let projection = |name: &str, old: &str| {
             let now = loader.pp(name);
@@ -289,7 +289,7 @@ fn load_resnets(
     (0..count).map(|i| ResnetBlock::load(&loader.pp(i), shape(i))).collect()
 }
 
-/// Pictures to latents.
+/// Encodes images to latents.
 #[derive(Clone, Debug)]
 pub struct VaeEncoder {
     conv_in: Conv2d,
@@ -303,7 +303,7 @@ pub struct VaeEncoder {
     reduction: usize,
 }
 
-/// The distribution of a picture's latents, on the encoder's scale.
+/// The distribution of an image's latents, on the encoder's scale.
 #[derive(Clone, Debug)]
 pub struct Moments {
     /// `[B, H/8, W/8, Z]`, f32
@@ -314,7 +314,7 @@ pub struct Moments {
 
 impl VaeEncoder {
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &VaeConfig) -> Result<Self> {
         config.check("vae")?;
         let encoder = loader.pp("encoder");
@@ -353,10 +353,10 @@ impl VaeEncoder {
     /// `x` is `[B, H, W, 3]` within -1..=1, in the dtype of the activations. `check` is called between blocks, and between
     /// strips. In strips the result differs by rounding alone.
     ///
-    /// [`VaeConfig::encode_bytes`] says how much memory either extent takes.
+    /// [`VaeConfig::encode_bytes`] estimates the memory of either extent.
     ///
     /// # Errors
-    /// That of `check`; those of the device.
+    /// The error of `check`; device errors.
     pub fn encode(&self, x: &Tensor, extent: Extent, check: Check) -> Result<Moments> {
         match *x.dims() {
             [batch, height, width, channels]
@@ -382,7 +382,7 @@ impl VaeEncoder {
         finish().stage(STAGE_ENCODE)
     }
 
-    /// From pixels to what the middle block takes.
+    /// From pixels to the input of the middle block.
     fn reduce(&self, x: &Tensor, check: Check) -> Result<Tensor> {
         let mut x = self.conv_in.forward(x).stage(STAGE_ENCODE)?;
         for (resnets, downsampler) in &self.blocks {
@@ -424,7 +424,7 @@ impl VaeEncoder {
     }
 }
 
-/// Latents to pictures.
+/// Decodes latents to images.
 #[derive(Clone, Debug)]
 pub struct VaeDecoder {
     post_quant_conv: Option<Conv2d>,
@@ -438,7 +438,7 @@ pub struct VaeDecoder {
 
 impl VaeDecoder {
     /// # Errors
-    /// `model_unsupported` for a configuration or weights that are not such a network's; those of the device.
+    /// `model_unsupported` for a configuration or weights of another network; device errors.
     pub fn load(loader: &Loader, config: &VaeConfig) -> Result<Self> {
         config.check("vae")?;
         let decoder = loader.pp("decoder");
@@ -473,10 +473,10 @@ impl VaeDecoder {
     /// `z` is `[B, H, W, Z]` on the encoder's scale ([`VaeConfig::from_model`]), in the dtype of the activations; gives
     /// `[B, 8H, 8W, 3]`, about -1..=1, in the same dtype. `check` is called between blocks, and between strips.
     ///
-    /// [`VaeConfig::decode_bytes`] says how much memory either extent takes.
+    /// [`VaeConfig::decode_bytes`] estimates the memory of either extent.
     ///
     /// # Errors
-    /// That of `check`; those of the device.
+    /// The error of `check`; device errors.
     pub fn decode(&self, z: &Tensor, extent: Extent, check: Check) -> Result<Tensor> {
         match *z.dims() {
             [.., channels] if z.rank() == 4 && z.elem_count() > 0 && channels == self.latent_channels => {}
@@ -495,7 +495,7 @@ impl VaeDecoder {
         }
     }
 
-    /// From what the middle block gives to pixels.
+    /// From the output of the middle block to pixels.
     fn enlarge(&self, mut x: Tensor, check: Check) -> Result<Tensor> {
         for (resnets, upsampler) in &self.blocks {
             for resnet in resnets {

@@ -1,22 +1,22 @@
-//! The number formats of files of weights.
+//! Number formats of files of weights.
 
 use crate::kernels::Coding;
 
-/// Number formats that files have and this worker can tell apart.
+/// Number formats of files that this worker distinguishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StoredDtype {
     F64,
     F32,
     F16,
     Bf16,
-    /// What tensors cannot be: eight-bit floats, and numbers in blocks.
+    /// Eight-bit floats and numbers in blocks, for which tensors have no dtype.
     Coded(Coding),
     /// Integers and booleans, named as in the file; no weight is one.
     Other(&'static str),
 }
 
 impl StoredDtype {
-    /// By the names of safetensors, with their bytes.
+    /// safetensors' names, and bytes of a number.
     pub(crate) const KNOWN: &'static [(&'static str, Self, u64)] = &[
         ("F64", Self::F64, 8),
         ("F32", Self::F32, 4),
@@ -35,7 +35,7 @@ impl StoredDtype {
         ("BOOL", Self::Other("bool"), 1),
     ];
 
-    /// The name of the wire.
+    /// The name on the wire.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -48,12 +48,12 @@ impl StoredDtype {
         }
     }
 
-    /// Whether weights may be stored so.
+    /// True if weights may be stored in this format.
     pub(crate) fn is_weight(self) -> bool {
         !matches!(self, Self::Other(_))
     }
 
-    /// How weights are read that are stored so; `None` for what must be cast before, or is no weight.
+    /// The coding of weights in this format; `None` if they must be cast before, or are no weights.
     pub(crate) fn coding(self) -> Option<Coding> {
         match self {
             Self::F32 => Some(Coding::F32),

@@ -1,7 +1,7 @@
-//! Takes one network out of a file that may hold several, and gives its tensors diffusers' names.
+//! Extracts one network from a file that may hold several, under diffusers' names.
 //!
-//! A single file of SDXL holds the UNet, the autoencoder and the text encoders, each behind a prefix and with the names of
-//! its first publication. Parts of such files, and files of diffusers and ComfyUI that hold one network, are known as well.
+//! A single file of SDXL holds the UNet, the autoencoder and the text encoders, each with a prefix and the names of its
+//! first publication. Parts of such files, and diffusers' and ComfyUI's files of one network, are recognised as well.
 
 use crate::context::Context;
 use crate::error::Result;
@@ -11,7 +11,7 @@ use crate::model::weights::fp8_scales::{MARK, check, scaled_by};
 use crate::model::weights::ldm_names::{UnetNames, number};
 use crate::model::weights::open::{Stored, Weights};
 
-/// Tensors by which a network and the kind of its names are known, and the prefixes that may stand before them.
+/// A tensor that identifies a network and the kind of its names, and the prefixes that it may have.
 struct Marked {
     mark: &'static str,
     prefixes: &'static [&'static str],
@@ -31,11 +31,11 @@ const UNET: &[&str] = &["model.diffusion_model.", "diffusion_model.", "unet.", "
 const VAE: &[&str] = &["first_stage_model.", "vae.", ""];
 const CLIP: &[&str] = &["conditioner.embedders.0.transformer.", "text_encoder.", "clip_l.transformer.", ""];
 const BIG_CLIP: &[&str] = &["conditioner.embedders.1.transformer.", "text_encoder_2.", "clip_g.transformer.", ""];
-/// The refiner has no other encoder before this one.
+/// The refiner's only encoder is the first one.
 const OPEN_CLIP: &[&str] = &["conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "clip_g.", ""];
 
 const WORDS: &str = "text_model.embeddings.token_embedding.weight";
-/// As transformers writes the model since version 5.
+/// The name in files of transformers since version 5.
 const BARE_WORDS: &str = "embeddings.token_embedding.weight";
 
 fn marks(part: Part) -> &'static [Marked] {
@@ -60,14 +60,14 @@ fn marks(part: Part) -> &'static [Marked] {
     }
 }
 
-/// The names of one part, by diffusers' names; a network that no mark is found of stays as it is.
+/// Renames one part to diffusers' names; a network without a known mark stays as it is.
 pub(crate) struct NamePart(pub(crate) Part);
 
 impl Worker<Weights> for NamePart {
     type Output = Weights;
 
     /// # Errors
-    /// `model_corrupt` where two tensors would have one name; `model_unsupported` for scales that no weight takes.
+    /// `model_corrupt` if two tensors would have one name; `model_unsupported` for scales without a weight.
     fn run(&self, weights: Weights, _: &Context) -> Result<Weights> {
         named(&weights, self.0).unwrap_or(Ok(weights))
     }
@@ -101,7 +101,7 @@ pub(crate) fn named(weights: &Weights, part: Part) -> Option<Result<Weights>> {
     Some(renamed.and_then(|renamed| check(&renamed, marked).map(|()| renamed)))
 }
 
-/// A name of the autoencoder, whose way up ends at level `last` as it begins: single files count it from the picture.
+/// A name of the autoencoder, whose way up ends at level `last` as it begins: single files count it from the image.
 fn vae(name: &str, last: usize) -> Option<String> {
     if name.starts_with("quant_conv.") || name.starts_with("post_quant_conv.") {
         return Some(name.to_owned());
@@ -145,11 +145,11 @@ fn vae(name: &str, last: usize) -> Option<String> {
     Some(format!("{half}.{way}.{block}.resnets.{layer}.{}", resnet(rest)))
 }
 
-/// The tensors that transformers makes of one of OpenCLIP's.
+/// transformers' tensors of one of OpenCLIP's.
 fn open_clip(name: &str, stored: &Stored) -> Vec<(String, Stored)> {
     let named = name.replace("in_proj.", "in_proj_");
     if let Some((weight, ending)) = scaled_by(&named) {
-        // One number, which is that of each part of its weight.
+        // One number, which applies to each part of its weight.
         let names = open_clip_names(&weight).into_iter();
         let scale = |name: String| Some((format!("{}{ending}", name.strip_suffix("weight")?), stored.clone()));
         return names.filter_map(scale).collect();
@@ -161,14 +161,14 @@ fn open_clip(name: &str, stored: &Stored) -> Vec<(String, Stored)> {
     }
 }
 
-/// The names of these tensors: one, or three of its parts.
+/// The names of these tensors: one, or three for its parts.
 fn open_clip_names(name: &str) -> Vec<String> {
     let simple = [
         ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
         ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
         ("ln_final.weight", "text_model.final_layer_norm.weight"),
         ("ln_final.bias", "text_model.final_layer_norm.bias"),
-        // Without `.weight`: it is multiplied from the other side, and the network turns it round.
+        // Without `.weight`: the matrix is transposed, which the network expects of this name.
         ("text_projection", "text_projection"),
         ("text_projection.weight", "text_projection.weight"),
     ];
@@ -176,10 +176,10 @@ fn open_clip_names(name: &str) -> Vec<String> {
         return vec![(*new).to_owned()];
     }
     let Some((layer, rest)) = name.strip_prefix("transformer.resblocks.").and_then(number) else { return Vec::new() };
-    let place = |rest: &str| format!("text_model.encoder.layers.{layer}.{rest}");
+    let renamed = |rest: &str| format!("text_model.encoder.layers.{layer}.{rest}");
     // One matrix for queries, keys and values, one below the other.
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
-        let name = |projection: &str| place(&format!("self_attn.{projection}.{kind}"));
+        let name = |projection: &str| renamed(&format!("self_attn.{projection}.{kind}"));
         return ["q_proj", "k_proj", "v_proj"].map(name).into();
     }
     let parts = [
@@ -189,7 +189,8 @@ fn open_clip_names(name: &str) -> Vec<String> {
         ("mlp.c_fc.", "mlp.fc1."),
         ("mlp.c_proj.", "mlp.fc2."),
     ];
-    let renamed = parts.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|rest| place(&format!("{new}{rest}"))));
+    let renamed =
+        parts.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|rest| renamed(&format!("{new}{rest}"))));
     renamed.into_iter().collect()
 }
 

@@ -1,8 +1,9 @@
-//! The headers of GGUF files, of which nothing is believed: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+//! Headers of GGUF files, validated before anything in them is used:
+//! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 //!
-//! The format, in little endian: `GGUF`, version, how many tensors and how many properties; the properties (name, type,
-//! value); the tensors (name, sides, the fastest first, type, offset); then, on a multiple of the alignment, the data. What
-//! ComfyUI-GGUF writes of SDXL has the names of single files, and, for tensors that it laid as rows of 256 numbers, their
+//! The format, in little endian: `GGUF`, version, counts of tensors and properties; the properties (name, type, value);
+//! the tensors (name, sides, the fastest first, type, offset); then, on a multiple of the alignment, the data. Files of
+//! ComfyUI-GGUF have the names of single files, and, for tensors that are stored as rows of 256 numbers, the original
 //! shape as the property `comfy.gguf.orig_shape.NAME`.
 
 use std::collections::{BTreeMap, HashSet};
@@ -13,19 +14,19 @@ use crate::kernels::Coding;
 use crate::model::weights::dtype::StoredDtype;
 use crate::model::weights::stored::{RANK_LIMIT, Stored};
 
-/// How every such file begins.
+/// The first bytes of every GGUF file.
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
-/// Longest header that is read, many times that of any file of SDXL: what is made of it takes a few times its bytes.
+/// Longest header that is read, many times longer than SDXL's: its parsed form takes a few times its bytes.
 const HEADER_LIMIT: u64 = 8 << 20;
-/// Most tensors, and most properties, that are read.
+/// Upper limit of tensors, and of properties.
 const COUNT_LIMIT: u64 = 1 << 16;
 /// Longest text that is kept.
 const TEXT_LIMIT: u64 = 64 << 10;
 /// Longest name.
 const NAME_LIMIT: u64 = 1 << 10;
-/// How texts begin that are kept.
-const ASKED_FOR: [&str; 3] = ["general.architecture", "config.", "modelspec."];
-/// The property with the shape of a tensor that was laid otherwise.
+/// Prefixes of texts that are kept.
+const KEPT_PREFIXES: [&str; 3] = ["general.architecture", "config.", "modelspec."];
+/// The property with the original shape of a reshaped tensor.
 const SHAPE: &str = "comfy.gguf.orig_shape.";
 
 /// Types of tensors by their numbers. Types of blocks that are not here are not read.
@@ -50,7 +51,7 @@ const TYPES: [(u32, StoredDtype); 18] = [
     (30, StoredDtype::Bf16),
 ];
 
-/// What a header says.
+/// A header.
 pub(crate) struct Gguf {
     /// In the order of the file.
     pub(crate) tensors: Vec<(String, Stored)>,
@@ -58,7 +59,7 @@ pub(crate) struct Gguf {
     pub(crate) texts: BTreeMap<String, String>,
 }
 
-/// Why a file is not read. The message follows the file's name.
+/// The reason why a file is not read. The message follows the file's name.
 pub(crate) enum Refusal {
     Corrupt(String),
     Unsupported(String),
@@ -72,7 +73,7 @@ impl From<String> for Refusal {
 
 /// Reads and checks the header of a file of `length` bytes, from its first byte on.
 pub(crate) fn header(file: &mut impl Read, length: u64) -> Result<Gguf, Refusal> {
-    let mut from = Source { file, read: 0, length };
+    let mut from = GgufReader { file, read: 0, length };
     let start: [u8; 4] = from.array()?;
     let version = u32::from_le_bytes(from.array()?);
     if start != MAGIC || !(2..=3).contains(&version) {
@@ -83,29 +84,29 @@ pub(crate) fn header(file: &mut impl Read, length: u64) -> Result<Gguf, Refusal>
         let message = format!("has {tensors} tensors and {properties} properties, and {COUNT_LIMIT} are the most");
         return Err(message.into());
     }
-    let mut said = Properties { texts: BTreeMap::new(), shapes: BTreeMap::new(), alignment: 32 };
+    let mut described = Properties { texts: BTreeMap::new(), shapes: BTreeMap::new(), alignment: 32 };
     for _ in 0..properties {
-        said.take(&mut from)?;
+        described.take(&mut from)?;
     }
-    if let Some(other) = said.texts.get("general.architecture").filter(|name| *name != "sdxl") {
+    if let Some(other) = described.texts.get("general.architecture").filter(|name| *name != "sdxl") {
         return Err(Refusal::Unsupported(format!("is a GGUF of `{other}`, and this worker runs SDXL")));
     }
     let mut listed = Vec::new();
     let mut names = HashSet::new();
     for _ in 0..tensors {
-        let tensor = tensor(&mut from, &said)?;
+        let tensor = tensor(&mut from, &described)?;
         if !names.insert(tensor.0.clone()) {
             return Err(format!("has tensor `{}` twice", tensor.0).into());
         }
         listed.push(tensor);
     }
-    let start = from.read.checked_next_multiple_of(said.alignment).filter(|start| *start <= length);
+    let start = from.read.checked_next_multiple_of(described.alignment).filter(|start| *start <= length);
     let start = start.ok_or_else(|| format!("is cut off: its header ends at byte {} of {length}", from.read))?;
-    Ok(Gguf { tensors: place(listed, start, length)?, texts: said.texts })
+    Ok(Gguf { tensors: locate(listed, start, length)?, texts: described.texts })
 }
 
-/// Makes places in the file of places in the data, which begins at `start`.
-fn place(listed: Vec<(String, Stored)>, start: u64, end: u64) -> Result<Vec<(String, Stored)>, String> {
+/// Locates the tensors in the file, whose data begins at `start`.
+fn locate(listed: Vec<(String, Stored)>, start: u64, end: u64) -> Result<Vec<(String, Stored)>, String> {
     let mut tensors = Vec::new();
     for (name, stored) in listed {
         let Range { start: from, end: to } = stored.range;
@@ -129,7 +130,7 @@ fn place(listed: Vec<(String, Stored)>, start: u64, end: u64) -> Result<Vec<(Str
 }
 
 /// One tensor; its range is within the data.
-fn tensor(from: &mut Source<impl Read>, said: &Properties) -> Result<(String, Stored), Refusal> {
+fn tensor(from: &mut GgufReader<impl Read>, properties: &Properties) -> Result<(String, Stored), Refusal> {
     let name = from.text(NAME_LIMIT)?.ok_or("has a tensor with too long a name".to_owned())?;
     let rank = u32::from_le_bytes(from.array()?) as usize;
     if rank > RANK_LIMIT {
@@ -163,13 +164,13 @@ fn tensor(from: &mut Source<impl Read>, said: &Properties) -> Result<(String, St
             format!("tensor `{name}` has rows of {row} numbers, and `{}` blocks of {numbers}", dtype.name()).into()
         );
     }
-    if !offset.is_multiple_of(said.alignment) {
-        return Err(format!("tensor `{name}` lies at byte {offset}, no multiple of {}", said.alignment).into());
+    if !offset.is_multiple_of(properties.alignment) {
+        return Err(format!("tensor `{name}` lies at byte {offset}, no multiple of {}", properties.alignment).into());
     }
     let bytes = count / numbers as u64 * size as u64;
     let end = offset.checked_add(bytes).ok_or_else(impossible)?;
     let reversed: Vec<u64> = sides.iter().rev().copied().collect();
-    let sides = match said.shapes.get(&name) {
+    let sides = match properties.shapes.get(&name) {
         Some(own) if own.iter().try_fold(1_u64, |product, &side| product.checked_mul(side)) == Some(count) => own,
         Some(own) => return Err(format!("tensor `{name}` has {count} numbers, and shall be of shape {own:?}").into()),
         None => &reversed,
@@ -179,23 +180,23 @@ fn tensor(from: &mut Source<impl Read>, said: &Properties) -> Result<(String, St
     Ok((name, Stored { dtype: *dtype, shape, range: offset..end }))
 }
 
-/// Those properties that matter.
+/// The properties that matter.
 struct Properties {
     texts: BTreeMap<String, String>,
-    /// Of tensors, the slowest side first.
+    /// Shapes of tensors, the slowest side first.
     shapes: BTreeMap<String, Vec<u64>>,
     alignment: u64,
 }
 
 impl Properties {
     /// Reads one property.
-    fn take(&mut self, from: &mut Source<impl Read>) -> Result<(), String> {
+    fn take(&mut self, from: &mut GgufReader<impl Read>) -> Result<(), String> {
         let name = from.text(NAME_LIMIT)?.ok_or("has a property with too long a name")?;
         let kind = u32::from_le_bytes(from.array()?);
         match kind {
             8 => {
-                let is_asked_for = ASKED_FOR.iter().any(|start| name.starts_with(start));
-                if let Some(text) = from.text(if is_asked_for { TEXT_LIMIT } else { 0 })? {
+                let is_kept = KEPT_PREFIXES.iter().any(|start| name.starts_with(start));
+                if let Some(text) = from.text(if is_kept { TEXT_LIMIT } else { 0 })? {
                     self.texts.insert(name, text);
                 }
             }
@@ -234,7 +235,7 @@ impl Properties {
     }
 }
 
-/// Bytes of a value that is no text and no list.
+/// Bytes of a number or truth value.
 fn width(kind: u32) -> Option<u64> {
     Some(match kind {
         0 | 1 | 7 => 1,
@@ -245,15 +246,15 @@ fn width(kind: u32) -> Option<u64> {
     })
 }
 
-/// A file that is read from its beginning on, no further than a header may go.
-struct Source<'a, R> {
+/// A file that is read from its beginning, up to the limit of a header.
+struct GgufReader<'a, R> {
     file: &'a mut R,
     read: u64,
     length: u64,
 }
 
-impl<R: Read> Source<'_, R> {
-    /// Counts `bytes` that are read now.
+impl<R: Read> GgufReader<'_, R> {
+    /// Counts `bytes` that are about to be read.
     fn count_on(&mut self, bytes: u64) -> Result<(), String> {
         let end = self.read.checked_add(bytes).filter(|end| *end <= self.length);
         self.read = end.ok_or_else(|| format!("is cut off: its header goes on behind byte {}", self.length))?;

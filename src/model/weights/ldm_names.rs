@@ -1,15 +1,12 @@
-//! Gives the tensors of single files the names that the networks use. Whoever reads the weights then sees diffusers'
-//! names alone.
-//!
-//! Single files keep the names of the networks' first publications: `input_blocks.4.1.…` for what is
-//! `down_blocks.1.attentions.0.…`, and so on.
+//! Renames the tensors of single files to diffusers' names, which the networks use. Single files have the names of the
+//! networks' first publications: `input_blocks.4.1.…` for `down_blocks.1.attentions.0.…`, and so on.
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
 use crate::model::weights::open::Weights;
 
-/// The tensor by which the names are known, and before which a prefix may stand.
+/// The tensor that identifies the names, possibly with a prefix.
 const MARK: &str = "input_hint_block.0.weight";
 
 /// Renames the tensors of a ControlNet, if they are not named as in diffusers.
@@ -44,7 +41,7 @@ struct ControlNames {
 }
 
 impl ControlNames {
-    /// `None` for a name of no part of the network.
+    /// `None` for a name that belongs to no part of the network.
     fn rename(self, name: &str) -> Option<String> {
         if let Some(rest) = name.strip_prefix("middle_block_out.0.") {
             return Some(format!("controlnet_mid_block.{rest}"));
@@ -64,24 +61,24 @@ impl ControlNames {
     }
 }
 
-/// The names of a UNet. What a name's numbers mean depends on how many layers there are.
+/// The names of a UNet. Their numbers depend on the count of layers.
 #[derive(Clone, Copy)]
 pub(crate) struct UnetNames {
-    /// Residual blocks at each resolution of the way down; on the way up there is one more.
+    /// Residual blocks of each down block; up blocks have one more.
     pub(crate) layers: usize,
 }
 
 impl UnetNames {
-    /// Of a UNet that has tensors of these names.
+    /// The names of a UNet that has these tensors.
     pub(crate) fn of<'a>(names: impl Iterator<Item = &'a str>) -> Self {
-        // A step between resolutions ends a block of layers.
+        // A change of resolution ends a block of layers.
         let ends = names.filter(|name| name.contains(".0.op.")).filter_map(|name| name.strip_prefix("input_blocks."));
         let layers = ends.filter_map(number).map(|(end, _)| end.saturating_sub(1)).min();
         Self { layers: layers.unwrap_or(usize::MAX - 1) }
     }
 
-    /// diffusers' name of a tensor or layer that single files call `name`, without the prefix of its network. `None` for
-    /// a name of no part of the network.
+    /// diffusers' name of a tensor or layer that single files call `name`, without the prefix of its network; `None` for a
+    /// name that belongs to no part of the network.
     pub(crate) fn rename(self, name: &str) -> Option<String> {
         for (old, new) in [
             ("time_embed.0.", "time_embedding.linear_1."),
@@ -107,7 +104,7 @@ impl UnetNames {
             let (block, layer) = (i / (self.layers + 1), i % (self.layers + 1));
             return match (part, rest.strip_prefix("conv.")) {
                 (0, _) => Some(format!("up_blocks.{block}.resnets.{layer}.{}", resnet(rest)?)),
-                // A step between resolutions comes last, behind the transformers where there are some.
+                // A change of resolution comes last, behind the transformers where there are some.
                 (_, Some(rest)) => Some(format!("up_blocks.{block}.upsamplers.0.conv.{rest}")),
                 (_, None) => Some(format!("up_blocks.{block}.attentions.{layer}.{rest}")),
             };
@@ -136,7 +133,7 @@ fn resnet(name: &str) -> Option<String> {
     parts.iter().find_map(|(old, new)| name.strip_prefix(old).map(|rest| format!("{new}{rest}")))
 }
 
-/// The number before the first dot, and what follows the dot.
+/// The number before the first dot, and the rest after it.
 pub(crate) fn number(name: &str) -> Option<(usize, &str)> {
     let (number, rest) = name.split_once('.')?;
     Some((number.parse().ok()?, rest))

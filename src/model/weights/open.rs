@@ -21,7 +21,7 @@ pub struct Weights {
     mmap: bool,
     shards: Vec<Arc<Shard>>,
     tensors: BTreeMap<String, (usize, Stored)>,
-    /// What the files say of themselves, long texts aside.
+    /// The files' metadata without long texts.
     metadata: BTreeMap<String, String>,
 }
 
@@ -51,7 +51,7 @@ impl Weights {
         self.metadata.get(key).map(String::as_str)
     }
 
-    /// The same tensors by other names; those that `name` gives none are left out.
+    /// The same tensors with other names; tensors for which `name` returns `None` are left out.
     ///
     /// # Errors
     /// `model_corrupt` where two tensors would have one name.
@@ -59,14 +59,14 @@ impl Weights {
         self.relaid(|old, stored| name(old).map(|new| (new, stored.clone())).into_iter().collect())
     }
 
-    /// The tensors that `lay` makes of each, which lie within it: itself by another name, or its parts.
+    /// The tensors that `split` returns for each: itself with another name, or parts of it.
     ///
     /// # Errors
     /// `model_corrupt` where two tensors would have one name.
-    pub(crate) fn relaid(&self, lay: impl Fn(&str, &Stored) -> Vec<(String, Stored)>) -> Result<Self> {
+    pub(crate) fn relaid(&self, split: impl Fn(&str, &Stored) -> Vec<(String, Stored)>) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (old, (number, stored)) in &self.tensors {
-            for (new, stored) in lay(old, stored) {
+            for (new, stored) in split(old, stored) {
                 if tensors.contains_key(&new) {
                     let path = self.path(*number).to_owned();
                     let message = format!("has a second tensor `{new}`, which it calls `{old}`");
@@ -78,7 +78,7 @@ impl Weights {
         Ok(Self { mmap: self.mmap, shards: self.shards.clone(), tensors, metadata: self.metadata.clone() })
     }
 
-    /// Whether there is a tensor of this name.
+    /// True if there is a tensor of this name.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -86,7 +86,7 @@ impl Weights {
     /// The numbers of a small tensor of floats; `None` if there is no such tensor of at most `most` numbers.
     ///
     /// # Errors
-    /// Those of [`Self::read`].
+    /// The errors of [`Self::read`].
     pub(crate) fn numbers(&self, name: &str, most: usize) -> Result<Option<Vec<f64>>> {
         let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
         let width = match stored.dtype {
@@ -111,10 +111,10 @@ impl Weights {
         Ok(Some(all.chunks_exact(width).map(number).collect()))
     }
 
-    /// A tensor of one whole number, or of a truth as 0 or 1; `None` if it is none.
+    /// The value of a tensor of one integer or boolean; `None` for any other tensor.
     ///
     /// # Errors
-    /// Those of [`Self::read`].
+    /// The errors of [`Self::read`].
     pub(crate) fn whole_number(&self, name: &str) -> Result<Option<f64>> {
         let Some((shard, stored)) = self.tensors.get(name) else { return Ok(None) };
         let StoredDtype::Other(dtype) = stored.dtype else { return Ok(None) };
@@ -135,7 +135,7 @@ impl Weights {
         }))
     }
 
-    /// The tensors in the order in which they lie in their files, each with its shard.
+    /// The tensors in the order of their files, each with its shard.
     pub(crate) fn in_file_order(&self) -> Vec<(&str, usize, &Stored)> {
         let mut all: Vec<_> =
             self.tensors.iter().map(|(name, (shard, stored))| (name.as_str(), *shard, stored)).collect();
@@ -147,7 +147,7 @@ impl Weights {
         self.shards.get(shard).map_or(Path::new(""), |shard| &shard.path)
     }
 
-    /// The `count` numbers of a file from byte `offset` on, in memory that is the file's; `None` if they must be read.
+    /// Maps `count` numbers of a file from byte `offset` on; `None` if they must be read.
     pub(crate) fn map<T: FromBits>(&self, shard: usize, offset: u64, count: usize) -> Option<Vec<T>> {
         match &self.shards.get(shard)?.source {
             ShardSource::Disk(file) if self.mmap => allocator::map_file(file, offset, count),
@@ -155,17 +155,17 @@ impl Weights {
         }
     }
 
-    /// Whether a tensor that is kept as it is stored can stay in its file, as [`Self::map`] has it.
+    /// True if a tensor that is kept as it is stored can be mapped by [`Self::map`].
     pub(crate) fn stays(&self, shard: usize, stored: &Stored) -> bool {
         let on_disk = self.shards.get(shard).is_some_and(|shard| matches!(shard.source, ShardSource::Disk(_)));
         let bytes = stored.range.end - stored.range.start;
         on_disk && self.mmap && cfg!(target_os = "linux") && bytes >= allocator::LARGE as u64
     }
 
-    /// Has the system read `mapped`, which lies in a file from `offset` on.
+    /// Makes the system read `mapped`, the mapping of a file from `offset` on.
     ///
     /// # Errors
-    /// Those of [`Self::read`].
+    /// The errors of [`Self::read`].
     pub(crate) fn populate(&self, shard: usize, offset: u64, mapped: &[u8]) -> Result<()> {
         let shard = self.shards.get(shard).ok_or_else(|| Error::bug("a tensor names a file that was not opened"))?;
         allocator::populate(mapped).map_err(|e| shard.corrupt(format!("cannot be read at byte {offset}: {e}")))
@@ -218,11 +218,11 @@ impl Shard {
 /// Opens every file of one network as one set of tensors.
 pub(crate) struct Open;
 
-/// The files of one network, and where its index, if it has one, says that each tensor is.
+/// The files of one network, and its index of tensors to files, if it has one.
 pub(crate) struct OpenTask<'a> {
     pub(crate) files: &'a [ModelFile],
     pub(crate) index: Option<&'a HashMap<String, String>>,
-    /// Whether tensors may be mapped.
+    /// True if tensors may be mapped.
     pub(crate) mmap: bool,
 }
 
@@ -260,7 +260,7 @@ impl Worker<OpenTask<'_>> for Open {
     }
 }
 
-/// What the header of one file says, to learn what it is.
+/// Reads the header of one file, to identify it.
 ///
 /// # Errors
 /// `model_corrupt`, `unsafe_format`.
@@ -303,8 +303,8 @@ fn open(found: &ModelFile) -> Result<(Shard, Header<Stored>)> {
     }
 }
 
-/// Whether a file begins as a pickle of protocol 2 to 5, or as the zip archive in which torch keeps one, whatever its
-/// name is. A header's length never does: its upper half is zero.
+/// True if a file begins as a pickle of protocol 2 to 5, or as the zip archive in which torch keeps one, whatever its
+/// name. The length of a safetensors header does not begin so: its upper half is zero.
 pub(crate) fn is_pickle(file: &File) -> bool {
     let mut start = [0; 8];
     if read_at(file, 0, &mut start).is_err() {

@@ -1,8 +1,8 @@
-//! Reads the weights of one network onto the device, and hands them to the network as it asks for them.
+//! Reads the weights of one network onto the device, as the network takes them.
 //!
-//! A tensor is read when it is asked for, together with its neighbours in the file, and given away: what a network
-//! re-lays is in memory twice only for a moment, and the memory of one batch serves the next. On the CPU a large tensor
-//! that is kept as it is stored is not read but mapped: its memory is the file's.
+//! A tensor is read when it is first needed, together with its neighbours in the file, and moved out: a weight that is
+//! packed is in memory twice only for a moment, and the memory of one batch serves the next. On the CPU a large tensor that
+//! is kept as it is stored is mapped instead of read.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -21,16 +21,16 @@ use crate::model::weights::fp8_scales::{is_in_eight_bits, scales_of};
 use crate::model::weights::open::{Stored, StoredDtype, Weights};
 use crate::units::Bytes;
 
-/// How much is read between two looks at cancellation.
+/// Bytes read between two checks for cancellation.
 const BATCH: u64 = 128 * Bytes::MIB;
-/// How much one thread reads at a time: whole huge pages, so that no two threads have the kernel make the same one.
+/// Bytes that one thread reads at a time: whole huge pages, so that no two threads fault the same one.
 const CHUNK: usize = 4 << 20;
-/// Threads that read, however few cores there are: a disk is fast only while several reads are waiting for it.
+/// Threads that read, even on fewer cores: a disk is fast only with several reads queued.
 const READERS: usize = 4;
 
-/// How the numbers of a tensor are kept that is stored as `stored`, for a network that computes in `compute`: what is as
-/// narrow stays as it is, as kernels widen and round weights where they use them; anything else becomes the compute dtype.
-/// On a GPU kernels take weights in the compute dtype only. `None` if the tensor is not a weight.
+/// The coding in which a tensor stored as `stored` is kept, for a network that computes in `compute`. On the CPU, numbers
+/// that are no wider stay as they are, as kernels widen and round weights where they use them; all others become the
+/// compute dtype, as do all weights on a GPU. `None` if the tensor is not a weight.
 #[must_use]
 pub(crate) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Option<Coding> {
     let stays = match stored {
@@ -46,7 +46,7 @@ pub(crate) fn kept(stored: StoredDtype, compute: Dtype, device: &Device) -> Opti
     })
 }
 
-/// Bytes that those weights take on the device whose names are `wanted`.
+/// Bytes on the device of the weights whose names `wanted` accepts.
 #[must_use]
 pub(crate) fn kept_bytes(weights: &Weights, wanted: impl Fn(&str) -> bool, compute: Dtype, device: &Device) -> Bytes {
     let tensors = weights.tensors().filter(|(name, _)| wanted(name));
@@ -60,7 +60,7 @@ fn tensor_bytes(stored: &Stored, compute: Dtype, device: &Device) -> Bytes {
         false => coding.bytes(elements),
     };
     let bytes = kept(stored.dtype, compute, device).and_then(held);
-    // Where blocks do not come out even, the file's reader has said so.
+    // Partial blocks have been refused when the file was opened.
     Bytes(bytes.unwrap_or(0) as u64)
 }
 
@@ -69,7 +69,7 @@ pub(crate) struct Read;
 
 #[derive(Clone, Copy)]
 pub(crate) struct ReadTask<'a> {
-    /// What progress calls the network.
+    /// The network's name in progress messages.
     pub(crate) component: &'static str,
     pub(crate) weights: &'a Weights,
     pub(crate) compute: Dtype,
@@ -99,18 +99,18 @@ fn size_of_wanted(batch: &[Wanted]) -> u64 {
     batch.iter().map(|(.., stored)| stored.range.end - stored.range.start).sum()
 }
 
-/// A tensor's name, its file and its place there.
+/// A tensor's name, shard and location.
 type Wanted<'a> = (&'a str, usize, &'a Stored);
 
 /// The numbers of every tensor of a batch, as they are stored.
-fn numbers(task: &ReadTask, batch: &[Wanted]) -> Result<Vec<Numbers>> {
+fn numbers(task: &ReadTask, batch: &[Wanted]) -> Result<Vec<StoredNumbers>> {
     let weights = task.weights;
     let begin = |wanted: &Wanted| {
-        let mapped = Numbers::mapped(task, wanted);
+        let mapped = StoredNumbers::mapped(task, wanted);
         let is_mapped = mapped.is_some();
-        (mapped.unwrap_or_else(|| Numbers::zeros(wanted.2)), is_mapped)
+        (mapped.unwrap_or_else(|| StoredNumbers::zeros(wanted.2)), is_mapped)
     };
-    let mut all: Vec<(Numbers, bool)> = batch.iter().map(begin).collect();
+    let mut all: Vec<(StoredNumbers, bool)> = batch.iter().map(begin).collect();
     let size = size_of_wanted(batch);
     let chunks = batch.iter().zip(&mut all).flat_map(|(&(_, shard, stored), (numbers, is_mapped))| {
         let parts = numbers.bytes().chunks_mut(CHUNK).enumerate();
@@ -141,8 +141,8 @@ fn numbers(task: &ReadTask, batch: &[Wanted]) -> Result<Vec<Numbers>> {
     Ok(all.into_iter().map(|(numbers, _)| numbers).collect())
 }
 
-/// Numbers in one of the widths that weights are stored in.
-enum Numbers {
+/// StoredNumbers as they are stored.
+enum StoredNumbers {
     F64(Vec<f64>),
     F32(Vec<f32>),
     /// f16 or bf16
@@ -150,8 +150,8 @@ enum Numbers {
     Coded(Vec<u8>),
 }
 
-impl Numbers {
-    /// Those of a tensor that is kept as it is stored, on the CPU, where they lie.
+impl StoredNumbers {
+    /// Maps the numbers of a tensor that is kept on the CPU as it is stored.
     fn mapped(task: &ReadTask, &(_, shard, stored): &Wanted) -> Option<Self> {
         let kept = kept(stored.dtype, task.compute, task.device).filter(|_| task.device.is_cpu())?;
         if stored.dtype.coding() != Some(kept) {
@@ -166,7 +166,7 @@ impl Numbers {
         }
     }
 
-    /// Memory that the system hands over zeroed and that is first touched by whoever reads into it.
+    /// Memory that the system zeroes when the reading thread first touches it.
     fn zeros(stored: &Stored) -> Self {
         let count = stored.shape.iter().product();
         match stored.dtype {
@@ -211,7 +211,7 @@ impl Numbers {
         if task.device.is_cpu() && kept(stored.dtype, task.compute, task.device) == stored.dtype.coding() {
             return Ok(here);
         }
-        // The cast is made where the bytes are, so that the wider copy never reaches the device.
+        // The cast is made on the host, so that the wider copy never reaches the device.
         let cast = here.numbers(task.compute.tensor())?;
         StoredWeight::of(if task.device.is_cpu() { cast } else { cast.to_device(task.device)? })
     }
@@ -238,8 +238,8 @@ impl Tensors<'_> {
     /// Runs `build` with a source of the tensors, each of which can be taken once.
     ///
     /// # Errors
-    /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; that of cancellation; those of the
-    /// device.
+    /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; that of cancellation; device
+    /// errors.
     pub(crate) fn build<T>(self, ctx: &Context, build: impl FnOnce(&dyn WeightSource) -> Result<T>) -> Result<T> {
         ctx.checkpoint()?;
         let ReadTask { component, weights, compute, device } = self.task;
@@ -287,7 +287,7 @@ impl Reader<'_> {
             .copied()
             .collect();
         let numbers = numbers(&self.tensors.task, &batch)?;
-        let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, Numbers)| -> Result<StoredWeight> {
+        let finish = |(&(name, _, stored), numbers): (&Wanted<'_>, StoredNumbers)| -> Result<StoredWeight> {
             let scale = scale(&task, name, stored)?;
             let compute = |source| {
                 tracing::debug!("tensor {name} could not be made");
