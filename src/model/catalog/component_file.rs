@@ -102,7 +102,7 @@ impl ComponentFile {
     /// PEFT's `adapter_config.json`; `None` for files of other writers.
     ///
     /// # Errors
-    /// Those of [`Self::config`].
+    /// The errors of [`Self::config`].
     pub(crate) fn peft<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         self.peft.as_ref().map(|found| found.json(CONFIG_LIMIT)).transpose()
     }

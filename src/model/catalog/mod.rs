@@ -47,9 +47,9 @@ pub struct Catalog {
 /// Components that the request names separately, each with its name.
 pub type Separate<'a> = [(Part, Option<&'a str>)];
 
-/// A model that can be named.
+/// An available model.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub struct ListedModel {
     pub name: String,
     /// `None` for the embedded model.
     path: Option<PathBuf>,
@@ -57,7 +57,7 @@ pub struct Listed {
     cached: Option<Snapshot>,
 }
 
-impl Listed {
+impl ListedModel {
     /// True if files of a cached repository are missing. A single cached file is not judged.
     fn is_incomplete(&self) -> bool {
         let repository = matches!(Reference::parse(&self.name, "model"), Ok(Some(known)) if known.is_whole());
@@ -98,7 +98,7 @@ impl Catalog {
     /// [`Self::resolve`], with components from other files.
     ///
     /// # Errors
-    /// Those of [`Self::resolve`], for the model and for each component, and `model_unsupported` if they do not fit together.
+    /// The errors of [`Self::resolve`], for the model and for each component, and `model_unsupported` if they do not fit together.
     pub fn resolve_with(&mut self, name: Option<&str>, separate: &Separate<'_>) -> Result<Arc<Checkpoint>> {
         let name = name.unwrap_or(self.default_name()).to_owned();
         let listed = self.locate(&name)?;
@@ -112,15 +112,15 @@ impl Catalog {
         })
     }
 
-    /// Every state of a model that was asked for: with parts of other files, and before its own files changed.
+    /// The keys of every opened state of a model: with replaced components, and before its files changed.
     #[must_use]
     pub fn states(&self, name: &str) -> Vec<CheckpointKey> {
         self.known.iter().filter(|known| known.name == name).map(|known| known.key).collect()
     }
 
-    /// Every model that can be named, `demo` first, the others by name.
+    /// The available models: `demo`, then the others by name.
     #[must_use]
-    pub fn list(&mut self) -> Vec<Listed> {
+    pub fn list(&mut self) -> Vec<ListedModel> {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
         for root in self.real_roots() {
@@ -131,17 +131,17 @@ impl Catalog {
                     continue;
                 }
                 if folder.join("model_index.json").is_file() {
-                    found.push(Listed { name: self.name_of(&real), path: Some(real), cached: None });
+                    found.push(ListedModel { name: self.name_of(&real), path: Some(real), cached: None });
                 } else if depth < DEPTH {
                     for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
                         let path = entry.path();
                         if path.is_dir() {
                             waiting.push((path, depth + 1));
                         } else if seen.len() < FOLDERS && self.is_model(&path, &self.roots.clone()) {
-                            // A link may lead to a file that was found already.
+                            // A link may lead to a file that is already listed.
                             let Ok(Some(real)) = admit(&self.roots, &path) else { continue };
                             if seen.insert(real) {
-                                found.push(Listed { name: self.name_of(&path), path: Some(path), cached: None });
+                                found.push(ListedModel { name: self.name_of(&path), path: Some(path), cached: None });
                             }
                         }
                     }
@@ -150,19 +150,19 @@ impl Catalog {
         }
         found.extend(self.list_cached());
         found.sort_by(|a, b| a.name.cmp(&b.name));
-        found.insert(0, Listed { name: demo::NAME.to_owned(), path: None, cached: None });
+        found.insert(0, ListedModel { name: demo::NAME.to_owned(), path: None, cached: None });
         found
     }
 
     /// Opens a listed model.
     ///
     /// # Errors
-    /// Those of [`Self::resolve`].
-    pub fn checkpoint(&mut self, listed: &Listed) -> Result<Arc<Checkpoint>> {
+    /// The errors of [`Self::resolve`].
+    pub fn checkpoint(&mut self, listed: &ListedModel) -> Result<Arc<Checkpoint>> {
         self.build(listed, &[])
     }
 
-    fn build(&mut self, listed: &Listed, others: &[(Part, ComponentFile)]) -> Result<Arc<Checkpoint>> {
+    fn build(&mut self, listed: &ListedModel, others: &[(Part, ComponentFile)]) -> Result<Arc<Checkpoint>> {
         // The embedded files never change.
         let is_demo = listed.path.is_none() && others.is_empty();
         let known = self.known.iter().find(|known| is_demo && known.is_demo());
@@ -177,10 +177,10 @@ impl Catalog {
                 let (key, files) = self.single(path, roots)?;
                 // Parsing a header with thousands of tensors takes long.
                 if others.is_empty()
-                    && let Some(place) =
+                    && let Some(index) =
                         self.known.iter().position(|known| known.key == key && known.name == listed.name)
                 {
-                    let known = self.known.remove(place);
+                    let known = self.known.remove(index);
                     self.known.push(Arc::clone(&known));
                     return Ok(known);
                 }
@@ -191,8 +191,8 @@ impl Catalog {
         let mut checkpoint = builder.finish()?;
         checkpoint.mmap = self.mmap;
         checkpoint.revision = listed.cached.as_ref().map(|snapshot| snapshot.commit.clone());
-        let place = self.known.iter().position(|known| known.key == checkpoint.key && known.name == checkpoint.name);
-        let checkpoint = place.map_or_else(|| Arc::new(checkpoint), |place| self.known.remove(place));
+        let index = self.known.iter().position(|known| known.key == checkpoint.key && known.name == checkpoint.name);
+        let checkpoint = index.map_or_else(|| Arc::new(checkpoint), |index| self.known.remove(index));
         self.known.push(Arc::clone(&checkpoint));
         let excess = self.known.len().saturating_sub(CACHED);
         self.known.drain(..excess);
@@ -271,7 +271,7 @@ impl Catalog {
     /// [`Self::component_file`], without the hub's cache; `None` if nothing under a root has this name.
     ///
     /// # Errors
-    /// Those of [`Self::component_file`], except `model_not_found`.
+    /// The errors of [`Self::component_file`], except `model_not_found`.
     pub fn find_under_roots(&self, name: &str, field: &str) -> Result<Option<ComponentFile>> {
         let path = checked_path(name, field)?;
         let (mut refused, mut folder) = (None, None);
@@ -295,9 +295,9 @@ impl Catalog {
         }
     }
 
-    fn locate(&mut self, name: &str) -> Result<Listed> {
+    fn locate(&mut self, name: &str) -> Result<ListedModel> {
         if name == demo::NAME {
-            return Ok(Listed { name: name.to_owned(), path: None, cached: None });
+            return Ok(ListedModel { name: name.to_owned(), path: None, cached: None });
         }
         let path = checked_path(name, "model")?;
         let (mut refused, mut folder) = (None, None);
@@ -305,7 +305,7 @@ impl Catalog {
         for candidate in self.candidates(path).into_iter().chain(self.candidates(&with_extension)) {
             match admit(&self.roots, &candidate) {
                 Ok(Some(real)) if real.is_dir() => {
-                    let listed = Listed { name: self.name_of(&real), path: Some(real), cached: None };
+                    let listed = ListedModel { name: self.name_of(&real), path: Some(real), cached: None };
                     if candidate.join("model_index.json").is_file() {
                         return Ok(listed);
                     }
@@ -314,7 +314,7 @@ impl Catalog {
                 }
                 Ok(Some(_)) => {
                     readable(name, &candidate)?;
-                    return Ok(Listed { name: self.name_of(&candidate), path: Some(candidate), cached: None });
+                    return Ok(ListedModel { name: self.name_of(&candidate), path: Some(candidate), cached: None });
                 }
                 Ok(None) => {}
                 Err(error) => refused = Some(error),
@@ -338,7 +338,7 @@ impl Catalog {
             || !self.real_roots().iter().any(|root| root.join(owner).is_dir())
     }
 
-    fn locate_cached(&self, reference: &Reference) -> Result<Listed> {
+    fn locate_cached(&self, reference: &Reference) -> Result<ListedModel> {
         let name = reference.to_string();
         let Some(snapshot) = self.hub.find(reference)? else { return Err(self.hub.missing(reference)) };
         let path = snapshot.path().join(snapshot.resolve(&reference.path));
@@ -348,7 +348,7 @@ impl Catalog {
             if !real.is_dir() {
                 readable(&name, &path)?;
             }
-            return Ok(Listed { name, path: Some(path), cached: Some(snapshot) });
+            return Ok(ListedModel { name, path: Some(path), cached: Some(snapshot) });
         }
         Err(self.hub.missing(reference))
     }
@@ -371,11 +371,11 @@ impl Catalog {
     }
 
     /// Models in the hub's cache, except those whose name a folder under a root has.
-    fn list_cached(&mut self) -> Vec<Listed> {
+    fn list_cached(&mut self) -> Vec<ListedModel> {
         let references = self.hub.references().into_iter();
         let located = references.filter_map(|reference| self.locate(&reference.to_string()).ok());
-        let located: Vec<Listed> = located.collect();
-        let is_sdxl = |listed: &Listed| match (&listed.path, &listed.cached) {
+        let located: Vec<ListedModel> = located.collect();
+        let is_sdxl = |listed: &ListedModel| match (&listed.path, &listed.cached) {
             (Some(path), Some(snapshot)) => Checkpoint::claims_sdxl(path) || self.is_model(path, &snapshot.roots()),
             _ => false,
         };

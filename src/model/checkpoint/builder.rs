@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 use crate::model::catalog::component_file::ComponentFile;
 use crate::model::catalog::files::ModelFile;
-use crate::model::checkpoint::families::variants::Variant;
+use crate::model::checkpoint::families::variants::TrainingVariant;
 use crate::model::checkpoint::families::{FAMILIES, Family};
 use crate::model::checkpoint::files::{TokenizerFiles, WeightFiles};
 use crate::model::checkpoint::identify;
@@ -35,7 +35,7 @@ pub(crate) struct CheckpointBuilder {
     pub(crate) force_zeros_for_empty_prompt: Option<bool>,
     pub(crate) scales_image: bool,
     pub(crate) scheduler: SchedulerConfig,
-    pub(crate) variant: Option<&'static Variant>,
+    pub(crate) variant: Option<&'static TrainingVariant>,
     pub(crate) tokenizers: [Option<TokenizerFiles>; 2],
     pub(crate) text_encoder: Option<Component<ClipConfig>>,
     pub(crate) text_encoder_2: Option<Component<ClipConfig>>,

@@ -11,7 +11,7 @@ use crate::model::catalog::files::{ModelFile, ModelFolder};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::checkpoint::builder::{CheckpointBuilder, Component};
 use crate::model::checkpoint::families::Family;
-use crate::model::checkpoint::families::variants::Variant;
+use crate::model::checkpoint::families::variants::TrainingVariant;
 use crate::model::checkpoint::files::{CONFIG_LIMIT, WeightFiles, tokenizer_files, weight_files};
 use crate::model::checkpoint::key::key;
 use crate::model::checkpoint::part::Part;
@@ -94,7 +94,7 @@ impl CheckpointBuilder {
     /// Starts from a folder in the diffusers layout.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open_folder`].
+    /// The errors of [`Checkpoint::open_folder`].
     pub(crate) fn from_folder(name: &str, folder: &ModelFolder) -> Result<Self> {
         let unsupported = |message: String| Error::ModelUnsupported { name: name.to_owned(), message };
         let mut files = Vec::new();
@@ -139,7 +139,7 @@ impl CheckpointBuilder {
             pipeline: Some(index.class_name),
             force_zeros_for_empty_prompt: Some(index.force_zeros_for_empty_prompt),
             scales_image: index.is_cosxl_edit,
-            variant: Variant::from_scheduler(&scheduler),
+            variant: TrainingVariant::from_scheduler(&scheduler),
             scheduler,
             tokenizers,
             text_encoder: first.map(component).transpose()?,

@@ -21,10 +21,10 @@ const MOST: usize = 64;
 /// diffusers' mid block with transformers.
 const CROSS_ATTENTION_MID: &str = "UNetMidBlock2DCrossAttn";
 
-/// Shapes by name.
-struct Shapes<'a>(BTreeMap<&'a str, &'a [usize]>);
+/// TensorShapes by name.
+struct TensorShapes<'a>(BTreeMap<&'a str, &'a [usize]>);
 
-impl<'a> Shapes<'a> {
+impl<'a> TensorShapes<'a> {
     fn new(weights: &'a Weights) -> Self {
         Self(weights.tensors().map(|(name, stored)| (name, stored.shape.as_slice())).collect())
     }
@@ -56,15 +56,15 @@ fn heads(channels: usize) -> Result<usize, String> {
 
 /// The configuration of a UNet with diffusers' names.
 pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
-    let shapes = Shapes::new(weights);
+    let shapes = TensorShapes::new(weights);
     let blocks = shapes.count("down_blocks.");
     let channels = |i: usize| shapes.side(&format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
     let channels: Vec<usize> = (0..blocks).map(channels).collect::<Result<_, _>>()?;
-    let level = |side: &str, i: usize| Level::read(&shapes, &format!("{side}_blocks.{i}"));
-    let down: Vec<Level> = (0..blocks).map(|i| level("down", i)).collect::<Result<_, _>>()?;
-    let up: Vec<Level> = (0..blocks).map(|i| level("up", i)).collect::<Result<_, _>>()?;
+    let level = |side: &str, i: usize| BlockLayers::read(&shapes, &format!("{side}_blocks.{i}"));
+    let down: Vec<BlockLayers> = (0..blocks).map(|i| level("down", i)).collect::<Result<_, _>>()?;
+    let up: Vec<BlockLayers> = (0..blocks).map(|i| level("up", i)).collect::<Result<_, _>>()?;
     check_symmetry(&down, &up)?;
-    let mut depths: Vec<PerBlock<usize>> = down.iter().map(Level::depth_per_layer).collect();
+    let mut depths: Vec<PerBlock<usize>> = down.iter().map(BlockLayers::depth_per_layer).collect();
     let mid_block_type = mid_block(&shapes, &down, &mut depths)?;
     let widths = channels.iter().zip(&down).map(|(&channels, level)| match level.depths.is_some() {
         true => heads(channels),
@@ -77,7 +77,8 @@ pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
     }
     let text_key = shapes.0.keys().find(|name| name.ends_with("attn2.to_k.weight"));
     let text_key = text_key.ok_or("it has no layer that reads a text")?;
-    let kind = |level: &Level, cross: &str, plain: &str| if level.depths.is_some() { cross } else { plain }.to_owned();
+    let kind =
+        |level: &BlockLayers, cross: &str, plain: &str| if level.depths.is_some() { cross } else { plain }.to_owned();
     Ok(UnetConfig {
         sample_size: Some(PerBlock::Same(LATENTS)),
         in_channels: shapes.side("conv_in.weight", 1)?,
@@ -90,7 +91,7 @@ pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
         block_out_channels: channels,
         layers_per_block: PerBlock::Each(down.iter().map(|level| level.layers).collect()),
         transformer_layers_per_block: PerBlock::Each(depths),
-        reverse_transformer_layers_per_block: Some(up.iter().map(Level::depth_per_layer).collect()),
+        reverse_transformer_layers_per_block: Some(up.iter().map(BlockLayers::depth_per_layer).collect()),
         cross_attention_dim: PerBlock::Same(shapes.side(text_key, 1)?),
         attention_head_dim: PerBlock::Each(widths),
         addition_embed_type: Some("text_time".to_owned()),
@@ -102,7 +103,7 @@ pub(crate) fn unet(weights: &Weights) -> Result<UnetConfig, String> {
 }
 
 /// An up block has one layer more than the down block of the same resolution.
-fn check_symmetry(down: &[Level], up: &[Level]) -> Result<(), String> {
+fn check_symmetry(down: &[BlockLayers], up: &[BlockLayers]) -> Result<(), String> {
     for (i, (down, up)) in down.iter().zip(up.iter().rev()).enumerate() {
         if down.layers + 1 != up.layers {
             return Err(format!("down block {i} has {} layers and its up block {}", down.layers, up.layers));
@@ -113,7 +114,11 @@ fn check_symmetry(down: &[Level], up: &[Level]) -> Result<(), String> {
 
 /// The type of the mid block. diffusers gives it the depth of the last down block, which `depths` gets if that block has no
 /// transformers itself.
-fn mid_block(shapes: &Shapes, down: &[Level], depths: &mut [PerBlock<usize>]) -> Result<Option<&'static str>, String> {
+fn mid_block(
+    shapes: &TensorShapes,
+    down: &[BlockLayers],
+    depths: &mut [PerBlock<usize>],
+) -> Result<Option<&'static str>, String> {
     if !shapes.has("mid_block.attentions.0.norm.weight") {
         return Ok((shapes.count("mid_block.resnets.") > 0).then_some("UNetMidBlock2D"));
     }
@@ -129,14 +134,14 @@ fn mid_block(shapes: &Shapes, down: &[Level], depths: &mut [PerBlock<usize>]) ->
 }
 
 /// One down or up block of a UNet.
-struct Level {
+struct BlockLayers {
     layers: usize,
     /// Transformer blocks of each layer; `None` without transformers.
     depths: Option<Vec<usize>>,
 }
 
-impl Level {
-    fn read(shapes: &Shapes, block: &str) -> Result<Self, String> {
+impl BlockLayers {
+    fn read(shapes: &TensorShapes, block: &str) -> Result<Self, String> {
         let layers = shapes.count(&format!("{block}.resnets."));
         let has = |i: usize| shapes.has(&format!("{block}.attentions.{i}.norm.weight"));
         let depth = |i: usize| shapes.count(&format!("{block}.attentions.{i}.transformer_blocks."));
@@ -155,7 +160,7 @@ impl Level {
 
 /// The configuration of a text encoder with transformers' names.
 pub(crate) fn clip(weights: &Weights) -> Result<ClipConfig, String> {
-    let shapes = Shapes::new(weights);
+    let shapes = TensorShapes::new(weights);
     let bare = shapes.has("embeddings.token_embedding.weight");
     let name = |rest: &str| if bare { rest.to_owned() } else { format!("text_model.{rest}") };
     let words = name("embeddings.token_embedding.weight");
@@ -179,7 +184,7 @@ pub(crate) fn clip(weights: &Weights) -> Result<ClipConfig, String> {
 
 /// The configuration of an autoencoder with diffusers' names.
 pub(crate) fn vae(weights: &Weights) -> Result<VaeConfig, String> {
-    let shapes = Shapes::new(weights);
+    let shapes = TensorShapes::new(weights);
     let blocks = shapes.count("encoder.down_blocks.");
     let channels = |i: usize| shapes.side(&format!("encoder.down_blocks.{i}.resnets.0.conv1.weight"), 0);
     Ok(VaeConfig {

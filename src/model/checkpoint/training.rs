@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use crate::model::catalog::files::{ModelFile, ModelFolder};
-use crate::model::checkpoint::families::variants::Variant;
+use crate::model::checkpoint::families::variants::TrainingVariant;
 use crate::model::checkpoint::files::CONFIG_LIMIT;
 use crate::model::checkpoint::infer_config::SCALING;
 use crate::model::checkpoint::part::Part;
@@ -13,9 +13,9 @@ use crate::model::networks::vae::VaeConfig;
 use crate::model::weights::open::Weights;
 use crate::scheduler::config::{Prediction, SchedulerConfig, TimestepSpacing};
 
-/// What a single file declares about its training.
+/// The training that a single file declares.
 pub(crate) struct FileTraining {
-    pub(crate) variant: Option<&'static Variant>,
+    pub(crate) variant: Option<&'static TrainingVariant>,
     pub(crate) scheduler: SchedulerConfig,
     /// False if the file declares nothing and all values are SDXL's defaults.
     pub(crate) declared: bool,
@@ -27,11 +27,11 @@ impl FileTraining {
     /// # Errors
     /// `model_corrupt` for an invalid configuration in the metadata.
     pub(crate) fn read(weights: &Weights) -> Result<Self> {
-        let marked = Variant::from_tensors(|name| weights.has(name));
+        let marked = TrainingVariant::from_tensors(|name| weights.has(name));
         let text = |key: &str| weights.metadata(key).unwrap_or_default();
         let title = ["modelspec.title", "modelspec.architecture"].map(text).join(" ");
-        let variant = marked.or_else(|| Variant::from_title(&title));
-        let mut scheduler = Variant::scheduler(variant);
+        let variant = marked.or_else(|| TrainingVariant::from_title(&title));
+        let mut scheduler = TrainingVariant::scheduler(variant);
         let predicted = ["modelspec.prediction_type", "modelspec.predict_key"].map(text);
         let is_v = predicted.iter().any(|kind| matches!(*kind, "v" | "v_prediction"));
         if marked.is_none() && is_v {
@@ -57,7 +57,7 @@ impl FileTraining {
         if let Some(config) = metadata_config(weights, "scheduler")? {
             scheduler = config;
         }
-        let variant = variant.or_else(|| Variant::from_scheduler(&scheduler));
+        let variant = variant.or_else(|| TrainingVariant::from_scheduler(&scheduler));
         Ok(Self { declared: own || variant.is_some(), variant, scheduler })
     }
 }
@@ -95,7 +95,7 @@ pub(crate) struct ModelIndexFields {
 }
 
 /// Scale, mean and standard deviation of the latents of a single file.
-pub(crate) fn latent_scale(weights: &Weights, variant: Option<&Variant>) -> Result<VaeConfig> {
+pub(crate) fn latent_scale(weights: &Weights, variant: Option<&TrainingVariant>) -> Result<VaeConfig> {
     let scaling_factor = variant.and_then(|variant| variant.scaling_factor).unwrap_or(SCALING);
     let mut latents = VaeConfig { scaling_factor, ..VaeConfig::default() };
     read_moments(weights, &mut latents)?;
@@ -106,14 +106,14 @@ pub(crate) fn latent_scale(weights: &Weights, variant: Option<&Variant>) -> Resu
 pub(crate) struct UnetTraining {
     pub(crate) scales_image: bool,
     pub(crate) scheduler: SchedulerConfig,
-    pub(crate) variant: Option<&'static Variant>,
+    pub(crate) variant: Option<&'static TrainingVariant>,
     /// The scale of its latents; `None` keeps the checkpoint's.
     pub(crate) latents: Option<VaeConfig>,
 }
 
 impl UnetTraining {
     /// Reads a single file; `None` if the file declares nothing. `other` is the variant of the checkpoint.
-    pub(crate) fn from_file(weights: &Weights, other: Option<&Variant>) -> Result<Option<Self>> {
+    pub(crate) fn from_file(weights: &Weights, other: Option<&TrainingVariant>) -> Result<Option<Self>> {
         let FileTraining { variant, scheduler, declared } = FileTraining::read(weights)?;
         if !declared {
             return Ok(None);
@@ -135,6 +135,6 @@ impl UnetTraining {
         let latents = vae.as_ref().map(|vae| vae.json(CONFIG_LIMIT)).transpose()?;
         let files = [index, scheduler.clone()].into_iter().chain(vae).collect();
         let scheduler = scheduler.json(CONFIG_LIMIT)?;
-        Ok((Self { scales_image, variant: Variant::from_scheduler(&scheduler), scheduler, latents }, files))
+        Ok((Self { scales_image, variant: TrainingVariant::from_scheduler(&scheduler), scheduler, latents }, files))
     }
 }

@@ -29,7 +29,7 @@ const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Downloads the files of a request, except those in the cache at a fixed commit.
 ///
 /// # Errors
-/// `offline` if downloads are off; `invalid_parameter`, `path_not_allowed`; those of [`Fetch`]: `model_not_found`,
+/// `offline` if downloads are off; `invalid_parameter`, `path_not_allowed`; errors of [`Fetch`]: `model_not_found`,
 /// `download_failed`, `unsafe_format`, and `model_corrupt` for a file without its pinned hash.
 pub(crate) fn fetch(
     options: &FetchRequest,

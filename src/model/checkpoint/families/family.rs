@@ -1,4 +1,4 @@
-//! What identifies a model family in its files.
+//! A model family, and the marks that identify it.
 
 /// The marks of one family.
 #[derive(Debug, PartialEq, Eq)]

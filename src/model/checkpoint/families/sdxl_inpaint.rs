@@ -1,4 +1,4 @@
-//! The base model with mask and masked image as further input channels.
+//! The base model with mask and masked image concatenated with the latents.
 
 use crate::model::checkpoint::families::family::Family;
 

@@ -1,4 +1,4 @@
-//! The base model with the image to be edited as further input channels (Brooks et al. 2022,
+//! The base model with the image to edit concatenated with the latents (Brooks et al. 2022,
 //! <https://arxiv.org/abs/2211.09800>); CosXL Edit is one.
 
 use crate::model::checkpoint::families::family::Family;

@@ -5,7 +5,7 @@ use crate::scheduler::config::{Prediction, SchedulerConfig, TimestepSpacing};
 
 /// One variant.
 #[derive(Debug)]
-pub struct Variant {
+pub struct TrainingVariant {
     pub name: &'static str,
     /// Marker tensors; all must be present.
     marks: &'static [&'static str],
@@ -13,14 +13,14 @@ pub struct Variant {
     words: &'static [&'static str],
     prediction: Prediction,
     spacing: Option<TimestepSpacing>,
-    edm: Option<Edm>,
+    edm: Option<EdmNoise>,
     /// Its `scaling_factor` of latents, if it is not SDXL's.
     pub scaling_factor: Option<f64>,
 }
 
 /// The noise parameters of Karras et al. 2022, <https://arxiv.org/abs/2206.00364>, table 1.
 #[derive(Clone, Copy, Debug)]
-struct Edm {
+struct EdmNoise {
     class_name: &'static str,
     sigma_data: f64,
     sigma_min: f64,
@@ -28,7 +28,7 @@ struct Edm {
     schedule: &'static str,
 }
 
-const PLAIN: Variant = Variant {
+const PLAIN: TrainingVariant = TrainingVariant {
     name: "",
     marks: &[],
     words: &[],
@@ -38,12 +38,12 @@ const PLAIN: Variant = Variant {
     scaling_factor: None,
 };
 /// Distilled networks start at the noisiest timestep.
-const DISTILLED: Variant = Variant { spacing: Some(TimestepSpacing::Trailing), ..PLAIN };
+const DISTILLED: TrainingVariant = TrainingVariant { spacing: Some(TimestepSpacing::Trailing), ..PLAIN };
 
-const PLAYGROUND: Variant = Variant {
+const PLAYGROUND: TrainingVariant = TrainingVariant {
     name: "playground_v2_5",
     marks: &["edm_mean", "edm_std"],
-    edm: Some(Edm {
+    edm: Some(EdmNoise {
         class_name: "EDMDPMSolverMultistepScheduler",
         sigma_data: 0.5,
         sigma_min: 0.002,
@@ -53,11 +53,11 @@ const PLAYGROUND: Variant = Variant {
     scaling_factor: Some(0.5),
     ..PLAIN
 };
-const COSXL: Variant = Variant {
+const COSXL: TrainingVariant = TrainingVariant {
     name: "cosxl",
     marks: &["edm_vpred.sigma_max"],
     prediction: Prediction::VPrediction,
-    edm: Some(Edm {
+    edm: Some(EdmNoise {
         class_name: "EDMEulerScheduler",
         sigma_data: 1.0,
         sigma_min: 0.002,
@@ -66,14 +66,15 @@ const COSXL: Variant = Variant {
     }),
     ..PLAIN
 };
-const V_PREDICTION: Variant =
-    Variant { name: "v_prediction", marks: &["v_pred"], prediction: Prediction::VPrediction, ..PLAIN };
-const TURBO: Variant = Variant { name: "turbo", words: &["turbo"], ..DISTILLED };
-const LIGHTNING: Variant = Variant { name: "lightning", words: &["lightning"], ..DISTILLED };
-const HYPER: Variant = Variant { name: "hyper", words: &["hyper-sd", "hypersd", "hyper sd"], ..DISTILLED };
-const DMD2: Variant = Variant { name: "dmd2", words: &["dmd2"], ..DISTILLED };
+const V_PREDICTION: TrainingVariant =
+    TrainingVariant { name: "v_prediction", marks: &["v_pred"], prediction: Prediction::VPrediction, ..PLAIN };
+const TURBO: TrainingVariant = TrainingVariant { name: "turbo", words: &["turbo"], ..DISTILLED };
+const LIGHTNING: TrainingVariant = TrainingVariant { name: "lightning", words: &["lightning"], ..DISTILLED };
+const HYPER: TrainingVariant =
+    TrainingVariant { name: "hyper", words: &["hyper-sd", "hypersd", "hyper sd"], ..DISTILLED };
+const DMD2: TrainingVariant = TrainingVariant { name: "dmd2", words: &["dmd2"], ..DISTILLED };
 
-pub static VARIANTS: Registry<Variant> = Registry::new(
+pub static VARIANTS: Registry<TrainingVariant> = Registry::new(
     "model variant",
     &[
         ("playground_v2_5", &PLAYGROUND),
@@ -86,7 +87,7 @@ pub static VARIANTS: Registry<Variant> = Registry::new(
     ],
 );
 
-impl Variant {
+impl TrainingVariant {
     /// The variant with these marker tensors.
     #[must_use]
     pub fn from_tensors(has: impl Fn(&str) -> bool) -> Option<&'static Self> {
@@ -122,7 +123,9 @@ impl Variant {
             timestep_spacing: variant.spacing.or(sdxl.timestep_spacing),
             ..sdxl
         };
-        let Some(Edm { class_name, sigma_data, sigma_min, sigma_max, schedule }) = variant.edm else { return plain };
+        let Some(EdmNoise { class_name, sigma_data, sigma_min, sigma_max, schedule }) = variant.edm else {
+            return plain;
+        };
         SchedulerConfig {
             class_name: Some(class_name.to_owned()),
             sigma_data: Some(sigma_data),

@@ -67,7 +67,7 @@ impl ResponseHead {
 }
 
 /// A message of the connection's thread.
-enum Message {
+enum ConnectionMessage {
     Head(ResponseHead),
     Chunk(Vec<u8>),
     End,
@@ -77,7 +77,7 @@ enum Message {
 /// A response whose head has arrived.
 pub(crate) struct HubResponse<'a> {
     pub(crate) head: ResponseHead,
-    messages: Receiver<Message>,
+    messages: Receiver<ConnectionMessage>,
     ctx: &'a Context,
 }
 
@@ -96,9 +96,9 @@ pub(crate) fn send<'a>(
         .spawn(move || transfer(&api, repo, &request, &sender));
     spawned.map_err(|error| HubError::Transient(format!("no thread for a connection: {error}")))?;
     match next(&messages, ctx)? {
-        Some(Message::Head(head)) => Ok(HubResponse { head, messages, ctx }),
-        Some(Message::Failed(message)) => Err(HubError::Transient(message)),
-        Some(Message::Chunk(_) | Message::End) | None => Err(disconnected()),
+        Some(ConnectionMessage::Head(head)) => Ok(HubResponse { head, messages, ctx }),
+        Some(ConnectionMessage::Failed(message)) => Err(HubError::Transient(message)),
+        Some(ConnectionMessage::Chunk(_) | ConnectionMessage::End) | None => Err(disconnected()),
     }
 }
 
@@ -106,10 +106,10 @@ impl HubResponse<'_> {
     /// The next bytes of the body; `None` at its end.
     pub(crate) fn chunk(&mut self) -> Result<Option<Vec<u8>>, HubError> {
         match next(&self.messages, self.ctx)? {
-            Some(Message::Chunk(bytes)) => Ok(Some(bytes)),
-            Some(Message::Failed(message)) => Err(HubError::Transient(message)),
-            Some(Message::End) => Ok(None),
-            Some(Message::Head(_)) | None => Err(disconnected()),
+            Some(ConnectionMessage::Chunk(bytes)) => Ok(Some(bytes)),
+            Some(ConnectionMessage::Failed(message)) => Err(HubError::Transient(message)),
+            Some(ConnectionMessage::End) => Ok(None),
+            Some(ConnectionMessage::Head(_)) | None => Err(disconnected()),
         }
     }
 
@@ -132,7 +132,7 @@ fn disconnected() -> HubError {
 }
 
 /// Waits for the next message; `None` after the last one.
-fn next(messages: &Receiver<Message>, ctx: &Context) -> Result<Option<Message>, HubError> {
+fn next(messages: &Receiver<ConnectionMessage>, ctx: &Context) -> Result<Option<ConnectionMessage>, HubError> {
     loop {
         ctx.checkpoint()?;
         match messages.recv_timeout(POLL) {
@@ -154,7 +154,7 @@ pub(crate) fn sleep(time: Duration, ctx: &Context) -> Result<(), Error> {
 }
 
 /// Runs on the connection's thread, and ends early if the receiver is gone.
-fn transfer(api: &Api, repo: Repo, request: &HubRequest, sender: &SyncSender<Message>) {
+fn transfer(api: &Api, repo: Repo, request: &HubRequest, sender: &SyncSender<ConnectionMessage>) {
     // hf-hub's request carries the token and the user agent, and drops the token on redirects to another host.
     let call = api.repo(repo).info_request().uri(request.url.as_str());
     let call = match request.from {
@@ -174,28 +174,28 @@ fn transfer(api: &Api, repo: Repo, request: &HubRequest, sender: &SyncSender<Mes
         .build();
     let response = match call.call() {
         Ok(response) => response,
-        Err(error) => return drop(sender.send(Message::Failed(error.to_string()))),
+        Err(error) => return drop(sender.send(ConnectionMessage::Failed(error.to_string()))),
     };
     let (parts, body) = response.into_parts();
     let text = |value: &[u8]| String::from_utf8_lossy(value).into_owned();
     let headers = parts.headers.iter().map(|(name, value)| (name.as_str().to_owned(), text(value.as_bytes())));
     let head = ResponseHead { status: parts.status.as_u16(), headers: headers.collect() };
-    if sender.send(Message::Head(head)).is_err() {
+    if sender.send(ConnectionMessage::Head(head)).is_err() {
         return;
     }
     let mut body = body.into_reader();
     loop {
         let mut bytes = vec![0; CHUNK];
         let message = match body.read(&mut bytes) {
-            Ok(0) => Message::End,
+            Ok(0) => ConnectionMessage::End,
             Ok(count) => {
                 bytes.truncate(count);
-                Message::Chunk(bytes)
+                ConnectionMessage::Chunk(bytes)
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => Message::Failed(error.to_string()),
+            Err(error) => ConnectionMessage::Failed(error.to_string()),
         };
-        let last = !matches!(message, Message::Chunk(_));
+        let last = !matches!(message, ConnectionMessage::Chunk(_));
         if sender.send(message).is_err() || last {
             return;
         }

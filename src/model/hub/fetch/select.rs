@@ -182,10 +182,10 @@ pub(crate) fn matches(pattern: &str, name: &str) -> bool {
                 here += 1;
             }
             _ => match star {
-                Some((place, swallowed)) => {
-                    star = Some((place, swallowed + 1));
-                    at = place + 1;
-                    here = swallowed + 1;
+                Some((after, matched)) => {
+                    star = Some((after, matched + 1));
+                    at = after + 1;
+                    here = matched + 1;
                 }
                 None => return false,
             },

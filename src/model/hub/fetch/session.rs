@@ -40,7 +40,7 @@ pub(crate) struct HubEndpoint {
 
 /// The files of a commit, as the hub's API lists them.
 #[derive(Deserialize)]
-pub(crate) struct Listing {
+pub(crate) struct RepositoryListing {
     pub(crate) sha: String,
     #[serde(default)]
     pub(crate) siblings: Vec<Sibling>,
@@ -97,7 +97,7 @@ impl<'a> DownloadSession<'a> {
     }
 
     /// The commit of the revision, and its files.
-    pub(crate) fn listing(&self) -> Result<Listing> {
+    pub(crate) fn listing(&self) -> Result<RepositoryListing> {
         let url = format!("{}/api/{}?blobs=true", self.endpoint, self.repo.api_url());
         let body = self.with_retries(|| {
             let request = HubRequest { url: url.clone(), from: None, follow: true };
@@ -106,7 +106,7 @@ impl<'a> DownloadSession<'a> {
             response.body(LISTING_LIMIT)
         })?;
         let failed = |message: String| Error::DownloadFailed { message };
-        let listing: Listing = serde_json::from_slice(&body)
+        let listing: RepositoryListing = serde_json::from_slice(&body)
             .map_err(|error| failed(format!("the hub sends an invalid listing of `{}`: {error}", self.reference)))?;
         if listing.sha.len() != 40 || !listing.sha.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
             return Err(failed(format!("the hub gives no commit of `{}`", self.reference)));
