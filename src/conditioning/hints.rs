@@ -1,155 +1,90 @@
-//! What a ControlNet is shown: a request's image, brought to the size of the work, through a preprocessor, and kept for
-//! the next request.
+//! Plans and makes the hint of a ControlNet: the request's image, resized and preprocessed.
 
 use std::sync::Arc;
 
 use crate::conditioning::init_image::{Cut, ResizeMode};
-use crate::conditioning::instructor::{ConditioningInstructor, ConditioningResources};
-use crate::conditioning::interface::{
-    ParameterEntry, PreprocessRequest, PreprocessedImage, PreprocessorEntry, PreprocessorParameters,
-};
-use crate::conditioning::manager::HintKey;
-use crate::conditioning::workers::preprocess::{HintTask, PREPROCESSORS, Parameters, Preprocessor};
-use crate::conditioning::workers::resize::{Fit, FitTask};
-use crate::context::{Context, Stage};
+use crate::conditioning::interface::{ParameterEntry, PreprocessorEntry, PreprocessorParameters};
+use crate::conditioning::preprocessor::{ParameterValues, PreprocessTask, Preprocessor};
+use crate::conditioning::workers::preprocess::PREPROCESSORS;
+use crate::conditioning::workers::resize::{Resize, ResizeTask};
+use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::image::pixels::Rgb8;
 use crate::image::source::{ImageFile, ImageSource};
-use crate::postprocessing::instructor::Delivery;
+use crate::roots::Roots;
 use crate::units::ImageSize;
 
-/// An image for a ControlNet, as a request says it.
+/// A requested hint.
 #[derive(Clone, Debug)]
 pub struct HintOptions<'a> {
     pub image: &'a ImageSource,
-    /// Default: `none`, the image is the hint.
+    /// Default: `none`, which takes the image as the hint.
     pub preprocessor: Option<&'a str>,
     pub parameters: &'a PreprocessorParameters,
     pub resize: ResizeMode,
-    /// The name of each field in the request, for errors: image, preprocessor, parameters.
+    /// The request fields of image, preprocessor and parameters, for errors.
     pub fields: [&'a str; 3],
 }
 
-/// An image for a ControlNet, read and decided.
+/// A hint, decided, with its image file read.
 #[derive(Clone)]
 pub struct HintPlan {
     pub image: ImageFile,
     pub preprocessor: &'static str,
-    /// Every number used, as a request says them.
+    /// Every parameter used.
     pub parameters: PreprocessorParameters,
     pub resize: ResizeMode,
-    method: &'static Preprocessor,
-    told: Parameters,
+    pub(crate) values: ParameterValues,
+    method: &'static dyn Preprocessor,
 }
 
-/// A hint of the wanted size.
+/// The size of a hint, and the region of the image that it shows if not all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HintTarget {
+    pub size: ImageSize,
+    pub cut: Option<Cut>,
+}
+
 #[derive(Clone, Debug)]
 pub struct Hint {
     pub image: Arc<Rgb8>,
-    /// Whether it was made for an earlier request.
+    /// True if an earlier request made it.
     pub cached: bool,
 }
 
-impl ConditioningInstructor {
-    /// Reads the image's file and decides what is left open; no pixel is decoded.
+impl HintPlan {
+    /// Reads the image's file without decoding it, and decides what the options leave open.
     ///
     /// # Errors
     /// `unknown_name`, `invalid_parameter`, and those of [`ImageSource::read`].
-    pub fn plan_hint(&self, options: &HintOptions) -> Result<HintPlan> {
+    pub(crate) fn new(options: &HintOptions, roots: &Roots) -> Result<Self> {
         let [image, preprocessor, parameters] = options.fields;
         let name = options.preprocessor.unwrap_or("none");
         let known = PREPROCESSORS.iter().find(|(known, _)| *known == name);
-        let (name, method) = match known {
-            Some(entry) => entry,
-            None => return Err(unknown(name).at(preprocessor)),
-        };
-        let told = Parameters::resolve(name, method.parameters(), options.parameters, parameters)?;
-        let parameters = told.said(method.parameters());
-        let image = options.image.read(&self.roots, image)?;
-        Ok(HintPlan { image, preprocessor: name, parameters, resize: options.resize, method, told })
+        let (name, method) = known.ok_or_else(|| unknown(name).at(preprocessor))?;
+        let values = ParameterValues::resolve(name, method.parameters(), options.parameters, parameters)?;
+        let parameters = values.echo(method.parameters());
+        let image = options.image.read(roots, image)?;
+        Ok(Self { image, preprocessor: name, parameters, resize: options.resize, values, method })
     }
 
-    /// The hint of `size`, made or kept; of a part of the image where only that is worked on.
-    ///
     /// # Errors
     /// `image_decode_failed`, `cancelled`, `deadline_exceeded`.
-    pub fn hint(
-        &self,
-        plan: &HintPlan,
-        (size, cut): (ImageSize, Option<Cut>),
-        resources: &mut ConditioningResources,
-        ctx: &Context,
-    ) -> Result<Hint> {
-        ctx.stage(Stage::Encode, || {
-            let content = resources.hints.content(&plan.image.bytes);
-            let key =
-                HintKey { content, preprocessor: plan.preprocessor, told: plan.told, resize: plan.resize, size, cut };
-            if let Some(image) = resources.hints.get(&key).filter(|_| self.settings.cache_hints) {
-                return Ok(Hint { image, cached: true });
-            }
-            let image = Arc::new(plan.make(size, cut, ctx)?);
-            if self.settings.cache_hints {
-                resources.hints.insert(key, &image);
-            }
-            Ok(Hint { image, cached: false })
-        })
-    }
-
-    /// Answers `conditioning.preprocess`. Nothing is kept: it runs beside the thread that has the cache.
-    pub(crate) fn preprocess(&self, options: &PreprocessRequest, ctx: &Context) -> Result<PreprocessedImage> {
-        let plan = self.plan_hint(&HintOptions {
-            image: &options.image,
-            preprocessor: Some(&options.preprocessor),
-            parameters: &options.parameters.unwrap_or_default(),
-            resize: options.resize_mode.unwrap_or_default(),
-            fields: ["image", "preprocessor", "parameters"],
-        })?;
-        let side = |field: &str, options: Option<i64>, own: usize| match options {
-            None => Ok(own),
-            Some(side) => usize::try_from(side)
-                .ok()
-                .filter(|side| (1..=MAX_SIDE).contains(side))
-                .ok_or_else(|| Error::invalid(field, format!("must be 1 to {MAX_SIDE}, got {side}"))),
-        };
-        let size = ImageSize {
-            width: side("width", options.width, plan.image.width)?,
-            height: side("height", options.height, plan.image.height)?,
-        };
-        let output = self.delivery.resolve(&options.output.clone().unwrap_or_default())?;
-        let image = ctx.stage(Stage::Encode, || plan.make(size, None, ctx))?;
-        let delivery = Delivery { plan: &output, image: &image, index: 0, text: None };
-        let delivered = ctx.stage(Stage::Write, || self.delivery.deliver(delivery, ctx))?;
-        Ok(PreprocessedImage {
-            path: delivered.path,
-            base64: delivered.base64,
-            format: output.format.name,
-            width: image.width,
-            height: image.height,
-            preprocessor: plan.preprocessor,
-            parameters: plan.parameters,
-        })
-    }
-}
-
-impl HintPlan {
-    fn make(&self, size: ImageSize, cut: Option<Cut>, ctx: &Context) -> Result<Rgb8> {
+    pub(crate) fn make(&self, target: HintTarget, ctx: &Context) -> Result<Rgb8> {
         let image = self.image.decode()?;
-        let fit = |image: &Rgb8, size, mode| ctx.perform(&Fit, FitTask { image, size, mode });
-        let image = match cut {
-            None => fit(&image, size, self.resize)?,
-            // As the image that is worked on is cut.
+        let resized = |image: &Rgb8, size, mode| ctx.perform(&Resize, ResizeTask { image, size, mode });
+        let image = match target.cut {
+            None => resized(&image, target.size, self.resize)?,
+            // Cut in the same way as the init image.
             Some(Cut { whole, region }) => {
-                fit(&fit(&image, whole, self.resize)?.part(region)?, size, ResizeMode::Fill)?
+                resized(&resized(&image, whole, self.resize)?.part(region)?, target.size, ResizeMode::Fill)?
             }
         };
-        ctx.perform(self.method, HintTask { image: &image, parameters: &self.told })
+        ctx.perform(self.method, PreprocessTask { image: &image, parameters: &self.values })
     }
 }
 
-/// The longest side of a hint; images that are read may be longer.
-const MAX_SIDE: usize = 8192;
-
-/// Preprocessors that people know and that need a network of their own.
+/// Well-known preprocessors that need a network of their own.
 const NETWORKS: [&str; 28] = [
     "depth_anything",
     "depth_anything_v2",
@@ -182,29 +117,27 @@ const NETWORKS: [&str; 28] = [
 ];
 
 fn unknown(name: &str) -> Error {
-    if NETWORKS.contains(&name) {
-        let names: Vec<String> = PREPROCESSORS.names().map(|name| format!("`{name}`")).collect();
-        return Error::UnsupportedFeature {
-            what: format!("preprocessor `{name}`, which needs a network of its own,"),
-            hint: Some(format!("make the hint elsewhere and send it with `none`; there are {}", names.join(", "))),
-            field: None,
-        };
+    if !NETWORKS.contains(&name) {
+        return PREPROCESSORS.unknown(name);
     }
-    match PREPROCESSORS.get(name) {
-        Err(error) => error,
-        Ok(_) => Error::bug(format!("preprocessor `{name}` is known and is not")),
+    let names: Vec<String> = PREPROCESSORS.names().map(|name| format!("`{name}`")).collect();
+    Error::UnsupportedFeature {
+        what: format!("preprocessor `{name}`, which needs a network of its own,"),
+        hint: Some(format!("make the hint elsewhere and send it with `none`; there are {}", names.join(", "))),
+        field: None,
     }
 }
 
 pub(crate) fn list() -> Vec<PreprocessorEntry> {
-    let entry = |(name, method): (&'static str, &'static Preprocessor)| {
-        let parameter = |parameter: &crate::conditioning::workers::preprocess::Parameter| ParameterEntry {
-            name: parameter.name,
-            default: parameter.default,
-            least: parameter.least,
-            most: parameter.most,
-        };
-        PreprocessorEntry { name, parameters: method.parameters().iter().map(parameter).collect() }
+    let entry = |(name, method): (&'static str, &'static dyn Preprocessor)| {
+        let specs = method.parameters().iter();
+        let parameters = specs.map(|spec| ParameterEntry {
+            name: spec.name,
+            default: spec.default,
+            least: spec.min,
+            most: spec.max,
+        });
+        PreprocessorEntry { name, parameters: parameters.collect() }
     };
     PREPROCESSORS.iter().map(entry).collect()
 }

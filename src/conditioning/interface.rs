@@ -179,9 +179,9 @@ pub struct PreprocessorParameters {
 }
 
 impl PreprocessorParameters {
-    /// Each by its name.
+    /// Every parameter with its name.
     #[must_use]
-    pub fn said(&self) -> [(&'static str, Option<f64>); 5] {
+    pub fn by_name(&self) -> [(&'static str, Option<f64>); 5] {
         [
             ("low_threshold", self.low_threshold),
             ("high_threshold", self.high_threshold),

@@ -1,17 +1,26 @@
-//! Keeps the embeddings of prompts, so that a prompt that comes again needs no text encoder, and the hints of ControlNets.
+//! Caches the embeddings of prompts and the hints of ControlNets between requests.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::conditioning::init_image::{Cut, ResizeMode};
+use crate::conditioning::hints::{HintPlan, HintTarget};
+use crate::conditioning::init_image::ResizeMode;
 use crate::conditioning::interface::PromptWeighting;
-use crate::conditioning::workers::encode::{Embeddings, EncodeText};
-use crate::conditioning::workers::preprocess::Parameters;
+use crate::conditioning::preprocessor::ParameterValues;
+use crate::conditioning::workers::encode::{Embeddings, TokenizedText};
 use crate::device::interface::Dtype;
 use crate::image::pixels::Rgb8;
 use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::CheckpointKey;
-use crate::units::{Bytes, ImageSize};
+use crate::model::instructor::ModelResources;
+use crate::units::Bytes;
+
+/// The managers that the conditioning domain uses.
+pub struct ConditioningResources {
+    pub model: ModelResources,
+    pub embeddings: EmbeddingManager,
+    pub hints: HintManager,
+}
 
 /// About a hundred prompts of 77 tokens in f32.
 const CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
@@ -22,14 +31,13 @@ pub(crate) struct EmbeddingKey {
     pub(crate) checkpoint: CheckpointKey,
     pub(crate) dtype: Dtype,
     pub(crate) device: String,
-    /// What is changed of the encoders.
+    /// LoRAs of the encoders.
     pub(crate) adapters: Option<CheckpointKey>,
-    /// What each encoder is given: ids and weights.
-    pub(crate) text: EncodeText,
+    pub(crate) text: TokenizedText,
     pub(crate) skip: usize,
-    /// `None` for a text without weights.
+    /// [`PromptWeighting::None`] for a text without weights.
     pub(crate) weighting: PromptWeighting,
-    /// The files whose vectors the ids mean.
+    /// The files of textual inversions, if the text has any.
     pub(crate) embeddings: Vec<CheckpointKey>,
 }
 
@@ -41,8 +49,8 @@ pub struct EmbeddingManager {
 
 impl EmbeddingManager {
     pub(crate) fn get(&mut self, key: &EmbeddingKey) -> Option<Embeddings> {
-        let place = self.entries.iter().position(|(known, ..)| known == key)?;
-        let entry = self.entries.remove(place);
+        let position = self.entries.iter().position(|(known, ..)| known == key)?;
+        let entry = self.entries.remove(position);
         let embeddings = entry.1.clone();
         self.entries.push(entry);
         Some(embeddings)
@@ -64,10 +72,10 @@ impl EmbeddingManager {
 }
 
 impl Manager for EmbeddingManager {
-    /// All embeddings together: one line is enough for what is small and many.
+    /// All embeddings as one entry, because they are small and many.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} prompts", self.entries.len());
-        let all = Resident {
+        let resident = Resident {
             kind: "embeddings",
             name,
             bytes: self.bytes(),
@@ -76,7 +84,7 @@ impl Manager for EmbeddingManager {
             over: None,
             form: None,
         };
-        if self.entries.is_empty() { Vec::new() } else { vec![all] }
+        if self.entries.is_empty() { Vec::new() } else { vec![resident] }
     }
 
     fn evict(&mut self, want: Bytes) -> Bytes {
@@ -98,21 +106,27 @@ const HINT_CAPACITY: Bytes = Bytes(64 * Bytes::MIB);
 /// Everything that decides a hint.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct HintKey {
-    /// Of the image's file.
-    pub(crate) content: Content,
-    pub(crate) preprocessor: &'static str,
-    pub(crate) told: Parameters,
-    pub(crate) resize: ResizeMode,
-    pub(crate) size: ImageSize,
-    pub(crate) cut: Option<Cut>,
+    file: Fingerprint,
+    preprocessor: &'static str,
+    parameters: ParameterValues,
+    resize: ResizeMode,
+    target: HintTarget,
 }
 
-/// The length of a file and two hashes of it under keys that were drawn when the process began: no file can be made to
-/// look like another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Content(usize, [u64; 2]);
+impl HintKey {
+    pub(crate) fn new(file: Fingerprint, plan: &HintPlan, target: HintTarget) -> Self {
+        Self { file, preprocessor: plan.preprocessor, parameters: plan.values, resize: plan.resize, target }
+    }
+}
 
-/// Hints by content, least recently used first.
+/// The length of a file and two hashes with keys drawn at the start of the process, so that nobody can craft a collision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fingerprint {
+    length: usize,
+    hashes: [u64; 2],
+}
+
+/// Hints by key, least recently used first.
 #[derive(Default)]
 pub struct HintManager {
     entries: Vec<(HintKey, Arc<Rgb8>)>,
@@ -120,13 +134,14 @@ pub struct HintManager {
 }
 
 impl HintManager {
-    pub(crate) fn content(&self, file: &[u8]) -> Content {
-        Content(file.len(), [self.keys[0].hash_one(file), self.keys[1].hash_one(file)])
+    pub(crate) fn fingerprint(&self, file: &[u8]) -> Fingerprint {
+        let [first, second] = &self.keys;
+        Fingerprint { length: file.len(), hashes: [first.hash_one(file), second.hash_one(file)] }
     }
 
     pub(crate) fn get(&mut self, key: &HintKey) -> Option<Arc<Rgb8>> {
-        let place = self.entries.iter().position(|(known, _)| known == key)?;
-        let entry = self.entries.remove(place);
+        let position = self.entries.iter().position(|(known, _)| known == key)?;
+        let entry = self.entries.remove(position);
         let image = entry.1.clone();
         self.entries.push(entry);
         Some(image)
@@ -152,12 +167,12 @@ fn bytes(image: &Rgb8) -> Bytes {
 }
 
 impl Manager for HintManager {
-    /// All hints together.
+    /// All hints as one entry.
     fn resident(&self) -> Vec<Resident> {
         let name = format!("{} images", self.entries.len());
-        let all =
+        let resident =
             Resident { kind: "hints", name, bytes: self.bytes(), pinned: false, used_ms: None, over: None, form: None };
-        if self.entries.is_empty() { Vec::new() } else { vec![all] }
+        if self.entries.is_empty() { Vec::new() } else { vec![resident] }
     }
 
     fn evict(&mut self, want: Bytes) -> Bytes {

@@ -1,52 +1,93 @@
-//! What the UNet is told, step by step: a prompt may change on the way, and may have several parts.
+//! The embeddings of a prompt by step: prompt editing changes them during the run, and `AND` joins several.
 
-use crate::conditioning::Embeddings;
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
+use crate::conditioning::prompt_plan::{PromptPlan, PromptSpan};
+use crate::conditioning::workers::encode::Embeddings;
+use crate::error::{Error, Result};
 
-/// What the UNet is told in one evaluation.
+/// The embeddings of one evaluation.
 #[derive(Clone, Debug)]
-pub struct Conditioning {
-    /// The parts that `AND` joins; one where there is no `AND`.
-    pub positive: Vec<Positive>,
-    /// `None` without guidance. Parts need it, guided or not.
+pub struct PromptConditioning {
+    /// The subprompts that `AND` joins; one without `AND`.
+    pub positive: Vec<WeightedEmbeddings>,
+    /// `None` without guidance. Several subprompts always need it.
     pub negative: Option<Embeddings>,
 }
 
-/// One part of a prompt.
+/// One subprompt.
 #[derive(Clone, Debug)]
-pub struct Positive {
+pub struct WeightedEmbeddings {
     pub embeddings: Embeddings,
     /// Its share in the guidance.
     pub weight: f64,
 }
 
-/// What is told from the end of the span before on.
+/// A range of steps with the same conditioning; it begins where the span before it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Span {
-    /// Steps that are done when it is told last.
+pub(crate) struct ConditioningSpan {
+    /// Number of completed steps at the end.
     pub(crate) until: usize,
-    /// Its place in [`PromptSchedule::told`].
-    pub(crate) told: usize,
+    /// Index into [`PromptSchedule::conditionings`].
+    pub(crate) index: usize,
 }
 
-/// A prompt for a whole image. All that it tells has the same number of tokens.
+/// The conditioning of every step of an image. All embeddings have the same number of tokens.
 #[derive(Clone, Debug)]
 pub struct PromptSchedule {
-    /// Each thing that is told at some step, once.
-    pub told: Vec<Conditioning>,
+    /// Every distinct conditioning, once.
+    pub conditionings: Vec<PromptConditioning>,
     /// In the order of the steps.
-    pub(crate) spans: Vec<Span>,
+    pub(crate) spans: Vec<ConditioningSpan>,
     pub applied: Vec<AppliedEmbedding>,
     pub cache: CacheCount,
 }
 
 impl PromptSchedule {
-    /// The place in `told` of what the step after `done` steps is told.
+    /// The index in `conditionings` for the step after `completed_steps`.
     #[must_use]
-    pub fn at(&self, done: usize) -> usize {
-        // AUTOMATIC1111 counts evaluations from 0 and compares them with the step that a span ends at: the first span is
-        // told once more than its number says.
-        let span = self.spans.iter().find(|span| done <= span.until).or(self.spans.last());
-        span.map_or(0, |span| span.told)
+    pub fn at(&self, completed_steps: usize) -> usize {
+        // AUTOMATIC1111 counts evaluations from 0 and compares them with the last step of a span, so that the first span
+        // lasts one evaluation longer than its number says.
+        let span = self.spans.iter().find(|span| completed_steps <= span.until).or(self.spans.last());
+        span.map_or(0, |span| span.index)
     }
+}
+
+/// Maps the plan's texts to their embeddings. A negative prompt without text is zeros if `zeros` says so or if there are
+/// several subprompts.
+///
+/// # Errors
+/// `internal` for a text without embeddings; those of the device.
+pub(crate) fn schedule(
+    plan: &PromptPlan,
+    embeddings: &[Embeddings],
+    zeros: bool,
+) -> Result<(Vec<PromptConditioning>, Vec<ConditioningSpan>)> {
+    let of_text = |index: usize| {
+        let found = embeddings.get(index).cloned();
+        found.ok_or_else(|| Error::bug("a prompt was not encoded"))
+    };
+    let (mut conditionings, mut spans) = (Vec::new(), Vec::new());
+    let mut known: Vec<&PromptSpan> = Vec::new();
+    for span in &plan.spans {
+        let same = |other: &&PromptSpan| other.positive == span.positive && other.negative == span.negative;
+        let index = match known.iter().position(same) {
+            Some(index) => index,
+            None => {
+                let weighted =
+                    |&(index, weight): &(usize, f64)| Ok(WeightedEmbeddings { embeddings: of_text(index)?, weight });
+                let positive = span.positive.iter().map(weighted).collect::<Result<Vec<_>>>()?;
+                let negative = match (span.negative, positive.first()) {
+                    (Some(index), _) => Some(of_text(index)?),
+                    (None, Some(first)) if zeros || positive.len() > 1 => Some(first.embeddings.zeros()?),
+                    (None, _) => None,
+                };
+                known.push(span);
+                conditionings.push(PromptConditioning { positive, negative });
+                conditionings.len() - 1
+            }
+        };
+        spans.push(ConditioningSpan { until: span.until, index });
+    }
+    Ok((conditionings, spans))
 }

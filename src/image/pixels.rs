@@ -164,6 +164,15 @@ impl Gray8 {
     }
 }
 
+/// Index of the pixel at `index`, which may lie outside 0..`length`: mirrored at the border pixel, which is not repeated
+/// (OpenCV's `BORDER_REFLECT_101`).
+pub(crate) fn mirrored(index: isize, length: usize) -> usize {
+    let Some(last) = length.checked_sub(1).filter(|&last| last > 0) else { return 0 };
+    let period = 2 * last;
+    let position = index.rem_euclid(period.cast_signed()).unsigned_abs();
+    if position > last { period - position } else { position }
+}
+
 /// `[-1, 1]` to a byte; `None` if `value` is not finite.
 fn byte(value: f32) -> Option<u8> {
     let scaled = ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even();

@@ -8,8 +8,7 @@ use std::sync::Arc;
 pub use published::Published;
 
 use crate::allocator;
-use crate::conditioning::instructor::ConditioningResources;
-use crate::conditioning::manager::{EmbeddingManager, HintManager};
+use crate::conditioning::manager::{ConditioningResources, EmbeddingManager, HintManager};
 use crate::device::instructor::MemoryStatus;
 use crate::device::manager::DeviceManager;
 use crate::layers::{Manager, Resident};

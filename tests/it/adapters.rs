@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use sdxl_worker::conditioning::clip_pixels;
+use sdxl_worker::conditioning::image_adapters::AdaptTask;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Error;
@@ -379,8 +380,8 @@ fn adapter_report_and_echo_reproduce_the_image() {
     let placement = inference.device.place(&mut worker.managers.device, Some(Dtype::F32)).unwrap();
     let ctx = Context::detached();
     let resources = &mut worker.managers.conditioning;
-    let adapted =
-        inference.conditioning.adapt(&plan.adapters, (plan.first().size, true), resources, &placement, &ctx).unwrap();
+    let task = AdaptTask { plan: &plan.adapters, size: plan.first().size, guided: true, placement: &placement };
+    let adapted = inference.conditioning.adapt(task, resources, &ctx).unwrap();
     let counts: Vec<_> = adapted.facts.iter().map(|one| (one.kind, one.applied, one.unused)).collect();
     let all = |file: &str| candle_core::safetensors::load(networks().join(file), &Device::Cpu).unwrap().len();
     let outline = all("t2i/outline/diffusion_pytorch_model.safetensors");

@@ -4,11 +4,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use sdxl_worker::conditioning::Embeddings;
-use sdxl_worker::conditioning::instructor::{
-    ConditioningInstructor, ConditioningResources, PromptOptions, PromptSchedule,
-};
+use sdxl_worker::conditioning::instructor::ConditioningInstructor;
 use sdxl_worker::conditioning::interface::{CacheCount, EncodeRequest, Request, Response, Settings, TokenizeRequest};
-use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::manager::{ConditioningResources, EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::prompt_options::PromptOptions;
+use sdxl_worker::conditioning::prompt_schedule::PromptSchedule;
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
@@ -187,7 +187,7 @@ fn check_close(name: &str, got: &Tensor) {
 
 /// The conditioning of the first step.
 fn conditioned(script: &PromptSchedule) -> &Embeddings {
-    &script.told[0].positive[0].embeddings
+    &script.conditionings[0].positive[0].embeddings
 }
 
 #[track_caller]
@@ -197,8 +197,8 @@ fn check_condition(name: &str, options: PromptOptions) {
     let options = PromptOptions { guided: true, ..options };
     let made =
         instructor().condition(&options, &checkpoint, &mut resources, &placement(), &Context::detached()).unwrap();
-    assert_eq!((made.told.len(), made.told[0].positive.len()), (1, 1), "{name}");
-    let (positive, negative) = (conditioned(&made), made.told[0].negative.as_ref().unwrap());
+    assert_eq!((made.conditionings.len(), made.conditionings[0].positive.len()), (1, 1), "{name}");
+    let (positive, negative) = (conditioned(&made), made.conditionings[0].negative.as_ref().unwrap());
     check_close(&format!("{name}.context"), &positive.context);
     check_close(&format!("{name}.pooled"), &positive.pooled);
     if name == "chunks" {

@@ -5,6 +5,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use sdxl_worker::conditioning::init_image::{InitImageOptions, InpaintingFill, MaskOptions, ResizeMode};
+use sdxl_worker::conditioning::{PrepareInitImage, PrepareInitImageTask};
 use sdxl_worker::context::Context;
 use sdxl_worker::error::{Error, Result};
 use sdxl_worker::image::pixels::Rgb8;
@@ -107,7 +108,7 @@ fn masked_region_at_the_border_is_undistorted() {
         }),
     };
     let size = ImageSize { width: 128, height: 128 };
-    let canvas = conditioning.canvas(&options, size, &ctx).unwrap();
+    let canvas = ctx.perform(&PrepareInitImage, PrepareInitImageTask { options: &options, size }).unwrap();
     let paste = canvas.paste.unwrap();
     assert_eq!((paste.region.width, paste.region.height), (128, 64));
     // Unmasked pixels must be at their old place.

@@ -6,12 +6,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::conditioning::hints::HintOptions;
+use sdxl_worker::conditioning::PREPROCESSORS;
+use sdxl_worker::conditioning::hints::{HintOptions, HintTarget};
 use sdxl_worker::conditioning::init_image::ResizeMode;
-use sdxl_worker::conditioning::instructor::{ConditioningInstructor, ConditioningResources};
+use sdxl_worker::conditioning::instructor::ConditioningInstructor;
 use sdxl_worker::conditioning::interface::{PreprocessorParameters, Request, Response, Settings};
-use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
-use sdxl_worker::conditioning::{HintTask, PREPROCESSORS, Parameters};
+use sdxl_worker::conditioning::manager::{ConditioningResources, EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::preprocessor::{ParameterValues, PreprocessTask};
 use sdxl_worker::context::{CancelToken, Context};
 use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::error::Result;
@@ -45,13 +46,13 @@ fn picture(name: &str, tensor: &Tensor) -> Rgb8 {
     Rgb8 { width, height, data: bytes(tensor) }
 }
 
-fn resolve(name: &str, options: PreprocessorParameters) -> Result<Parameters> {
-    Parameters::resolve(name, PREPROCESSORS.get(name)?.parameters(), &options, "parameters")
+fn resolve(name: &str, options: PreprocessorParameters) -> Result<ParameterValues> {
+    ParameterValues::resolve(name, PREPROCESSORS.get(name)?.parameters(), &options, "parameters")
 }
 
 fn run(name: &str, image: &Rgb8, options: PreprocessorParameters) -> Rgb8 {
     let parameters = resolve(name, options).unwrap();
-    let task = HintTask { image, parameters: &parameters };
+    let task = PreprocessTask { image, parameters: &parameters };
     Context::detached().perform(PREPROCESSORS.get(name).unwrap(), task).unwrap()
 }
 
@@ -131,13 +132,13 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
         for (width, height) in [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (7, 4), (64, 33)] {
             let data = (0..3 * width * height).map(|at| (at * 97 % 251) as u8).collect();
             let image = Rgb8 { width, height, data };
-            let task = HintTask { image: &image, parameters: &parameters };
+            let task = PreprocessTask { image: &image, parameters: &parameters };
             let made = Context::detached().perform(method, task).unwrap();
             assert_eq!((made.width, made.height, made.data.len()), (width, height, 3 * width * height), "{name}");
             assert_eq!(stopped.perform(method, task).unwrap_err().code(), "cancelled", "{name}");
         }
         // The reported parameters resolve to themselves; both ends of a range are accepted, and nothing beyond it.
-        assert_eq!(resolve(name, parameters.said(method.parameters())).unwrap(), parameters);
+        assert_eq!(resolve(name, parameters.echo(method.parameters())).unwrap(), parameters);
         for parameter in method.parameters() {
             let set = |value: f64| {
                 let mut options = PreprocessorParameters::default();
@@ -153,10 +154,10 @@ fn every_preprocessor_takes_any_size_and_is_cancellable() {
                 options
             };
             let image = Rgb8 { width: 9, height: 5, data: (0..135).collect() };
-            for value in [parameter.least, parameter.most] {
+            for value in [parameter.min, parameter.max] {
                 run(name, &image, set(value));
             }
-            for value in [parameter.least - 1.0, parameter.most + 1.0, f64::NAN, f64::INFINITY] {
+            for value in [parameter.min - 1.0, parameter.max + 1.0, f64::NAN, f64::INFINITY] {
                 let error = resolve(name, set(value)).unwrap_err();
                 assert_eq!(
                     (error.code(), error.pointer().unwrap()),
@@ -204,7 +205,7 @@ fn hints_are_cached_by_content() {
             fields: ["image", "preprocessor", "parameters"],
         };
         let plan = instructor.plan_hint(&options).unwrap();
-        let hint = instructor.hint(&plan, (size, None), &mut resources, &ctx).unwrap();
+        let hint = instructor.hint(&plan, HintTarget { size, cut: None }, &mut resources, &ctx).unwrap();
         assert_eq!((hint.image.width, hint.image.height), (size.width, size.height));
         (hint.cached, hint.image)
     };
@@ -258,7 +259,14 @@ fn hint_cache_is_bounded() {
             resize: ResizeMode::Stretch,
             fields: ["image", "preprocessor", "parameters"],
         });
-        instructor.hint(&plan.unwrap(), (ImageSize { width: 2048, height: 1024 }, None), &mut resources, &ctx).unwrap();
+        instructor
+            .hint(
+                &plan.unwrap(),
+                HintTarget { size: ImageSize { width: 2048, height: 1024 }, cut: None },
+                &mut resources,
+                &ctx,
+            )
+            .unwrap();
     }
     // Twelve hints of 6 MiB would take 72 MiB.
     assert_eq!(resources.hints.resident()[0].bytes, Bytes(60 * Bytes::MIB));

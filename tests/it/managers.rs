@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sdxl_worker::conditioning::instructor::ConditioningResources;
+use sdxl_worker::conditioning::manager::ConditioningResources;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::layers::Manager;
 use sdxl_worker::runtime::config::Config;

@@ -5,13 +5,13 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::conditioning::instructor::{
-    ConditioningInstructor, ConditioningResources, PromptOptions, PromptSchedule,
-};
+use sdxl_worker::conditioning::instructor::ConditioningInstructor;
 use sdxl_worker::conditioning::interface::{
     AppliedEmbedding, CacheCount, EmbeddingRequest, PromptWeighting, Request, Response, Settings,
 };
-use sdxl_worker::conditioning::manager::{EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::manager::{ConditioningResources, EmbeddingManager, HintManager};
+use sdxl_worker::conditioning::prompt_options::PromptOptions;
+use sdxl_worker::conditioning::prompt_schedule::PromptSchedule;
 use sdxl_worker::context::Context;
 use sdxl_worker::device::instructor::Placement;
 use sdxl_worker::device::interface::{Dtype, Quantization};
@@ -73,9 +73,9 @@ fn check(prompt: &str, steps: &[usize], parts: &[usize]) {
     let script = condition(&options(prompt), &mut resources(&models())).unwrap();
     let got: Vec<usize> = (0..10).map(|done| script.at(done)).collect();
     assert_eq!(got, steps, "{prompt}");
-    let counts: Vec<usize> = script.told.iter().map(|conditioning| conditioning.positive.len()).collect();
+    let counts: Vec<usize> = script.conditionings.iter().map(|conditioning| conditioning.positive.len()).collect();
     assert_eq!(counts, parts, "{prompt}");
-    assert!(script.told.iter().all(|conditioning| conditioning.negative.is_some()), "{prompt}");
+    assert!(script.conditionings.iter().all(|conditioning| conditioning.negative.is_some()), "{prompt}");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f32 {
 fn weights_of_one_change_nothing() {
     let context = |options: &PromptOptions| {
         let script = condition(options, &mut resources(&models())).unwrap();
-        script.told[0].positive[0].embeddings.context.clone()
+        script.conditionings[0].positive[0].embeddings.context.clone()
     };
     let plain = context(&options("a red hill"));
     for weighting in [PromptWeighting::A1111, PromptWeighting::Comfy, PromptWeighting::Compel] {
@@ -115,7 +115,7 @@ fn weights_of_one_change_nothing() {
 /// The first step's embeddings of the prompt and of the negative prompt.
 fn contexts(options: &PromptOptions) -> [Tensor; 2] {
     let script = condition(options, &mut resources(&models())).unwrap();
-    let first = &script.told[0];
+    let first = &script.conditionings[0];
     [first.positive[0].embeddings.context.clone(), first.negative.as_ref().unwrap().context.clone()]
 }
 
@@ -159,9 +159,9 @@ fn masked_fragments_change_no_other_prompt() {
 #[test]
 fn composed_prompt_without_guidance_has_a_negative() {
     let script = condition(&PromptOptions { guided: false, ..options("a AND b") }, &mut resources(&models())).unwrap();
-    assert!(script.told[0].negative.is_some());
+    assert!(script.conditionings[0].negative.is_some());
     let script = condition(&PromptOptions { guided: false, ..options("a") }, &mut resources(&models())).unwrap();
-    assert!(script.told[0].negative.is_none());
+    assert!(script.conditionings[0].negative.is_none());
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn textual_inversion_reaches_both_encoders() {
     assert_eq!(script.applied, [applied]);
     let without = condition(&options("a hill, Steer-Style"), &mut resources).unwrap();
     assert_eq!((script.cache.misses, without.cache.misses), (1, 1));
-    let context = |script: &PromptSchedule| script.told[0].positive[0].embeddings.context.clone();
+    let context = |script: &PromptSchedule| script.conditionings[0].positive[0].embeddings.context.clone();
     for (from, width) in [(0, 32), (32, 64)] {
         let part = |script: &PromptSchedule| context(script).narrow(2, from, width).unwrap();
         assert!(difference(&part(&script), &part(&without)) > 0.1, "channels from {from}");
@@ -272,7 +272,10 @@ fn embedding_token_may_appear_where_it_is_not_encoded() {
 fn oversized_prompts_are_refused() {
     let changing = PromptOptions { steps: 600, ..options(&format!("[{}] {}", "a|".repeat(599), "b ".repeat(100))) };
     let mut resources = resources(&models());
-    assert_eq!(condition(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().told.len(), 1);
+    assert_eq!(
+        condition(&PromptOptions { steps: 40, ..changing.clone() }, &mut resources).unwrap().conditionings.len(),
+        1
+    );
     let numbered: String = (0..599).map(|i| format!("{i}|")).collect();
     let error =
         condition(&PromptOptions { prompt: format!("[{numbered}] {}", "b ".repeat(100)), ..changing }, &mut resources);

@@ -1,6 +1,6 @@
-//! From pictures to what the UNet takes: features of a T2I-Adapter, and tokens of an IP-Adapter.
+//! Runs image adapters: images to features of a T2I-Adapter, and to tokens of an IP-Adapter.
 //!
-//! Legend: `S` side of an image encoder's picture, `H` `W` rows and columns, `C` channels, `T` tokens, `D` their width.
+//! Legend: `S` side of an image encoder's input, `H` `W` rows and columns, `C` channels, `T` tokens, `D` their width.
 
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 
@@ -17,31 +17,31 @@ use crate::model::networks::t2i_adapter::T2iAdapter;
 use crate::units::ImageSize;
 
 const STAGE: &str = "image encoder";
-/// Mean and standard deviation of the pictures that CLIP was trained on, red, green, blue.
+/// Mean and standard deviation of CLIP's training images, red, green, blue.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
-/// Shows a T2I-Adapter its picture.
-pub(crate) struct Outline;
+/// Runs a T2I-Adapter.
+pub(crate) struct ExtractFeatures;
 
-pub(crate) struct OutlineTask<'a> {
+pub(crate) struct ExtractFeaturesTask<'a> {
     pub(crate) network: &'a T2iAdapter,
     pub(crate) image: &'a Rgb8,
-    /// Of the image that is made.
+    /// Size of the generated image.
     pub(crate) size: ImageSize,
-    /// Of the adapter's picture: 3, or 1 for grey.
+    /// Channels of the adapter's input: 3, or 1 for grey.
     pub(crate) channels: usize,
     pub(crate) placement: &'a Placement,
 }
 
-impl Worker<OutlineTask<'_>> for Outline {
-    /// One a block, `[1, H, W, C]` in the compute dtype.
+impl Worker<ExtractFeaturesTask<'_>> for ExtractFeatures {
+    /// One for each block, `[1, H, W, C]` in the compute dtype.
     type Output = Vec<Tensor>;
 
-    fn run(&self, task: OutlineTask<'_>, ctx: &Context) -> Result<Vec<Tensor>> {
-        let OutlineTask { network, image, size, channels, placement } = task;
+    fn run(&self, task: ExtractFeaturesTask<'_>, ctx: &Context) -> Result<Vec<Tensor>> {
+        let ExtractFeaturesTask { network, image, size, channels, placement } = task;
         let ImageSize { width, height } = size;
-        // A grey picture is made grey before it is scaled, as whoever calls the reference would bring it.
+        // Grey before it is scaled, as callers of the reference do it.
         let image = if channels == 1 { image.to_gray().to_rgb() } else { image.clone() };
         let same = (image.width, image.height) == (width, height);
         let image = if same { image } else { image.resized(width, height, Filter::Lanczos)? };
@@ -54,25 +54,25 @@ impl Worker<OutlineTask<'_>> for Outline {
     }
 }
 
-/// Shows an IP-Adapter its pictures.
-pub(crate) struct Look;
+/// Runs an IP-Adapter.
+pub(crate) struct EncodeImagePrompt;
 
-pub(crate) struct LookTask<'a> {
+pub(crate) struct EncodeImagePromptTask<'a> {
     pub(crate) network: &'a IpAdapter,
     pub(crate) encoder: &'a ClipVision,
-    /// At least one. They are decoded one after the other, as all at once might not fit into the memory.
+    /// At least one. They are decoded one by one to save memory.
     pub(crate) images: &'a [ImageFile],
-    /// Whether the tokens of no picture are wanted before theirs.
+    /// True if tokens for the negative prompt precede those of the images.
     pub(crate) guided: bool,
     pub(crate) placement: &'a Placement,
 }
 
-impl Worker<LookTask<'_>> for Look {
-    /// `[1, T, D]`, or `[2, T, D]` where guided: the tokens of all pictures one after the other.
+impl Worker<EncodeImagePromptTask<'_>> for EncodeImagePrompt {
+    /// `[1, T, D]`, or `[2, T, D]` with guidance: the concatenated tokens of all images.
     type Output = Tensor;
 
-    fn run(&self, task: LookTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let LookTask { network, encoder, images, guided, placement } = task;
+    fn run(&self, task: EncodeImagePromptTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let EncodeImagePromptTask { network, encoder, images, guided, placement } = task;
         let (wanted, dtype) = (network.wants(), placement.compute.tensor());
         let check = || ctx.checkpoint();
         let mut rows = Vec::new();
@@ -82,7 +82,7 @@ impl Worker<LookTask<'_>> for Look {
             let pixels = clip_pixels(&image.decode()?, encoder.image_size())?;
             let pixels = pixels.to_device(&placement.device).and_then(|pixels| pixels.to_dtype(dtype)).stage(STAGE)?;
             if guided && rows.is_empty() {
-                // No picture: an embedding of zeros, or for patches the states of a picture of zeros.
+                // No image: an embedding of zeros, or for patches the states of an image of zeros.
                 let nothing = match wanted {
                     Seen::Whole => Tensor::zeros((1, network.inputs()), dtype, &placement.device).stage(STAGE)?,
                     Seen::Patches => encoder.forward(&pixels.zeros_like().stage(STAGE)?, wanted, &check)?,
@@ -100,11 +100,11 @@ impl Worker<LookTask<'_>> for Look {
     }
 }
 
-/// A picture as CLIP's image encoders take it, `[1, S, S, 3]`, f32: its shorter side brought to `side` pixels, cut at the
-/// centre, and normalised, as transformers' `CLIPImageProcessor` does it by Pillow.
+/// An image as CLIP's image encoders take it, `[1, S, S, 3]`, f32: its shorter side resized to `side` pixels, cropped at
+/// the centre, and normalised, as transformers' `CLIPImageProcessor` does with Pillow.
 ///
 /// # Errors
-/// Those of the resizing; `internal` for an empty picture.
+/// Those of the resizing; `internal` for an empty image.
 pub fn clip_pixels(image: &Rgb8, side: usize) -> Result<Tensor> {
     let (width, height) = (image.width.max(1), image.height.max(1));
     let (width, height) = if width <= height { (side, side * height / width) } else { (side * width / height, side) };

@@ -1,47 +1,47 @@
-//! Covers what is masked with the colours around it, from wide blurs to narrow ones: AUTOMATIC1111's `fill`, in the bytes
-//! of Pillow, whose rounding shows where little is seen.
+//! Fills the masked part with blurred surrounding colours, from wide blurs to narrow ones: AUTOMATIC1111's `fill`, with
+//! Pillow's rounding, which is visible where opacity is low.
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::{Gray8, Rgb8};
 use crate::layers::Worker;
 
-pub(crate) struct Fill;
+pub(crate) struct FillMasked;
 
-pub(crate) struct FillTask<'a> {
+pub(crate) struct FillMaskedTask<'a> {
     pub(crate) image: &'a Rgb8,
-    /// Of the image's size.
+    /// The mask, of the image's size.
     pub(crate) mask: &'a Gray8,
 }
 
-/// Deviations of the blurs in pixels, and how often each is laid over what is there.
+/// Standard deviations of the blurs in pixels, and how many times each is composited.
 const BLURS: [(u32, usize); 6] = [(256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1)];
 
 /// Red, green, blue and opacity.
-type Pixel = [u8; 4];
+type Rgba = [u8; 4];
 
-impl Worker<FillTask<'_>> for Fill {
+impl Worker<FillMaskedTask<'_>> for FillMasked {
     type Output = Rgb8;
 
-    fn run(&self, task: FillTask<'_>, ctx: &Context) -> Result<Rgb8> {
-        let FillTask { image, mask } = task;
+    fn run(&self, task: FillMaskedTask<'_>, ctx: &Context) -> Result<Rgb8> {
+        let FillMaskedTask { image, mask } = task;
         let (width, height) = (image.width, image.height);
-        // Colours times their opacity: what is masked is transparent.
-        let seen: Vec<Pixel> = (image.data.chunks_exact(3).zip(&mask.data))
+        // Premultiplied colours; masked pixels are transparent.
+        let visible: Vec<Rgba> = (image.data.chunks_exact(3).zip(&mask.data))
             .map(|(colour, masked)| {
                 let opacity = u32::from(255 - masked);
                 let part = |value: u8| divided(u32::from(value) * opacity);
                 [part(colour[0]), part(colour[1]), part(colour[2]), part(255)]
             })
             .collect();
-        let mut filled: Vec<Pixel> = vec![[0; 4]; width * height];
+        let mut filled: Vec<Rgba> = vec![[0; 4]; width * height];
         for (radius, times) in BLURS {
             ctx.checkpoint()?;
-            let mut blurred = seen.clone();
+            let mut blurred = visible.clone();
             if radius > 0 {
                 blur(&mut blurred, width, radius);
             }
-            let over: Vec<Pixel> = blurred.into_iter().map(straight).collect();
+            let over: Vec<Rgba> = blurred.into_iter().map(unpremultiplied).collect();
             for _ in 0..times {
                 filled.iter_mut().zip(&over).for_each(|(under, over)| *under = composed(*under, *over));
             }
@@ -51,14 +51,14 @@ impl Worker<FillTask<'_>> for Fill {
     }
 }
 
-/// A product of two bytes over 255, rounded.
+/// The product of two bytes divided by 255, rounded.
 fn divided(product: u32) -> u8 {
     let half = product + 128;
     (((half >> 8) + half) >> 8) as u8
 }
 
-/// Colours no longer times their opacity.
-fn straight([red, green, blue, opacity]: Pixel) -> Pixel {
+/// Undoes premultiplication.
+fn unpremultiplied([red, green, blue, opacity]: Rgba) -> Rgba {
     let whole = |value: u8| match opacity {
         0 | 255 => value,
         _ => (255 * u32::from(value) / u32::from(opacity)).min(255) as u8,
@@ -66,8 +66,8 @@ fn straight([red, green, blue, opacity]: Pixel) -> Pixel {
     [whole(red), whole(green), whole(blue), opacity]
 }
 
-/// One pixel over another, in Pillow's fixed point of 7 bits.
-fn composed(under: Pixel, over: Pixel) -> Pixel {
+/// Composites one pixel over another in Pillow's 7-bit fixed point.
+fn composed(under: Rgba, over: Rgba) -> Rgba {
     const BITS: u32 = 7;
     if over[3] == 0 {
         return under;
@@ -83,10 +83,10 @@ fn composed(under: Pixel, over: Pixel) -> Pixel {
     [mixed(0), mixed(1), mixed(2), shifted(opacity + 0x80) as u8]
 }
 
-/// Three box blurs across and three down: Pillow's Gaussian. A box reaches a whole number of pixels to each side and a
-/// share of the next (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering");
+/// Pillow's Gaussian: three box blurs across and three down. A box covers a whole number of pixels to each side and a
+/// fraction of the next (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering");
 /// the border is repeated.
-fn blur(pixels: &mut [Pixel], width: usize, radius: u32) {
+fn blur(pixels: &mut [Rgba], width: usize, radius: u32) {
     let variance = (radius * radius) as f32 / 3.0;
     let length = f64::from(12.0 * variance + 1.0).sqrt() as f32;
     let whole = ((length - 1.0) / 2.0).floor();
@@ -98,14 +98,14 @@ fn blur(pixels: &mut [Pixel], width: usize, radius: u32) {
     let boxed = BoxBlur { half: reach as isize, inner, outer };
     let height = pixels.len() / width.max(1);
     for y in 0..height {
-        boxed.thrice(pixels, y * width, 1, width);
+        boxed.blur_line(pixels, y * width, 1, width);
     }
     for x in 0..width {
-        boxed.thrice(pixels, x, width, height);
+        boxed.blur_line(pixels, x, width, height);
     }
 }
 
-/// A box in fixed point of 24 bits.
+/// A box in 24-bit fixed point.
 struct BoxBlur {
     half: isize,
     inner: u32,
@@ -113,8 +113,8 @@ struct BoxBlur {
 }
 
 impl BoxBlur {
-    /// Blurs a line of pixels, of which the first lies at `start` and each further one `stride` behind.
-    fn thrice(&self, pixels: &mut [Pixel], start: usize, stride: usize, length: usize) {
+    /// Blurs a line of `length` pixels three times; it starts at `start` with a distance of `stride`.
+    fn blur_line(&self, pixels: &mut [Rgba], start: usize, stride: usize, length: usize) {
         for channel in 0..4 {
             let mut line: Vec<u8> =
                 pixels.iter().skip(start).step_by(stride).take(length).map(|pixel| pixel[channel]).collect();

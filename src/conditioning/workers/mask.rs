@@ -1,26 +1,26 @@
-//! Masks: their blur, and the region around what they show.
+//! Blurs masks, and finds the region around their white part.
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::image::pixels::{Gray8, Region};
+use crate::image::pixels::{Gray8, Region, mirrored};
 use crate::layers::Worker;
 use crate::units::ImageSize;
 
-/// Gaussian blur over a window of 2.5 deviations to each side, as AUTOMATIC1111 blurs masks; mirrored at the border
-/// without repeating it.
-pub(crate) struct Blur;
+/// Gaussian blur with a window of 2.5 standard deviations to each side, as AUTOMATIC1111 blurs masks; the border is
+/// mirrored without repeating it.
+pub(crate) struct BlurMask;
 
-pub(crate) struct BlurTask<'a> {
+pub(crate) struct BlurMaskTask<'a> {
     pub(crate) mask: &'a Gray8,
     /// Standard deviation in pixels.
     pub(crate) sigma: f64,
 }
 
-impl Worker<BlurTask<'_>> for Blur {
+impl Worker<BlurMaskTask<'_>> for BlurMask {
     type Output = Gray8;
 
-    fn run(&self, task: BlurTask<'_>, ctx: &Context) -> Result<Gray8> {
-        let BlurTask { mask, sigma } = task;
+    fn run(&self, task: BlurMaskTask<'_>, ctx: &Context) -> Result<Gray8> {
+        let BlurMaskTask { mask, sigma } = task;
         let reach = (2.5 * sigma + 0.5) as usize;
         let weight = |at: usize| (-0.5 * (at as f64 / sigma).powi(2)).exp();
         let total = 1.0 + 2.0 * (1..=reach).map(weight).sum::<f64>();
@@ -57,22 +57,15 @@ impl Worker<BlurTask<'_>> for Blur {
     }
 }
 
-/// A place beyond the border, mirrored at the outermost pixel.
-fn mirrored(at: isize, length: usize) -> usize {
-    let period = (2 * (length as isize - 1)).max(1);
-    let at = at.rem_euclid(period);
-    at.min(period - at) as usize
-}
-
-/// The smallest part of the image with everything that is masked, grown by `padding` and then to the proportions of
-/// `size`, as far as the image reaches. All of it where nothing is masked.
-pub(crate) fn region(mask: &Gray8, padding: usize, size: ImageSize) -> Region {
+/// The smallest region with all masked pixels, grown by `padding` and then to the proportions of `size` within the image.
+/// The whole image if nothing is masked.
+pub(crate) fn masked_region(mask: &Gray8, padding: usize, size: ImageSize) -> Region {
     let (width, height) = (mask.width as i64, mask.height as i64);
     let rows: Vec<bool> = mask.data.chunks_exact(mask.width).map(|row| row.iter().any(|value| *value > 0)).collect();
     let column = |x: usize| mask.data.iter().skip(x).step_by(mask.width).any(|value| *value > 0);
     let columns: Vec<bool> = (0..mask.width).map(column).collect();
     let ends =
-        |shown: &[bool]| Some((shown.iter().position(|s| *s)? as i64, shown.iter().rposition(|s| *s)? as i64 + 1));
+        |masked: &[bool]| Some((masked.iter().position(|m| *m)? as i64, masked.iter().rposition(|m| *m)? as i64 + 1));
     let (Some((left, right)), Some((top, bottom))) = (ends(&columns), ends(&rows)) else {
         return Region { left: 0, top: 0, width: mask.width, height: mask.height };
     };
@@ -90,7 +83,7 @@ pub(crate) fn region(mask: &Gray8, padding: usize, size: ImageSize) -> Region {
     Region { left, top, width, height }
 }
 
-/// A span that grows by `more` on both sides, moved back within `0..most` and cut there.
+/// Grows a span by `more`, half on each side, and moves it into `0..most` or cuts it there.
 fn grown((from, to): (i64, i64), more: i64, most: i64) -> (i64, i64) {
     let (mut from, mut to) = (from - more / 2, to + more - more / 2);
     if to >= most {

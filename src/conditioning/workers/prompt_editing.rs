@@ -1,32 +1,32 @@
-//! Prompts that change while they are drawn, as AUTOMATIC1111's web UI defines them (`modules/prompt_parser.py`):
-//! `[a|b]` alternates from step to step, `[a:b:5]` is `a` for five steps, and for one more as evaluations are counted
-//! there from 0, and then `b`; `[a:5]` and `[a::5]` come and go. A step with a decimal point is a fraction of all steps.
-//! Everything else stays as it is, attention's brackets too.
+//! Prompt editing as in AUTOMATIC1111 (`modules/prompt_parser.py`): `[a|b]` alternates from step to step, `[a:b:5]`
+//! changes from `a` to `b` after step 5, `[a:5]` inserts and `[a::5]` removes `a` there. A step with a decimal point is
+//! a fraction of all steps. Evaluations are counted from 0, so the first span lasts one evaluation longer than its number.
+//! Everything else is kept, including attention brackets.
 
 use std::collections::BTreeSet;
 
-use crate::conditioning::workers::syntax::{DEPTH, Glyph, fault};
+use crate::conditioning::workers::prompt_attention::{MAX_DEPTH, PromptChar, error_at};
 use crate::error::Result;
 
-/// A text, as far as it depends on the step.
+/// A prompt whose text depends on the step.
 #[derive(Debug)]
-pub(crate) struct Schedule(Vec<Node>);
+pub(crate) struct EditedPrompt(Vec<EditNode>);
 
 #[derive(Debug)]
-enum Node {
-    Glyph(Glyph),
-    Scheduled { before: Vec<Node>, after: Vec<Node>, when: When },
-    Alternating(Vec<Vec<Node>>),
+enum EditNode {
+    PromptChar(PromptChar),
+    Scheduled { before: Vec<EditNode>, after: Vec<EditNode>, when: EditStep },
+    Alternating(Vec<Vec<EditNode>>),
 }
 
-/// After which step a text changes.
+/// The step after which a text changes.
 #[derive(Clone, Copy, Debug)]
-enum When {
+enum EditStep {
     Step(f64),
     Fraction(f64),
 }
 
-impl When {
+impl EditStep {
     fn step(self, steps: usize) -> f64 {
         match self {
             Self::Step(step) => step.trunc(),
@@ -35,75 +35,75 @@ impl When {
     }
 }
 
-impl Schedule {
+impl EditedPrompt {
     /// # Errors
-    /// `invalid_parameter`, with the character, for a schedule without its step and for brackets that nest too deep.
-    pub(crate) fn parse(text: &[Glyph], field: &str) -> Result<Self> {
+    /// `invalid_parameter`, with the character, for editing without a step and for brackets that nest too deep.
+    pub(crate) fn parse(text: &[PromptChar], field: &str) -> Result<Self> {
         let partners = partners(text);
-        Reader { text, partners, field }.nodes(0, text.len(), 0).map(Self)
+        EditParser { text, partners, field }.nodes(0, text.len(), 0).map(Self)
     }
 
-    /// A text that does not change, whatever is in it.
-    pub(crate) fn still(text: &[Glyph]) -> Self {
-        Self(text.iter().copied().map(Node::Glyph).collect())
+    /// A prompt without syntax, which never changes.
+    pub(crate) fn plain(text: &[PromptChar]) -> Self {
+        Self(text.iter().copied().map(EditNode::PromptChar).collect())
     }
 
-    /// The last steps of the spans in which the text stays the same, of 1 to `steps`.
-    pub(crate) fn ends(&self, steps: usize) -> BTreeSet<usize> {
-        let mut ends = BTreeSet::from([steps]);
-        collect(&self.0, steps, &mut ends);
-        ends
+    /// The last step, 1 to `steps`, of each span in which the text is constant.
+    pub(crate) fn span_ends(&self, steps: usize) -> BTreeSet<usize> {
+        let mut span_ends = BTreeSet::from([steps]);
+        collect_span_ends(&self.0, steps, &mut span_ends);
+        span_ends
     }
 
     /// The text at a step, from 1.
-    pub(crate) fn at(&self, step: usize, steps: usize) -> Vec<Glyph> {
+    pub(crate) fn at(&self, step: usize, steps: usize) -> Vec<PromptChar> {
         let mut text = Vec::new();
-        write(&self.0, (step, steps), &mut text);
+        write_at(&self.0, step, steps, &mut text);
         text
     }
 }
 
-fn collect(nodes: &[Node], steps: usize, ends: &mut BTreeSet<usize>) {
+fn collect_span_ends(nodes: &[EditNode], steps: usize, span_ends: &mut BTreeSet<usize>) {
     for node in nodes {
         match node {
-            Node::Glyph(_) => {}
-            Node::Scheduled { before, after, when } => {
+            EditNode::PromptChar(_) => {}
+            EditNode::Scheduled { before, after, when } => {
                 let when = when.step(steps);
                 if when >= 1.0 {
-                    ends.insert((when as usize).min(steps));
+                    span_ends.insert((when as usize).min(steps));
                 }
-                collect(before, steps, ends);
-                collect(after, steps, ends);
+                collect_span_ends(before, steps, span_ends);
+                collect_span_ends(after, steps, span_ends);
             }
-            Node::Alternating(_) => ends.extend(1..=steps),
+            EditNode::Alternating(_) => span_ends.extend(1..=steps),
         }
     }
 }
 
-fn write(nodes: &[Node], (step, steps): (usize, usize), text: &mut Vec<Glyph>) {
+fn write_at(nodes: &[EditNode], step: usize, steps: usize, text: &mut Vec<PromptChar>) {
     for node in nodes {
         match node {
-            Node::Glyph(glyph) => text.push(*glyph),
-            Node::Scheduled { before, after, when } => {
+            EditNode::PromptChar(character) => text.push(*character),
+            EditNode::Scheduled { before, after, when } => {
                 let now = if step as f64 <= when.step(steps) { before } else { after };
-                write(now, (step, steps), text);
+                write_at(now, step, steps, text);
             }
-            Node::Alternating(choices) => {
+            EditNode::Alternating(choices) => {
                 let now = choices.get(step.saturating_sub(1) % choices.len().max(1));
-                write(now.map(Vec::as_slice).unwrap_or_default(), (step, steps), text);
+                write_at(now.map(Vec::as_slice).unwrap_or_default(), step, steps, text);
             }
         }
     }
 }
 
-/// For each bracket that opens, where its partner closes. A bracket that closes what is not open leaves everything
-/// open without a partner.
-fn partners(text: &[Glyph]) -> Vec<Option<usize>> {
+/// For each opening bracket the position of its closing one. A mismatched closing bracket leaves all brackets that are
+/// open there without a partner.
+fn partners(text: &[PromptChar]) -> Vec<Option<usize>> {
     let mut partners = vec![None; text.len()];
     let mut open: Vec<(usize, char)> = Vec::new();
     let mut i = 0;
-    while let Some(glyph) = text.get(i) {
-        match glyph.c {
+    while let Some(character) = text.get(i) {
+        match character.c {
             '\\' => i += 1,
             '(' => open.push((i, ')')),
             '[' => open.push((i, ']')),
@@ -122,60 +122,60 @@ fn partners(text: &[Glyph]) -> Vec<Option<usize>> {
     partners
 }
 
-struct Reader<'a> {
-    text: &'a [Glyph],
+struct EditParser<'a> {
+    text: &'a [PromptChar],
     partners: Vec<Option<usize>>,
     field: &'a str,
 }
 
-impl Reader<'_> {
-    /// What stands from `start` to `end`.
-    fn nodes(&self, start: usize, end: usize, depth: usize) -> Result<Vec<Node>> {
+impl EditParser<'_> {
+    /// Parses the text from `start` to `end`.
+    fn nodes(&self, start: usize, end: usize, depth: usize) -> Result<Vec<EditNode>> {
         let mut nodes = Vec::with_capacity(end.saturating_sub(start));
         let mut i = start;
-        while let Some(&glyph) = self.text.get(i).filter(|_| i < end) {
+        while let Some(&character) = self.text.get(i).filter(|_| i < end) {
             let partner = self.partners.get(i).copied().flatten().filter(|&close| close < end);
-            match (glyph.c, partner) {
+            match (character.c, partner) {
                 ('[', Some(close)) => {
-                    nodes.extend(self.square(i, close, depth)?);
+                    nodes.extend(self.square_brackets(i, close, depth)?);
                     i = close + 1;
                     continue;
                 }
                 ('\\', _) => {
-                    nodes.push(Node::Glyph(glyph));
+                    nodes.push(EditNode::PromptChar(character));
                     i += 1;
-                    nodes.extend(self.text.get(i).filter(|_| i < end).copied().map(Node::Glyph));
+                    nodes.extend(self.text.get(i).filter(|_| i < end).copied().map(EditNode::PromptChar));
                 }
-                _ => nodes.push(Node::Glyph(glyph)),
+                _ => nodes.push(EditNode::PromptChar(character)),
             }
             i += 1;
         }
         Ok(nodes)
     }
 
-    /// A pair of square brackets: a schedule, alternatives, or attention.
-    fn square(&self, open: usize, close: usize, depth: usize) -> Result<Vec<Node>> {
-        let at = |place: usize| self.text.get(place).map_or(0, |glyph| glyph.at);
-        if depth >= DEPTH {
-            return Err(fault(self.field, at(open), format_args!("brackets that nest deeper than {DEPTH}")));
+    /// Parses a pair of square brackets: editing, alternation, or attention.
+    fn square_brackets(&self, open: usize, close: usize, depth: usize) -> Result<Vec<EditNode>> {
+        let at = |position: usize| self.text.get(position).map_or(0, |character| character.index);
+        if depth >= MAX_DEPTH {
+            return Err(error_at(self.field, at(open), format_args!("brackets that nest deeper than {MAX_DEPTH}")));
         }
         let colons = self.separators(':', open, close);
         let last = colons.last().copied();
-        let when = last.map(|colon| self.spelled(colon + 1, close)).and_then(|spelled| when(&spelled));
+        let when = last.map(|colon| self.literal(colon + 1, close)).and_then(|literal| when(&literal));
         match (colons.as_slice(), when) {
             (&[colon], Some(when)) => {
                 let after = self.nodes(open + 1, colon, depth + 1)?;
-                return Ok(vec![Node::Scheduled { before: Vec::new(), after, when }]);
+                return Ok(vec![EditNode::Scheduled { before: Vec::new(), after, when }]);
             }
             (&[first, second], Some(when)) => {
                 let before = self.nodes(open + 1, first, depth + 1)?;
                 let after = self.nodes(first + 1, second, depth + 1)?;
-                return Ok(vec![Node::Scheduled { before, after, when }]);
+                return Ok(vec![EditNode::Scheduled { before, after, when }]);
             }
             (&[_, second], None) => {
-                let spelled = self.spelled(second + 1, close);
-                let what = format_args!("a schedule whose step is no number, `{}`,", spelled.trim()).to_string();
-                return Err(fault(self.field, at(second + 1), what));
+                let literal = self.literal(second + 1, close);
+                let what = format_args!("a schedule whose step is no number, `{}`,", literal.trim()).to_string();
+                return Err(error_at(self.field, at(second + 1), what));
             }
             _ => {}
         }
@@ -187,52 +187,52 @@ impl Reader<'_> {
                 choices.push(self.nodes(start, end, depth + 1)?);
                 start = end + 1;
             }
-            return Ok(vec![Node::Alternating(choices)]);
+            return Ok(vec![EditNode::Alternating(choices)]);
         }
-        let glyph = |place: usize| self.text.get(place).copied().map(Node::Glyph);
-        let mut nodes: Vec<Node> = glyph(open).into_iter().collect();
+        let character = |position: usize| self.text.get(position).copied().map(EditNode::PromptChar);
+        let mut nodes: Vec<EditNode> = character(open).into_iter().collect();
         nodes.extend(self.nodes(open + 1, close, depth + 1)?);
-        nodes.extend(glyph(close));
+        nodes.extend(character(close));
         Ok(nodes)
     }
 
-    /// Where `separator` stands between two brackets, and in none within.
+    /// Positions of `separator` between two brackets, outside any inner brackets.
     fn separators(&self, separator: char, open: usize, close: usize) -> Vec<usize> {
-        let mut places = Vec::new();
+        let mut positions = Vec::new();
         let mut i = open + 1;
-        while let Some(glyph) = self.text.get(i).filter(|_| i < close) {
-            match (glyph.c, self.partners.get(i).copied().flatten()) {
+        while let Some(character) = self.text.get(i).filter(|_| i < close) {
+            match (character.c, self.partners.get(i).copied().flatten()) {
                 ('\\', _) => i += 1,
                 (_, Some(partner)) => i = partner,
-                (c, None) if c == separator => places.push(i),
+                (c, None) if c == separator => positions.push(i),
                 _ => {}
             }
             i += 1;
         }
-        places
+        positions
     }
 
-    fn spelled(&self, start: usize, end: usize) -> String {
-        self.text.get(start..end).unwrap_or_default().iter().map(|glyph| glyph.c).collect()
+    fn literal(&self, start: usize, end: usize) -> String {
+        self.text.get(start..end).unwrap_or_default().iter().map(|character| character.c).collect()
     }
 }
 
-fn when(spelled: &str) -> Option<When> {
-    let spelled = spelled.trim();
-    let numeric = spelled.chars().all(|c| c.is_ascii_digit() || "+-.eE".contains(c));
-    let number: f64 = spelled.parse().ok().filter(|number: &f64| numeric && number.is_finite())?;
-    Some(if spelled.contains('.') { When::Fraction(number) } else { When::Step(number) })
+fn when(literal: &str) -> Option<EditStep> {
+    let literal = literal.trim();
+    let numeric = literal.chars().all(|c| c.is_ascii_digit() || "+-.eE".contains(c));
+    let number: f64 = literal.parse().ok().filter(|number: &f64| numeric && number.is_finite())?;
+    Some(if literal.contains('.') { EditStep::Fraction(number) } else { EditStep::Step(number) })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Schedule;
-    use crate::conditioning::workers::syntax::{Glyph, glyphs};
+    use super::EditedPrompt;
+    use crate::conditioning::workers::prompt_attention::{PromptChar, prompt_chars};
 
     fn spans(text: &str, steps: usize) -> Vec<(usize, String)> {
-        let schedule = Schedule::parse(&glyphs(text), "prompt").unwrap();
-        let spell = |text: Vec<Glyph>| text.iter().map(|glyph| glyph.c).collect();
-        schedule.ends(steps).into_iter().map(|end| (end, spell(schedule.at(end, steps)))).collect()
+        let prompt = EditedPrompt::parse(&prompt_chars(text), "prompt").unwrap();
+        let spell = |text: Vec<PromptChar>| text.iter().map(|character| character.c).collect();
+        prompt.span_ends(steps).into_iter().map(|end| (end, spell(prompt.at(end, steps)))).collect()
     }
 
     fn check(text: &str, expected: &[(usize, &str)]) {
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_change_as_the_web_ui_documents() {
+    fn texts_change_as_in_a1111() {
         check("test", &[(10, "test")]);
         check("a [b:3]", &[(3, "a "), (10, "a b")]);
         check("a [b: 3]", &[(3, "a "), (10, "a b")]);
@@ -256,19 +256,19 @@ mod tests {
     }
 
     #[test]
-    fn alternatives_take_turns() {
-        let turns = |text: &str| spans(text, 10).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
+    fn alternatives_alternate_by_step() {
+        let texts = |text: &str| spans(text, 10).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
         let (a, b) = ("a".to_owned(), "(b:1.1)".to_owned());
         let expected: Vec<String> = (0..10).map(|i| if i % 2 == 0 { a.clone() } else { b.clone() }).collect();
-        assert_eq!(turns("[a|(b:1.1)]"), expected);
+        assert_eq!(texts("[a|(b:1.1)]"), expected);
         let expected: Vec<String> = (0..10).map(|i| if i % 2 == 0 { "female" } else { "male" }.to_owned()).collect();
-        assert_eq!(turns("[fe|]male"), expected);
+        assert_eq!(texts("[fe|]male"), expected);
         let expected: Vec<String> = (0..10).map(|i| if i % 4 == 0 { "female" } else { "male" }.to_owned()).collect();
-        assert_eq!(turns("[fe|||]male"), expected);
+        assert_eq!(texts("[fe|||]male"), expected);
     }
 
     #[test]
-    fn the_documented_example_has_five_spans() {
+    fn documented_example_has_five_spans() {
         let text = "fantasy landscape with a [mountain:lake:0.25] and [an oak:a christmas tree:0.75][ in \
                     foreground::0.6][ in background:0.25] [shoddy:masterful:0.5]";
         let expected = [
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_schedule_stays_as_it_is() {
+    fn text_without_editing_is_kept() {
         check(r"\[a:b:3\]", &[(10, r"\[a:b:3\]")]);
         check("a | b: c", &[(10, "a | b: c")]);
         check("[a:b]", &[(10, "[a:b]")]);
@@ -294,17 +294,17 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_points_at_its_character() {
-        let fault = |text: &str| Schedule::parse(&glyphs(text), "prompt").unwrap_err();
-        let error = fault("x [a:b:c] y");
-        assert_eq!(error.code(), "invalid_parameter");
-        assert_eq!(error.to_string(), "`prompt` has a schedule whose step is no number, `c`, at character 8");
-        assert!(fault("[a:b:]").to_string().ends_with("at character 6"));
-        assert!(fault(&format!("{}{}", "[".repeat(99), "]".repeat(99))).to_string().ends_with("at character 65"));
+    fn error_names_the_character() {
+        let error = |text: &str| EditedPrompt::parse(&prompt_chars(text), "prompt").unwrap_err();
+        let faulty_step = error("x [a:b:c] y");
+        assert_eq!(faulty_step.code(), "invalid_parameter");
+        assert_eq!(faulty_step.to_string(), "`prompt` has a schedule whose step is no number, `c`, at character 8");
+        assert!(error("[a:b:]").to_string().ends_with("at character 6"));
+        assert!(error(&format!("{}{}", "[".repeat(99), "]".repeat(99))).to_string().ends_with("at character 65"));
     }
 
     #[test]
-    fn brackets_without_end_are_read_in_time() {
+    fn unclosed_brackets_parse_in_linear_time() {
         let text = "[(".repeat(30_000);
         assert_eq!(spans(&text, 10), [(10, text)]);
     }

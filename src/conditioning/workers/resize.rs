@@ -1,4 +1,4 @@
-//! Brings a picture to a size, as the reference's image processor does: stretched, cut or filled.
+//! Resizes an image as diffusers' `VaeImageProcessor` does: stretched, cropped or filled.
 
 use crate::conditioning::init_image::ResizeMode;
 use crate::context::Context;
@@ -8,26 +8,26 @@ use crate::image::resample::Filter;
 use crate::layers::Worker;
 use crate::units::ImageSize;
 
-pub(crate) struct Fit;
+pub(crate) struct Resize;
 
-pub(crate) struct FitTask<'a> {
+pub(crate) struct ResizeTask<'a> {
     pub(crate) image: &'a Rgb8,
     pub(crate) size: ImageSize,
     pub(crate) mode: ResizeMode,
 }
 
-impl Worker<FitTask<'_>> for Fit {
-    /// Of `size`.
+impl Worker<ResizeTask<'_>> for Resize {
+    /// An image of `size`.
     type Output = Rgb8;
 
-    fn run(&self, task: FitTask<'_>, _ctx: &Context) -> Result<Rgb8> {
-        let FitTask { image, size, mode } = task;
+    fn run(&self, task: ResizeTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+        let ResizeTask { image, size, mode } = task;
         let ImageSize { width, height } = size;
         if (image.width, image.height) == (width, height) {
             return Ok(image.clone());
         }
         let scaled = |width, height| image.resized(width, height, Filter::Lanczos);
-        // Sides of the picture where one of them is the size's and the other follows it.
+        // The width for the target height, and the height for the target width.
         let wide = image.width * height / image.height;
         let high = image.height * width / image.width;
         let flatter = width * image.height < height * image.width;
@@ -44,15 +44,15 @@ impl Worker<FitTask<'_>> for Fit {
                 let (w, h) = (w.clamp(1, width), h.clamp(1, height));
                 let (left, top) = (width / 2 - w / 2, height / 2 - h / 2);
                 let margins = [left, top, width - left - w, height - top - h];
-                continued(&scaled(w, h)?, margins)
+                extended(&scaled(w, h)?, margins)
             }
         }
     }
 }
 
-/// The picture with margins that go on as the reference's do: it resizes a border of no height with a cubic filter,
-/// which takes 9/8 of the outermost line and −1/8 of the next.
-fn continued(image: &Rgb8, margins: [usize; 4]) -> Result<Rgb8> {
+/// Adds margins in the way of the reference, which resizes a border of no height with a cubic filter: 9/8 of the
+/// outermost line minus 1/8 of the next.
+fn extended(image: &Rgb8, margins: [usize; 4]) -> Result<Rgb8> {
     let mut outer = image.clone();
     let (last_row, last_column) = (image.height - 1, image.width - 1);
     let value = |x: usize, y: usize, channel: usize| i32::from(image.data[3 * (y * image.width + x) + channel]);

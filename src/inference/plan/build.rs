@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::conditioning::image_adapters::AdapterPlan;
-use crate::conditioning::instructor::{ConditioningInstructor, PromptOptions};
+use crate::conditioning::instructor::ConditioningInstructor;
 use crate::conditioning::interface::PromptWeighting;
+use crate::conditioning::prompt_options::PromptOptions;
 use crate::error::{Error, Result};
 use crate::inference::interface::Settings;
 use crate::inference::plan::controlnet::controlnets;

@@ -1,7 +1,7 @@
 //! The plan as a request that makes the same images: `parameters` of a result.
 
 use crate::conditioning::init_image::MaskOptions;
-use crate::conditioning::instructor::EmbeddingChoice;
+use crate::conditioning::prompt_options::EmbeddingChoice;
 use crate::inference::plan::guidance::GuidanceOptions;
 use crate::inference::plan::{ControlNetPlan, GenerationPlan, InitImagePlan, PassEntry};
 use crate::inference::request::controlnet::ControlNetOptions;

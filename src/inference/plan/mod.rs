@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::conditioning::hints::HintPlan;
 use crate::conditioning::image_adapters::AdapterPlan;
 use crate::conditioning::init_image::InitImageOptions;
-use crate::conditioning::instructor::PromptOptions;
+use crate::conditioning::prompt_options::PromptOptions;
 use crate::device::interface::{Dtype, Quantization};
 use crate::inference::plan::guidance::GuidanceOptions;
 use crate::inference::request::generate::GenerateRequest;

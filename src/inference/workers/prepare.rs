@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use crate::conditioning::image_adapters::Adaptation;
-use crate::conditioning::instructor::Conditioning;
+use crate::conditioning::prompt_schedule::PromptConditioning;
 use crate::context::Context;
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ pub struct PrepareTask<'a> {
     pub unet: &'a Unet,
     pub controlnets: &'a ControlNets,
     pub adaptation: &'a Adaptation,
-    pub conditioning: &'a Conditioning,
+    pub conditioning: &'a PromptConditioning,
     pub time_ids: &'a TimeIds,
     pub guidance: &'a Guidance,
     pub placement: &'a Placement,
@@ -119,7 +119,7 @@ mod tests {
     use candle_core::DType;
 
     use super::{Adaptation, ControlNets, Guidance, Prepare, PrepareTask, PreparedPrompt, Tensor, TimeIds};
-    use crate::conditioning::instructor::{Conditioning, Positive};
+    use crate::conditioning::prompt_schedule::{PromptConditioning, WeightedEmbeddings};
     use crate::context::Context;
     use crate::device::instructor::Placement;
     use crate::device::interface::{Dtype, Quantization};
@@ -145,8 +145,8 @@ mod tests {
             context: Tensor::full(value, (1, 77, checkpoint.unet.context_channels()), &device).unwrap(),
             pooled: Tensor::full(value, (1, pooled), &device).unwrap(),
         };
-        let part = |i: usize| Positive { embeddings: text((1 + i) as f32), weight: 1.0 };
-        let conditioning = Conditioning { positive: (0..parts).map(part).collect(), negative: Some(text(-1.0)) };
+        let part = |i: usize| WeightedEmbeddings { embeddings: text((1 + i) as f32), weight: 1.0 };
+        let conditioning = PromptConditioning { positive: (0..parts).map(part).collect(), negative: Some(text(-1.0)) };
         let time_ids = TimeIds { positive: vec![1.0; 6], negative: vec![-1.0; 6] };
         let task = PrepareTask {
             unet: &unet,

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::conditioning::instructor::{Conditioning, PromptSchedule};
+use crate::conditioning::prompt_schedule::{PromptConditioning, PromptSchedule};
 use crate::error::{Error, Result};
 use crate::inference::workers::prepare::PreparedPrompt;
 
@@ -12,7 +12,7 @@ use crate::inference::workers::prepare::PreparedPrompt;
 const CAPACITY: usize = 4;
 
 /// Prepares a text for one UNet.
-pub type PreparePrompt<'a> = dyn Fn(&Conditioning) -> Result<PreparedPrompt> + 'a;
+pub type PreparePrompt<'a> = dyn Fn(&PromptConditioning) -> Result<PreparedPrompt> + 'a;
 
 /// A prompt schedule, and its texts that are prepared for one UNet.
 pub struct Prompts {
@@ -37,7 +37,7 @@ impl Prompts {
         let prompt = match prepared.iter().position(|(known, _)| *known == text) {
             Some(at) => prepared.remove(at).1,
             None => {
-                let conditioning = self.schedule.told.get(text);
+                let conditioning = self.schedule.conditionings.get(text);
                 let excess = (prepared.len() + 1).saturating_sub(CAPACITY);
                 prepared.drain(..excess);
                 Rc::new(prepare(conditioning.ok_or_else(|| Error::bug("a step without a prompt"))?)?)

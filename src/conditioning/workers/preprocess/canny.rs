@@ -1,10 +1,10 @@
-//! Edges: Canny 1986, <https://doi.org/10.1109/TPAMI.1986.4767851>, equal to OpenCV's `Canny` of an RGB picture.
+//! Edge detection: Canny 1986, <https://doi.org/10.1109/TPAMI.1986.4767851>, equal to OpenCV's `Canny` of an RGB image.
 //!
-//! The gradient is Sobel's of 3×3 with the border repeated, of the channel in which |dx| + |dy| is largest. A pixel
-//! stays if it is the largest along its gradient, whose direction is rounded to eighths of a turn in 15-bit fixed
-//! point. Edges begin above the high threshold and go on, over all eight neighbours, above the low one.
+//! The gradient is a 3×3 Sobel with repeated border, of the channel with the largest |dx| + |dy|. A pixel is kept if it is
+//! the largest along its gradient, whose direction is rounded to eighths of a circle in 15-bit fixed point. Edges begin
+//! above the high threshold and continue, over all eight neighbours, above the low one.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
+use crate::conditioning::preprocessor::{ParameterSpec, PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::{Gray8, Rgb8};
@@ -12,17 +12,16 @@ use crate::layers::Worker;
 
 pub(crate) struct Canny;
 
-impl Method for Canny {
-    fn parameters(&self) -> &'static [Parameter] {
+impl Preprocessor for Canny {
+    fn parameters(&self) -> &'static [ParameterSpec] {
         // |dx| + |dy| is 2040 at most.
         &[
-            Parameter { name: "low_threshold", default: 100.0, least: 0.0, most: 2040.0 },
-            Parameter { name: "high_threshold", default: 200.0, least: 0.0, most: 2040.0 },
+            ParameterSpec { name: "low_threshold", default: 100.0, min: 0.0, max: 2040.0 },
+            ParameterSpec { name: "high_threshold", default: 200.0, min: 0.0, max: 2040.0 },
         ]
     }
 }
 
-/// What is known of a pixel.
 const NO_EDGE: u8 = 0;
 const WEAK: u8 = 1;
 const EDGE: u8 = 255;
@@ -38,10 +37,10 @@ struct Gradients {
     dy: Vec<i32>,
 }
 
-impl Worker<HintTask<'_>> for Canny {
+impl Worker<PreprocessTask<'_>> for Canny {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, ctx: &Context) -> Result<Rgb8> {
         let Rgb8 { width, height, .. } = *task.image;
         let (low, high) = (task.parameters.low_threshold.floor(), task.parameters.high_threshold.floor());
         let (low, high) = (low.min(high) as i32, low.max(high) as i32);
@@ -94,7 +93,7 @@ impl Worker<HintTask<'_>> for Canny {
     }
 }
 
-/// Of row `y`, into places 1 to width.
+/// The gradients of row `y`, written to positions 1 to width.
 fn gradients(image: &Rgb8, y: usize, out: &mut Gradients) {
     let (width, stride) = (image.width, 3 * image.width);
     let row = |y: usize| &image.data[y * stride..][..stride];
@@ -117,7 +116,7 @@ fn gradients(image: &Rgb8, y: usize, out: &mut Gradients) {
     }
 }
 
-/// Whether place `x` is the largest along its gradient. Of equals in a row or column, the first counts.
+/// True if position `x` is the largest along its gradient. Of equal neighbours in a row or column, the first counts.
 fn largest(above: &Gradients, own: &Gradients, below: &Gradients, x: usize) -> bool {
     let (dx, dy, strength) = (own.dx[x], own.dy[x], own.strength[x]);
     let (wide, high) = (dx.abs(), dy.abs() << 15);

@@ -1,12 +1,11 @@
-//! Separable Gaussian blurs as OpenCV computes them, across and then down, the border mirrored: of bytes in fixed point
-//! with 8 bits behind the point, of floats in floats.
+//! Separable Gaussian blurs as in OpenCV, across and then down with mirrored border: bytes in 8-bit fixed point, floats in
+//! f32.
 
-use crate::conditioning::workers::preprocess::mirrored;
 use crate::context::Context;
 use crate::error::Result;
-use crate::image::pixels::Rgb8;
+use crate::image::pixels::{Rgb8, mirrored};
 
-/// Weights of an odd number of taps, their sum 1: exp(-x²/2σ²). `reach` is how many σ the taps go to either side.
+/// Weights exp(-x²/2σ²) of an odd number of taps with sum 1. `reach` is the window's half width in σ.
 fn taps(sigma: f64, reach: f64) -> Vec<f64> {
     let count = ((sigma * reach * 2.0 + 1.0).round_ties_even() as usize) | 1;
     let half = (count / 2) as f64;
@@ -15,7 +14,7 @@ fn taps(sigma: f64, reach: f64) -> Vec<f64> {
     weights.into_iter().map(|weight| weight / total).collect()
 }
 
-/// The taps in 256ths. Rounding errors are handed on from the ends inwards; the middle tap makes the sum 256.
+/// The taps in 256ths. Rounding errors propagate from the ends inwards; the middle tap makes the sum 256.
 fn fixed_taps(sigma: f64) -> Vec<u32> {
     let exact = taps(sigma, 3.0);
     let half = exact.len() / 2;
@@ -33,7 +32,7 @@ fn fixed_taps(sigma: f64) -> Vec<u32> {
     fixed
 }
 
-/// σ in pixels, above 0.
+/// Blurs bytes; σ in pixels, above 0.
 pub(crate) fn blur_bytes(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Rgb8> {
     let Rgb8 { width, height, ref data } = *image;
     let taps = fixed_taps(sigma);
@@ -64,7 +63,7 @@ pub(crate) fn blur_bytes(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Rgb8
     Ok(Rgb8 { width, height, data: result })
 }
 
-/// Of interleaved channels, σ in pixels; 4 σ to either side.
+/// Blurs interleaved channels in f32; σ in pixels, with a window of 4 σ to either side.
 pub(crate) fn blur_floats(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Vec<f32>> {
     let Rgb8 { width, height, ref data } = *image;
     let taps: Vec<f32> = taps(sigma, 4.0).into_iter().map(|weight| weight as f32).collect();
@@ -85,7 +84,7 @@ pub(crate) fn blur_floats(image: &Rgb8, sigma: f64, ctx: &Context) -> Result<Vec
     Ok(result)
 }
 
-/// The row with what the taps reach beyond its ends.
+/// Writes the row with mirrored pixels at both ends for the taps.
 fn pad<T: From<u8>>(row: &[u8], width: usize, half: isize, padded: &mut [T]) {
     for (at, pixel) in padded.chunks_exact_mut(3).enumerate() {
         let from = 3 * mirrored(at.cast_signed() - half, width);

@@ -1,6 +1,6 @@
 //! Luminance, equal to OpenCV's `COLOR_RGB2GRAY`: ITU-R 601 in 15-bit fixed point.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method};
+use crate::conditioning::preprocessor::{PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::{Gray8, Rgb8};
@@ -8,12 +8,12 @@ use crate::layers::Worker;
 
 pub(crate) struct Grayscale;
 
-impl Method for Grayscale {}
+impl Preprocessor for Grayscale {}
 
-impl Worker<HintTask<'_>> for Grayscale {
+impl Worker<PreprocessTask<'_>> for Grayscale {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, _ctx: &Context) -> Result<Rgb8> {
         Ok(luminance(task.image).to_rgb())
     }
 }

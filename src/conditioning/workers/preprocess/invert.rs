@@ -1,6 +1,6 @@
-//! 255 less every byte: a drawing of dark lines becomes one of light lines, as ControlNets of lines want it.
+//! 255 minus every byte: turns dark lines into the light lines that line ControlNets expect.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method};
+use crate::conditioning::preprocessor::{PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::Rgb8;
@@ -8,12 +8,12 @@ use crate::layers::Worker;
 
 pub(crate) struct Invert;
 
-impl Method for Invert {}
+impl Preprocessor for Invert {}
 
-impl Worker<HintTask<'_>> for Invert {
+impl Worker<PreprocessTask<'_>> for Invert {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, _ctx: &Context) -> Result<Rgb8> {
         let Rgb8 { width, height, ref data } = *task.image;
         Ok(Rgb8 { width, height, data: data.iter().map(|value| 255 - value).collect() })
     }

@@ -1,8 +1,8 @@
-//! A sketch without a network: light lines where the picture is darker than its surroundings, as the "standard" line art
-//! of sd-webui-controlnet. I = min over channels of (G_σ ∗ x - x), scaled so that its median above 8 becomes 127.
+//! Line art without a network, the "standard" line art of sd-webui-controlnet: light lines where the image is darker than
+//! its surroundings. I = min over channels of (G_σ ∗ x - x), scaled so that its median above 8 becomes 127.
 
+use crate::conditioning::preprocessor::{ParameterSpec, PreprocessTask, Preprocessor};
 use crate::conditioning::workers::preprocess::gaussian::blur_floats;
-use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::{Gray8, Rgb8};
@@ -10,16 +10,16 @@ use crate::layers::Worker;
 
 pub(crate) struct Lineart;
 
-impl Method for Lineart {
-    fn parameters(&self) -> &'static [Parameter] {
-        &[Parameter { name: "sigma", default: 6.0, least: 0.5, most: 32.0 }]
+impl Preprocessor for Lineart {
+    fn parameters(&self) -> &'static [ParameterSpec] {
+        &[ParameterSpec { name: "sigma", default: 6.0, min: 0.5, max: 32.0 }]
     }
 }
 
-impl Worker<HintTask<'_>> for Lineart {
+impl Worker<PreprocessTask<'_>> for Lineart {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, ctx: &Context) -> Result<Rgb8> {
         let Rgb8 { width, height, ref data } = *task.image;
         let around = blur_floats(task.image, task.parameters.sigma, ctx)?;
         let darker: Vec<f32> = around
@@ -32,14 +32,14 @@ impl Worker<HintTask<'_>> for Lineart {
             .collect();
         drop(around);
         ctx.checkpoint()?;
-        // Below 16 there is no line to speak of, and noise is not to be raised to one.
+        // At least 16, so that noise is not amplified to lines.
         let unit = median(darker.iter().copied().filter(|&value| value > 8.0).collect()).unwrap_or(0.0).max(16.0);
         let data = darker.into_iter().map(|value| (value / unit * 127.0).clamp(0.0, 255.0) as u8).collect();
         Ok(Gray8 { width, height, data }.to_rgb())
     }
 }
 
-/// The middle value, or the mean of the two in the middle.
+/// The median; the mean of the two middle values for an even count.
 fn median(mut values: Vec<f32>) -> Option<f32> {
     let half = values.len() / 2;
     if values.is_empty() {

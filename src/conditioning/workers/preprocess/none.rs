@@ -1,6 +1,6 @@
-//! The picture itself: a hint that was made elsewhere.
+//! The image itself: for hints that were made elsewhere.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method};
+use crate::conditioning::preprocessor::{PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::Rgb8;
@@ -8,12 +8,12 @@ use crate::layers::Worker;
 
 pub(crate) struct None;
 
-impl Method for None {}
+impl Preprocessor for None {}
 
-impl Worker<HintTask<'_>> for None {
+impl Worker<PreprocessTask<'_>> for None {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, _ctx: &Context) -> Result<Rgb8> {
         Ok(task.image.clone())
     }
 }

@@ -1,21 +1,21 @@
-//! The gradient's strength by Scharr's operator on the luminance: (|dx| + |dy|) / 2, each cut at 255, as OpenCV's
-//! tutorial on derivatives puts it together.
+//! Gradient magnitude by Scharr's operator on the luminance: (|dx| + |dy|) / 2, each clamped to 255, as in OpenCV's
+//! tutorial on image derivatives.
 
+use crate::conditioning::preprocessor::{PreprocessTask, Preprocessor};
 use crate::conditioning::workers::preprocess::grayscale::luminance;
-use crate::conditioning::workers::preprocess::{HintTask, Method, mirrored};
 use crate::context::Context;
 use crate::error::Result;
-use crate::image::pixels::{Gray8, Rgb8};
+use crate::image::pixels::{Gray8, Rgb8, mirrored};
 use crate::layers::Worker;
 
 pub(crate) struct Scharr;
 
-impl Method for Scharr {}
+impl Preprocessor for Scharr {}
 
-impl Worker<HintTask<'_>> for Scharr {
+impl Worker<PreprocessTask<'_>> for Scharr {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, ctx: &Context) -> Result<Rgb8> {
         let Gray8 { width, height, data } = luminance(task.image);
         let mut strengths = Vec::with_capacity(data.len());
         for y in 0..height {
@@ -30,7 +30,7 @@ impl Worker<HintTask<'_>> for Scharr {
                 let dx = 3 * across(above) + 10 * across(own) + 3 * across(below);
                 let dy = 3 * down(left) + 10 * down(x) + 3 * down(right);
                 let sum = dx.abs().min(255) + dy.abs().min(255);
-                // Halves go to the even neighbour.
+                // Rounds half to even.
                 strengths.push((sum / 2 + (sum & 1 & (sum >> 1))) as u8);
             }
         }

@@ -1,6 +1,6 @@
-//! White where even a pixel's darkest channel is above the threshold, and black elsewhere.
+//! White where all channels of a pixel are above the threshold, black elsewhere.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
+use crate::conditioning::preprocessor::{ParameterSpec, PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::{Gray8, Rgb8};
@@ -8,16 +8,16 @@ use crate::layers::Worker;
 
 pub(crate) struct Threshold;
 
-impl Method for Threshold {
-    fn parameters(&self) -> &'static [Parameter] {
-        &[Parameter { name: "threshold", default: 127.0, least: 0.0, most: 255.0 }]
+impl Preprocessor for Threshold {
+    fn parameters(&self) -> &'static [ParameterSpec] {
+        &[ParameterSpec { name: "threshold", default: 127.0, min: 0.0, max: 255.0 }]
     }
 }
 
-impl Worker<HintTask<'_>> for Threshold {
+impl Worker<PreprocessTask<'_>> for Threshold {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, _ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, _ctx: &Context) -> Result<Rgb8> {
         let Rgb8 { width, height, ref data } = *task.image;
         let bright = |pixel: &[u8]| pixel.iter().all(|&value| f64::from(value) > task.parameters.threshold);
         let data = data.chunks_exact(3).map(|pixel| if bright(pixel) { 255 } else { 0 }).collect();

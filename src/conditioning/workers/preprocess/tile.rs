@@ -1,7 +1,6 @@
-//! The picture without its finest detail: made smaller by averaging, and then as large as before. A rate below 1.1 leaves
-//! it as it is.
+//! Removes fine detail: downsamples by averaging and upsamples again. A rate below 1.1 changes nothing.
 
-use crate::conditioning::workers::preprocess::{HintTask, Method, Parameter};
+use crate::conditioning::preprocessor::{ParameterSpec, PreprocessTask, Preprocessor};
 use crate::context::Context;
 use crate::error::Result;
 use crate::image::pixels::Rgb8;
@@ -10,16 +9,16 @@ use crate::layers::Worker;
 
 pub(crate) struct Tile;
 
-impl Method for Tile {
-    fn parameters(&self) -> &'static [Parameter] {
-        &[Parameter { name: "down_sampling_rate", default: 1.0, least: 1.0, most: 32.0 }]
+impl Preprocessor for Tile {
+    fn parameters(&self) -> &'static [ParameterSpec] {
+        &[ParameterSpec { name: "down_sampling_rate", default: 1.0, min: 1.0, max: 32.0 }]
     }
 }
 
-impl Worker<HintTask<'_>> for Tile {
+impl Worker<PreprocessTask<'_>> for Tile {
     type Output = Rgb8;
 
-    fn run(&self, task: HintTask<'_>, ctx: &Context) -> Result<Rgb8> {
+    fn run(&self, task: PreprocessTask<'_>, ctx: &Context) -> Result<Rgb8> {
         let rate = task.parameters.down_sampling_rate;
         if rate < 1.1 {
             return Ok(task.image.clone());
@@ -32,7 +31,7 @@ impl Worker<HintTask<'_>> for Tile {
     }
 }
 
-/// Every pixel of the smaller picture is the mean of what it covers of the larger one.
+/// Each pixel of the result is the mean of the area that it covers.
 fn averaged(image: &Rgb8, width: usize, height: usize, ctx: &Context) -> Result<Rgb8> {
     let (columns, rows) = (covers(image.width, width), covers(image.height, height));
     let mut data = Vec::with_capacity(3 * width * height);
@@ -54,7 +53,7 @@ fn averaged(image: &Rgb8, width: usize, height: usize, ctx: &Context) -> Result<
     Ok(Rgb8 { width, height, data })
 }
 
-/// Of each of `to` equal parts of `from` pixels: the pixels it touches, and their share in it.
+/// For each of `to` equal parts of `from` pixels: the pixels it overlaps, and their share in it.
 fn covers(from: usize, to: usize) -> Vec<Vec<(usize, f32)>> {
     let length = from as f64 / to as f64;
     (0..to)

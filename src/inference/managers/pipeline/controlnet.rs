@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::conditioning::hints::Hint;
+use crate::conditioning::hints::{Hint, HintTarget};
 use crate::conditioning::init_image::Cut;
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::conditioning::interface::CacheCount;
@@ -47,8 +47,12 @@ pub(super) fn prepare_controlnets(task: &ControlNetTask<'_>, session: &mut Sessi
             None => managers.model().controlnets.acquire(&options.file, &pass.checkpoint, placement, ctx)?,
         };
         let control_type = control_type(options, &controlnet, ctx)?;
-        let Hint { image, cached } =
-            conditioning.hint(&options.hint, (pass.size, *cut), &mut managers.conditioning, ctx)?;
+        let Hint { image, cached } = conditioning.hint(
+            &options.hint,
+            HintTarget { size: pass.size, cut: *cut },
+            &mut managers.conditioning,
+            ctx,
+        )?;
         *(if cached { &mut hints.hits } else { &mut hints.misses }) += 1;
         let image = ControlImage {
             embedded: controlnet.embed(&image.to_unit_tensor(&placement.device)?, placement.compute.tensor())?,

@@ -9,10 +9,12 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
-use crate::conditioning::image_adapters::Adaptation;
+use crate::conditioning::image_adapters::{AdaptTask, Adaptation};
 use crate::conditioning::init_image::{InitImage, Paste};
-use crate::conditioning::instructor::{Conditioning, PromptOptions};
 use crate::conditioning::interface::{AppliedEmbedding, CacheCount};
+use crate::conditioning::prompt_options::PromptOptions;
+use crate::conditioning::prompt_schedule::PromptConditioning;
+use crate::conditioning::{PrepareInitImage, PrepareInitImageTask};
 use crate::context::{Context, PreviewOptions, Progress, Stage};
 use crate::device::instructor::Placement;
 use crate::error::{Error, Result};
@@ -71,8 +73,8 @@ impl<'a> Pipeline<'a> {
     /// Those of the request's image and of its LoRAs' headers.
     pub fn new(plan: &GenerationPlan, domains: Domains<'a>, ctx: &Context) -> Result<Self> {
         let size = plan.first().size;
-        let init_image =
-            plan.init_image().map(|plan| domains.conditioning.canvas(&plan.options, size, ctx)).transpose()?;
+        let init_image = plan.init_image().map(|plan| PrepareInitImageTask { options: &plan.options, size });
+        let init_image = init_image.map(|task| ctx.perform(&PrepareInitImage, task)).transpose()?;
         let stack = Arc::new(LoraStack::open(&plan.loras, &plan.checkpoint, ctx)?);
         Ok(Self { domains, init_image, stack, passes: Vec::new() })
     }
@@ -156,9 +158,10 @@ impl<'a> Pipeline<'a> {
                 conditioning,
             };
             state = prepare_controlnets(&task, session)?;
-            let shape = (pass.size, plan.prompt.passes > 1);
             let Session { placement, managers, ctx } = session;
-            adaptation = conditioning.adapt(&plan.adapters, shape, &mut managers.conditioning, placement, ctx)?;
+            let guided = plan.prompt.passes > 1;
+            let task = AdaptTask { plan: &plan.adapters, size: pass.size, guided, placement };
+            adaptation = conditioning.adapt(task, &mut managers.conditioning, ctx)?;
         }
         let options = PromptOptions {
             steps: plan.span(index).steps,
@@ -193,7 +196,7 @@ impl<'a> Pipeline<'a> {
         };
         let before = plan.passes[..index].iter().map(|pass| pass.sampling.steps()).sum();
         let report = StepReport { plan, before, preview, postprocessing: self.domains.postprocessing, placement, ctx };
-        let prepare = |conditioning: &Conditioning| {
+        let prepare = |conditioning: &PromptConditioning| {
             let task = PrepareTask {
                 unet: &unet,
                 controlnets: &state.controlnets,
