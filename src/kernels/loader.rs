@@ -83,7 +83,7 @@ impl WeightSource for VarBuilder<'_> {
 /// Decides by a layer's name and the shape of its weight, outputs first, if it is quantised.
 pub type Int8Rule = fn(&str, &[usize]) -> bool;
 
-/// How layers keep their weights; by default packed for their device's kernels, and all read from the source.
+/// Policy by which layers keep their weights; by default packed for their device's kernels, and all read from the source.
 #[derive(Clone, Debug, Default)]
 pub struct LoadPolicy {
     /// Layers on the CPU that are kept as INT8.

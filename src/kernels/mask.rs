@@ -1,6 +1,6 @@
 //! Masks of attention.
 
-/// Which keys a query may see.
+/// Keys that a query may attend to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {
     None,

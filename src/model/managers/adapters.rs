@@ -1,4 +1,4 @@
-//! Keeps what adds images to a prompt: T2I-Adapters, IP-Adapters, and the image encoders that these see with.
+//! Keeps adapters that add images to a prompt: T2I-Adapters, IP-Adapters, and the image encoders of the latter.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ use crate::model::networks::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
 use crate::model::weights::open::Weights;
 use crate::units::Bytes;
 
-/// An adapter, and what of its file it uses.
+/// An adapter, with counts of its file's tensors.
 pub struct Adapter<T> {
     pub network: T,
     /// Tensors of the file that are part of the network.
     pub applied: usize,
-    /// Tensors of the file that are not.
+    /// Tensors of the file that are not part of it.
     pub unused: usize,
 }
 
@@ -60,7 +60,7 @@ impl AdapterManager {
             let (network, applied) = (T2iAdapter::load(loader, config)?, config.tensors());
             Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
         };
-        acquire(&mut self.features, ("t2i_adapter", found), placement, load, ctx)
+        acquire(&mut self.features, found, placement, load, ctx)
     }
 
     /// An IP-Adapter in the placement's compute dtype, loaded if it is not in memory.
@@ -78,7 +78,7 @@ impl AdapterManager {
             let (network, applied) = (IpAdapter::load(loader, layout)?, layout.tensors());
             Ok(Adapter { network, applied, unused: weights.tensors().count().saturating_sub(applied) })
         };
-        acquire(&mut self.pictures, ("ip_adapter", found), placement, load, ctx)
+        acquire(&mut self.pictures, found, placement, load, ctx)
     }
 
     /// An image encoder in the placement's compute dtype, loaded if it is not in memory.
@@ -93,17 +93,17 @@ impl AdapterManager {
         ctx: &Context,
     ) -> Result<Arc<ClipVision>> {
         let load = |_: &Weights, loader: &Loader| ClipVision::load(loader, config);
-        acquire(&mut self.encoders, ("image_encoder", found), placement, load, ctx)
+        acquire(&mut self.encoders, found, placement, load, ctx)
     }
 
-    /// The running request will use what is kept of this file.
+    /// Marks networks of this file as used by the running request.
     pub(crate) fn claim(&mut self, key: CheckpointKey) {
         self.features.claim(key, &[], true, |_| true);
         self.pictures.claim(key, &[], true, |_| true);
         self.encoders.claim(key, &[], true, |_| true);
     }
 
-    /// Drops everything. Gives the bytes that were held.
+    /// Drops everything. Returns the bytes that were freed.
     pub(crate) fn clear(&mut self) -> Bytes {
         let all: Option<CheckpointKey> = None;
         self.features.remove(all) + self.pictures.remove(all) + self.encoders.remove(all)
@@ -119,10 +119,10 @@ pub fn shapes(found: &ComponentFile, ctx: &Context) -> Result<BTreeMap<String, V
     Ok(weights.tensors().map(|(name, stored)| (name.to_owned(), stored.shape.clone())).collect())
 }
 
-/// What lies on the shelf, or is loaded to it.
+/// The network on the shelf, loaded if it is not there.
 fn acquire<T: 'static>(
     shelf: &mut Shelf<T>,
-    (component, found): (&'static str, &ComponentFile),
+    found: &ComponentFile,
     placement: &Placement,
     load: impl FnOnce(&Weights, &Loader) -> Result<T>,
     ctx: &Context,
@@ -137,7 +137,8 @@ fn acquire<T: 'static>(
         return Ok(kept);
     }
     ctx.stage(Stage::Load, || {
-        let opened = OpenedNetwork { component, weights: found.open(ctx)?, placement, dtype: placement.compute };
+        let opened =
+            OpenedNetwork { component: shelf.kind(), weights: found.open(ctx)?, placement, dtype: placement.compute };
         shelf.reserve(opened.bytes());
         let (network, bytes) = opened.load(LoadPolicy::default(), ctx, |loader| load(&opened.weights, loader))?;
         Ok(shelf.insert(key, &found.name, bytes, network))
@@ -150,7 +151,7 @@ impl Manager for AdapterManager {
         shelves.into_iter().flat_map(Manager::resident).collect()
     }
 
-    /// Image encoders first: they are the largest, and what they saw is kept for as long as a request needs it.
+    /// Image encoders first: they are the largest, and their results are kept for as long as a request needs them.
     fn evict(&mut self, want: Bytes) -> Bytes {
         let shelves: [&mut dyn Manager; 3] = [&mut self.encoders, &mut self.pictures, &mut self.features];
         shelves.into_iter().fold(Bytes(0), |freed, shelf| freed + shelf.evict(want.saturating_sub(freed)))

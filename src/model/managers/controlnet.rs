@@ -62,14 +62,14 @@ impl ControlNetManager {
             unet: &checkpoint.unet,
             reduction: checkpoint.vae.reduction(),
         })?;
-        // What a single file does not say is as in the UNet that it is used with, and that may be another one now.
+        // A single file takes parts of its configuration from the UNet that it is used with, and that may be another now.
         if let Some(found) = self.shelf.get(&key).filter(|found| *found.config() == config) {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
             let open = |weights| OpenedNetwork { component: "controlnet", weights, placement, dtype };
             let (opened, base) = (open(weights), base.map(open));
-            // Of the UNet at most all but its up blocks.
+            // At most the whole UNet without its up blocks.
             let of_base = base.as_ref().map_or(Bytes(0), |base| base.bytes_of(|name| !name.starts_with("up_blocks.")));
             self.shelf.reserve(opened.bytes() + of_base);
             let build = |loader: &Loader| ControlNet::load(loader, &config);

@@ -39,7 +39,7 @@ pub(crate) struct LayerBytes {
 }
 
 impl LayerBytes {
-    /// Those of two networks that are kept as one.
+    /// Bytes of two networks that are kept as one.
     pub(crate) fn with(mut self, other: Self) -> Self {
         self.layers.extend(other.layers);
         Self { rest: self.rest + other.rest, ..self }
@@ -75,6 +75,10 @@ impl<T: 'static> Shelf<T> {
         let entries = Rc::new(ShelfEntries { kind, list: RefCell::default(), incoming: RefCell::default() });
         budget.join(Rc::<ShelfEntries<T>>::clone(&entries));
         Self { entries, budget: budget.clone() }
+    }
+
+    pub(crate) fn kind(&self) -> &'static str {
+        self.entries.kind
     }
 
     /// The item, which becomes the most recently used.

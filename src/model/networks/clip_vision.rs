@@ -85,7 +85,7 @@ impl ClipVisionConfig {
     }
 }
 
-/// Which of its states are wanted.
+/// States of an image encoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// The projected class state: `image_embeds`, `[B, P]`.

@@ -102,7 +102,7 @@ impl ReadPictures {
 /// One evaluation.
 #[derive(Clone, Copy)]
 pub struct UnetInput<'a> {
-    /// `[B, H, W, C]`; its dtype is that of the activations. `C` is 4, or 9 with the mask and masked image of inpainting.
+    /// `[B, H, W, C]`; activations have its dtype. `C` is 4, or 9 with the mask and masked image of inpainting.
     pub sample: &'a Tensor,
     /// 0 to 999, need not be whole. One for all samples, or one for each.
     pub timesteps: &'a [f64],
@@ -195,7 +195,7 @@ impl Unet {
     ///
     /// # Errors
     /// The error of `check`, called before each transformer block; `model_unsupported` where the text is another network's;
-    /// those of the device.
+    /// device errors.
     pub fn read(&self, context: &Tensor, dtype: DType, check: Check) -> Result<ReadText> {
         let &[samples, tokens, width] = context.dims() else {
             return Err(Error::bug(format!("text of shape {:?}", context.dims())));

@@ -185,7 +185,7 @@ impl StoredNumbers {
             Self::Coded(bytes) => return bytes,
         };
         #[expect(unsafe_code, reason = "numbers are read as the bytes that they are")]
-        // SAFETY: the bytes are those of the vector's elements, borrowed as long as `self` is. Every bit pattern is a valid
+        // SAFETY: the bytes belong to the vector's elements, borrowed as long as `self` is. Every bit pattern is a valid
         // f64, f32 or u16, and a byte has no alignment.
         unsafe {
             std::slice::from_raw_parts_mut(start, length)
@@ -238,7 +238,7 @@ impl Tensors<'_> {
     /// Runs `build` with a source of the tensors, each of which can be taken once.
     ///
     /// # Errors
-    /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; that of cancellation; device
+    /// `model_corrupt` if a tensor is missing, has another shape or cannot be read; the error of cancellation; device
     /// errors.
     pub(crate) fn build<T>(self, ctx: &Context, build: impl FnOnce(&dyn WeightSource) -> Result<T>) -> Result<T> {
         ctx.checkpoint()?;

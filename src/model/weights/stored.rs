@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::model::weights::dtype::StoredDtype;
 
-/// Upper limit of a tensor's axes, above that of any weight.
+/// Upper limit of a tensor's axes, more than any weight has.
 pub(crate) const RANK_LIMIT: usize = 8;
 
 /// A tensor in a file, which it occupies in `range`.
