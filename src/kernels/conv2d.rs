@@ -72,7 +72,10 @@ impl Conv2d {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
         match &*self.weight.on_device_of(x)? {
-            ResidentWeight::Packed(weight) => cpu::conv2d(x, weight, self.bias.as_ref(), self.shape, (epilogue, &out)),
+            ResidentWeight::Packed(weight) => {
+                let bias = self.bias.as_ref();
+                cpu::conv2d(&cpu::Conv2dTask { x, weight, bias, shape: self.shape, epilogue, out: &out })
+            }
             ResidentWeight::Tensor(weight) => reference::conv2d(x, weight, self.bias.as_ref(), self.shape, epilogue),
         }
     }

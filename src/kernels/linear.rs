@@ -89,7 +89,10 @@ impl Linear {
             return Tensor::zeros(out, x.dtype(), x.device());
         }
         match &*self.weight.on_device_of(x)? {
-            ResidentWeight::Packed(weight) => cpu::linear(x, weight, self.bias.as_ref(), epilogue, (&out, false)),
+            ResidentWeight::Packed(weight) => {
+                let bias = self.bias.as_ref();
+                cpu::linear(&cpu::LinearTask { x, weight, bias, epilogue, gated: false, out: &out })
+            }
             ResidentWeight::Tensor(weight) => reference::linear(x, weight, self.bias.as_ref(), epilogue),
         }
     }
@@ -106,7 +109,8 @@ impl Linear {
         }
         match &*self.weight.on_device_of(x)? {
             ResidentWeight::Packed(weight) => {
-                cpu::linear(x, weight, self.bias.as_ref(), Epilogue::default(), (&out, true))
+                let (bias, epilogue) = (self.bias.as_ref(), Epilogue::default());
+                cpu::linear(&cpu::LinearTask { x, weight, bias, epilogue, gated: true, out: &out })
             }
             ResidentWeight::Tensor(weight) => {
                 reference::geglu(&reference::linear(x, weight, self.bias.as_ref(), Epilogue::default())?)

@@ -59,7 +59,7 @@ impl GroupNorm {
     /// Shapes that do not fit; device errors.
     pub fn statistics(&self, x: &Tensor) -> Result<Statistics> {
         shapes::group_norm(x, &self.weight, &self.bias, self.groups)?;
-        let running_stats = if cpu::serves(x) { cpu::running_stats(x)? } else { reference::running_stats(x)? };
+        let running_stats = if cpu::supports(x) { cpu::running_stats(x)? } else { reference::running_stats(x)? };
         Ok(Statistics(running_stats))
     }
 
@@ -75,11 +75,16 @@ impl GroupNorm {
         {
             candle_core::bail!("statistics of {} samples for {:?}", running_stats.len(), x.dims());
         }
-        if cpu::serves(x) {
-            return cpu::group_norm(x, running_stats, affine, self.groups, self.eps, true);
+        if cpu::supports(x) {
+            return cpu::group_norm(&self.task(x, running_stats, true));
         }
         let normal = reference::group_norm_by(x, running_stats, affine, self.groups, self.eps)?;
         reference::activation(Activation::Silu, &normal)
+    }
+
+    fn task<'a>(&'a self, x: &'a Tensor, running_stats: &'a [RunningStats], silu: bool) -> cpu::GroupNormTask<'a> {
+        let Self { weight, bias, groups, eps } = self;
+        cpu::GroupNormTask { x, running_stats, weight, bias, groups: *groups, eps: *eps, silu }
     }
 
     fn run(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
@@ -87,9 +92,9 @@ impl GroupNorm {
         if shapes::is_empty(x.dims()) {
             return Ok(x.clone());
         }
-        if cpu::serves(x) {
+        if cpu::supports(x) {
             let running_stats = cpu::running_stats(x)?;
-            return cpu::group_norm(x, &running_stats, (&self.weight, &self.bias), self.groups, self.eps, silu);
+            return cpu::group_norm(&self.task(x, &running_stats, silu));
         }
         let normal = reference::group_norm(x, &self.weight, &self.bias, self.groups, self.eps)?;
         if silu { reference::activation(Activation::Silu, &normal) } else { Ok(normal) }
@@ -144,7 +149,7 @@ impl LayerNorm {
         shapes::norm(x, &self.weight, &self.bias, 1)?;
         if shapes::is_empty(x.dims()) {
             Ok(x.clone())
-        } else if cpu::serves(x) {
+        } else if cpu::supports(x) {
             cpu::layer_norm(x, &self.weight, &self.bias, self.eps)
         } else {
             reference::layer_norm(x, &self.weight, &self.bias, self.eps)

@@ -12,7 +12,7 @@ impl Activation {
     /// # Errors
     /// Device errors.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        if cpu::serves(x) { cpu::activation(self, x) } else { reference::activation(self, x) }
+        if cpu::supports(x) { cpu::activation(self, x) } else { reference::activation(self, x) }
     }
 }
 
@@ -25,7 +25,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -
     let out = shapes::attention(q, k, v, heads)?;
     if shapes::is_empty(&out) || shapes::is_empty(k.dims()) {
         Tensor::zeros(out, q.dtype(), q.device())
-    } else if cpu::serves(q) {
+    } else if cpu::supports(q) {
         cpu::attention(q, k, v, heads, mask)
     } else {
         reference::attention(q, k, v, heads, mask)
@@ -40,7 +40,7 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
     let out = shapes::upsample(x, height, width)?;
     if shapes::is_empty(&out) {
         Tensor::zeros(out, x.dtype(), x.device())
-    } else if cpu::serves(x) {
+    } else if cpu::supports(x) {
         cpu::upsample_nearest(x, &out)
     } else {
         reference::upsample_nearest(x, height, width)
@@ -55,7 +55,7 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let out = shapes::concat(a, b)?;
     if shapes::is_empty(&out) {
         Tensor::zeros(out, a.dtype(), a.device())
-    } else if cpu::serves(a) {
+    } else if cpu::supports(a) {
         cpu::concat_channels(a, b, &out)
     } else {
         Tensor::cat(&[a, b], a.rank() - 1)

@@ -100,8 +100,8 @@ impl ResidentWeight {
         if !weight.device().is_cpu() {
             return Self::on_gpu(weight.tensor());
         }
-        let by_filters = conv.is_some_and(|shape| cpu::by_filters(shape, compute));
-        Ok(Self::Packed(Arc::new(cpu::PackedWeight::new(weight, compute, by_filters)?)))
+        let in_file_order = conv.is_some_and(|shape| cpu::reads_file_order(shape, compute));
+        Ok(Self::Packed(Arc::new(cpu::PackedWeight::new(weight, compute, in_file_order)?)))
     }
 
     fn on_gpu(weight: &Tensor) -> Result<Self> {
@@ -123,7 +123,7 @@ pub(crate) fn tensor_bytes(tensor: &Tensor) -> usize {
 pub fn stays_as_stored(weight: &[usize], compute: DType) -> bool {
     let &[outputs, inputs, kernel, _] = weight else { return false };
     let padding = Padding::same(kernel / 2);
-    cpu::by_filters(ConvShape { inputs, outputs, kernel, stride: 1, padding }, compute)
+    cpu::reads_file_order(ConvShape { inputs, outputs, kernel, stride: 1, padding }, compute)
 }
 
 /// Bytes that a layer on the CPU keeps of a weight of this shape in `coding`, in a network that computes in `compute`;

@@ -55,7 +55,7 @@ use crate::kernels::mask::Mask;
 use crate::kernels::running_stats::RunningStats;
 
 /// True if these kernels support activations like `x`.
-pub(crate) fn serves(x: &Tensor) -> bool {
+pub(crate) fn supports(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
@@ -71,8 +71,8 @@ macro_rules! by_dtype {
                 let wide = $x.to_dtype(DType::F32)?;
                 let $x = &wide;
                 type $t = f32;
-                let made: Result<Tensor> = $body;
-                made?.to_dtype(DType::F16)
+                let result: Result<Tensor> = $body;
+                result?.to_dtype(DType::F16)
             }
             _ => {
                 type $t = f32;
@@ -87,7 +87,7 @@ fn tensor<T: WithDType>(numbers: Vec<T>, shape: &[usize]) -> Result<Tensor> {
 }
 
 /// True if the kernels read the weights of a convolution in the order of the file, for feature maps of the usual size.
-pub(crate) fn by_filters(shape: ConvShape, compute: DType) -> bool {
+pub(crate) fn reads_file_order(shape: ConvShape, compute: DType) -> bool {
     winograd::supports(shape, compute == DType::BF16)
 }
 
@@ -128,14 +128,20 @@ fn positions(shape: &[usize]) -> usize {
     }
 }
 
-/// `gated`: the first half of the outputs times GELU of the second.
-pub(crate) fn linear(
-    x: &Tensor,
-    weight: &PackedWeight,
-    bias: Option<&Tensor>,
-    epilogue: Epilogue,
-    (out, gated): (&[usize], bool),
-) -> Result<Tensor> {
+/// One call of a linear layer.
+pub(crate) struct LinearTask<'a> {
+    pub(crate) x: &'a Tensor,
+    pub(crate) weight: &'a PackedWeight,
+    pub(crate) bias: Option<&'a Tensor>,
+    pub(crate) epilogue: Epilogue<'a>,
+    /// Multiplies the first half of the outputs by GELU of the second.
+    pub(crate) gated: bool,
+    /// The shape of the result.
+    pub(crate) out: &'a [usize],
+}
+
+pub(crate) fn linear(task: &LinearTask) -> Result<Tensor> {
+    let LinearTask { x, weight, bias, epilogue, gated, out } = *task;
     by_dtype!(x, T => {
         let x = x.contiguous()?;
         let epilogue = ContiguousEpilogue::new(epilogue, x.dtype())?;
@@ -175,14 +181,19 @@ fn gate<T: Element>(both: &[T], half: usize) -> Vec<T> {
     unsafe { make_rows(both.len() / (2 * half).max(1), half, fill) }
 }
 
-/// `out` is `[B, H', W', O]`.
-pub(crate) fn conv2d(
-    x: &Tensor,
-    weight: &PackedWeight,
-    bias: Option<&Tensor>,
-    shape: ConvShape,
-    (epilogue, out): (Epilogue, &[usize]),
-) -> Result<Tensor> {
+/// One call of a convolution.
+pub(crate) struct Conv2dTask<'a> {
+    pub(crate) x: &'a Tensor,
+    pub(crate) weight: &'a PackedWeight,
+    pub(crate) bias: Option<&'a Tensor>,
+    pub(crate) shape: ConvShape,
+    pub(crate) epilogue: Epilogue<'a>,
+    /// The shape of the result, `[B, H', W', O]`.
+    pub(crate) out: &'a [usize],
+}
+
+pub(crate) fn conv2d(task: &Conv2dTask) -> Result<Tensor> {
+    let Conv2dTask { x, weight, bias, shape, epilogue, out } = *task;
     by_dtype!(x, T => {
         let x = x.contiguous()?;
         let (_, height, width, _) = x.dims4()?;
@@ -247,14 +258,22 @@ pub(crate) fn running_stats(x: &Tensor) -> Result<Vec<RunningStats>> {
     }
 }
 
-pub(crate) fn group_norm(
-    x: &Tensor,
-    running_stats: &[RunningStats],
-    (weight, bias): (&Tensor, &Tensor),
-    groups: usize,
-    eps: f64,
-    silu: bool,
-) -> Result<Tensor> {
+/// One call of a group norm.
+pub(crate) struct GroupNormTask<'a> {
+    pub(crate) x: &'a Tensor,
+    pub(crate) running_stats: &'a [RunningStats],
+    /// `[C]`
+    pub(crate) weight: &'a Tensor,
+    /// `[C]`
+    pub(crate) bias: &'a Tensor,
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
+    /// Applies SiLU to the result.
+    pub(crate) silu: bool,
+}
+
+pub(crate) fn group_norm(task: &GroupNormTask) -> Result<Tensor> {
+    let GroupNormTask { x, running_stats, weight, bias, groups, eps, silu } = *task;
     let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
     let (weight, bias) = (TensorGuard::new(&weight), TensorGuard::new(&bias));
     let affine = Affine { weight: weight.slice()?, bias: bias.slice()?, eps };
