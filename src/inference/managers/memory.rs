@@ -12,6 +12,7 @@ use crate::inference::request::memory::{Fallback, Largest, MemoryPlan, MemoryStr
 use crate::inference::request::result::Estimate;
 use crate::layers::Resident;
 use crate::managers::Managers;
+use crate::managers::throughput::Throughput;
 use crate::model::checkpoint::{Checkpoint, CheckpointKey, Part};
 use crate::model::lora::LoraStack;
 use crate::model::managers::{ENCODERS, Reach};
@@ -154,15 +155,17 @@ impl MemoryPlanner<'_> {
         let others = residents.iter().filter(|one| !one.pinned && !plan.uses(one));
         let evictable = others.map(|one| one.bytes).sum();
         let available = status.map(|MemoryStatus { free, .. }| AvailableMemory { free, evictable });
-        Ok(Estimate {
-            evaluations: estimator.evaluations(),
-            seconds: estimator.seconds(&managers.published.throughput),
-            ..self.report(plan, &estimate, available)
-        })
+        Ok(self.report(&estimator, &estimate, available, &managers.published.throughput))
     }
 
-    /// The memory of an estimate; its time is left out.
-    fn report(&self, plan: &GenerationPlan, estimate: &MemoryEstimate, available: Option<AvailableMemory>) -> Estimate {
+    fn report(
+        &self,
+        estimator: &Estimator<'_>,
+        estimate: &MemoryEstimate,
+        available: Option<AvailableMemory>,
+        throughput: &Throughput,
+    ) -> Estimate {
+        let plan = estimator.plan;
         let first = plan.memory.first();
         let decision = available.map(|available| decide(estimate, plan.memory, available));
         let fits = decision.as_ref().map(|decision| decision.fits);
@@ -182,8 +185,8 @@ impl MemoryPlanner<'_> {
             largest: available.and_then(|available| self.largest(plan, estimate, available)),
             memory,
             ways: strategies(plan, estimate, available),
-            evaluations: 0,
-            seconds: None,
+            evaluations: estimator.evaluations(),
+            seconds: estimator.seconds(throughput),
         }
     }
 
