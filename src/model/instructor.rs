@@ -1,4 +1,4 @@
-//! Decides for the model domain: what a name stands for, what is loaded, kept and freed.
+//! Answers requests of the model domain: lists, describes, loads, pins, unloads and downloads models.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,6 +23,7 @@ use crate::model::managers::{
     AdapterManager, Budget, ControlNetManager, ENCODERS, EncoderManager, ShelfKey, TokenizerManager, UnetManager,
     VaeManager,
 };
+use crate::model::networks::clip::ClipConfig;
 use crate::units::{Allowance, Bytes};
 
 /// Share of the memory, in percent, above which a model's weights leave too little for activations.
@@ -161,9 +162,9 @@ impl ModelInstructor {
             loaded.sort_unstable();
             loaded.dedup();
             let dtype = |checkpoint: &Arc<Checkpoint>| {
-                let weights = checkpoint.open(crate::model::checkpoint::Part::Unet, ctx)?;
-                let wide = weights.tensors().map(|(_, stored)| (stored.range.end - stored.range.start, stored.dtype));
-                Ok::<_, Error>(wide.max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype.name()))
+                let weights = checkpoint.open(Part::Unet, ctx)?;
+                let sizes = weights.tensors().map(|(_, stored)| (stored.range.end - stored.range.start, stored.dtype));
+                Ok::<_, Error>(sizes.max_by_key(|(bytes, _)| *bytes).map(|(_, dtype)| dtype.name()))
             };
             let dtype = opened.as_ref().map(dtype);
             models.push(ModelEntry {
@@ -203,7 +204,7 @@ impl ModelInstructor {
         }
         let encoders =
             [("text_encoder", checkpoint.text_encoder.as_ref()), ("text_encoder_2", Some(&checkpoint.text_encoder_2))];
-        let facts = |(name, config): (&'static str, Option<&crate::model::networks::clip::ClipConfig>)| {
+        let facts = |(name, config): (&'static str, Option<&ClipConfig>)| {
             config.map(|config| TextEncoderFacts { name, layers: config.num_hidden_layers, width: config.hidden_size })
         };
         let scheduler = &checkpoint.scheduler;
@@ -319,10 +320,10 @@ impl Instructor for ModelInstructor {
             Request::Unload(options) => {
                 let model = at_revision(options.model.as_deref(), options.revision.as_deref())?;
                 let separate = options.separate();
-                let apart = separate.iter().any(|(_, name)| name.is_some());
-                let named = options.model.is_some() || apart;
+                let has_separate = separate.iter().any(|(_, name)| name.is_some());
+                let named = options.model.is_some() || has_separate;
                 let find = || resources.catalog.resolve_with(model.as_deref(), &separate);
-                let keys = named.then(find).transpose()?.map(|checkpoint| match apart {
+                let keys = named.then(find).transpose()?.map(|checkpoint| match has_separate {
                     true => vec![checkpoint.key],
                     false => resources.catalog.states(&checkpoint.name),
                 });

@@ -11,7 +11,7 @@ use crate::kernels::WeightSource;
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::choice::{LoraChoice, LoraFacts};
 use crate::model::lora::formats;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::{Parts, part_limit};
 use crate::model::lora::keys::{LayerIndex, LayerParts, MatchKeys, MatchTask, PartRef};
 use crate::model::lora::merge::LayerPatch;
@@ -34,8 +34,8 @@ pub(crate) struct LoraAdapter {
 
 /// The parts of a file for one layer, not read yet.
 pub(crate) struct StoredPatch {
-    weight: Option<&'static Format>,
-    bias: Option<&'static Format>,
+    weight: Option<&'static AdapterFormat>,
+    bias: Option<&'static AdapterFormat>,
     parts: LayerParts,
     /// Parts that are single numbers and not float tensors.
     numbers: BTreeMap<String, f64>,
@@ -45,7 +45,7 @@ impl LoraAdapter {
     /// Matches the keys of a file with the layers of `networks`, which are those of `checkpoint`.
     ///
     /// # Errors
-    /// Those of [`super::LoraStack::open`].
+    /// The errors of [`super::LoraStack::open`].
     pub(crate) fn open(
         choice: &LoraChoice,
         checkpoint: &Checkpoint,
@@ -263,8 +263,8 @@ impl Selection<'_> {
 /// The formats of a layer's weight and bias, with their names.
 #[derive(Clone, Copy)]
 struct LayerFormats {
-    weight: Option<(&'static str, &'static Format)>,
-    bias: Option<(&'static str, &'static Format)>,
+    weight: Option<(&'static str, &'static AdapterFormat)>,
+    bias: Option<(&'static str, &'static AdapterFormat)>,
 }
 
 impl LayerFormats {

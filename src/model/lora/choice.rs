@@ -24,7 +24,7 @@ pub struct LoraChoice {
     pub blocks: BTreeMap<String, f64>,
 }
 
-/// What a request applied of one adapter file.
+/// The report about one adapter file.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct LoraFacts {
     /// `lora`, whatever its format.

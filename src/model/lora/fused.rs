@@ -19,7 +19,7 @@ const BLOCK: usize = 1 << 18;
 /// not fit; the format's worker then merges it or reports the misfit.
 ///
 /// # Errors
-/// Those of the device.
+/// Errors of the device.
 pub(crate) fn merge<'a>(
     base: &Tensor,
     dtype: DType,
@@ -40,7 +40,7 @@ pub(crate) fn merge<'a>(
     let base = base.contiguous()?;
     let (storage, layout) = base.storage_and_layout();
     let (Storage::Cpu(stored), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else { return Ok(None) };
-    let Some(numbers) = Numbers::of(stored, start..end) else { return Ok(None) };
+    let Some(numbers) = WeightElements::of(stored, start..end) else { return Ok(None) };
     let factors = factors.iter().map(|(up, down)| Factor::of(up, down)).collect::<CandleResult<Vec<_>>>()?;
     let (shape, device, count) = (base.shape(), base.device(), end - start);
     let sums = MergeSum { numbers, columns, factors: &factors };
@@ -95,13 +95,13 @@ fn plain_factors(
 
 /// The elements of a tensor in its dtype.
 #[derive(Clone, Copy)]
-enum Numbers<'a> {
+enum WeightElements<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
 }
 
-impl<'a> Numbers<'a> {
+impl<'a> WeightElements<'a> {
     fn of(stored: &'a CpuStorage, range: Range<usize>) -> Option<Self> {
         match stored {
             CpuStorage::F32(numbers) => numbers.get(range).map(Self::F32),
@@ -172,7 +172,7 @@ impl Factor {
 
 /// A weight, and the changes to add to it.
 struct MergeSum<'a> {
-    numbers: Numbers<'a>,
+    numbers: WeightElements<'a>,
     columns: usize,
     factors: &'a [Factor],
 }

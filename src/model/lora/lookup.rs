@@ -19,7 +19,7 @@ impl Catalog {
     /// The adapter file called `name`. `field` is the request field, for messages.
     ///
     /// # Errors
-    /// `model_not_found` with the nearest name, or if several files have the name; those of [`Self::component_file`].
+    /// `model_not_found` with the nearest name, or if several files have the name; errors of [`Self::component_file`].
     pub fn lora(&self, name: &str, field: &str) -> Result<ComponentFile> {
         let with_name = |mut component_file: ComponentFile| {
             name.clone_into(&mut component_file.name);

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::kernels::{StoredWeight, WeightSource};
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::{MergeTask, Parts};
 use crate::model::lora::fused;
 use crate::units::Bytes;
@@ -26,9 +26,9 @@ pub(crate) struct LayerPatch {
     /// Index of the adapter in the stack.
     pub(crate) adapter: usize,
     /// Format of the change to the layer's `weight`.
-    pub(crate) weight: Option<&'static Format>,
+    pub(crate) weight: Option<&'static AdapterFormat>,
     /// Format of the change to the layer's `bias`.
-    pub(crate) bias: Option<&'static Format>,
+    pub(crate) bias: Option<&'static AdapterFormat>,
     /// On the CPU, as they are stored.
     pub(crate) parts: Parts,
     pub(crate) strength: f64,
@@ -52,7 +52,7 @@ pub(crate) fn build_patched<T>(
     build: impl FnOnce(&dyn WeightSource) -> Result<T>,
 ) -> Result<(T, Vec<Duration>)> {
     let spent = patches.names.iter().map(|_| AtomicU64::new(0)).collect();
-    let state = Mutex::new(State { pending: patches.tensors(), merged: HashMap::new(), failure: None });
+    let state = Mutex::new(MergeState { pending: patches.tensors(), merged: HashMap::new(), failure: None });
     let patched = PatchedWeights { patches, lower, ctx, spent, state };
     let network = build(&patched);
     let state = patched.state.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -69,10 +69,10 @@ struct PatchedWeights<'a> {
     ctx: &'a Context,
     /// Nanoseconds by adapter.
     spent: Vec<AtomicU64>,
-    state: Mutex<State<'a>>,
+    state: Mutex<MergeState<'a>>,
 }
 
-struct State<'a> {
+struct MergeState<'a> {
     /// Tensors that are not merged yet, by name.
     pending: BTreeMap<String, TensorPatch<'a>>,
     merged: HashMap<String, Tensor>,
@@ -89,7 +89,7 @@ struct TensorPatch<'a> {
 }
 
 impl LayerPatch {
-    fn format(&self, tensor: &str) -> Option<&'static Format> {
+    fn format(&self, tensor: &str) -> Option<&'static AdapterFormat> {
         if tensor == "bias" { self.bias } else { self.weight }
     }
 }
@@ -110,7 +110,7 @@ impl Patches<'_> {
 
 impl PatchedWeights<'_> {
     /// Merges the tensor `first` and the following ones, up to a batch.
-    fn merge_batch(&self, first: &str, state: &mut State) -> Result<()> {
+    fn merge_batch(&self, first: &str, state: &mut MergeState) -> Result<()> {
         self.ctx.checkpoint()?;
         let mut size = 0;
         let mut batch = Vec::new();

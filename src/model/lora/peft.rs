@@ -17,11 +17,11 @@ const RANKS: [&str; 4] = ["lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1
 
 /// Configurations by network; `None` applies to all networks.
 #[derive(Default)]
-pub(crate) struct Peft(Vec<(Option<Part>, Config)>);
+pub(crate) struct Peft(Vec<(Option<Part>, PeftConfig)>);
 
 /// PEFT's `LoraConfig`, as far as it is used.
 #[derive(Default, Deserialize)]
-struct Config {
+struct PeftConfig {
     /// `alpha` in LoHa and LoKr.
     #[serde(alias = "alpha")]
     lora_alpha: Option<f64>,
@@ -36,7 +36,7 @@ impl Peft {
     /// `model_unsupported` for invalid metadata, `model_corrupt` for an invalid configuration file.
     pub(crate) fn read(file: &ComponentFile, weights: &Weights) -> Result<Self> {
         let mut all = Vec::new();
-        if let Some(config) = file.peft::<Config>()? {
+        if let Some(config) = file.peft::<PeftConfig>()? {
             all.push((None, config));
         }
         if let Some(text) = weights.metadata(ADAPTER) {

@@ -35,7 +35,7 @@ impl LoraStack {
     ///
     /// # Errors
     /// `model_unsupported` for a file that changes no layer or is for another kind of model; `invalid_parameter` for a
-    /// block that the UNet lacks; those of opening files.
+    /// block that the UNet lacks; errors of opening files.
     pub fn open(choices: &[LoraChoice], checkpoint: &Checkpoint, ctx: &Context) -> Result<Self> {
         if choices.is_empty() {
             return Ok(Self::default());
@@ -93,7 +93,7 @@ impl LoraStack {
     /// Reads the changes to a network, except for the layers `shared`.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Errors of reading files.
     pub(crate) fn patches(&self, part: Part, shared: &HashSet<&str>, ctx: &Context) -> Result<Patches<'_>> {
         let mut layers: BTreeMap<String, Vec<LayerPatch>> = BTreeMap::new();
         for (index, adapter) in self.adapters.iter().enumerate() {

@@ -10,7 +10,7 @@ use crate::layers::{Manager, Resident};
 use crate::model::checkpoint::{Checkpoint, Part};
 use crate::model::lora::LoraStack;
 use crate::model::managers::budget::Budget;
-use crate::model::managers::lora::{CachedNetwork, NetworkBuild, donors};
+use crate::model::managers::cached_network::{CachedNetwork, NetworkBuild, donors};
 use crate::model::managers::opened::OpenedNetwork;
 use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::clip::ClipTextModel;

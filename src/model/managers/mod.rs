@@ -2,9 +2,9 @@
 
 pub(crate) mod adapters;
 pub(crate) mod budget;
+pub(crate) mod cached_network;
 pub(crate) mod controlnet;
 pub(crate) mod encoder;
-pub(crate) mod lora;
 pub(crate) mod opened;
 pub(crate) mod shelf;
 pub(crate) mod tokenizer;
@@ -13,9 +13,9 @@ pub(crate) mod vae;
 
 pub use adapters::{Adapter, AdapterManager, shapes};
 pub use budget::{Budget, Reach};
+pub use cached_network::CachedNetwork;
 pub use controlnet::ControlNetManager;
 pub use encoder::{ENCODERS, EncoderManager, TextEncoders};
-pub use lora::CachedNetwork;
 pub use shelf::{Shelf, ShelfKey};
 pub use tokenizer::{ClipTokenizer, Token, TokenizerManager, Tokenizers};
 pub use unet::UnetManager;

@@ -5,17 +5,17 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FULL: Format = Format {
+pub(crate) const FULL: AdapterFormat = AdapterFormat {
     marks: &["diff"],
     bias_marks: &["diff_b"],
     parts: &["diff", "diff_b"],
     merge: &Added { weight: "diff", bias: "diff_b" },
 };
 
-pub(crate) const NORM: Format = Format {
+pub(crate) const NORM: AdapterFormat = AdapterFormat {
     marks: &["w_norm"],
     bias_marks: &["b_norm"],
     parts: &["w_norm", "b_norm"],
@@ -31,7 +31,7 @@ impl Worker<MergeTask<'_>> for Added {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let name = if task.tensor == "bias" { self.bias } else { self.weight };
         let part = task.part(name)?;

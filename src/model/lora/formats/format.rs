@@ -9,7 +9,7 @@ use crate::model::lora::formats::task::MergeTask;
 pub(crate) type Merge = dyn for<'a> Worker<MergeTask<'a>, Output = Tensor>;
 
 /// One adapter format; [`super::detect`] finds the format of a layer's tensors.
-pub(crate) struct Format {
+pub(crate) struct AdapterFormat {
     /// Parts of which any one identifies a change of the layer's `weight` in this format; no other format has them.
     pub(crate) marks: &'static [&'static str],
     /// The same for the layer's `bias`; empty if the format never changes biases.

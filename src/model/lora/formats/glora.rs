@@ -6,10 +6,10 @@ use candle_core::Tensor;
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format = Format {
+pub(crate) const FORMAT: AdapterFormat = AdapterFormat {
     marks: &["a1.weight", "a2.weight", "b1.weight", "b2.weight"],
     bias_marks: &[],
     parts: &["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"],
@@ -22,7 +22,7 @@ impl Worker<MergeTask<'_>> for Glora {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let (outputs, rest) = task.sides()?;
         let inputs = task.base.dim(1)?;

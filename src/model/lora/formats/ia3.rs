@@ -1,16 +1,16 @@
-//! (IA)³: `W · (1 + s · l)`, `l` having a number for each output, or with `on_input` for each input. Liu et al. 2022,
-//! <https://arxiv.org/abs/2205.05638>, section 3.3; `l` counted from 0, as LyCORIS trains it.
+//! (IA)³: `W · (1 + s · l)`, with one `l` per output, or per input if the file has `on_input`. Liu et al. 2022,
+//! <https://arxiv.org/abs/2205.05638>, section 3.3; `l` is 0 for no change, as LyCORIS trains it.
 
 use candle_core::Tensor;
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format =
-    Format { marks: &["on_input"], bias_marks: &[], parts: &["weight", "on_input"], merge: &Ia3 };
+pub(crate) const FORMAT: AdapterFormat =
+    AdapterFormat { marks: &["on_input"], bias_marks: &[], parts: &["weight", "on_input"], merge: &Ia3 };
 
 struct Ia3;
 
@@ -18,7 +18,7 @@ impl Worker<MergeTask<'_>> for Ia3 {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let (outputs, rest) = task.sides()?;
         let on_input = task.number("on_input")?.ok_or_else(|| task.misfit("`on_input` is missing"))? != 0.0;

@@ -1,16 +1,16 @@
 //! LoHa: `W + s · (alpha / R) · (w1_a · w1_b) ⊙ (w2_a · w2_b)`. Hyeon-Woo et al. 2021 (FedPara),
 //! <https://arxiv.org/abs/2108.06098>, proposition 1, and proposition 3 for convolutions with cores `t1` and `t2`, where
-//! `w_a` is `[R, O]` and `w_b` `[R, I]`. `alpha / R` counts once, as LyCORIS applies it to features.
+//! `w_a` is `[R, O]` and `w_b` `[R, I]`. `alpha / R` is applied once, as in LyCORIS.
 
 use candle_core::Tensor;
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format = Format {
+pub(crate) const FORMAT: AdapterFormat = AdapterFormat {
     marks: &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
     bias_marks: &[],
     parts: &[
@@ -33,7 +33,7 @@ impl Worker<MergeTask<'_>> for Loha {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let half = |a: &str, b: &str, core: &str| {
             let cores = ["hada_t1", "hada_t2"].iter().any(|core| task.parts.contains_key(*core));

@@ -1,18 +1,17 @@
 //! LoKr: `W + s · (alpha / R) · w1 ⊗ w2`. Yeh et al. 2023 (LyCORIS), <https://arxiv.org/abs/2309.14859>, section 3.2.
 //!
 //! `w1` is `[O₁, I₁]` and `w2` `[O₂, I₂, K, K]`, each whole or a product of two factors, or for `w2` a core `t2` between
-//! `[R, O₂]` and `[R, I₂]`. `R` is the rank of `w2`'s factors, else that of `w1`'s; where both are whole, `alpha` does not
-//! count.
+//! `[R, O₂]` and `[R, I₂]`. `R` is the rank of `w2`'s factors, or else of `w1`'s; if both are whole, `alpha` is ignored.
 
 use candle_core::Tensor;
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format = Format {
+pub(crate) const FORMAT: AdapterFormat = AdapterFormat {
     marks: &["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"],
     bias_marks: &[],
     parts: &[
@@ -36,7 +35,7 @@ impl Worker<MergeTask<'_>> for Lokr {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         let whole = |name: &str| task.parts.contains_key(name);
         let (w1, rank1) = if whole("lokr_w1") {

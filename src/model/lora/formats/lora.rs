@@ -1,19 +1,19 @@
-//! LoRA: `W + s · (alpha / R) · up · down`. Hu et al. 2021, <https://arxiv.org/abs/2106.09685>; `alpha` as kohya's files
-//! have it, and the rank itself where they have none.
+//! LoRA: `W + s · (alpha / R) · up · down`. Hu et al. 2021, <https://arxiv.org/abs/2106.09685>; `alpha` is
+//! kohya's, and equals the rank if the file has none.
 //!
 //! On convolutions (LoCon, Yeh et al. 2023, <https://arxiv.org/abs/2309.14859>) `down` is `[R, I, K, K]` and `up`
 //! `[O, R, 1, 1]`, or there is a core `mid` `[R, R, K, K]` between `[R, I, 1, 1]` and `[O, R, 1, 1]`. A bias of `up`, which
-//! PEFT may train, is added to the layer's with the same factors.
+//! PEFT may train, is added to the layer's bias with the same factors.
 
 use candle_core::Tensor;
 
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format = Format {
+pub(crate) const FORMAT: AdapterFormat = AdapterFormat {
     marks: &["lora_up.weight", "lora_down.weight"],
     bias_marks: &["lora_up.bias"],
     parts: &[
@@ -34,7 +34,7 @@ impl Worker<MergeTask<'_>> for Lora {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, _: &Context) -> Result<Tensor> {
         if task.tensor == "bias" {
             return bias(&task);
@@ -54,7 +54,7 @@ fn bias(task: &MergeTask) -> Result<Tensor> {
     if change.dims() != task.base.dims() {
         return Err(task.unfit("lora_up.bias", change));
     }
-    // The rank is not read from a part that `optional` would measure by the bias's own size.
+    // Not read with `optional`, which would limit the part to the size of the bias.
     let rank = task.parts.get("lora_up.weight").and_then(|up| up.dims().get(1).copied()).filter(|rank| *rank > 0);
     let rank = rank.ok_or_else(|| task.misfit("`lora_up.weight` is missing"))?;
     Ok((task.base + (change * (task.strength * task.scale(rank)?))?)?)

@@ -12,11 +12,11 @@ use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
 use crate::model::lora::formats::boft;
-use crate::model::lora::formats::format::Format;
+use crate::model::lora::formats::format::AdapterFormat;
 use crate::model::lora::formats::task::MergeTask;
 
-pub(crate) const FORMAT: Format =
-    Format { marks: &["oft_blocks"], bias_marks: &[], parts: &["oft_blocks", "rescale", "alpha"], merge: &Oft };
+pub(crate) const FORMAT: AdapterFormat =
+    AdapterFormat { marks: &["oft_blocks"], bias_marks: &[], parts: &["oft_blocks", "rescale", "alpha"], merge: &Oft };
 
 /// Widest block; blocks are solved on the host in cubic time.
 const WIDEST_BLOCK: usize = 1280;
@@ -27,7 +27,7 @@ impl Worker<MergeTask<'_>> for Oft {
     type Output = Tensor;
 
     /// # Errors
-    /// `model_unsupported` for parts that are missing or do not fit the layer; those of the device.
+    /// `model_unsupported` for parts that are missing or do not fit the layer; errors of the device.
     fn run(&self, task: MergeTask, ctx: &Context) -> Result<Tensor> {
         let (outputs, rest) = task.sides()?;
         let blocks = task.part("oft_blocks")?;
@@ -113,7 +113,7 @@ fn cayley_rotation_minus_identity(q: &[f64], side: usize) -> Option<Vec<f32>> {
     solved.map(|x| Some(*x as f32).filter(|x| x.is_finite())).collect()
 }
 
-/// Takes from `row` what of `pivot` makes its `column` zero, from place `start` on.
+/// Subtracts the multiple of `pivot` from `row` that makes its `column` zero, from index `start` on.
 fn subtract(row: &mut [f64], pivot: &[f64], column: usize, start: usize) -> Option<()> {
     let factor = row.get(column)? / pivot.get(column)?;
     if factor != 0.0 {

@@ -51,7 +51,7 @@ impl MergeTask<'_> {
     }
 
     /// # Errors
-    /// Those of [`Self::part`], except that the part may be missing.
+    /// The errors of [`Self::part`], except that the part may be missing.
     pub(crate) fn optional(&self, name: &str) -> Result<Option<&Tensor>> {
         let Some(part) = self.parts.get(name) else { return Ok(None) };
         if part.elem_count() == 0 || part.elem_count() > part_limit(self.base.dims()) {

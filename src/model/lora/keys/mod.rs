@@ -10,7 +10,7 @@ pub(crate) mod parse;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub(crate) use self::layer_index::LayerIndex;
-use self::parse::{Key, Target, parse_key};
+use self::parse::{Key, TargetNetwork, parse_key};
 use crate::context::Context;
 use crate::error::Result;
 use crate::layers::Worker;
@@ -106,11 +106,11 @@ impl MatchTask<'_> {
         let has_first = self.index(Part::TextEncoder).is_some();
         let text = if has_first { Part::TextEncoder } else { Part::TextEncoder2 };
         let networks: &[Part] = match key.target {
-            Target::Unet => &[Part::Unet],
-            Target::TextEncoder => &[Part::TextEncoder],
-            Target::TextEncoder2 => &[Part::TextEncoder2],
-            Target::AnyTextEncoder => &[text],
-            Target::Any => &[Part::Unet, text],
+            TargetNetwork::Unet => &[Part::Unet],
+            TargetNetwork::TextEncoder => &[Part::TextEncoder],
+            TargetNetwork::TextEncoder2 => &[Part::TextEncoder2],
+            TargetNetwork::AnyTextEncoder => &[text],
+            TargetNetwork::Any => &[Part::Unet, text],
         };
         for &part in networks {
             let Some(index) = self.index(part) else { continue };

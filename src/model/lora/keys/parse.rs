@@ -8,7 +8,7 @@ use crate::model::lora::formats::ADAPTERS;
 
 /// The network that a key names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
+pub(crate) enum TargetNetwork {
     Unet,
     TextEncoder,
     TextEncoder2,
@@ -21,7 +21,7 @@ pub(crate) enum Target {
 /// A key, taken apart.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Key<'a> {
-    pub(crate) target: Target,
+    pub(crate) target: TargetNetwork,
     /// The module's name, with dots or underscores.
     pub(crate) module: &'a str,
     /// Under kohya's name for it.
@@ -48,32 +48,32 @@ const ENDINGS: &[(&str, &str)] = &[
 ];
 
 /// Prefixes of keys, and the network that each names.
-const PREFIXES: &[(&str, Target)] = &[
-    ("lora_unet_", Target::Unet),
-    ("lora_unet.", Target::Unet),
-    ("oft_unet_", Target::Unet),
-    ("lycoris_unet_", Target::Unet),
-    ("lora_te1_", Target::TextEncoder),
-    ("lora_te2_", Target::TextEncoder2),
-    ("lora_te_", Target::AnyTextEncoder),
-    ("oft_te1_", Target::TextEncoder),
-    ("oft_te2_", Target::TextEncoder2),
-    ("lycoris_", Target::Any),
-    ("model.diffusion_model.", Target::Unet),
-    ("diffusion_model.", Target::Unet),
-    ("unet.", Target::Unet),
-    ("text_encoder_2.", Target::TextEncoder2),
-    ("text_encoder.", Target::TextEncoder),
-    ("conditioner.embedders.0.transformer.", Target::TextEncoder),
-    ("conditioner.embedders.1.model.", Target::TextEncoder2),
-    ("text_encoders.clip_l.transformer.", Target::TextEncoder),
-    ("text_encoders.clip_g.transformer.", Target::TextEncoder2),
-    ("clip_l.transformer.", Target::TextEncoder),
-    ("clip_g.transformer.", Target::TextEncoder2),
-    ("clip_l.", Target::TextEncoder),
-    ("clip_g.", Target::TextEncoder2),
-    ("te1.", Target::TextEncoder),
-    ("te2.", Target::TextEncoder2),
+const PREFIXES: &[(&str, TargetNetwork)] = &[
+    ("lora_unet_", TargetNetwork::Unet),
+    ("lora_unet.", TargetNetwork::Unet),
+    ("oft_unet_", TargetNetwork::Unet),
+    ("lycoris_unet_", TargetNetwork::Unet),
+    ("lora_te1_", TargetNetwork::TextEncoder),
+    ("lora_te2_", TargetNetwork::TextEncoder2),
+    ("lora_te_", TargetNetwork::AnyTextEncoder),
+    ("oft_te1_", TargetNetwork::TextEncoder),
+    ("oft_te2_", TargetNetwork::TextEncoder2),
+    ("lycoris_", TargetNetwork::Any),
+    ("model.diffusion_model.", TargetNetwork::Unet),
+    ("diffusion_model.", TargetNetwork::Unet),
+    ("unet.", TargetNetwork::Unet),
+    ("text_encoder_2.", TargetNetwork::TextEncoder2),
+    ("text_encoder.", TargetNetwork::TextEncoder),
+    ("conditioner.embedders.0.transformer.", TargetNetwork::TextEncoder),
+    ("conditioner.embedders.1.model.", TargetNetwork::TextEncoder2),
+    ("text_encoders.clip_l.transformer.", TargetNetwork::TextEncoder),
+    ("text_encoders.clip_g.transformer.", TargetNetwork::TextEncoder2),
+    ("clip_l.transformer.", TargetNetwork::TextEncoder),
+    ("clip_g.transformer.", TargetNetwork::TextEncoder2),
+    ("clip_l.", TargetNetwork::TextEncoder),
+    ("clip_g.", TargetNetwork::TextEncoder2),
+    ("te1.", TargetNetwork::TextEncoder),
+    ("te2.", TargetNetwork::TextEncoder2),
 ];
 
 /// Takes a key apart; `None` if its ending is no part of a change.
@@ -83,7 +83,7 @@ pub(crate) fn parse_key(key: &str) -> Option<Key<'_>> {
     let (target, module) = PREFIXES
         .iter()
         .find_map(|(prefix, target)| Some((*target, module.strip_prefix(prefix)?)))
-        .unwrap_or((Target::Any, module));
+        .unwrap_or((TargetNetwork::Any, module));
     // PEFT's prefix may follow the network's.
     let module = module.strip_prefix("base_model.model.").unwrap_or(module);
     (!module.is_empty()).then_some(Key { target, module, part })
@@ -118,10 +118,10 @@ fn split_part(key: &str) -> Option<(&str, String)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Target, parse_key};
+    use super::{TargetNetwork, parse_key};
 
     #[track_caller]
-    fn check(key: &str, target: Target, module: &str, part: &str) {
+    fn check(key: &str, target: TargetNetwork, module: &str, part: &str) {
         let got = parse_key(key).map(|key| (key.target, key.module.to_owned(), key.part));
         assert_eq!(got, Some((target, module.to_owned(), part.to_owned())), "{key}");
     }
@@ -130,40 +130,45 @@ mod tests {
     fn keys_of_every_writer_are_taken_apart() {
         check(
             "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
-            Target::Unet,
+            TargetNetwork::Unet,
             "input_blocks_4_1_proj_in",
             "lora_down.weight",
         );
         check(
             "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
-            Target::TextEncoder2,
+            TargetNetwork::TextEncoder2,
             "text_model_encoder_layers_0_mlp_fc1",
             "alpha",
         );
         check(
             "base_model.model.unet.mid_block.attentions.0.proj_in.lora_B.weight",
-            Target::Unet,
+            TargetNetwork::Unet,
             "mid_block.attentions.0.proj_in",
             "lora_up.weight",
         );
-        check("unet.conv_in.lora_A.default.weight", Target::Unet, "conv_in", "lora_down.weight");
+        check("unet.conv_in.lora_A.default.weight", TargetNetwork::Unet, "conv_in", "lora_down.weight");
         check(
             "unet.a.attn1.processor.to_q_lora.down.weight",
-            Target::Unet,
+            TargetNetwork::Unet,
             "a.attn1.processor.to_q",
             "lora_down.weight",
         );
         check(
             "text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight",
-            Target::TextEncoder,
+            TargetNetwork::TextEncoder,
             "text_model.x.q_proj",
             "lora_up.weight",
         );
-        check("unet.a.to_q.lora_magnitude_vector.default.weight", Target::Unet, "a.to_q", "lora_magnitude_vector");
-        check("diffusion_model.out.2.lora_up.weight", Target::Unet, "out.2", "lora_up.weight");
-        check("down_blocks.0.resnets.0.conv1.diff_b", Target::Any, "down_blocks.0.resnets.0.conv1", "diff_b");
-        check("lora_unet_a_to_k.weight", Target::Unet, "a_to_k", "weight");
-        check("lora_unet_a_to_k.hada_w1_a", Target::Unet, "a_to_k", "hada_w1_a");
+        check(
+            "unet.a.to_q.lora_magnitude_vector.default.weight",
+            TargetNetwork::Unet,
+            "a.to_q",
+            "lora_magnitude_vector",
+        );
+        check("diffusion_model.out.2.lora_up.weight", TargetNetwork::Unet, "out.2", "lora_up.weight");
+        check("down_blocks.0.resnets.0.conv1.diff_b", TargetNetwork::Any, "down_blocks.0.resnets.0.conv1", "diff_b");
+        check("lora_unet_a_to_k.weight", TargetNetwork::Unet, "a_to_k", "weight");
+        check("lora_unet_a_to_k.hada_w1_a", TargetNetwork::Unet, "a_to_k", "hada_w1_a");
         assert_eq!(parse_key("emb_params"), None);
     }
 }
