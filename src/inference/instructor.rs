@@ -1,12 +1,10 @@
-//! Answers the operations of the inference domain: plans each request, then makes its images or estimates their cost.
+//! Answers the inference domain's operations: plans each request, then makes its images or estimates their cost.
 
 use crate::conditioning::instructor::ConditioningInstructor;
 use crate::context::Context;
 use crate::device::instructor::DeviceInstructor;
-use crate::error::{Error, Result};
-use crate::inference::interface::{
-    BatchRequest, GenerateRequest, Generated, GeneratedBatch, Inference, Request, Response, Settings,
-};
+use crate::error::Result;
+use crate::inference::interface::{GenerateRequest, GeneratedBatch, Inference, Request, Response, Settings};
 use crate::inference::managers::Domains;
 use crate::inference::managers::batch::Batch;
 use crate::inference::managers::memory::MemoryPlanner;
@@ -19,7 +17,7 @@ use crate::model::instructor::ModelInstructor;
 use crate::postprocessing::instructor::PostprocessingInstructor;
 use crate::scheduler::instructor::SchedulerInstructor;
 
-/// Holds the instructors it leads.
+/// Holds the instructors that it leads.
 pub struct InferenceInstructor {
     pub settings: Settings,
     pub device: DeviceInstructor,
@@ -34,19 +32,17 @@ impl Instructor for InferenceInstructor {
     type Resources<'a> = &'a mut Managers;
 
     fn instruct(&self, request: Request, resources: &mut Managers, ctx: &Context) -> Result<Response> {
-        let (operation, request) = match request {
-            Request::Generate(request) => (Operation::Generate, request),
-            Request::Text2image(request) => (Operation::Text2image, request),
-            Request::Img2img(request) => (Operation::Img2img, request),
-            Request::Inpaint(request) => (Operation::Inpaint, request),
-            Request::Controlnet(request) => (Operation::Controlnet, request),
-            Request::Lora(request) => (Operation::Lora, request),
-            Request::Batch(batch) => return self.batch(&batch, resources, ctx).map(Response::Batch),
+        let images = Batch { domains: self.domains() };
+        let (operation, request) = match Operation::of(request) {
+            Ok(single) => single,
+            Err(batch) => {
+                let plans = self.planner(resources).batch(&batch)?.into_iter();
+                let results = plans.map(|plan| images.generate(plan, resources, ctx)).collect::<Result<_>>()?;
+                return Ok(Response::Batch(GeneratedBatch { results }));
+            }
         };
-        operation.check(&request)?;
-        let plan = self.plan(&request, resources)?;
-        operation.check_plan(&plan)?;
-        self.generate(plan, resources, ctx).map(Response::Generated)
+        let plan = self.planner(resources).operation(operation, &request)?;
+        images.generate(plan, resources, ctx).map(Response::Generated)
     }
 }
 
@@ -56,9 +52,7 @@ impl InferenceInstructor {
     /// # Errors
     /// A value that cannot be used, or a model that cannot be found.
     pub fn plan(&self, request: &GenerateRequest, resources: &mut Managers) -> Result<GenerationPlan> {
-        let Self { settings, scheduler, conditioning, postprocessing, .. } = self;
-        let catalog = &mut resources.model().catalog;
-        Planner { settings, scheduler, conditioning, postprocessing, catalog }.plan(request)
+        self.planner(resources).plan(request)
     }
 
     /// Estimates the memory and time that a generation needs; nothing is loaded.
@@ -70,23 +64,12 @@ impl InferenceInstructor {
         self.domains().memory.estimate(&mut plan, resources, ctx).map(Response::Estimate)
     }
 
-    fn generate(&self, plan: GenerationPlan, resources: &mut Managers, ctx: &Context) -> Result<Generated> {
-        Batch { domains: self.domains() }.generate(plan, resources, ctx)
+    fn planner<'a>(&'a self, resources: &'a mut Managers) -> Planner<'a> {
+        let Self { settings, scheduler, conditioning, postprocessing, .. } = self;
+        Planner { settings, scheduler, conditioning, postprocessing, catalog: &mut resources.model().catalog }
     }
 
-    fn batch(&self, batch: &BatchRequest, resources: &mut Managers, ctx: &Context) -> Result<GeneratedBatch> {
-        let (limit, got) = (self.settings.max_batch_size as usize, batch.requests.len());
-        if !(1..=limit).contains(&got) {
-            return Err(Error::invalid("requests", format!("must hold 1 to {limit} generations, got {got}")));
-        }
-        let plan =
-            |(index, request)| self.plan(request, resources).map_err(|error| error.below(&format!("requests.{index}")));
-        let plans = batch.requests.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
-        let results = plans.into_iter().map(|plan| self.generate(plan, resources, ctx)).collect::<Result<Vec<_>>>()?;
-        Ok(GeneratedBatch { results })
-    }
-
-    /// Instructors that a pipeline needs.
+    /// The instructors that a pipeline needs.
     #[must_use]
     pub fn domains(&self) -> Domains<'_> {
         let Self { settings, device, conditioning, postprocessing, .. } = self;

@@ -14,11 +14,12 @@ use crate::inference::plan::init_image::init_image;
 use crate::inference::plan::instruct_pix2pix::concatenate;
 use crate::inference::plan::limits::refuse_given;
 use crate::inference::plan::lora::{PlannedLoras, loras, take_tags};
+use crate::inference::plan::operation::Operation;
 use crate::inference::plan::passes::{PassPlanner, sampling_options};
 use crate::inference::plan::seeds::seeds;
 use crate::inference::plan::size::size;
 use crate::inference::plan::{GenerationPlan, HiresPlan, PassPlan};
-use crate::inference::request::generate::GenerateRequest;
+use crate::inference::request::generate::{BatchRequest, GenerateRequest};
 use crate::inference::request::memory::MemoryOptions;
 use crate::model::catalog::Catalog;
 use crate::model::checkpoint::{Checkpoint, Part};
@@ -86,6 +87,32 @@ impl Planner<'_> {
             lora_options: options,
             request,
         })
+    }
+
+    /// The plan of `request` for one operation, which may require fields or exclude them.
+    ///
+    /// # Errors
+    /// Those of [`Self::plan`]; `invalid_parameter` for fields that are missing or belong to another operation.
+    pub(crate) fn operation(&mut self, operation: Operation, request: &GenerateRequest) -> Result<GenerationPlan> {
+        operation.check(request)?;
+        let plan = self.plan(request)?;
+        operation.check_plan(&plan)?;
+        Ok(plan)
+    }
+
+    /// The plans of a batch, all of them before the first is carried out.
+    ///
+    /// # Errors
+    /// Those of [`Self::plan`]; `invalid_parameter` for an empty batch, or one that is too large.
+    pub(crate) fn batch(&mut self, batch: &BatchRequest) -> Result<Vec<GenerationPlan>> {
+        let (limit, got) = (self.settings.max_batch_size as usize, batch.requests.len());
+        if !(1..=limit).contains(&got) {
+            return Err(Error::invalid("requests", format!("must hold 1 to {limit} generations, got {got}")));
+        }
+        let requests = batch.requests.iter().enumerate();
+        requests
+            .map(|(index, request)| self.plan(request).map_err(|error| error.below(&format!("requests.{index}"))))
+            .collect()
     }
 
     fn checkpoint(&mut self, request: &GenerateRequest) -> Result<Arc<Checkpoint>> {

@@ -1,6 +1,7 @@
 //! Fields that an operation requires, and fields that belong to another one.
 
 use crate::error::{Error, Result};
+use crate::inference::interface::{BatchRequest, Request};
 use crate::inference::plan::GenerationPlan;
 use crate::inference::plan::limits::refuse_given;
 use crate::inference::request::generate::GenerateRequest;
@@ -17,11 +18,27 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
+    /// The operation and its request, or a batch of several.
+    ///
+    /// # Errors
+    /// The batch.
+    pub(crate) fn of(request: Request) -> std::result::Result<(Self, Box<GenerateRequest>), BatchRequest> {
+        match request {
+            Request::Generate(request) => Ok((Self::Generate, request)),
+            Request::Text2image(request) => Ok((Self::Text2image, request)),
+            Request::Img2img(request) => Ok((Self::Img2img, request)),
+            Request::Inpaint(request) => Ok((Self::Inpaint, request)),
+            Request::Controlnet(request) => Ok((Self::Controlnet, request)),
+            Request::Lora(request) => Ok((Self::Lora, request)),
+            Request::Batch(batch) => Err(batch),
+        }
+    }
+
     /// Checks a request before it is planned.
     ///
     /// # Errors
     /// `invalid_parameter` for fields that are missing or belong to another operation.
-    pub(crate) fn check(self, request: &GenerateRequest) -> Result<()> {
+    pub(super) fn check(self, request: &GenerateRequest) -> Result<()> {
         let init_image = ("init_image", request.init_image.is_some());
         let mask = ("mask", request.mask.is_some());
         match self {
@@ -46,7 +63,7 @@ impl Operation {
     ///
     /// # Errors
     /// `invalid_parameter` if LoRAs are missing.
-    pub(crate) fn check_plan(self, plan: &GenerationPlan) -> Result<()> {
+    pub(super) fn check_plan(self, plan: &GenerationPlan) -> Result<()> {
         match self {
             Self::Lora => require("lora", ("loras", !plan.loras.is_empty())),
             _ => Ok(()),
