@@ -12,17 +12,17 @@ use crate::layers::{Domain, Interface};
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Images per request where a request does not say.
+    /// Default `batch_size` of a request.
     pub batch_size: u32,
     /// Largest width or height in pixels.
     pub max_side: u32,
-    /// Most images one request may ask for.
+    /// Largest number of images in one request.
     pub max_batch_size: u32,
-    /// How latents become pixels: `auto`, `whole` or `strips`.
+    /// Default `decode` of a request: `auto`, `whole` or `strips`.
     pub decode: DecodeExtent,
-    /// Whether guidance's passes are made one after another; where it is `null`, when room is short.
+    /// Default `slice` of a request: true evaluates guidance one pass after another, `null` does so if memory is short.
     pub slice: Option<bool>,
-    /// Which weights leave the device while they are not used: `auto`, `none`, `text_encoders` or `sequential`.
+    /// Default `offload` of a request: `auto`, `none`, `text_encoders` or `sequential`.
     pub offload: Offload,
 }
 

@@ -14,7 +14,7 @@ use sdxl_worker::device::interface::Dtype;
 use sdxl_worker::error::Result;
 use sdxl_worker::inference::interface::{GenerateRequest, Generated, Request, Response};
 use sdxl_worker::inference::request::lora::{AppliedAdapter, LoraList, LoraOptions};
-use sdxl_worker::inference::request::lora_blocks::Blocks;
+use sdxl_worker::inference::request::lora_blocks::BlockWeights;
 use sdxl_worker::model::lora::LoraFacts;
 use sdxl_worker::runtime::config::Config;
 use sdxl_worker::runtime::dispatch::{Call, Reply};
@@ -391,7 +391,7 @@ fn component_and_block_weights_equal_partial_files() {
     let blocks = [("down_blocks", 0.0), ("up_blocks", 0.0), ("mid_block", 0.5)];
     let blocks = blocks.into_iter().map(|(name, weight)| (name.to_owned(), weight)).collect();
     check(
-        LoraOptions { text_encoder_weight: Some(0.0), blocks: Some(Blocks::Named(blocks)), ..whole.clone() },
+        LoraOptions { text_encoder_weight: Some(0.0), blocks: Some(BlockWeights::Named(blocks)), ..whole.clone() },
         &[("only_mid", 0.5)],
     );
     // In the prompt, the first weight is for the text encoders and the second for the UNet.

@@ -213,6 +213,22 @@ fn planned(request: GenerateRequest) -> Result<GenerateRequest> {
     Ok(GenerateRequest::from(&plan))
 }
 
+#[test]
+fn clip_stop_at_last_layers_counts_from_one() {
+    let plan = |clip_skip: Option<i64>, clip_stop_at_last_layers: Option<i64>| {
+        let prompt = Some("a hill".to_owned());
+        planned(GenerateRequest { prompt, clip_skip, clip_stop_at_last_layers, ..GenerateRequest::default() })
+    };
+    for (layer, skip) in [(2, 0), (3, 1), (66, 64)] {
+        let echo = plan(None, Some(layer)).unwrap();
+        assert_eq!((echo.clip_skip, echo.clip_stop_at_last_layers), (Some(skip), None), "{layer}");
+    }
+    for (skip, layer) in [(None, 1), (None, 0), (None, 67), (Some(0), 2)] {
+        let error = plan(skip, Some(layer)).unwrap_err();
+        assert_eq!(error.pointer().as_deref(), Some("/data/CLIP_stop_at_last_layers"), "{layer}: {error}");
+    }
+}
+
 fn request(prompt: &str) -> GenerateRequest {
     GenerateRequest { prompt: Some(prompt.to_owned()), ..GenerateRequest::default() }
 }

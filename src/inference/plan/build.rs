@@ -159,10 +159,6 @@ impl Planner<'_> {
 
     /// Prompts and their options; `text` is the prompt without its LoRA tags.
     fn prompt(&self, request: &GenerateRequest, text: String, first: &PassPlan) -> Result<PromptOptions> {
-        let clip_skip = match request.clip_skip.unwrap_or(0) {
-            skip @ 0..=64 => u32::try_from(skip).ok(),
-            other => return Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {other}"))),
-        };
         let backtrack = match request.comma_padding_backtrack.unwrap_or(0) {
             tokens @ 0..=74 => usize::try_from(tokens).unwrap_or(0),
             other => return Err(Error::invalid("comma_padding_backtrack", format!("must be 0 to 74, got {other}"))),
@@ -173,7 +169,7 @@ impl Planner<'_> {
             prompt_2: request.prompt_2.clone(),
             negative_prompt: request.negative_prompt.clone(),
             negative_prompt_2: request.negative_prompt_2.clone(),
-            clip_skip,
+            clip_skip: Some(clip_skip(request)?),
             guided: first.guidance.is_on(),
             weighting: request.prompt_weighting.unwrap_or_default(),
             steps: first.sampling.steps(),
@@ -206,6 +202,25 @@ impl Planner<'_> {
             offload: request.offload.unwrap_or(self.settings.offload),
             whole_unet: false,
         }
+    }
+}
+
+/// Layers left out before the penultimate one. Diffusers counts them from 0, AUTOMATIC1111 counts layers from the last, 1.
+///
+/// # Errors
+/// `invalid_parameter` for a number out of range, or if both fields are given.
+fn clip_skip(request: &GenerateRequest) -> Result<u32> {
+    const STOP_AT: &str = "CLIP_stop_at_last_layers";
+    match (request.clip_skip, request.clip_stop_at_last_layers) {
+        (Some(_), Some(_)) => Err(Error::invalid(STOP_AT, "and `clip_skip` must not both be given")),
+        (None, Some(1)) => Err(Error::invalid(
+            STOP_AT,
+            "must be 2 or more, got 1: SDXL's conditioning starts at the penultimate layer",
+        )),
+        (None, Some(layer @ 2..=66)) => Ok((layer - 2) as u32),
+        (None, Some(layer)) => Err(Error::invalid(STOP_AT, format!("must be 2 to 66, got {layer}"))),
+        (skip @ (None | Some(0..=64)), None) => Ok(skip.unwrap_or(0) as u32),
+        (Some(skip), None) => Err(Error::invalid("clip_skip", format!("must be 0 to 64, got {skip}"))),
     }
 }
 

@@ -36,6 +36,7 @@ impl From<&GenerationPlan> for GenerateRequest {
             batch_size: Some(plan.seeds.len() as i64 / n_iter.max(1)),
             n_iter: Some(n_iter),
             clip_skip: plan.prompt.clip_skip.map(i64::from),
+            clip_stop_at_last_layers: None,
             prompt_weighting: Some(plan.prompt.weighting),
             comma_padding_backtrack: i64::try_from(plan.prompt.backtrack).ok(),
             embeddings: request.embeddings.as_ref().map(|_| embeddings()),

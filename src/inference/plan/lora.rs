@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::inference::plan::limits::within;
 use crate::inference::request::lora::{LoraList, LoraOptions};
-use crate::inference::request::lora_blocks::Blocks;
+use crate::inference::request::lora_blocks::BlockWeights;
 use crate::model::catalog::Catalog;
 use crate::model::lora::{LoraChoice, MOST};
 use crate::model::networks::unet::UnetConfig;
@@ -104,7 +104,7 @@ fn choose(
         unet_weight: Some(unet_weight),
         text_encoder_weight: Some(text_encoder),
         text_encoder_2_weight: Some(text_encoder_2),
-        blocks: options.blocks.as_ref().map(|_| Blocks::Named(blocks.clone())),
+        blocks: options.blocks.as_ref().map(|_| BlockWeights::Named(blocks.clone())),
     };
     let field = String::new();
     Ok((LoraChoice { file, field, unet: unet_weight, text_encoder, text_encoder_2, blocks }, decided))
@@ -144,7 +144,7 @@ fn tag(text: &str) -> Result<LoraOptions> {
         if let Some(list) = part.trim().strip_prefix("lbw=") {
             let weights: Option<Vec<f64>> = list.split(',').map(|weight| weight.trim().parse().ok()).collect();
             let message = || format!("must have numbers for `{part}` in `<lora:{text}>`");
-            blocks = Some(Blocks::Listed(weights.ok_or_else(|| Error::invalid(PROMPT, message()))?));
+            blocks = Some(BlockWeights::Listed(weights.ok_or_else(|| Error::invalid(PROMPT, message()))?));
             continue;
         }
         let (which, weight) = part.split_once('=').map_or((None, part), |(which, weight)| (Some(which.trim()), weight));
@@ -169,7 +169,7 @@ fn tag(text: &str) -> Result<LoraOptions> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Blocks, Catalog, Error, LoraOptions, UnetConfig, choose, take_tags};
+    use super::{BlockWeights, Catalog, Error, LoraOptions, UnetConfig, choose, take_tags};
     use crate::model::interface::Settings;
     use crate::model::networks::PerBlock;
 
@@ -213,7 +213,7 @@ mod tests {
             let mut list = vec![1.0; 12];
             list[0] = first;
             let named = LoraOptions::named("nowhere");
-            let options = LoraOptions { weight: Some(weight), blocks: Some(Blocks::Listed(list)), ..named };
+            let options = LoraOptions { weight: Some(weight), blocks: Some(BlockWeights::Listed(list)), ..named };
             let Err(error) = choose(&options, &catalog, &unet, &[]) else { panic!("{first} was taken") };
             assert!(matches!(&error, Error::InvalidParameter { field: at, .. } if at == field), "{first}: {error}");
         }

@@ -1,4 +1,4 @@
-//! What a request says of LoRA and its relatives: in a list, and in the prompt as AUTOMATIC1111 has it.
+//! LoRAs and related adapters of a request: the field `loras`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,36 +9,36 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::image_adapters::AdapterFacts;
-use crate::inference::request::lora_blocks::Blocks;
+use crate::inference::request::lora_blocks::BlockWeights;
 use crate::layers::OneOrMany;
 use crate::model::lora::LoraFacts;
 
-/// An adapter file: LoRA, LoCon, LoHa, LoKr, DoRA, IA³, OFT or whole differences, for the UNet, the text encoders or all.
+/// An adapter file: LoRA, LoCon, LoHa, LoKr, DoRA, IA³, OFT or full differences, for the UNet, the text encoders or both.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct LoraOptions {
-    /// A safetensors file beneath a model root or in a folder `loras` there, with its ending or without; or the name of the
-    /// file alone, wherever beneath a root it lies.
+    /// A safetensors file below a model root or in a folder `loras` there, with or without its extension; or the file's name
+    /// alone, in any folder below a root.
     #[serde(alias = "name", skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Times which it counts, -10 to 10. Default: 1.
+    /// Multiplier of the adapter, -10 to 10. Default: 1.
     #[serde(alias = "scale", skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
-    /// Times which it counts in the UNet, -10 to 10. Default: `weight`.
+    /// Multiplier in the UNet, -10 to 10. Default: `weight`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unet_weight: Option<f64>,
-    /// Times which it counts in both text encoders, -10 to 10, where they have no weight of their own. Default: `weight`.
+    /// Multiplier in both text encoders, -10 to 10. Default: `weight`.
     #[serde(alias = "te_weight", skip_serializing_if = "Option::is_none")]
     pub text_encoder_weight: Option<f64>,
-    /// Times which it counts in the second text encoder, -10 to 10. Default: `text_encoder_weight`.
+    /// Multiplier in the second text encoder, -10 to 10. Default: `text_encoder_weight`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoder_2_weight: Option<f64>,
-    /// For parts of the UNet, such as `down_blocks.1`, `mid_block` or `up_blocks.0.attentions.1`, times which they count
-    /// beside, -10 to 10; the longest name that a layer begins with is the layer's. Or a list of 12 or 20 numbers, as
-    /// AUTOMATIC1111's LoRA Block Weight has them, the text encoders' first. Default: 1.
+    /// Additional multipliers, -10 to 10, for parts of the UNet such as `down_blocks.1`, `mid_block` or
+    /// `up_blocks.0.attentions.1`; the longest name that a layer begins with applies. Or a list of 12 or 20 numbers, as in
+    /// AUTOMATIC1111's LoRA Block Weight, the text encoders' first. Default: 1.
     #[serde(alias = "lbw", skip_serializing_if = "Option::is_none")]
-    pub blocks: Option<Blocks>,
+    pub blocks: Option<BlockWeights>,
 }
 
 impl LoraOptions {
@@ -48,7 +48,7 @@ impl LoraOptions {
     }
 }
 
-/// The field `loras`: a list, or its one element alone. A string is the element of that `model`.
+/// The field `loras`: a list, or a single element. A string stands for the element with that `model`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(from = "OneOrMany<LoraEntry>")]
 pub struct LoraList(pub Vec<LoraOptions>);
@@ -103,7 +103,7 @@ impl JsonSchema for LoraList {
     }
 }
 
-/// An adapter of one kind or the other.
+/// The report of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum AppliedAdapter {

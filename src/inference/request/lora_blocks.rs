@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::model::networks::unet::UnetConfig;
 
-/// Blocks of the single file that a list of 12 has weights for, after the text encoders' own; the others count 0.
+/// Blocks that a list of 12 has weights for, after the text encoders' own; the weight of other blocks is 0.
 const OF_TWELVE: [&str; 11] =
     ["IN04", "IN05", "IN07", "IN08", "M00", "OUT00", "OUT01", "OUT02", "OUT03", "OUT04", "OUT05"];
-/// Those of a list of 20, in its order, and diffusers' names of their parts.
+/// Blocks of a list of 20 in its order, and diffusers' names of their parts.
 const BLOCKS: [(&str, &[&str]); 19] = [
     ("IN00", &["conv_in"]),
     ("IN01", &["down_blocks.0.resnets.0"]),
@@ -42,13 +42,13 @@ const BLOCKS: [(&str, &[&str]); 19] = [
 /// Weights by the name of a block, or a list of them.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
-pub enum Blocks {
+pub enum BlockWeights {
     Named(BTreeMap<String, f64>),
     /// 12 or 20: the text encoders' first, then the UNet's from its input to its output.
     Listed(Vec<f64>),
 }
 
-impl Blocks {
+impl BlockWeights {
     /// Weights by name, and the text encoders'.
     ///
     /// # Errors
@@ -78,31 +78,31 @@ impl Blocks {
     }
 }
 
-impl<'de> Deserialize<'de> for Blocks {
+impl<'de> Deserialize<'de> for BlockWeights {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
+        struct BlocksVisitor;
 
-        impl<'de> Visitor<'de> for Form {
-            type Value = Blocks;
+        impl<'de> Visitor<'de> for BlocksVisitor {
+            type Value = BlockWeights;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of numbers, or an array of them")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Blocks, A::Error> {
-                BTreeMap::deserialize(MapAccessDeserializer::new(map)).map(Blocks::Named)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<BlockWeights, A::Error> {
+                BTreeMap::deserialize(MapAccessDeserializer::new(map)).map(BlockWeights::Named)
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Blocks, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(items)).map(Blocks::Listed)
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<BlockWeights, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(items)).map(BlockWeights::Listed)
             }
         }
 
-        deserializer.deserialize_any(Form)
+        deserializer.deserialize_any(BlocksVisitor)
     }
 }
 
-impl JsonSchema for Blocks {
+impl JsonSchema for BlockWeights {
     fn schema_name() -> Cow<'static, str> {
         "Blocks".into()
     }
@@ -116,18 +116,18 @@ impl JsonSchema for Blocks {
 
 #[cfg(test)]
 mod tests {
-    use super::{Blocks, UnetConfig};
+    use super::{BlockWeights, UnetConfig};
     use crate::model::networks::PerBlock;
 
     #[test]
-    fn lists_are_weights_of_the_single_files_blocks() {
+    fn block_lists_follow_the_single_files_blocks() {
         let unet = UnetConfig {
             block_out_channels: vec![320, 640, 1280],
             layers_per_block: PerBlock::Same(2),
             ..UnetConfig::default()
         };
         let twelve: Vec<f64> = (0..12).map(f64::from).collect();
-        let (named, encoders) = Blocks::Listed(twelve.clone()).named(&unet).unwrap_or_default();
+        let (named, encoders) = BlockWeights::Listed(twelve.clone()).named(&unet).unwrap_or_default();
         assert_eq!(encoders, 0.0);
         for (block, weight) in [
             ("down_blocks.0.resnets.0", 0.0),
@@ -141,15 +141,15 @@ mod tests {
             assert_eq!(named.get(block), Some(&weight), "{block}");
         }
         let twenty: Vec<f64> = (0..20).map(f64::from).collect();
-        let (named, _) = Blocks::Listed(twenty).named(&unet).unwrap_or_default();
+        let (named, _) = BlockWeights::Listed(twenty).named(&unet).unwrap_or_default();
         assert_eq!((named.get("conv_in"), named.get("mid_block")), (Some(&1.0), Some(&10.0)));
-        assert!(Blocks::Listed(vec![1.0; 17]).named(&unet).is_err());
+        assert!(BlockWeights::Listed(vec![1.0; 17]).named(&unet).is_err());
         // As single files have it.
         let each = UnetConfig { layers_per_block: PerBlock::Each(vec![2, 2, 2]), ..unet.clone() };
-        assert!(Blocks::Listed(twelve.clone()).named(&each).is_ok());
+        assert!(BlockWeights::Listed(twelve.clone()).named(&each).is_ok());
         let uneven = UnetConfig { layers_per_block: PerBlock::Each(vec![2, 2, 1]), ..unet.clone() };
-        assert!(Blocks::Listed(twelve.clone()).named(&uneven).is_err());
+        assert!(BlockWeights::Listed(twelve.clone()).named(&uneven).is_err());
         let small = UnetConfig { layers_per_block: PerBlock::Same(1), ..unet };
-        assert!(Blocks::Listed(twelve).named(&small).is_err());
+        assert!(BlockWeights::Listed(twelve).named(&small).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! Answers of the inference domain.
+//! Results of the inference domain's operations.
 
 use serde::Serialize;
 
@@ -14,12 +14,12 @@ pub struct Image {
     /// The file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// The file's bytes, where the request asked for them in place of a file.
+    /// The file's bytes, if the request asks for them in place of a file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base64: Option<String>,
     pub format: &'static str,
     pub seed: u64,
-    /// The seed of its variation, where it has one.
+    /// The variation's seed, if the image has a variation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subseed: Option<u64>,
     pub width: usize,
@@ -36,16 +36,16 @@ pub struct Generated {
     /// The textual inversions that the prompts used.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<AppliedEmbedding>,
-    /// What was known from earlier requests.
+    /// Results of earlier requests that were reused.
     pub cache: CacheUse,
-    /// How the images were made, as far as memory goes, and what was done for want of it.
+    /// Memory choices in effect, and the fallbacks that were taken.
     pub memory: MemoryUse,
-    /// What each adapter did with its file.
+    /// Each adapter's file and how much of it was applied.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AppliedAdapter>,
 }
 
-/// Work that earlier requests had done already.
+/// Cache hits and misses of a request.
 #[derive(Clone, Copy, Debug, Default, Serialize, schemars::JsonSchema)]
 pub struct CacheUse {
     /// Texts of the prompts.
@@ -60,34 +60,34 @@ pub struct GeneratedBatch {
     pub results: Vec<Generated>,
 }
 
-/// What a generation will need.
+/// Memory and time that a generation needs.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Estimate {
     /// Bytes of all weights as they will be held.
     pub weights: Bytes,
     /// The same by network.
     pub parts: Vec<PartBytes>,
-    /// Bytes beyond the weights at the largest moment.
+    /// Peak bytes beyond the weights.
     pub activations: Bytes,
-    /// Bytes of the UNet's feature maps, the text as it reads it included.
+    /// Bytes of the UNet's feature maps, and of the text's keys and values.
     pub activations_unet: Bytes,
     /// Bytes of the decoder's feature maps.
     pub activations_decode: Bytes,
-    /// Bytes still to be had, in the way of `memory`: weights that are not in memory yet, and activations.
+    /// Bytes to allocate with the choices of `memory`: weights that are not loaded yet, and activations.
     pub needed: Bytes,
-    /// Bytes free now on the device, where that can be read, within the limits of the configuration.
+    /// Bytes free on the device now, within the configured limits; null if they cannot be read.
     pub free: Option<Bytes>,
-    /// Whether `needed` is free, or would be once what others use is dropped.
+    /// True if `needed` is free, or would be after evicting the networks of other requests; null if that cannot be read.
     pub fits: Option<bool>,
-    /// How the image would be made now.
+    /// Memory choices that would be made now.
     pub memory: MemoryUse,
-    /// Every way to make it, from the fastest to that in the least memory, as far as the request leaves them open.
+    /// All memory choices that the request leaves open, from the fastest to the one with the least memory.
     pub ways: Vec<MemoryStrategy>,
-    /// The largest image of these proportions that fits, in whichever way; null where even 64 pixels do not, or what is free
-    /// cannot be read.
+    /// The largest image of these proportions that fits, with any of these choices; null if even 64 pixels do not fit, or
+    /// free memory cannot be read.
     pub largest: Option<Largest>,
-    /// Evaluations of the UNet, each of all the passes that guidance needs at its step.
+    /// Evaluations of the UNet; the passes of guidance at one step count once.
     pub evaluations: usize,
-    /// Seconds from the model being loaded to the image; null until this process has made an image with it.
+    /// Seconds from the loaded model to the image; null until this process has made an image with it.
     pub seconds: Option<f64>,
 }

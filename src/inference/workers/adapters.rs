@@ -1,4 +1,4 @@
-//! What adapters add at each step: which of them count then, and how they join.
+//! IP-Adapters and T2I-Adapters at each step: which of them apply, and how their features are combined.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -13,32 +13,32 @@ use crate::model::networks::unet::{Pictures, ReadPictures, ReadText, Unet};
 
 const STAGE: &str = "adapters";
 
-/// Reads pictures as the UNet reads the text, once for all steps.
+/// Computes the UNet's keys and values of IP-Adapter images, once for all steps.
 pub struct ReadAdapters;
 
 pub struct ReadAdaptersTask<'a> {
     pub unet: &'a Unet,
     pub adaptation: &'a Adaptation,
-    /// What the UNet reads beside them.
+    /// The UNet's keys and values of the text.
     pub text: &'a ReadText,
-    /// Samples of an evaluation that are of the negative prompt; they come first.
+    /// Number of samples of the negative prompt, which come first.
     pub negatives: usize,
 }
 
-/// Ready for every step.
+/// Adapters, prepared for every step.
 #[derive(Default)]
 pub struct Adapters {
     pictures: Vec<(ReadPictures, f64, [f64; 2])>,
     features: Vec<(Vec<Tensor>, f64)>,
 }
 
-/// What one evaluation takes.
-pub(crate) struct Now<'a> {
+/// Adapters that apply to one evaluation.
+pub(crate) struct ActiveAdapters<'a> {
     pictures: Vec<(Cow<'a, ReadPictures>, f64)>,
     pub(crate) features: Vec<Tensor>,
 }
 
-impl Now<'_> {
+impl ActiveAdapters<'_> {
     pub(crate) fn pictures(&self) -> Vec<Pictures<'_>> {
         self.pictures.iter().map(|(read, weight)| Pictures { read, weight: *weight }).collect()
     }
@@ -60,12 +60,12 @@ impl Worker<ReadAdaptersTask<'_>> for ReadAdapters {
 }
 
 impl Adapters {
-    /// What counts in step `step` of `steps` for some samples of all that were read. Diffusers' rules: pictures in steps
-    /// that lie whole between their shares, features in the first `⌊steps · end⌋`.
+    /// Adapters that apply to `samples` in step `step` of `steps`. Diffusers' rules: an IP-Adapter applies to steps that lie
+    /// entirely within its share, a T2I-Adapter to the first `⌊steps · end⌋`.
     ///
     /// # Errors
-    /// `model_unsupported` where T2I-Adapters do not go together; those of the device.
-    pub(crate) fn at(&self, step: usize, steps: usize, samples: &Range<usize>) -> Result<Now<'_>> {
+    /// `model_unsupported` for T2I-Adapters whose features differ in size; those of the device.
+    pub(crate) fn at(&self, step: usize, steps: usize, samples: &Range<usize>) -> Result<ActiveAdapters<'_>> {
         let (now, all) = (step as f64, steps as f64);
         let counts = |[start, end]: [f64; 2]| now / all >= start && (now + 1.0) / all <= end;
         let pictures = (self.pictures.iter())
@@ -89,6 +89,6 @@ impl Adapters {
                 .collect::<candle_core::Result<_>>()
                 .stage(STAGE)?;
         }
-        Ok(Now { pictures, features })
+        Ok(ActiveAdapters { pictures, features })
     }
 }

@@ -1,4 +1,4 @@
-//! Latents to pixels.
+//! Decodes latents to pixels.
 
 use candle_core::Tensor;
 
@@ -16,16 +16,16 @@ pub struct Decode;
 pub struct DecodeTask<'a> {
     pub decoder: &'a VaeDecoder,
     pub config: &'a VaeConfig,
-    /// `[B, H, W, C]`, f32, in the VAE's scale.
+    /// `[B, H, W, C]`, f32, in the UNet's scale.
     pub latents: &'a Tensor,
     pub placement: &'a Placement,
     pub options: DecodeExtent,
-    /// Bytes free on the device, where that can be read.
+    /// Bytes free on the device; `None` if they cannot be read.
     pub free: Option<Bytes>,
 }
 
 impl Worker<DecodeTask<'_>> for Decode {
-    /// One image a sample, eight times as wide and high as the latents.
+    /// One image for each sample, eight times as wide and high as the latents.
     type Output = Vec<Rgb8>;
 
     fn run(&self, task: DecodeTask<'_>, ctx: &Context) -> Result<Vec<Rgb8>> {
@@ -45,7 +45,7 @@ impl Worker<DecodeTask<'_>> for Decode {
 }
 
 impl Decode {
-    /// Whole where that has room: strips take longer.
+    /// Whole if memory allows: strips take longer.
     fn extent(&self, task: &DecodeTask) -> Extent {
         let pixels = task.latents.elem_count() / task.latents.dim(0).unwrap_or(1).max(1) / task.config.latent_channels
             * task.config.reduction().pow(2);

@@ -1,4 +1,4 @@
-//! Puts a repainted picture back into the original. Where nothing is masked, the original's bytes are the result's.
+//! Pastes a repainted image into the original, whose bytes stay the same where nothing is masked.
 
 use crate::conditioning::init_image::Paste;
 use crate::context::Context;
@@ -15,7 +15,7 @@ pub struct PasteTask<'a> {
 }
 
 impl Worker<PasteTask<'_>> for PasteBack {
-    /// Of the original's size.
+    /// The original with the repainted part.
     type Output = Rgb8;
 
     fn run(&self, task: PasteTask<'_>, _ctx: &Context) -> Result<Rgb8> {
@@ -38,8 +38,8 @@ impl Worker<PasteTask<'_>> for PasteBack {
     }
 }
 
-/// A picture at the size of a region. Where the proportions differ, the region lies in the picture's middle, as it was
-/// brought there, and the picture is cut.
+/// An image, resized to a region. If the proportions differ, the region is the image's centre, as it was when the region
+/// was resized to the image.
 fn uncovered(painted: &Rgb8, region: Region) -> Result<Rgb8> {
     let Region { width, height, .. } = region;
     let (wide, high) = match width * painted.height < height * painted.width {

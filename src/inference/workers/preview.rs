@@ -1,4 +1,4 @@
-//! A small picture of an image that is still being made.
+//! A small preview of an image during denoising.
 
 use candle_core::Tensor;
 
@@ -16,7 +16,7 @@ pub struct Preview;
 pub struct PreviewTask<'a> {
     pub decoder: &'a VaeDecoder,
     pub config: &'a VaeConfig,
-    /// `[B, H, W, C]`, f32: the image as it is expected now.
+    /// `[B, H, W, C]`, f32: the latest estimate of the latents.
     pub x0: &'a Tensor,
     /// Longest side in pixels.
     pub max_side: usize,
