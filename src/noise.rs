@@ -1,6 +1,6 @@
 //! Seeded Gaussian noise, one stream per image: torch's CPU generator, and CUDA's Philox.
 //!
-//! An image's noise depends on its own seed alone, never on its neighbours in a batch. Draws continue each stream as
+//! An image's noise depends on its own seed only, never on its neighbours in a batch. Draws continue each stream like
 //! successive calls of `torch.randn((1, C, H, W), generator=…)` do.
 //!
 //! - `cpu`: MT19937 (Matsumoto & Nishimura 1998) seeded with the low 32 bits, Box–Muller in blocks of 16 as
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, StageContext};
 
-/// Which generator the noise equals.
+/// The random number generator to reproduce.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RngKind {
@@ -27,18 +27,18 @@ pub enum RngKind {
     Nv,
 }
 
-/// What an image's noise is drawn from.
+/// The seeds of an image's noise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seed {
     pub main: u64,
     pub variation: Option<Variation>,
 }
 
-/// A second stream, whose first draw is blended into the noise that the image begins from.
+/// A second stream, whose first draw is blended into the initial noise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Variation {
     pub seed: u64,
-    /// 0, the main stream alone, to 1, this one alone.
+    /// 0 takes the main stream only, 1 this one only.
     pub strength: f64,
 }
 
@@ -77,8 +77,7 @@ impl NoiseSource {
         self.next(false)
     }
 
-    /// [`Self::draw`], with the variations blended in: the noise that an image begins from. The streams go on as after
-    /// any other draw.
+    /// The initial noise: [`Self::draw`] with the variations blended in. The streams continue as after any other draw.
     ///
     /// # Errors
     /// Those of [`Self::draw`].
@@ -127,9 +126,9 @@ impl Stream {
     }
 }
 
-/// Turns `from` towards `to` by `share` of the angle between them: `(sin((1−t)ω) a + sin(tω) b) / sin ω`. Both are
-/// `[C, H, W]`, and every column of every channel is a vector of its own, which is how AUTOMATIC1111 has it
-/// (modules/rng.py at 0d5dc9a), down to the weights of noises that are nearly the same.
+/// Spherical interpolation by `share`: `(sin((1−t)ω) a + sin(tω) b) / sin ω`. Both are `[C, H, W]`, and every column of
+/// every channel is a vector of its own, as in AUTOMATIC1111 (modules/rng.py at 0d5dc9a), including its weights for
+/// nearly equal noise.
 fn slerp(from: &mut [f32], to: &[f32], share: f64, [channels, height, width]: [usize; 3]) {
     let columns = || (0..channels * width).map(|i| i / width * height * width + i % width);
     let rows = |column: usize| (0..height).map(move |row| column + row * width);
@@ -143,9 +142,9 @@ fn slerp(from: &mut [f32], to: &[f32], share: f64, [channels, height, width]: [u
         }
         dot / (a * b).sqrt()
     };
-    let same = columns().map(|column| cosine(from, column)).sum::<f64>() > 0.9995 * (channels * width) as f64;
+    let nearly_equal = columns().map(|column| cosine(from, column)).sum::<f64>() > 0.9995 * (channels * width) as f64;
     for column in columns() {
-        let (a, b) = if same {
+        let (a, b) = if nearly_equal {
             (share, 1.0 - share)
         } else {
             let angle = cosine(from, column).clamp(-1.0, 1.0).acos();
@@ -180,7 +179,7 @@ impl TorchCpu {
             box_muller_16(block);
         }
         if !count.is_multiple_of(BLOCK) {
-            // The last 16 values are drawn afresh, over some that were finished already.
+            // The last 16 values are drawn again, overwriting some finished ones.
             let tail = &mut values[count - BLOCK..];
             tail.fill_with(|| self.uniform());
             box_muller_16(tail);
@@ -212,7 +211,7 @@ impl TorchCpu {
     }
 }
 
-/// Sixteen uniforms become eight cosines and then eight sines.
+/// Turns sixteen uniforms into eight cosines and then eight sines.
 fn box_muller_16(block: &mut [f32]) {
     let (first, second) = block.split_at_mut(BLOCK / 2);
     for (a, b) in first.iter_mut().zip(second) {
@@ -224,7 +223,7 @@ fn box_muller_16(block: &mut [f32]) {
     }
 }
 
-/// A polynomial by Horner's rule, the highest coefficient first, each step rounded once.
+/// Evaluates a polynomial by Horner's rule with fused multiply-add, the highest coefficient first.
 fn horner(x: f32, coefficients: &[f32]) -> f32 {
     coefficients.iter().copied().reduce(|y, c| y.mul_add(x, c)).unwrap_or_default()
 }
@@ -259,8 +258,8 @@ fn logarithm(x: f32) -> f32 {
     exponent.mul_add(LN2_HIGH, m + y)
 }
 
-/// Sine and cosine of an angle from 0 to 2π: Cephes `sinf` and `cosf`. The angle is brought to within π/4 of a multiple
-/// of π/2, which is taken off in three parts.
+/// Sine and cosine of an angle from 0 to 2π: Cephes `sinf` and `cosf`. The angle is reduced by a multiple of π/2, in three
+/// parts, to at most π/4.
 fn sine_and_cosine(angle: f32) -> (f32, f32) {
     const QUARTERS: [f32; 3] = [-0.785_156_25, -2.418_756_5e-4, -3.774_895e-8]; // -π/4
     const SINE: [f32; 3] = [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1];
@@ -338,9 +337,9 @@ impl Philox {
                 let [x, y, ..] = philox4x32_10([draws, 0, (element & 0xffff_ffff) as u32, (element >> 32) as u32], key);
                 // f32 constants, as the kernel has them.
                 let unit = f64::from(2.328_306_4e-10_f32);
-                let turn = f64::from(2.328_306_4e-10_f32 * std::f32::consts::TAU);
+                let angle_unit = f64::from(2.328_306_4e-10_f32 * std::f32::consts::TAU);
                 let u = f64::from(x) * unit + unit / 2.0;
-                let v = f64::from(y) * turn + turn / 2.0;
+                let v = f64::from(y) * angle_unit + angle_unit / 2.0;
                 ((-2.0 * u.ln()).sqrt() * v.sin()) as f32
             })
             .collect()

@@ -1,4 +1,4 @@
-//! The folders beneath which requests may name files, and the check that a path stays beneath them.
+//! The folders that requests may read and write files in, and the check that a path stays inside them.
 
 use std::ffi::OsString;
 use std::io::ErrorKind;
@@ -6,26 +6,26 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Folders that were configured by whoever runs the worker. Requests reach nothing outside of them: neither by `..`,
-/// nor by an absolute path, nor through a symbolic link.
+/// The configured folders. Requests reach nothing outside them, neither by `..` nor by an absolute path nor through a
+/// symbolic link.
 #[derive(Clone, Debug)]
 pub struct Roots {
     folders: Vec<PathBuf>,
 }
 
 impl Roots {
-    /// Relative folders are taken from the working directory; a folder need not exist yet.
+    /// Relative folders are relative to the working directory; a folder need not exist yet.
     #[must_use]
     pub fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
         Self { folders: folders.into_iter().collect() }
     }
 
-    /// `path` with every symbolic link resolved, if that lies beneath a root. The path's end need not exist.
-    /// `field` is the part of the request in which the path stood.
+    /// Resolves every symbolic link of `path`, and checks that the result is inside a root. The end of the path need not
+    /// exist. `field` is the request field of the path, for errors.
     ///
     /// # Errors
-    /// `path_not_allowed` outside the roots and for `..`, whether or not the path exists; `invalid_parameter` for
-    /// what no file system takes.
+    /// `path_not_allowed` outside the roots and for `..`, whether or not the path exists; `invalid_parameter` for a path
+    /// that no file system accepts.
     pub fn beneath(&self, path: &Path, field: &str) -> Result<PathBuf> {
         let refused = || Error::PathNotAllowed { path: path.to_owned() };
         if path.as_os_str().is_empty() {
@@ -34,18 +34,18 @@ impl Roots {
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(refused());
         }
-        let real = match settle(path) {
+        let real = match resolve_links(path) {
             Ok(real) => real,
             Err(error) if error.kind() == ErrorKind::InvalidFilename || error.kind() == ErrorKind::InvalidInput => {
                 return Err(Error::invalid(field, format!("names no usable path: {error}")));
             }
             Err(_) => return Err(refused()),
         };
-        let inside = self.folders.iter().filter_map(|root| settle(root).ok()).any(|root| real.starts_with(root));
+        let inside = self.folders.iter().filter_map(|root| resolve_links(root).ok()).any(|root| real.starts_with(root));
         if inside { Ok(real) } else { Err(refused()) }
     }
 
-    /// Makes `folder` with its parents, and gives it with every symbolic link resolved.
+    /// Creates `folder` with its parents, and returns it with every symbolic link resolved.
     ///
     /// # Errors
     /// Those of [`Self::beneath`], and `output_write_failed`.
@@ -58,8 +58,8 @@ impl Roots {
     }
 }
 
-/// The absolute path with the links of its existing part resolved, and the rest appended.
-fn settle(path: &Path) -> std::io::Result<PathBuf> {
+/// The absolute path, with the links of its existing part resolved.
+fn resolve_links(path: &Path) -> std::io::Result<PathBuf> {
     let mut existing = std::path::absolute(path)?;
     let mut rest: Vec<OsString> = Vec::new();
     loop {
@@ -76,26 +76,26 @@ fn settle(path: &Path) -> std::io::Result<PathBuf> {
         }
     }
     let mut real = match existing.canonicalize() {
-        Err(error) if error.kind() == ErrorKind::NotFound => dangling(&existing)?,
+        Err(error) if error.kind() == ErrorKind::NotFound => dangling_target(&existing)?,
         real => real?,
     };
     real.extend(rest.iter().rev());
     Ok(real)
 }
 
-/// Where a link leads that leads to nothing: as far as it goes, it must stay beneath a root like any other.
-fn dangling(link: &Path) -> std::io::Result<PathBuf> {
-    let lost = || std::io::Error::from(ErrorKind::NotFound);
-    let mut real = link.parent().ok_or_else(lost)?.canonicalize()?;
+/// The target of a link to a file that does not exist; it must be inside a root like any other path.
+fn dangling_target(link: &Path) -> std::io::Result<PathBuf> {
+    let not_found = || std::io::Error::from(ErrorKind::NotFound);
+    let mut real = link.parent().ok_or_else(not_found)?.canonicalize()?;
     for part in std::fs::read_link(link)?.components() {
         match part {
             Component::ParentDir => drop(real.pop()),
             Component::CurDir => {}
-            // A further link on the way would lead somewhere else.
+            // Chains of links are refused, because they could lead elsewhere.
             _ => {
                 real.push(part);
                 if real.is_symlink() {
-                    return Err(lost());
+                    return Err(not_found());
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! What can be asked of the conditioning domain.
+//! Settings, requests and responses of the conditioning domain.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,9 +11,9 @@ use crate::postprocessing::interface::OutputOptions;
 #[derive(Clone, Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Whether the embeddings of prompts are kept for the next request.
+    /// True to cache the embeddings of prompts for later requests.
     pub cache_embeddings: bool,
-    /// Whether the hints of ControlNets are kept for the next request.
+    /// True to cache the hints of ControlNets for later requests.
     pub cache_hints: bool,
 }
 
@@ -23,29 +23,29 @@ impl Default for Settings {
     }
 }
 
-/// How the weights of a prompt's words act. The way in which they are written is the same.
+/// How the weights of a prompt's words act. Their syntax is the same for all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PromptWeighting {
-    /// AUTOMATIC1111's: states times weights, and the mean of the chunk restored.
+    /// AUTOMATIC1111's: states times weights, with the mean of the chunk restored.
     #[default]
     A1111,
-    /// compel's: away from the states of the empty text; below 1 also towards those without the words.
+    /// compel's: interpolation from the states of the empty text; weights below 1 also mix in the states without the words.
     Compel,
-    /// ComfyUI's: away from the states of the empty text.
+    /// ComfyUI's: interpolation from the states of the empty text.
     Comfy,
-    /// The prompt is plain text: brackets and `AND` are characters.
+    /// The prompt is plain text without syntax.
     None,
 }
 
-/// A textual inversion: a safetensors file for SDXL, whose vectors stand in for a word of the prompts.
+/// A textual inversion: a safetensors file for SDXL, whose vectors replace a word of the prompts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct EmbeddingRequest {
-    /// The file beneath a model root, or in a folder `embeddings` there; with its ending or without.
+    /// The file under a model root, or in a folder `embeddings` there, with or without its extension.
     #[serde(alias = "path")]
     pub name: String,
-    /// The word of the prompts that stands for it, in whatever case. Default: the name of the file without its ending.
+    /// The word in the prompts, ignoring case. Default: the name of the file without its extension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
 }
@@ -55,13 +55,13 @@ pub struct EmbeddingRequest {
 pub struct AppliedEmbedding {
     pub name: String,
     pub token: String,
-    /// Positions of a prompt that it takes.
+    /// Number of vectors, each of which takes one position of the prompt.
     pub vectors: usize,
-    /// The text encoders that it was given to: `text_encoder`, `text_encoder_2`.
+    /// The text encoders that it applies to: `text_encoder`, `text_encoder_2`.
     pub encoders: Vec<&'static str>,
 }
 
-/// How many texts were known, and how many a network had to read.
+/// Number of results from the cache, and of those computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct CacheCount {
     pub hits: usize,
@@ -71,18 +71,18 @@ pub struct CacheCount {
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// What a prompt is to the UNet: its embeddings, as shapes and statistics.
+    /// The embeddings of a prompt, as shapes and statistics.
     EncodePrompt(EncodeRequest),
     /// The tokens of a text.
     Tokenize(TokenizeRequest),
-    /// The hint that a preprocessor makes of an image.
+    /// The hint that a preprocessor makes from an image.
     Preprocess(Box<PreprocessRequest>),
-    /// Which conditioning there is.
+    /// The supported conditioning.
     List(Nothing),
 }
 
 impl Request {
-    /// Whether it must run where the weights are. What needs none is answered while an image is made.
+    /// True if the request must run on the compute thread; others are answered while an image is made.
     #[must_use]
     pub fn needs_compute(&self) -> bool {
         match self {
@@ -95,19 +95,19 @@ impl Request {
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct EncodeRequest {
-    /// At most 2400 tokens; beyond 75 it is encoded in chunks of 75. Of one that changes from step to step, or has
-    /// parts joined by `AND`, the first step's first part is encoded, of 25 steps.
+    /// At most 2400 tokens; more than 75 are encoded in chunks of 75. Of an edited prompt or one with `AND`, the first
+    /// part at the first of 25 steps is encoded.
     pub prompt: String,
     /// Prompt of the second text encoder. Default: `prompt`.
     #[serde(default)]
     pub prompt_2: Option<String>,
-    /// Left out: zeros where the checkpoint says so, the empty text otherwise.
+    /// If left out: zeros if the checkpoint says so, the empty text otherwise.
     #[serde(default)]
     pub negative_prompt: Option<String>,
     /// Negative prompt of the second text encoder. Default: `negative_prompt`.
     #[serde(default)]
     pub negative_prompt_2: Option<String>,
-    /// Layers of the text encoders left out for the prompt, from 0 (the default).
+    /// Layers of the text encoders skipped for the prompt, from 0 (the default).
     #[serde(default)]
     pub clip_skip: Option<u32>,
     /// How the weights of words act. Default: `a1111`.
@@ -116,7 +116,7 @@ pub struct EncodeRequest {
     /// Textual inversions for words of the prompts, at most 64.
     #[serde(default)]
     pub embeddings: Option<Vec<EmbeddingRequest>>,
-    /// A name that `model.list` gives. Default: the default model.
+    /// A name from `model.list`. Default: the default model.
     #[serde(default)]
     pub model: Option<String>,
 }
@@ -126,54 +126,54 @@ pub struct EncodeRequest {
 pub struct TokenizeRequest {
     /// At most 64 KiB.
     pub text: String,
-    /// A name that `model.list` gives. Default: the default model.
+    /// A name from `model.list`. Default: the default model.
     #[serde(default)]
     pub model: Option<String>,
 }
 
-/// An image and what to make of it.
+/// An image and its preprocessor.
 #[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct PreprocessRequest {
     /// PNG, JPEG or WebP.
     pub image: ImageSource,
-    /// A name that `conditioning.list` gives.
+    /// A name from `conditioning.list`.
     pub preprocessor: String,
-    /// The preprocessor's numbers. Default: its own.
+    /// The preprocessor's parameters. Default: its own.
     #[serde(default)]
     pub parameters: Option<PreprocessorParameters>,
-    /// Of the hint, 1 to 8192 pixels. Default: the image's.
+    /// Width of the hint, 1 to 8192 pixels. Default: the image's.
     #[serde(default)]
     pub width: Option<i64>,
-    /// Of the hint, 1 to 8192 pixels. Default: the image's.
+    /// Height of the hint, 1 to 8192 pixels. Default: the image's.
     #[serde(default)]
     pub height: Option<i64>,
-    /// How an image of another size is brought to the hint's, before the preprocessor sees it. Default: `stretch`.
+    /// How an image of another size is resized before preprocessing. Default: `stretch`.
     #[serde(default)]
     pub resize_mode: Option<ResizeMode>,
-    /// Where the hint goes, and in which format.
+    /// How the hint is returned or written.
     #[serde(default)]
     pub output: Option<OutputOptions>,
 }
 
-/// What a preprocessor can be told; `conditioning.list` says which has which, with range and default.
+/// Parameters of preprocessors; `conditioning.list` gives those of each, with range and default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 #[schemars(deny_unknown_fields)]
 pub struct PreprocessorParameters {
-    /// `canny`: the gradient |dx| + |dy| above which an edge goes on, 0 to 2040. Default 100.
+    /// `canny`: the gradient |dx| + |dy| above which an edge continues, 0 to 2040. Default 100.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub low_threshold: Option<f64>,
     /// `canny`: the gradient |dx| + |dy| above which an edge begins, 0 to 2040. Default 200.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub high_threshold: Option<f64>,
-    /// `threshold`: what a pixel's darkest channel must exceed to become white, 0 to 255. Default 127.
+    /// `threshold`: a pixel becomes white if all its channels exceed this, 0 to 255. Default 127.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
     /// Standard deviation of the Gaussian in pixels. `blur`: 0.1 to 64, default 9. `lineart`: 0.5 to 32, default 6.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sigma: Option<f64>,
-    /// `tile`: by what width and height are divided, 1 to 32. Default 1, which changes nothing.
+    /// `tile`: divisor of width and height, 1 to 32. Default 1, which changes nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub down_sampling_rate: Option<f64>,
 }
@@ -209,7 +209,7 @@ pub struct EncodedPrompt {
     pub negative: EmbeddingFacts,
 }
 
-/// Embeddings in a few numbers.
+/// Statistics of embeddings.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct EmbeddingFacts {
     /// Batch, tokens, width.
@@ -228,7 +228,7 @@ pub struct EmbeddingFacts {
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct Tokenized {
     pub model: String,
-    /// One entry a tokenizer, in the order of the text encoders.
+    /// One entry for each tokenizer, in the order of the text encoders.
     pub tokenizers: Vec<TokenList>,
 }
 
@@ -238,27 +238,27 @@ pub struct TokenList {
     pub name: &'static str,
     /// Without start, end and padding.
     pub ids: Vec<u32>,
-    /// Entries of the vocabulary; `</w>` ends a word.
+    /// Vocabulary entries; `</w>` ends a word.
     pub tokens: Vec<String>,
     pub count: usize,
-    /// How many times 77 positions the text takes, start and end included.
+    /// Number of chunks of 77 positions, including start and end.
     pub chunks: usize,
 }
 
 /// The answer to `list`.
 #[derive(Clone, Debug, Serialize, schemars::JsonSchema)]
 pub struct ConditioningList {
-    /// What a prompt may be written with.
+    /// The syntax of prompts.
     pub prompt_syntax: Vec<&'static str>,
-    /// What `prompt_weighting` may be.
+    /// The values of `prompt_weighting`.
     pub prompt_weightings: Vec<PromptWeighting>,
     /// ControlNet preprocessors.
     pub preprocessors: Vec<PreprocessorEntry>,
-    /// Tokens that a prompt may have.
+    /// Most tokens of a prompt.
     pub max_tokens: usize,
 }
 
-/// A preprocessor and what it can be told.
+/// A preprocessor and its parameters.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct PreprocessorEntry {
     pub name: &'static str,
@@ -280,14 +280,14 @@ pub struct PreprocessedImage {
     /// The file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// The file's bytes, where the request asked for them in place of a file.
+    /// The file's bytes, if the request asked for them instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base64: Option<String>,
     pub format: &'static str,
     pub width: usize,
     pub height: usize,
     pub preprocessor: &'static str,
-    /// Every number used.
+    /// Every parameter used.
     pub parameters: PreprocessorParameters,
 }
 

@@ -1,4 +1,4 @@
-//! Pictures in memory, at another size, and as requests bring them.
+//! Images in memory, resampled, and as request inputs.
 
 pub mod pixels;
 pub mod resample;

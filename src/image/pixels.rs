@@ -15,7 +15,7 @@ pub struct Rgb8 {
     pub data: Vec<u8>,
 }
 
-/// One byte a pixel, rows from the top: a mask, of which 255 counts whole.
+/// One byte a pixel, rows from the top: a mask in which 255 is 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gray8 {
     pub width: usize,
@@ -23,7 +23,7 @@ pub struct Gray8 {
     pub data: Vec<u8>,
 }
 
-/// A part of a picture, in pixels.
+/// A region of an image, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     pub left: usize,
@@ -66,7 +66,7 @@ impl Rgb8 {
         Tensor::from_vec(values, (1, self.height, self.width, 3), device).stage("pixels")
     }
 
-    /// The image as `[1, H, W, 3]`, f32 in `[0, 1]`: `byte / 255`, as ControlNets are shown their hints.
+    /// The image as `[1, H, W, 3]`, f32 in `[0, 1]`: `byte / 255`, as ControlNets take hints.
     ///
     /// # Errors
     /// `data` of another length than the size says; the device's own.
@@ -75,7 +75,7 @@ impl Rgb8 {
         Tensor::from_vec(values, (1, self.height, self.width, 3), device).stage("pixels")
     }
 
-    /// The same picture at another size.
+    /// The image at another size.
     ///
     /// # Errors
     /// Those of [`resample::resize`].
@@ -84,26 +84,26 @@ impl Rgb8 {
         Ok(Self { width, height, data })
     }
 
-    /// A part of the picture.
+    /// A region of the image.
     ///
     /// # Errors
-    /// `internal` where the picture ends before the part does.
+    /// `internal` if the region reaches beyond the image.
     pub fn part(&self, region: Region) -> Result<Self> {
         let Region { left, top, width, height } = region;
         if left + width > self.width || top + height > self.height {
-            return Err(Error::bug(format!("{region:?} of a picture of {} × {}", self.width, self.height)));
+            return Err(Error::bug(format!("{region:?} of an image of {} × {}", self.width, self.height)));
         }
         let row = |y: usize| &self.data[3 * (y * self.width + left)..3 * (y * self.width + left + width)];
         Ok(Self { width, height, data: (top..top + height).flat_map(|y| row(y).iter().copied()).collect() })
     }
 
-    /// The picture with margins (left, top, right, bottom) that repeat its border.
+    /// The image with margins (left, top, right, bottom) that repeat its border.
     ///
     /// # Errors
-    /// `internal` for an empty picture.
+    /// `internal` for an empty image.
     pub fn grown(&self, [left, top, right, bottom]: [usize; 4]) -> Result<Self> {
         if self.width == 0 || self.height == 0 {
-            return Err(Error::bug("an empty picture cannot grow"));
+            return Err(Error::bug("an empty image cannot grow"));
         }
         let (width, height) = (self.width + left + right, self.height + top + bottom);
         let mut data = Vec::with_capacity(3 * width * height);
@@ -117,7 +117,7 @@ impl Rgb8 {
         Ok(Self { width, height, data })
     }
 
-    /// Luminance as Pillow has it: ITU-R 601 in 16-bit fixed point.
+    /// Luminance as in Pillow: ITU-R 601 in 16-bit fixed point.
     #[must_use]
     pub fn to_gray(&self) -> Gray8 {
         let luminance = |pixel: &[u8]| {
@@ -127,7 +127,7 @@ impl Rgb8 {
         Gray8 { width: self.width, height: self.height, data: self.data.chunks_exact(3).map(luminance).collect() }
     }
 
-    /// Width and height as image files count them.
+    /// Width and height in the type of image files.
     ///
     /// # Errors
     /// `internal` if `data` has another length than the size says, or a side does not fit in 32 bits.
@@ -152,7 +152,7 @@ impl Gray8 {
         Rgb8 { width: self.width, height: self.height, data }
     }
 
-    /// With margins (left, top, right, bottom) of `value`.
+    /// The mask with margins (left, top, right, bottom) of `value`.
     #[must_use]
     pub fn framed(&self, [left, top, right, bottom]: [usize; 4], value: u8) -> Self {
         let (width, height) = (self.width + left + right, self.height + top + bottom);

@@ -1,10 +1,10 @@
-//! Pictures of bytes at another size, equal to Pillow's `Image.resize` bit for bit, as the reference resizes with it:
-//! a separable filter, across and then down, with 22-bit coefficients and bytes between the two. Pillow 13 goes down first
-//! for some pairs of sizes, and is then a level or two away.
+//! Resizes byte images bit for bit like Pillow's `Image.resize`, which the reference uses: a separable filter, across and
+//! then down, with 22-bit coefficients and bytes between the two. Pillow 13 goes down first for some pairs of sizes, and
+//! then differs by a level or two.
 
 use crate::error::{Error, Result};
 
-/// How source pixels are weighted. When a picture shrinks, the filter widens with it.
+/// The resampling filter. It widens when an image shrinks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
     Bilinear,
@@ -15,7 +15,7 @@ pub enum Filter {
 }
 
 impl Filter {
-    /// How far it reaches, in source pixels at the same size.
+    /// Half width in source pixels, without scaling.
     fn support(self) -> f64 {
         match self {
             Self::Bilinear => 1.0,
@@ -40,22 +40,22 @@ impl Filter {
     }
 }
 
-/// Bits behind the point of a coefficient.
+/// Fractional bits of a coefficient.
 const PRECISION: u32 = 32 - 8 - 2;
 
-/// Bytes that a picture may have on its way.
-const MOST: usize = 1 << 30;
+/// Most bytes of an intermediate image.
+const MAX_BYTES: usize = 1 << 30;
 
-/// One result: where its source pixels begin, and their coefficients.
-struct Window {
+/// The source pixels of one output pixel, from `first` on, and their coefficients.
+struct FilterWindow {
     first: usize,
     weights: Vec<i64>,
 }
 
-/// A picture of `channels` interleaved bytes, rows from the top, from size `from` to size `to`, both width and height.
+/// Resizes an image of `channels` interleaved bytes from size `from` to size `to`, both width and height.
 ///
 /// # Errors
-/// `image_too_large` where a narrow picture would become a giant on its way; `internal` for an empty size, or data of
+/// `image_too_large` if the intermediate image of a narrow one would be huge; `internal` for an empty size, or data of
 /// another length than the size says.
 pub fn resize(
     data: &[u8],
@@ -68,9 +68,9 @@ pub fn resize(
         return Err(Error::bug(format!("{} bytes to resize from {from:?} to {to:?}, {channels} channels", data.len())));
     }
     let bytes = |width: usize, height: usize| width.checked_mul(height).and_then(|pixels| pixels.checked_mul(channels));
-    if [bytes(to.0, from.1), bytes(to.0, to.1)].iter().any(|bytes| bytes.is_none_or(|bytes| bytes > MOST)) {
+    if [bytes(to.0, from.1), bytes(to.0, to.1)].iter().any(|bytes| bytes.is_none_or(|bytes| bytes > MAX_BYTES)) {
         let (from, to) = (format!("{} × {}", from.0, from.1), format!("{} × {}", to.0, to.1));
-        return Err(Error::ImageTooLarge { message: format!("its proportions are too unlike: {from} to {to}") });
+        return Err(Error::ImageTooLarge { message: format!("its proportions differ too much: {from} to {to}") });
     }
     let across = match from.0 == to.0 {
         true => data.to_vec(),
@@ -94,14 +94,14 @@ pub fn resize(
     let stride = to.0 * channels;
     let mut down = Vec::with_capacity(stride * to.1);
     for window in windows(from.1, to.1, filter) {
-        for place in 0..stride {
-            down.push(window.apply(across.iter().skip(window.first * stride + place).step_by(stride)));
+        for column in 0..stride {
+            down.push(window.apply(across.iter().skip(window.first * stride + column).step_by(stride)));
         }
     }
     Ok(down)
 }
 
-impl Window {
+impl FilterWindow {
     fn apply<'a>(&self, source: impl Iterator<Item = &'a u8>) -> u8 {
         let half = 1i64 << (PRECISION - 1);
         let sum = self.weights.iter().zip(source).fold(half, |sum, (weight, &byte)| sum + weight * i64::from(byte));
@@ -109,13 +109,13 @@ impl Window {
     }
 }
 
-fn windows(from: usize, to: usize, filter: Filter) -> Vec<Window> {
+fn windows(from: usize, to: usize, filter: Filter) -> Vec<FilterWindow> {
     let scale = from as f64 / to as f64;
     let stretch = scale.max(1.0);
     let support = filter.support() * stretch;
     (0..to)
-        .map(|place| {
-            let centre = (place as f64 + 0.5) * scale;
+        .map(|position| {
+            let centre = (position as f64 + 0.5) * scale;
             let first = (centre - support + 0.5).max(0.0) as usize;
             let end = ((centre + support + 0.5) as usize).min(from);
             let weight = |at: usize| filter.weight((at as f64 - centre + 0.5) / stretch);
@@ -123,7 +123,7 @@ fn windows(from: usize, to: usize, filter: Filter) -> Vec<Window> {
             let total: f64 = weights.iter().sum();
             let whole = f64::from(1u32 << PRECISION);
             let fixed = |weight: f64| (weight / total * whole).round() as i64;
-            Window { first, weights: weights.into_iter().map(fixed).collect() }
+            FilterWindow { first, weights: weights.into_iter().map(fixed).collect() }
         })
         .collect()
 }

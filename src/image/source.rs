@@ -1,4 +1,4 @@
-//! Images that a request brings: a path, base64 or a `data:` URL, checked before they are decoded.
+//! Images of a request, given by path, base64 or `data:` URL and checked before they are decoded.
 
 pub(crate) mod completeness;
 
@@ -30,12 +30,12 @@ pub enum ImageSource {
     Base64(String),
 }
 
-/// The bytes of an image whose header has been read and found acceptable.
+/// The bytes of an image with a valid header.
 #[derive(Clone, Debug)]
 pub struct ImageFile {
     pub bytes: Vec<u8>,
     pub format: ImageFormat,
-    /// Of the picture as it is shown, after [`Self::decode`] has turned it.
+    /// The width after [`Self::decode`] has applied the EXIF orientation.
     pub width: usize,
     pub height: usize,
     orientation: Orientation,
@@ -44,13 +44,13 @@ pub struct ImageFile {
 impl ImageSource {
     pub const MAX_BYTES: u64 = 64 * Bytes::MIB;
     pub const MAX_PIXELS: u64 = 64_000_000;
-    /// No JPEG or WebP is longer.
+    /// The longest side of a JPEG; WebP's limit is lower.
     pub const MAX_SIDE: u32 = 65_535;
 
-    /// Reads the file and its header, not the pixels. `field` is the part of the request in which the source stood.
+    /// Reads the file and its header, not the pixels. `field` is the request field of the source, for errors.
     ///
     /// # Errors
-    /// `path_not_allowed` outside `roots`, `invalid_parameter` for what cannot be read or is no base64,
+    /// `path_not_allowed` outside `roots`, `invalid_parameter` for unreadable files and invalid base64,
     /// `image_too_large`, and `image_decode_failed` for anything but PNG, JPEG and WebP.
     pub fn read(&self, roots: &Roots, field: &str) -> Result<ImageFile> {
         let bytes = match self {
@@ -60,11 +60,11 @@ impl ImageSource {
                     Error::invalid(field, format!("names `{}`, which cannot be read: {error}", path.display()))
                 };
                 // A pipe or a device would block the thread or never end.
-                let facts = real.metadata().map_err(|error| unreadable(&error))?;
-                if !facts.is_file() {
+                let metadata = real.metadata().map_err(|error| unreadable(&error))?;
+                if !metadata.is_file() {
                     return Err(unreadable(&"it is not a file"));
                 }
-                if facts.len() > Self::MAX_BYTES {
+                if metadata.len() > Self::MAX_BYTES {
                     return Err(too_long());
                 }
                 let file = std::fs::File::open(&real).map_err(|error| unreadable(&error))?;
@@ -78,7 +78,7 @@ impl ImageSource {
     }
 }
 
-/// As it came: a path is a string.
+/// Serializes a path as a string.
 impl Serialize for ImageSource {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
@@ -115,18 +115,18 @@ impl ImageFile {
             let limit = ImageSource::MAX_SIDE;
             return Err(Error::ImageTooLarge { message: format!("{width} × {height} has a side of over {limit}") });
         }
-        // What cannot be read of it says nothing of the picture.
+        // An unreadable orientation does not make the image invalid.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         drop(decoder);
-        if !completeness::is_whole(&bytes, format) {
-            return Err(Error::ImageDecodeFailed { message: "the file ends before the picture does".to_owned() });
+        if !completeness::is_complete(&bytes, format) {
+            return Err(Error::ImageDecodeFailed { message: "the file ends before the image does".to_owned() });
         }
-        let (width, height) = if turned(orientation) { (height, width) } else { (width, height) };
+        let (width, height) = if swaps_sides(orientation) { (height, width) } else { (width, height) };
         Ok(Self { bytes, format, width: width as usize, height: height as usize, orientation })
     }
 
-    /// The pixels, turned as the file's EXIF says; transparency is dropped, so that what lies under it shows; grey, CMYK
-    /// and 16-bit images become 8-bit RGB; of an animation it is the first picture.
+    /// The pixels, rotated by the file's EXIF orientation. Transparency is dropped, which uncovers the colours under it;
+    /// grey, CMYK and 16-bit images become 8-bit RGB; an animation gives its first frame.
     ///
     /// # Errors
     /// `image_decode_failed` if the file is damaged.
@@ -140,8 +140,8 @@ impl ImageFile {
     }
 }
 
-/// Whether rows become columns.
-fn turned(orientation: Orientation) -> bool {
+/// True if the orientation swaps rows and columns.
+fn swaps_sides(orientation: Orientation) -> bool {
     match orientation {
         Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH => {
             true
@@ -153,7 +153,8 @@ fn turned(orientation: Orientation) -> bool {
     }
 }
 
-/// What has read the header. Its limit is for what stands beside the pixels: compressed colour profiles can be bombs.
+/// A decoder that has read the header. Its limit applies to data other than pixels: colour profiles can be compression
+/// bombs.
 fn decoder(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_> {
     let mut limits = Limits::default();
     limits.max_alloc = Some(8 * Bytes::MIB);
@@ -163,7 +164,7 @@ fn decoder(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_> 
 }
 
 fn too_long() -> Error {
-    Error::ImageTooLarge { message: format!("a file may have {}", Bytes(ImageSource::MAX_BYTES)) }
+    Error::ImageTooLarge { message: format!("a file may have at most {}", Bytes(ImageSource::MAX_BYTES)) }
 }
 
 fn undecodable(error: &ImageError) -> Error {
@@ -187,7 +188,7 @@ fn decode_base64(text: &str, field: &str) -> Result<Vec<u8>> {
 }
 
 impl std::fmt::Debug for ImageSource {
-    /// Leaves out the bytes, which would fill a log.
+    /// Omits the bytes, which would fill the log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Path(path) => write!(f, "Path({})", path.display()),

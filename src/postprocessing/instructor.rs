@@ -1,4 +1,4 @@
-//! Decides in which format an image is written, where, and under which name.
+//! Decides the format, folder and name of an image file, and writes it.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ use crate::postprocessing::workers::read_text::ReadText;
 use crate::postprocessing::workers::write::{WriteFile, WriteTask};
 use crate::roots::Roots;
 
-/// Where and how the images of one request are delivered, decided.
+/// How the images of one request are delivered, decided.
 #[derive(Clone)]
 pub struct OutputPlan {
     pub format: &'static Format,
@@ -32,23 +32,23 @@ pub struct OutputPlan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Destination {
     Base64,
-    /// A file in `folder` that is named after the request.
+    /// A file in `folder` with the request's id as its name.
     Automatic {
         folder: PathBuf,
     },
-    /// A file that the request named, without its extension.
+    /// A file named by the request; `stem` has no extension.
     Named {
         folder: PathBuf,
         stem: String,
     },
 }
 
-/// One finished image on its way out.
+/// One finished image to deliver.
 #[derive(Clone, Copy)]
 pub struct Delivery<'a> {
     pub plan: &'a OutputPlan,
     pub image: &'a Rgb8,
-    /// The image's place in the request, from 0.
+    /// The image's index in the request, from 0.
     pub index: usize,
     /// Written into the file if the plan says so.
     pub text: Option<&'a ImageText>,
@@ -67,26 +67,26 @@ impl PostprocessingInstructor {
         Self { settings, roots }
     }
 
-    /// The folders beneath which requests may name images.
+    /// Folders that requests may read and write images in.
     #[must_use]
     pub fn roots(&self) -> &Roots {
         &self.roots
     }
 
-    /// Everything about the delivery that can be known before an image is made, so that a bad wish costs no compute.
+    /// Decides the delivery before an image is made, so that faulty options cost no compute.
     ///
     /// # Errors
-    /// `unknown_name`, `invalid_parameter`, `path_not_allowed`, and `output_exists` for a named file that is there.
+    /// `unknown_name`, `invalid_parameter`, `path_not_allowed`, and `output_exists` for a named file that exists.
     pub fn resolve(&self, options: &OutputOptions) -> Result<OutputPlan> {
         let quality = quality(options.quality.unwrap_or(self.settings.quality))
             .map_err(|m| Error::invalid("output.quality", m))?;
-        let asked = options
+        let requested = options
             .format
             .as_deref()
             .map(|name| format(name).map_err(|error| error.at("output.format")))
             .transpose()?;
-        let (destination, implied) = self.destination(options, asked)?;
-        let format = match asked.or(implied) {
+        let (destination, implied) = self.destination(options, requested)?;
+        let format = match requested.or(implied) {
             Some(format) => format,
             None => format(&self.settings.output_format)?,
         };
@@ -100,8 +100,8 @@ impl PostprocessingInstructor {
         Ok(OutputPlan { format, quality, metadata, destination })
     }
 
-    /// Encodes one image and writes it, or gives its bytes. `delivery.index` 0 of a named file gets exactly that name,
-    /// `n` gets `-n` behind it. Files without a name are `<request id>-<index>`, counted up past what exists.
+    /// Encodes one image and writes it, or returns its bytes. The first image of a named file gets exactly that name, image
+    /// `n` the suffix `-n`. Files without a name are `<request id>-<index>`, with a number if that exists.
     ///
     /// # Errors
     /// `output_exists`, `output_write_failed`, and `path_not_allowed` if the folder has become a link to elsewhere.
@@ -121,7 +121,7 @@ impl PostprocessingInstructor {
         let real = self.roots.make_folder(folder, "output")?;
         let task = WriteTask { folder: &real, stem: &stem, extension: plan.format.extension, count_up, bytes: &bytes };
         let written = ctx.perform(&WriteFile, task)?;
-        // Told as it was asked for: a relative folder stays relative.
+        // The reported path is relative if the requested folder is.
         let path = written.file_name().map_or(written.clone(), |name| folder.join(name));
         Ok(Delivered { path: Some(path.display().to_string()), base64: None, bytes: bytes.len() as u64 })
     }
@@ -134,11 +134,11 @@ impl PostprocessingInstructor {
         ctx.perform(FORMATS.get("png")?.encoder, EncodeTask { image, quality: 100, text: None })
     }
 
-    /// Where the image goes, and the format that the name's extension implies.
+    /// The destination of the image, and the format that the name's extension implies.
     fn destination(
         &self,
         options: &OutputOptions,
-        asked: Option<&'static Format>,
+        requested: Option<&'static Format>,
     ) -> Result<(Destination, Option<&'static Format>)> {
         if options.return_as == Some(ReturnAs::Base64) {
             let given = [("path", &options.path), ("dir", &options.dir), ("name", &options.name)];
@@ -168,12 +168,12 @@ impl PostprocessingInstructor {
         let Some(name) = name else { return Ok((Destination::Automatic { folder }, None)) };
         check_name(name, field)?;
         let (stem, implied) = split_extension(name);
-        match (asked, implied) {
-            (Some(asked), Some(implied)) if asked.name != implied.name => {
-                let message = format!("ends like {}, but `output.format` is `{}`", implied.name, asked.name);
+        match (requested, implied) {
+            (Some(requested), Some(implied)) if requested.name != implied.name => {
+                let message = format!("ends like {}, but `output.format` is `{}`", implied.name, requested.name);
                 return Err(Error::invalid(field, message));
             }
-            // A whole path with another ending wants a format that is not there; a bare name may have dots.
+            // Another extension of a path is an unknown format; a bare name may contain dots.
             (None, None) if options.path.is_some() => {
                 if let Some((_, extension)) = name.rsplit_once('.') {
                     format(extension).map_err(|error| error.at(field))?;
@@ -223,7 +223,7 @@ impl Instructor for PostprocessingInstructor {
     }
 }
 
-/// Whether the configuration's own values can be used.
+/// Checks the configuration's own values.
 ///
 /// # Errors
 /// `unknown_name` for the format, `invalid_parameter` for the quality.
@@ -232,7 +232,7 @@ pub fn check_settings(settings: &Settings) -> Result<()> {
     quality(settings.quality).map(drop).map_err(|message| Error::invalid("quality", message))
 }
 
-/// A format by name; `jpg` is `jpeg`, and case does not matter.
+/// Finds a format by name, ignoring case; `jpg` is `jpeg`.
 fn format(name: &str) -> Result<&'static Format> {
     match name.to_ascii_lowercase().as_str() {
         "jpg" => FORMATS.get("jpeg"),
@@ -252,7 +252,7 @@ fn split_path(path: &str) -> Result<(PathBuf, &str)> {
     let whole = Path::new(path);
     let name = whole.file_name().and_then(|name| name.to_str()).filter(|name| path.ends_with(name));
     let Some(name) = name else {
-        // `..` at the end is refused as any other is; a slash at the end names no file.
+        // A final `..` is refused like any other; a final slash names no file.
         if path.split('/').any(|part| part == "..") {
             return Err(Error::PathNotAllowed { path: whole.to_owned() });
         }
@@ -262,10 +262,10 @@ fn split_path(path: &str) -> Result<(PathBuf, &str)> {
     Ok((folder.to_owned(), name))
 }
 
-/// Room for `-<index>` and the extension within the 255 bytes of common file systems.
+/// Most bytes of a name: leaves space for `-<index>` and the extension in the 255 bytes of common file systems.
 const MAX_NAME: usize = 200;
 
-/// A name that the request chose: refused rather than bent.
+/// Refuses unsafe names instead of changing them.
 fn check_name(name: &str, field: &str) -> Result<()> {
     let odd = |c: char| c == '/' || c == '\\' || c.is_control();
     if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || name.contains(odd) {
@@ -275,7 +275,7 @@ fn check_name(name: &str, field: &str) -> Result<()> {
     Ok(())
 }
 
-/// `photo.PNG` is `photo` as a PNG; what follows another dot is part of the name.
+/// Splits `photo.PNG` into `photo` and PNG; an unknown extension is part of the name.
 fn split_extension(name: &str) -> (&str, Option<&'static Format>) {
     match name.rsplit_once('.') {
         Some((stem, extension)) => match format(extension) {
@@ -286,8 +286,8 @@ fn split_extension(name: &str) -> (&str, Option<&'static Format>) {
     }
 }
 
-/// A file name made of a request's id, which may be anything: letters, digits, `.`, `_` and `-` stay, no dot leads,
-/// at most 100 bytes.
+/// A file name from a request's id, which may be any text: keeps letters, digits, `.`, `_` and `-`, drops leading dots, and
+/// cuts at 100 bytes.
 fn file_stem(request_id: &str) -> String {
     let safe = |c: char| if c.is_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
     let mut stem: String = request_id.trim_start_matches('.').chars().map(safe).collect();

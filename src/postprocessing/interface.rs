@@ -1,4 +1,4 @@
-//! What can be asked of the postprocessing domain, and how a request for images says where they go.
+//! Settings, requests and responses of the postprocessing domain, and the `output` options of requests for images.
 
 use std::path::PathBuf;
 
@@ -13,15 +13,15 @@ use crate::postprocessing::metadata::FoundRequest;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Format of images whose request names none: `png`, `jpeg` or `webp`.
+    /// Default format of images: `png`, `jpeg` or `webp`.
     pub output_format: String,
-    /// JPEG quality of requests that name none, 1 to 100.
+    /// Default JPEG quality, 1 to 100.
     pub quality: i64,
-    /// Folder of images whose request names none; made when the first is written.
+    /// Default folder of images; created when the first is written.
     pub output_dir: PathBuf,
-    /// Folders beneath which requests may read and write images, besides `output_dir`.
+    /// Folders that requests may read and write images in, besides `output_dir`.
     pub roots: Vec<PathBuf>,
-    /// Whether images carry their parameters and request, unless a request says otherwise.
+    /// True if image files carry their parameters and request by default.
     pub metadata: bool,
 }
 
@@ -41,27 +41,26 @@ impl Default for Settings {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct OutputOptions {
-    /// `png`, `jpeg` or `webp`. Default: as the extension of `path` or `name` says, else the configuration's
-    /// `output_format`.
+    /// `png`, `jpeg` or `webp`. Default: the extension of `path` or `name`, or else the configuration's `output_format`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
-    /// JPEG quality, 1 to 100. Default: the configuration's `quality`. PNG and WebP lose nothing and have none.
+    /// JPEG quality, 1 to 100. Default: the configuration's `quality`. Ignored by PNG and WebP, which are lossless.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quality: Option<i64>,
-    /// `file` writes a file and gives its path, `base64` writes none and gives the bytes. Default `file`.
+    /// `file` writes a file and returns its path, `base64` returns the bytes instead. Default `file`.
     #[serde(default, rename = "return", skip_serializing_if = "Option::is_none")]
     pub return_as: Option<ReturnAs>,
     /// The file to write, which must not exist. Further images of the request get `-1`, `-2` … before the extension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// The folder to write to, made if need be. Default: the configuration's `output_dir`.
+    /// The folder to write to, created if missing. Default: the configuration's `output_dir`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dir: Option<String>,
-    /// The file's name in that folder, which must not exist. Default: the request's id and the image's index, counted
-    /// up past what exists.
+    /// The file's name in that folder, which must not exist. Default: the request's id and the image's index, with a
+    /// number if that exists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether the image carries its parameters and request. Default: the configuration's `metadata`.
+    /// True to write parameters and request into the image file. Default: the configuration's `metadata`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<bool>,
 }
@@ -73,7 +72,7 @@ pub enum ReturnAs {
     Base64,
 }
 
-/// One finished image, as a reply names it.
+/// One finished image in a reply.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Delivered {
     /// The file that was written.
@@ -93,11 +92,11 @@ pub enum Request {
     Metadata(MetadataRequest),
 }
 
-/// Reads what an image says of its own making.
+/// Reads the generation parameters from an image file.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct MetadataRequest {
-    /// The image: a path beneath the configured roots, base64 or a `data:` URL.
+    /// The image: a path inside the configured roots, base64 or a `data:` URL.
     pub image: ImageSource,
 }
 
@@ -116,13 +115,13 @@ pub struct FormatList {
 
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct FormatEntry {
-    /// What `output.format` takes.
+    /// The value for `output.format`.
     pub name: &'static str,
     pub extension: &'static str,
     pub media_type: &'static str,
-    /// Whether the pixels come back as they were.
+    /// True if pixels are preserved exactly.
     pub lossless: bool,
-    /// Whether images whose request names no format get this one.
+    /// True for the default format.
     pub default: bool,
 }
 
@@ -132,7 +131,7 @@ pub struct ImageMetadata {
     pub format: &'static str,
     pub width: usize,
     pub height: usize,
-    /// The text of AUTOMATIC1111's web UI; also found in images of other programs.
+    /// The text in AUTOMATIC1111's form, which other programs write too.
     pub parameters: Option<String>,
     /// The `data` of the request that makes the same image, if this worker made it.
     pub request: Option<FoundRequest>,

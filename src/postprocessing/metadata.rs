@@ -1,4 +1,4 @@
-//! What an image says of its own making: the text of AUTOMATIC1111, and the full request as JSON.
+//! Generation parameters in image files: AUTOMATIC1111's text, and the full request as JSON.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -58,12 +58,12 @@ impl Parameters<'_> {
     }
 }
 
-/// A value with a comma, colon or line break stands in JSON's quotes, so that the line can be split again.
+/// Quotes a value with a comma, colon or line break as JSON, so that the line can be split again.
 fn quoted(value: &str) -> Cow<'_, str> {
     if value.contains([',', ':', '\n']) { serde_json::Value::from(value).to_string().into() } else { value.into() }
 }
 
-/// What is written into an image file.
+/// The texts that are written into an image file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageText {
     /// For people and other programs: [`Parameters::text`].
@@ -73,7 +73,7 @@ pub struct ImageText {
 }
 
 impl ImageText {
-    /// `request` is whatever serializes to the `data` of a request with nothing left out.
+    /// `request` serializes to the `data` of a request with every field decided.
     ///
     /// # Errors
     /// `internal` if `request` cannot be written as JSON.
@@ -83,13 +83,13 @@ impl ImageText {
     }
 }
 
-/// A JSON object found in an image, passed on as it is.
+/// A JSON object read from an image, passed on unchanged.
 #[derive(Clone, Debug, Serialize)]
 #[serde(transparent)]
 pub struct FoundRequest(Box<RawValue>);
 
 impl FoundRequest {
-    /// `None` unless `text` is a JSON object. Line breaks between its parts become spaces: a reply is one line.
+    /// `None` unless `text` is a JSON object. Line breaks become spaces, because a reply is one line.
     #[must_use]
     pub fn new(text: &str) -> Option<Self> {
         let line = text.trim().replace(['\n', '\r'], " ");

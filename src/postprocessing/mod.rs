@@ -1,4 +1,4 @@
-//! What happens to finished images: upscaling, encoding, metadata, files.
+//! The postprocessing domain: upscales, encodes and writes finished images.
 
 pub(crate) mod format;
 pub mod instructor;

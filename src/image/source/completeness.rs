@@ -1,10 +1,10 @@
-//! Whether an image file goes on to its end. Decoders fill the missing part of a picture with grey, or find out after
-//! much work; this reads the lengths of the file's parts and no pixel.
+//! Detects truncated image files from the lengths of their parts, without decoding. Decoders would fill the missing part
+//! with grey, or fail after much work.
 
 use ::image::ImageFormat;
 
-/// False where the file stops before its format says that it ends. What comes after the end does not matter.
-pub(crate) fn is_whole(bytes: &[u8], format: ImageFormat) -> bool {
+/// False if the file stops before the end marker of its format. Data after the end is ignored.
+pub(crate) fn is_complete(bytes: &[u8], format: ImageFormat) -> bool {
     match format {
         ImageFormat::Png => png(bytes),
         ImageFormat::Jpeg => jpeg(bytes).is_some(),
@@ -28,17 +28,17 @@ fn png(bytes: &[u8]) -> bool {
     false
 }
 
-/// Segments that begin with a marker, most of them with their length; after a start of scan, data in which 0xff stands
-/// before 0 or a restart marker only; `Some` at the end marker.
+/// Segments begin with a marker, most with a length; after a start of scan follows data in which 0xff precedes only 0 or a
+/// restart marker. `Some` at the end marker.
 fn jpeg(bytes: &[u8]) -> Option<()> {
     let mut at = 2;
     loop {
-        // Bytes of 0xff may fill the place before a marker.
+        // 0xff bytes may pad the space before a marker.
         let mark = at + bytes.get(at..)?.iter().position(|&byte| byte != 0xff)?;
         match bytes[mark] {
             0xd9 if mark > at => return Some(()),
             0x00 | 0x01 | 0xd0..=0xd8 if mark > at => at = mark + 1,
-            // Not a marker: what a decoder skips as well.
+            // Not a marker; decoders skip it as well.
             _ if mark == at => at += 1,
             marker => {
                 let length = usize::from(*bytes.get(mark + 1)?) << 8 | usize::from(*bytes.get(mark + 2)?);
@@ -51,7 +51,7 @@ fn jpeg(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// Where the marker behind a scan stands.
+/// Position of the marker after a scan.
 fn scan_end(bytes: &[u8], mut at: usize) -> Option<usize> {
     loop {
         at += bytes.get(at..)?.iter().position(|&byte| byte == 0xff)?;
@@ -63,7 +63,7 @@ fn scan_end(bytes: &[u8], mut at: usize) -> Option<usize> {
     }
 }
 
-/// The container's length stands behind `RIFF`.
+/// The container's length follows `RIFF`.
 fn webp(bytes: &[u8]) -> bool {
     let length = bytes.get(4..8).map(|length| length.iter().rev().fold(0u64, |sum, &byte| sum << 8 | u64::from(byte)));
     length.is_some_and(|length| length + 8 <= bytes.len() as u64)

@@ -1,4 +1,4 @@
-//! Reads the texts of an image file back, without decoding its pixels.
+//! Reads the texts of an image file without decoding its pixels.
 
 use std::io::Cursor;
 
@@ -13,7 +13,7 @@ use crate::layers::Worker;
 use crate::postprocessing::workers::encode::exif::{self, ExifText};
 use crate::postprocessing::workers::encode::{PARAMETERS, REQUEST};
 
-/// Bytes that a compressed text may grow to.
+/// Most bytes of a decompressed text.
 const TEXT_LIMIT: usize = 4 << 20;
 
 pub(crate) struct ReadText;
@@ -28,7 +28,7 @@ impl<'a> Worker<&'a ImageFile> for ReadText {
             ImageFormat::Png => png_texts(bytes),
             ImageFormat::Jpeg => JpegDecoder::new(bytes).and_then(exif_texts).map_err(damaged),
             ImageFormat::WebP => WebPDecoder::new(bytes).and_then(exif_texts).map_err(damaged),
-            other => Err(Error::bug(format!("{other:?} was let through"))),
+            other => Err(Error::bug(format!("{other:?} passed the format check"))),
         }
     }
 }
@@ -37,7 +37,7 @@ fn exif_texts(mut decoder: impl ImageDecoder) -> ImageResult<ExifText> {
     Ok(decoder.exif_metadata()?.map(|block| exif::read(&block)).unwrap_or_default())
 }
 
-/// Of the chunks before the pixels; the first of a keyword counts.
+/// Reads the chunks before the pixels; the first of a keyword counts.
 fn png_texts(bytes: Cursor<&[u8]>) -> Result<ExifText> {
     let reader = png::Decoder::new(bytes)
         .read_info()
@@ -45,7 +45,7 @@ fn png_texts(bytes: Cursor<&[u8]>) -> Result<ExifText> {
     let info = reader.info();
     let find = |keyword: &str| {
         let plain = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword);
-        let packed = || {
+        let compressed = || {
             let mut chunk = info.compressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword)?.clone();
             chunk.decompress_text_with_limit(TEXT_LIMIT).ok()?;
             chunk.get_text().ok()
@@ -55,7 +55,7 @@ fn png_texts(bytes: Cursor<&[u8]>) -> Result<ExifText> {
             chunk.decompress_text_with_limit(TEXT_LIMIT).ok()?;
             chunk.get_text().ok()
         };
-        plain.map(|chunk| chunk.text.clone()).or_else(utf8).or_else(packed)
+        plain.map(|chunk| chunk.text.clone()).or_else(utf8).or_else(compressed)
     };
     Ok(ExifText { parameters: find(PARAMETERS), request: find(REQUEST) })
 }

@@ -1,4 +1,4 @@
-//! Writes a file whole or not at all, and never over another.
+//! Writes a file atomically, and never overwrites another.
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -15,12 +15,12 @@ pub(crate) struct WriteTask<'a> {
     /// The file's name without its extension.
     pub(crate) stem: &'a str,
     pub(crate) extension: &'static str,
-    /// Take `stem-1`, `stem-2` … where the file exists. Otherwise that is an error.
+    /// If the file exists, try `stem-1`, `stem-2` … instead of failing.
     pub(crate) count_up: bool,
     pub(crate) bytes: &'a [u8],
 }
 
-/// Gives the path of the file.
+/// Returns the path of the file.
 pub(crate) struct WriteFile;
 
 impl<'a> Worker<WriteTask<'a>> for WriteFile {
@@ -52,7 +52,7 @@ impl<'a> Worker<WriteTask<'a>> for WriteFile {
     }
 }
 
-/// In the same folder, so that the rename stays within one file system; gone when it is dropped.
+/// A temporary file in the same folder, so that the rename stays in one file system; removed when dropped.
 fn temporary(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".sdxl-worker-").suffix(".part");

@@ -28,7 +28,7 @@ impl Sampler for EulerAncestral {
             let x0 = model.x0(&x, step.at)?;
             let (down, up) = ancestral(step.at.sigma, step.to.sigma, plan.eta);
             let kept = down / step.at.sigma;
-            // Noise is drawn at the last step too, where it counts for nothing.
+            // The last step draws noise too, with factor 0.
             x = blend(&[(kept, &x), (1.0 - kept, &x0), (up, &model.noise()?)])?;
             x = model.step(x, &x0)?;
         }

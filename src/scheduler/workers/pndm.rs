@@ -56,7 +56,7 @@ impl Sampler for Pndm {
     }
 }
 
-/// What the network said: ε or v, from the x₀ that was made of it.
+/// The network's output, ε or v, recovered from x₀.
 fn output(x: &Tensor, x0: &Tensor, at: Level, v: bool) -> Result<Tensor> {
     let per = 1.0 / at.sigma;
     match v {
@@ -65,7 +65,7 @@ fn output(x: &Tensor, x0: &Tensor, at: Level, v: bool) -> Result<Tensor> {
     }
 }
 
-/// Equation 11, the transfer from one level to another along ε.
+/// Equation 11: the transfer from one level to another along ε.
 fn moved(x: &Tensor, output: &Tensor, at: Level, to: Level, v: bool) -> Result<Tensor> {
     let (a, b) = (at.alpha * at.alpha, to.alpha * to.alpha);
     let along = -(b - a) / (a * to.sigma + at.alpha * at.sigma * to.alpha);

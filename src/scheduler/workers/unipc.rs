@@ -26,7 +26,7 @@ impl Sampler for Unipc {
 
     fn sample(&self, plan: &SamplingPlan, mut x: Tensor, model: &mut Model<'_>) -> Result<Tensor> {
         let mut older: Option<ModelOutput> = None;
-        let mut newest: Option<(ModelOutput, Tensor, usize)> = None; // with the corrected x there, and the order used from it
+        let mut newest: Option<(ModelOutput, Tensor, usize)> = None; // with the corrected x and the order of the step from there
         for (i, step) in plan.run_steps() {
             let x0 = model.x0(&x, step.at)?;
             if let Some((known, x_before, order)) = &newest {
@@ -46,13 +46,13 @@ impl Sampler for Unipc {
     }
 }
 
-/// A model output and the level it was made at.
+/// A model output and its level.
 struct ModelOutput {
     x0: Tensor,
     at: Level,
 }
 
-/// From `x` at `way.at`, by its model output and, if given, the one before.
+/// The predictor: from `x` at `way.at`, by its model output and, if given, the one before.
 fn predicted(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOutput>) -> Result<Tensor> {
     let (kept, taken) = first_order(way);
     match older {
@@ -64,7 +64,7 @@ fn predicted(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOu
     }
 }
 
-/// The same way again, now that the model output at its end is known too.
+/// The corrector: the same step again, with the model output at its end.
 fn corrected(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOutput>, x0: &Tensor) -> Result<Tensor> {
     let (kept, taken) = first_order(way);
     let Some(older) = older else {
@@ -82,7 +82,7 @@ fn corrected(way: &Step, x: &Tensor, known: &ModelOutput, older: Option<&ModelOu
     blend(&[(kept, x), (taken - old - new, &known.x0), (old, &older.x0), (new, x0)])
 }
 
-/// What a first-order step keeps of x and takes of x₀.
+/// The factors of x and x₀ in a first-order step.
 fn first_order(way: &Step) -> (f64, f64) {
     (way.to.sigma / way.at.sigma, way.to.alpha * (1.0 - way.to.ratio() / way.at.ratio()))
 }

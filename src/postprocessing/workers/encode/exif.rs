@@ -1,10 +1,10 @@
 //! The EXIF block of JPEG and WebP: the parameters as `UserComment`, where AUTOMATIC1111 looks, and the request as
-//! `MakerNote`, which is the maker's own. CIPA DC-008 (Exif 2.32), 4.6.2 and 4.6.5.
+//! `MakerNote`, whose format is up to the writer. CIPA DC-008 (Exif 2.32), 4.6.2 and 4.6.5.
 //!
 //! ```text
 //! header 8 │ IFD0: one entry → Exif IFD │ Exif IFD: one or two entries │ their values
 //! ```
-//! Everything is big-endian, because readers of `UserComment` take its UTF-16 to be so whatever the header says.
+//! Everything is big-endian, because readers assume big-endian UTF-16 in `UserComment` whatever the header says.
 
 const EXIF_IFD: u16 = 0x8769;
 const MAKER_NOTE: u16 = 0x927c;
@@ -12,15 +12,15 @@ const USER_COMMENT: u16 = 0x9286;
 /// Type numbers of an entry's value.
 const LONG: u16 = 4;
 const UNDEFINED: u16 = 7;
-/// Says that a comment is UTF-16.
+/// Marks a comment as UTF-16.
 const UNICODE: &[u8; 8] = b"UNICODE\0";
-/// Says that a maker's note is ours.
+/// Marks a maker note as ours.
 const OURS: &[u8] = b"sdxl_worker\0";
 
 const HEADER: usize = 8;
 const ENTRY: usize = 12;
 
-/// What [`read`] found.
+/// The texts of an EXIF block.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ExifText {
     pub(crate) parameters: Option<String>,
@@ -32,7 +32,7 @@ pub(crate) fn write(parameters: &str, request: Option<&str>) -> Vec<u8> {
     let comment: Vec<u8> =
         UNICODE.iter().copied().chain(parameters.encode_utf16().flat_map(u16::to_be_bytes)).collect();
     let note = request.map(|request| [OURS, request.as_bytes()].concat());
-    // Entries stand in the order of their tags.
+    // Entries are sorted by tag.
     let values: Vec<(u16, Vec<u8>)> =
         note.map(|note| (MAKER_NOTE, note)).into_iter().chain([(USER_COMMENT, comment)]).collect();
 
@@ -64,12 +64,12 @@ fn push_table(block: &mut Vec<u8>, entries: &[(u16, u16, usize, usize)]) {
     block.extend([0; 4]); // no further table
 }
 
-/// Saturates: a block near 4 GiB is refused by every container long before.
+/// Saturates: every container refuses blocks far below 4 GiB.
 fn be32(value: usize) -> [u8; 4] {
     u32::try_from(value).unwrap_or(u32::MAX).to_be_bytes()
 }
 
-/// Both texts of a block from anywhere, with or without the leading `Exif\0\0`; what is not there or damaged is none.
+/// Both texts of a block, with or without the leading `Exif\0\0`; `None` for missing and damaged ones.
 pub(crate) fn read(block: &[u8]) -> ExifText {
     let block = block.strip_prefix(b"Exif\0\0").unwrap_or(block);
     find(block).unwrap_or_default()
@@ -124,8 +124,8 @@ impl Tiff<'_> {
             return String::from_utf8(text.to_vec()).ok();
         }
         let units = comment.strip_prefix(UNICODE)?.chunks_exact(2).filter_map(|pair| pair.first_chunk());
-        // Programs that write the whole block little-endian still write the comment big-endian, so the text decides:
-        // of the two readings, the one with more characters below U+0100.
+        // Programs that write a little-endian block may still write a big-endian comment, so the text decides: the byte
+        // order with more characters below U+0100.
         let big: Vec<u16> = units.map(|pair| u16::from_be_bytes(*pair)).collect();
         let low = |units: &[u16]| units.iter().filter(|unit| **unit < 0x100).count();
         let little: Vec<u16> = big.iter().map(|unit| unit.swap_bytes()).collect();
@@ -144,14 +144,14 @@ mod tests {
     }
 
     #[test]
-    fn texts_come_back() {
+    fn written_texts_read_back() {
         check("a lighthouse\nSteps: 25", Some(r#"{"prompt":"a lighthouse"}"#));
         check("灯台 🗼", Some(r#"{"prompt":"灯台"}"#));
         check("", None);
     }
 
     #[test]
-    fn a_damaged_block_is_no_panic() {
+    fn damaged_block_does_not_panic() {
         let block = write("a lighthouse", Some("{}"));
         for end in 0..block.len() {
             read(&block[..end]);

@@ -1,4 +1,4 @@
-//! JPEG: small, not lossless, with the text in EXIF as far as its 64 KiB reach.
+//! JPEG: small and lossy, with the text in EXIF, which holds at most 64 KiB.
 
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder};
@@ -9,7 +9,7 @@ use crate::layers::Worker;
 use crate::postprocessing::format::EncodeTask;
 use crate::postprocessing::workers::encode::exif;
 
-/// Bytes of an `APP1` segment, less its length field and the six of `Exif\0\0`.
+/// Bytes of an `APP1` segment minus its length field and the six bytes of `Exif\0\0`.
 const EXIF_LIMIT: usize = 65_535 - 2 - 6;
 
 pub(crate) struct Jpeg;

@@ -1,4 +1,4 @@
-//! PNG: lossless, with the text in chunks: `tEXt` where Latin-1 holds it, `iTXt` in UTF-8 otherwise.
+//! PNG: lossless, with the text in chunks: `tEXt` for Latin-1, `iTXt` for other UTF-8.
 //! PNG Specification (Third Edition), 11.3.3, <https://www.w3.org/TR/png-3/#11textinfo>
 
 use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::layers::Worker;
 use crate::postprocessing::format::EncodeTask;
 
-/// The keyword under which AUTOMATIC1111 and its relatives look.
+/// The keyword that AUTOMATIC1111 and similar programs read.
 pub(crate) const PARAMETERS: &str = "parameters";
 /// The keyword of the request as JSON.
 pub(crate) const REQUEST: &str = "sdxl_worker";
@@ -25,10 +25,10 @@ impl<'a> Worker<EncodeTask<'a>> for Png {
         let mut encoder = Encoder::new(&mut bytes, width, height);
         encoder.set_color(ColorType::Rgb);
         encoder.set_depth(BitDepth::Eight);
-        // A noisy 1024² image came out as small as at the balanced level, some 45 times as fast.
+        // As small as the balanced level for a noisy 1024² image, and some 45 times as fast.
         encoder.set_compression(Compression::Fast);
         for (keyword, text) in task.text.iter().flat_map(|t| [(PARAMETERS, &t.parameters), (REQUEST, &t.request)]) {
-            // A text chunk ends where a NUL stands.
+            // A NUL ends a text chunk.
             let text = text.replace('\0', "\u{fffd}");
             let latin1 = text.chars().all(|c| u8::try_from(u32::from(c)).is_ok());
             let add = if latin1 { Encoder::add_text_chunk } else { Encoder::add_itxt_chunk };

@@ -1,4 +1,4 @@
-//! WebP in its lossless form, with the text in EXIF.
+//! Lossless WebP, with the text in EXIF.
 
 use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageEncoder};
@@ -9,7 +9,7 @@ use crate::layers::Worker;
 use crate::postprocessing::format::EncodeTask;
 use crate::postprocessing::workers::encode::exif;
 
-/// The most pixels a side that the format can say.
+/// Longest side of the format in pixels.
 const MAX_SIDE: u32 = 16_384;
 
 pub(crate) struct WebP;
