@@ -30,7 +30,7 @@
 //! | [`roots`] | the folders beneath which requests may name files |
 //! | [`noise`] | Gaussian noise equal to torch's CPU generator, and to CUDA's Philox |
 //! | [`image`] | pictures at another size, RGB images and tensors, and images that requests bring |
-//! | [`kernels`] | linear, convolution, attention, norms: `src/kernels/cpu/` on the CPU, `src/kernels/reference.rs` everywhere, the measure of the other |
+//! | [`kernels`] | linear, convolution, attention, norms, and the loader of their weights: `src/kernels/cpu/` on the CPU, `src/kernels/reference.rs` everywhere, the measure of the other |
 //! | [`device`] | which device, which dtype, how much memory |
 //! | [`scheduler`] | schedules of σ and samplers, which see x₀(x, level) and no network |
 //! | [`model`] | checkpoints in folders and single files, the hub, weights, adapters (`lora/formats/`), the shelves on which networks are kept and their one budget (`managers/budget.rs`), and the networks (`networks/`) |

@@ -16,7 +16,7 @@ use sdxl_worker::layers::Interface;
 use sdxl_worker::model::checkpoint::Checkpoint;
 use sdxl_worker::model::interface::ModelRequest;
 use sdxl_worker::model::managers::Reach;
-use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetFile, ControlNetTask};
+use sdxl_worker::model::networks::controlnet_config::{ControlNetConfig, ControlNetConfigTask, ControlNetFile};
 use sdxl_worker::model::networks::unet::UnetConfig;
 use sdxl_worker::runtime::config::Config;
 use sdxl_worker::runtime::dispatch::{Call, Reply};
@@ -172,7 +172,8 @@ fn controlnet_layers_beyond_the_configuration_are_refused() {
         change(&mut shapes);
         let shape = |name: &str| shapes.get(name).map(Vec::as_slice);
         let (unet, reduction) = (&demo.unet, demo.vae.reduction());
-        ControlNetConfig::new(ControlNetTask { name: "mine", file: None, shapes: &shape, unet, reduction }).map(drop)
+        ControlNetConfig::new(ControlNetConfigTask { name: "mine", file: None, shapes: &shape, unet, reduction })
+            .map(drop)
     };
     let refused = |change: &dyn Fn(&mut Sizes), text: &str| {
         let error = check(change).unwrap_err();
@@ -424,7 +425,7 @@ fn published_controlnet_layouts_are_identified() {
         };
         let file: Option<ControlNetFile> = config.map(|config| serde_json::from_value(config).unwrap());
         let (unet, reduction) = model;
-        let task = ControlNetTask { name: "mine", file, shapes: &shape, unet, reduction };
+        let task = ControlNetConfigTask { name: "mine", file, shapes: &shape, unet, reduction };
         ControlNetConfig::new(task).map(|config| config.kinds())
     };
     let check = |config: Option<serde_json::Value>, kinds: Option<usize>| {

@@ -7,7 +7,7 @@ use crate::inference::request::guidance::{DynamicThresholdingOptions, FreeUOptio
 use crate::inference::workers::guidance::{Guidance, PerturbedAttention, SkippedLayers};
 use crate::inference::workers::thresholding::{Curve, Thresholding};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::networks::interventions::{Change, FreeU, SelfAttention, Stage};
+use crate::model::networks::interventions::{Change, FreeU, FreeUFactors, SelfAttention};
 
 /// Default `cfg_scale`.
 const CFG_SCALE: f64 = 5.0;
@@ -140,8 +140,10 @@ fn freeu(options: &mut FreeUOptions) -> Result<FreeU> {
     let factor = |field: &str, options: &mut Option<f64>, default: f64| {
         within(&format!("freeu.{field}"), *options.get_or_insert(default), 0.0, 10.0)
     };
-    let first = Stage { skip: factor("s1", &mut options.s1, 0.9)?, backbone: factor("b1", &mut options.b1, 1.3)? };
-    let second = Stage { skip: factor("s2", &mut options.s2, 0.2)?, backbone: factor("b2", &mut options.b2, 1.4)? };
+    let first =
+        FreeUFactors { skip: factor("s1", &mut options.s1, 0.9)?, backbone: factor("b1", &mut options.b1, 1.3)? };
+    let second =
+        FreeUFactors { skip: factor("s2", &mut options.s2, 0.2)?, backbone: factor("b2", &mut options.b2, 1.4)? };
     Ok(FreeU { stages: [first, second] })
 }
 

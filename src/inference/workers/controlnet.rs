@@ -8,7 +8,7 @@ use crate::context::Context;
 use crate::error::{Error, Result, StageContext};
 use crate::inference::workers::step::EvaluationTime;
 use crate::model::checkpoint::CheckpointKey;
-use crate::model::networks::controlnet::{ControlInput, ControlNet, Hint, Residuals};
+use crate::model::networks::controlnet::{ControlHint, ControlInput, ControlNet, Residuals};
 use crate::model::networks::unet::ReadText;
 
 const STAGE: &str = "controlnet";
@@ -99,8 +99,8 @@ impl ControlNetUnit {
         if weights.iter().all(|weight| *weight == 0.0) {
             return Ok(None);
         }
-        let hints: Vec<Hint> = (self.images.iter().zip(weights))
-            .map(|(image, weight)| Hint { embedded: &image.embedded, kind: image.control_type, weight })
+        let hints: Vec<ControlHint> = (self.images.iter().zip(weights))
+            .map(|(image, weight)| ControlHint { embedded: &image.embedded, kind: image.control_type, weight })
             .collect();
         let check = || ctx.checkpoint();
         let input = ControlInput {

@@ -15,7 +15,7 @@ use crate::model::managers::budget::Budget;
 use crate::model::managers::opened::{OpenedNetwork, load};
 use crate::model::managers::shelf::{Shelf, ShelfKey};
 use crate::model::networks::controlnet::{ControlNet, ControlNetConfig};
-use crate::model::networks::controlnet_config::ControlNetTask;
+use crate::model::networks::controlnet_config::ControlNetConfigTask;
 use crate::model::networks::unet::Unet;
 use crate::model::weights::control_lora::{ControlLora, MARK};
 use crate::model::weights::ldm_names::RenameControl;
@@ -55,7 +55,7 @@ impl ControlNetManager {
         let key = ShelfKey { checkpoint: of, over, form, device: placement.name.clone() };
         let shapes: HashMap<&str, &[usize]> = base.iter().chain([&weights]).flat_map(shapes_of).collect();
         let shape = |name: &str| shapes.get(name).copied();
-        let config = ControlNetConfig::new(ControlNetTask {
+        let config = ControlNetConfig::new(ControlNetConfigTask {
             name: &component_file.name,
             file: component_file.config()?,
             shapes: &shape,

@@ -68,7 +68,7 @@ impl EncoderManager {
             return Ok(encoders);
         }
         ctx.stage(Stage::Load, || {
-            let open = |part| OpenedNetwork::new(checkpoint, part, placement, dtype, ctx);
+            let open = |part| OpenedNetwork::part(checkpoint, part, placement, ctx);
             let with_config = |config| Ok::<_, Error>((config, open(Part::TextEncoder)?));
             let first = checkpoint.text_encoder.as_ref().map(with_config).transpose()?;
             let second = open(Part::TextEncoder2)?;

@@ -20,13 +20,9 @@ pub(crate) struct OpenedNetwork<'a> {
 }
 
 impl<'a> OpenedNetwork<'a> {
-    pub(crate) fn new(
-        checkpoint: &Checkpoint,
-        part: Part,
-        placement: &'a Placement,
-        dtype: Dtype,
-        ctx: &Context,
-    ) -> Result<Self> {
+    /// A part of a checkpoint, in the placement's dtype for it.
+    pub(crate) fn part(checkpoint: &Checkpoint, part: Part, placement: &'a Placement, ctx: &Context) -> Result<Self> {
+        let dtype = if part == Part::Vae { placement.vae } else { placement.compute };
         Ok(Self { component: part.name(), weights: checkpoint.open(part, ctx)?, placement, dtype })
     }
 

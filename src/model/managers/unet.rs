@@ -71,7 +71,7 @@ impl UnetManager {
         ctx.stage(Stage::Load, || {
             let host = Placement { device: Device::Cpu, ..placement.clone() };
             let stays = if placement.offloaded { &host } else { placement };
-            let opened = OpenedNetwork::new(checkpoint, Part::Unet, stays, placement.compute, ctx)?;
+            let opened = OpenedNetwork::part(checkpoint, Part::Unet, stays, ctx)?;
             let network = NetworkBuild::new(stack, Part::Unet, &donors(&self.shelf, &key), |unet| Some(unet));
             self.shelf.reserve_sharing(network.own_bytes(&opened), network.shared_bytes());
             let policy = match placement.quantization {

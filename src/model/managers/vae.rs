@@ -47,7 +47,7 @@ impl VaeManager {
             return Ok(found);
         }
         ctx.stage(Stage::Load, || {
-            let opened = OpenedNetwork::new(checkpoint, Part::Vae, placement, dtype, ctx)?;
+            let opened = OpenedNetwork::part(checkpoint, Part::Vae, placement, ctx)?;
             self.shelf.reserve(opened.bytes());
             let (vae, bytes) = opened.load(LoadPolicy::default(), ctx, |loader| Vae::load(loader, &checkpoint.vae))?;
             Ok(self.shelf.insert(key, &checkpoint.name, bytes, vae))

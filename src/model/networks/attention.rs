@@ -19,7 +19,7 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// Sizes of one attention layer or transformer.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AttentionShape {
+pub(crate) struct TransformerShape {
     pub(crate) channels: usize,
     pub(crate) heads: usize,
     /// `D`: channels of the text.
@@ -65,7 +65,7 @@ impl KeysValues {
 }
 
 /// Keys and values of image prompts for every block, and their weight.
-pub(crate) type Pictures<'a> = (&'a [KeysValues], f64);
+pub(crate) type ImagePromptLayers<'a> = (&'a [KeysValues], f64);
 
 /// Hands each transformer block its keys and values of the text and its interventions. [`SpatialTransformer::read`] adds
 /// keys and values in the order of evaluation.
@@ -73,7 +73,7 @@ pub(crate) struct TextReader<'a> {
     ahead: Cell<&'a [KeysValues]>,
     all: usize,
     /// One for each IP-Adapter.
-    pictures: &'a [Pictures<'a>],
+    pictures: &'a [ImagePromptLayers<'a>],
     perturbed: &'a [Perturbed],
 }
 
@@ -82,7 +82,7 @@ pub(crate) struct TextReader<'a> {
 struct Reading<'a> {
     text: &'a KeysValues,
     index: usize,
-    pictures: &'a [Pictures<'a>],
+    pictures: &'a [ImagePromptLayers<'a>],
     /// First sample and count, if they are not for all samples.
     samples: Option<(usize, usize)>,
 }
@@ -95,7 +95,11 @@ impl Reading<'_> {
 }
 
 impl<'a> TextReader<'a> {
-    pub(crate) fn new(all: &'a [KeysValues], pictures: &'a [Pictures<'a>], perturbed: &'a [Perturbed]) -> Self {
+    pub(crate) fn new(
+        all: &'a [KeysValues],
+        pictures: &'a [ImagePromptLayers<'a>],
+        perturbed: &'a [Perturbed],
+    ) -> Self {
         Self { ahead: Cell::new(all), all: all.len(), pictures, perturbed }
     }
 
@@ -117,7 +121,7 @@ impl<'a> TextReader<'a> {
 
 /// Queries from the feature map, keys and values from it or from the text.
 #[derive(Clone, Debug)]
-struct Attention {
+struct MultiHeadAttention {
     to_q: Linear,
     to_k: Linear,
     to_v: Linear,
@@ -125,7 +129,7 @@ struct Attention {
     heads: usize,
 }
 
-impl Attention {
+impl MultiHeadAttention {
     fn load(loader: &Loader, channels: usize, heads: usize, keys: usize) -> CandleResult<Self> {
         Ok(Self {
             to_q: Linear::load_no_bias(&loader.pp("to_q"), channels, channels)?,
@@ -177,24 +181,24 @@ impl Attention {
 #[derive(Clone, Debug)]
 struct TransformerBlock {
     norm1: LayerNorm,
-    attn1: Attention,
+    attn1: MultiHeadAttention,
     norm2: LayerNorm,
-    attn2: Attention,
+    attn2: MultiHeadAttention,
     norm3: LayerNorm,
     gate: Linear,
     narrow: Linear,
 }
 
 impl TransformerBlock {
-    fn load(loader: &Loader, shape: AttentionShape) -> CandleResult<Self> {
-        let AttentionShape { channels, heads, context } = shape;
+    fn load(loader: &Loader, shape: TransformerShape) -> CandleResult<Self> {
+        let TransformerShape { channels, heads, context } = shape;
         let norm = |name: &str| LayerNorm::load(&loader.pp(name), channels, LAYER_NORM_EPS);
         let feed_forward = loader.pp("ff").pp("net");
         Ok(Self {
             norm1: norm("norm1")?,
-            attn1: Attention::load(&loader.pp("attn1"), channels, heads, channels)?,
+            attn1: MultiHeadAttention::load(&loader.pp("attn1"), channels, heads, channels)?,
             norm2: norm("norm2")?,
-            attn2: Attention::load(&loader.pp("attn2"), channels, heads, context)?,
+            attn2: MultiHeadAttention::load(&loader.pp("attn2"), channels, heads, context)?,
             norm3: norm("norm3")?,
             gate: Linear::load(&feed_forward.pp("0").pp("proj"), channels, 8 * channels)?,
             narrow: Linear::load(&feed_forward.pp("2"), 4 * channels, channels)?,
@@ -264,7 +268,7 @@ pub(crate) struct SpatialTransformer {
 impl SpatialTransformer {
     /// # Errors
     /// A missing tensor, or one of another shape.
-    pub(crate) fn load(loader: &Loader, shape: AttentionShape, groups: usize, depth: usize) -> CandleResult<Self> {
+    pub(crate) fn load(loader: &Loader, shape: TransformerShape, groups: usize, depth: usize) -> CandleResult<Self> {
         let blocks = loader.pp("transformer_blocks");
         Ok(Self {
             norm: GroupNorm::load(&loader.pp("norm"), groups, shape.channels, GROUP_NORM_EPS)?,

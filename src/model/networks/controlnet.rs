@@ -12,7 +12,7 @@ use crate::model::networks::attention::TextReader;
 use crate::model::networks::check::Check;
 use crate::model::networks::config::Validator;
 pub use crate::model::networks::controlnet_config::ControlNetConfig;
-pub use crate::model::networks::controlnet_union::Hint;
+pub use crate::model::networks::controlnet_union::ControlHint;
 use crate::model::networks::controlnet_union::{Fused, Union};
 use crate::model::networks::embeddings::{StepEmbedding, StepNumbers};
 use crate::model::networks::load_error::load_error;
@@ -36,7 +36,7 @@ pub struct ControlInput<'a> {
     /// As the UNet's.
     pub time_ids: &'a [Vec<f64>],
     /// One, or several for a union.
-    pub hints: &'a [Hint<'a>],
+    pub hints: &'a [ControlHint<'a>],
     /// True if residuals are scaled from 0.1 at the first feature map to 1 in the middle block: section
     /// "guess mode" of the authors' repository, <https://github.com/lllyasviel/ControlNet>.
     pub guess: bool,
@@ -259,7 +259,7 @@ impl ControlNet {
 
     /// Factors of the residuals, the middle block's last. The weights of several images of a union apply to the images
     /// instead.
-    fn scales(&self, count: usize, hints: &[Hint], guess: bool) -> Vec<f64> {
+    fn scales(&self, count: usize, hints: &[ControlHint], guess: bool) -> Vec<f64> {
         let weight = match hints {
             [hint] => hint.weight,
             _ => 1.0,

@@ -64,7 +64,7 @@ pub type Shapes<'a> = &'a dyn Fn(&str) -> Option<&'a [usize]>;
 
 /// The files of a ControlNet, and the model that it is used with.
 #[derive(Clone)]
-pub struct ControlNetTask<'a, 's> {
+pub struct ControlNetConfigTask<'a, 's> {
     /// The network as its user knows it.
     pub name: &'a str,
     /// Its `config.json`, if there is one.
@@ -79,8 +79,8 @@ pub struct ControlNetTask<'a, 's> {
 impl ControlNetConfig {
     /// # Errors
     /// `model_unsupported` for another kind of network, a ControlNet of another UNet, or one that cannot be computed.
-    pub fn new(task: ControlNetTask) -> Result<Self> {
-        let ControlNetTask { name, file, shapes, unet, reduction } = task;
+    pub fn new(task: ControlNetConfigTask) -> Result<Self> {
+        let ControlNetConfigTask { name, file, shapes, unet, reduction } = task;
         let validator = Validator { name };
         let Some(&[first, hint_inputs, ..]) = shapes(MARK) else {
             return Err(validator.refuse(format!("it is no ControlNet: it has no tensor `{MARK}`")));

@@ -15,7 +15,7 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// An image that steers a ControlNet.
 #[derive(Clone, Copy)]
-pub struct Hint<'a> {
+pub struct ControlHint<'a> {
     /// `[1, H, W, C]`, made by [`crate::model::networks::controlnet::ControlNet::embed`].
     pub embedded: &'a Tensor,
     /// The kind of image for a union, below [`crate::model::networks::controlnet::ControlNet::kinds`].
@@ -107,11 +107,11 @@ impl Union {
     }
 
     /// `x` is `[B, H, W, C]`, the first feature map.
-    pub(crate) fn fuse(&self, x: &Tensor, hints: &[Hint]) -> Result<Fused> {
+    pub(crate) fn fuse(&self, x: &Tensor, hints: &[ControlHint]) -> Result<Fused> {
         let (batch, dtype, device) = (x.dim(0)?, x.dtype(), x.device());
         let mean = |map: &Tensor| map.to_dtype(DType::F32)?.mean((1, 2))?.to_dtype(dtype); // [B, C]
         // The weight of a single hint applies to the residuals.
-        let weight = |hint: &Hint| if hints.len() == 1 { 1.0 } else { hint.weight };
+        let weight = |hint: &ControlHint| if hints.len() == 1 { 1.0 } else { hint.weight };
         let mut used = vec![0.0; self.kinds];
         let mut tokens = Vec::with_capacity(hints.len() + 1);
         for hint in hints {

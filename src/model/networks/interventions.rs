@@ -48,19 +48,19 @@ pub enum SelfAttention {
 /// FreeU (Si et al. 2023, <https://arxiv.org/abs/2309.11497>): factors of the first up blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FreeU {
-    pub stages: [Stage; 2],
+    pub stages: [FreeUFactors; 2],
 }
 
 /// Factors of one up block.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Stage {
+pub struct FreeUFactors {
     /// Factor of the first half of the backbone's channels.
     pub backbone: f64,
     /// Factor of the skip connection's lowest frequencies.
     pub skip: f64,
 }
 
-impl Stage {
+impl FreeUFactors {
     /// Backbone and skip connection, both `[B, H, W, C]`, as they are joined.
     pub(crate) fn apply(self, backbone: &Tensor, skip: &Tensor) -> CandleResult<(Tensor, Tensor)> {
         let channels = backbone.dims4()?.3;

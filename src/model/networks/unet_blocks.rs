@@ -7,7 +7,7 @@ use candle_core::{Result as CandleResult, Tensor};
 
 use crate::error::{Error, Result, StageContext};
 use crate::kernels::{Loader, Padding, concat_channels};
-use crate::model::networks::attention::{AttentionShape, KeysValues, SpatialTransformer, TextReader};
+use crate::model::networks::attention::{KeysValues, SpatialTransformer, TextReader, TransformerShape};
 use crate::model::networks::check::Check;
 use crate::model::networks::config::Validator;
 use crate::model::networks::interventions;
@@ -23,7 +23,7 @@ pub(crate) struct Conditions<'a> {
     pub(crate) time: &'a Tensor,
     pub(crate) text: &'a TextReader<'a>,
     /// FreeU's factors for this up block.
-    pub(crate) freeu: Option<interventions::Stage>,
+    pub(crate) freeu: Option<interventions::FreeUFactors>,
     pub(crate) check: Check<'a>,
 }
 
@@ -96,7 +96,7 @@ fn read_text(layers: &[UnetLayer], context: &Tensor, check: Check, read: &mut Ve
 fn load_layers(loader: &Loader, plan: &BlockPlan, sizes: UnetSizes) -> CandleResult<Vec<UnetLayer>> {
     let UnetSizes { groups, eps, time, context } = sizes;
     let outputs = plan.outputs;
-    let shape = AttentionShape { channels: outputs, heads: plan.heads, context };
+    let shape = TransformerShape { channels: outputs, heads: plan.heads, context };
     let (resnets, attentions) = (loader.pp("resnets"), loader.pp("attentions"));
     let layer = |(i, layer): (usize, &crate::model::networks::unet_config::LayerPlan)| -> CandleResult<UnetLayer> {
         let resnet = ResnetShape { inputs: layer.inputs, outputs, groups, eps, time: Some(time) };
@@ -196,7 +196,7 @@ impl MidBlock {
         let shape = ResnetShape { inputs: channels, outputs: channels, groups, eps, time: Some(time) };
         let resnet = |i: usize| ResnetBlock::load(&loader.pp("resnets").pp(i), shape);
         let after = depth.map(|depth| -> CandleResult<_> {
-            let shape = AttentionShape { channels, heads, context };
+            let shape = TransformerShape { channels, heads, context };
             Ok((SpatialTransformer::load(&loader.pp("attentions").pp(0), shape, groups, depth)?, resnet(1)?))
         });
         Ok(Self { before: resnet(0)?, after: after.transpose()? })
