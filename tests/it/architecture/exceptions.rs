@@ -5,11 +5,8 @@ pub(super) const LAYERS: &[&str] = &[];
 pub(super) const TENSORS: &[&str] = &[];
 pub(super) const THREAD_LOCALS: &[&str] = &["src/kernels/cpu/scratch.rs"];
 pub(super) const LONG_FILES: &[&str] = &["tests/it/hub.rs", "tests/it/loras.rs", "tests/it/networks.rs"];
-pub(super) const LONG_FUNCTIONS: &[&str] = &[
-    "src/conditioning/instructor.rs condition",
-    "src/conditioning/instructor.rs instruct",
-    "src/model/checkpoint/infer_config.rs unet",
-];
+pub(super) const LONG_FUNCTIONS: &[&str] =
+    &["src/conditioning/instructor.rs condition", "src/conditioning/instructor.rs instruct"];
 pub(super) const SPREAD_TYPES: &[&str] = &["ConditioningInstructor"];
 pub(super) const REFERENCES: &[&str] = &[];
 pub(super) const WORDS: &[&str] = &[
@@ -26,18 +23,10 @@ pub(super) const WORDS: &[&str] = &[
     "src/conditioning/workers/prompt.rs",
     "src/image/source.rs",
     "src/inference/workers/prompts.rs",
-    "src/model/checkpoint/identify.rs",
-    "src/model/checkpoint/key.rs",
-    "src/model/lora/formats/boft.rs",
-    "src/model/lora/formats/formulas.rs",
-    "src/model/lora/formats/glora.rs",
-    "src/model/lora/formats/oft.rs",
     "src/postprocessing/instructor.rs",
     "src/roots.rs",
     "tests/it/architecture/words.rs",
     "tests/it/conditioning.rs",
     "tests/it/hints.rs",
-    "tests/it/model.rs",
     "tests/it/prompts.rs",
-    "tests/it/single.rs",
 ];
