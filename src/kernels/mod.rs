@@ -1,5 +1,5 @@
 //! The compute seam: linear, convolution, attention, norms. Networks are written against this module, never against a
-//! device. A kernel picks its implementation by device and dtype; [`reference`] runs everywhere, and every other
+//! device. A kernel picks its implementation by device and dtype; [`mod@reference`] runs everywhere, and every other
 //! implementation is tested against it.
 //!
 //! Layout: feature maps are `[B, H, W, C]`, tokens `[B, L, C]`. Weights may be kept in a narrower dtype than the
