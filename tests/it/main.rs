@@ -19,6 +19,7 @@ mod image_files;
 mod guidance;
 mod instruction_sets;
 mod lora_files;
+mod lora_formats;
 mod loras;
 mod managers;
 mod mapping;

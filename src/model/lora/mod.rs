@@ -3,7 +3,7 @@
 
 mod adapter;
 mod choice;
-pub(crate) mod formats;
+pub mod formats;
 pub(crate) mod fused;
 pub(crate) mod keys;
 pub(crate) mod lookup;

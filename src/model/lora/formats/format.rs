@@ -6,15 +6,15 @@ use crate::layers::Worker;
 use crate::model::lora::formats::task::MergeTask;
 
 /// Merges one format's change into a tensor.
-pub(crate) type Merge = dyn for<'a> Worker<MergeTask<'a>, Output = Tensor>;
+pub type Merge = dyn for<'a> Worker<MergeTask<'a>, Output = Tensor>;
 
 /// One adapter format; [`super::detect`] finds the format of a layer's tensors.
-pub(crate) struct AdapterFormat {
+pub struct AdapterFormat {
     /// Parts of which any one identifies a change of the layer's `weight` in this format; no other format has them.
-    pub(crate) marks: &'static [&'static str],
+    pub marks: &'static [&'static str],
     /// The same for the layer's `bias`; empty if the format never changes biases.
-    pub(crate) bias_marks: &'static [&'static str],
+    pub bias_marks: &'static [&'static str],
     /// Every part that the format reads; the report lists any other part of the layer as skipped.
-    pub(crate) parts: &'static [&'static str],
-    pub(crate) merge: &'static Merge,
+    pub parts: &'static [&'static str],
+    pub merge: &'static Merge,
 }

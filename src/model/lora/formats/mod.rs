@@ -6,24 +6,20 @@
 pub(crate) mod added;
 pub(crate) mod boft;
 pub(crate) mod dora;
-pub(crate) mod format;
-#[cfg(test)]
-pub(crate) mod formulas;
+pub mod format;
 pub(crate) mod glora;
-#[cfg(test)]
-pub(crate) mod hostile;
 pub(crate) mod ia3;
 pub(crate) mod loha;
 pub(crate) mod lokr;
 pub(crate) mod lora;
 pub(crate) mod oft;
-pub(crate) mod task;
+pub mod task;
 
 use crate::model::lora::formats::format::AdapterFormat;
 use crate::registry::Registry;
 
 /// The formats; a more specific one stands before a more general one.
-pub(crate) static ADAPTERS: Registry<AdapterFormat> = Registry::new(
+pub static ADAPTERS: Registry<AdapterFormat> = Registry::new(
     "adapter format",
     &[
         ("lora", &lora::FORMAT),
@@ -39,7 +35,7 @@ pub(crate) static ADAPTERS: Registry<AdapterFormat> = Registry::new(
 
 /// The format that changes `tensor` (`weight` or `bias`) of a layer, given the parts that the file has for it (`has`);
 /// `None` if the file does not change the tensor. A layer's weight and bias may be changed in different formats.
-pub(crate) fn detect(tensor: &str, has: impl Fn(&str) -> bool) -> Option<(&'static str, &'static AdapterFormat)> {
+pub fn detect(tensor: &str, has: impl Fn(&str) -> bool) -> Option<(&'static str, &'static AdapterFormat)> {
     ADAPTERS.iter().find(|(_, format)| {
         let marks = if tensor == "bias" { format.bias_marks } else { format.marks };
         marks.iter().any(|mark| has(mark))

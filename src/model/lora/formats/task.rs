@@ -11,11 +11,11 @@ use crate::model::lora::formats::dora;
 /// The tensors of a file for one layer, in f32 on the network's device. Keys are kohya's part names, whoever wrote the
 /// file: `lora_A.weight`, `lora.down.weight` and `lora_linear_layer.down.weight` become `lora_down.weight`,
 /// `lora_B.bias` becomes `lora_up.bias`, and PEFT's `lora_magnitude_vector.weight` becomes `lora_magnitude_vector`.
-pub(crate) type Parts = BTreeMap<String, Tensor>;
+pub type Parts = BTreeMap<String, Tensor>;
 
 /// Most elements that one part of an adapter may have for a tensor of shape `base`. Checked before a part is read, since a
 /// header may claim any size.
-pub(crate) fn part_limit(base: &[usize]) -> usize {
+pub fn part_limit(base: &[usize]) -> usize {
     // Ranks up to the layer's width, and at least the ranks that people train, however small the layer is.
     match base {
         [] | [_] => base.iter().product(),
@@ -27,16 +27,16 @@ pub(crate) fn part_limit(base: &[usize]) -> usize {
 }
 
 /// A tensor of the network, and the file's parts for its layer.
-pub(crate) struct MergeTask<'a> {
+pub struct MergeTask<'a> {
     /// diffusers' name of the layer, for messages.
-    pub(crate) layer: &'a str,
+    pub layer: &'a str,
     /// `weight` or `bias`.
-    pub(crate) tensor: &'static str,
+    pub tensor: &'static str,
     /// The tensor with all earlier changes, in f32 and in the layout of files: `[O, I]`, `[O, I, K, K]` or `[C]`.
-    pub(crate) base: &'a Tensor,
-    pub(crate) parts: &'a Parts,
+    pub base: &'a Tensor,
+    pub parts: &'a Parts,
     /// Factor on the change.
-    pub(crate) strength: f64,
+    pub strength: f64,
 }
 
 impl MergeTask<'_> {

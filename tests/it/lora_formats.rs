@@ -1,23 +1,27 @@
-//! Compares formats with the goldens of `tests/adapters/make_formulas.py`, which checks them against LyCORIS and PEFT.
+//! Adapter formats against their formulas: `tests/adapters/make_formulas.py`, which compares them with LyCORIS and PEFT.
 
-use std::collections::{BTreeMap, HashMap};
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and prints its numbers")]
+
+mod misfits;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use crate::context::Context;
-use crate::model::lora::formats::detect;
-use crate::model::lora::formats::task::{MergeTask, Parts};
-use crate::noise::{NoiseSource, RngKind};
+use sdxl_worker::context::Context;
+use sdxl_worker::model::lora::formats::task::{MergeTask, Parts};
+use sdxl_worker::model::lora::formats::{ADAPTERS, detect};
+use sdxl_worker::noise::{NoiseSource, RngKind};
 
-/// Cases by name and kind of layer, with their parts and layers.
-pub(crate) struct Goldens {
+/// The parts of each case, by name and kind of layer, and the layers.
+struct Goldens {
     tensors: HashMap<String, Tensor>,
-    pub(crate) cases: BTreeMap<(String, String), Parts>,
+    cases: BTreeMap<(String, String), Parts>,
 }
 
 impl Goldens {
-    pub(crate) fn read() -> Self {
+    fn read() -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/adapters/formulas.safetensors");
         let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
         let mut cases: BTreeMap<_, Parts> = BTreeMap::new();
@@ -30,7 +34,7 @@ impl Goldens {
         Self { tensors, cases }
     }
 
-    pub(crate) fn base(&self, kind: &str, tensor: &str) -> &Tensor {
+    fn base(&self, kind: &str, tensor: &str) -> &Tensor {
         &self.tensors[&format!("{kind}/{tensor}")]
     }
 }
@@ -43,17 +47,16 @@ fn error(got: &Tensor, want: &Tensor) -> f32 {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test tells what it measured")]
-fn every_format_matches_its_formula() {
+fn every_format_equals_its_formula() {
     let goldens = Goldens::read();
-    let (mut table, mut worst, mut formats) = (String::new(), 0.0_f32, std::collections::BTreeSet::new());
+    let (mut table, mut worst, mut formats) = (String::new(), 0.0_f32, BTreeSet::new());
     for ((case, kind), parts) in &goldens.cases {
         for tensor in ["weight", "bias"] {
             let Some((format, found)) = detect(tensor, |part| parts.contains_key(part)) else { continue };
             formats.insert(format);
             for part in parts.keys() {
                 let known = found.parts.contains(&part.as_str());
-                assert!(known, "{format} does not say that it reads `{part}`");
+                assert!(known, "{format} does not list `{part}`");
             }
             let base = goldens.base(kind, tensor);
             let mut errors = Vec::new();
@@ -67,14 +70,14 @@ fn every_format_matches_its_formula() {
             table += &format!("{format:5} {case:22} {:14} {largest:.1e}\n", format!("{kind} {tensor}"));
         }
     }
-    let all: std::collections::BTreeSet<_> = crate::model::lora::formats::ADAPTERS.names().collect();
+    let all: BTreeSet<_> = ADAPTERS.names().collect();
     println!("{table}");
     assert_eq!(formats, all, "formats without a case");
     assert!(worst <= 1e-5, "{worst:.1e} in\n{table}");
 }
 
 #[test]
-fn strength_zero_leaves_layers_as_they_are() {
+fn strength_zero_changes_nothing() {
     let goldens = Goldens::read();
     for ((case, kind), parts) in goldens.cases.iter().filter(|(_, parts)| !parts.contains_key("rescale")) {
         let Some((_, format)) = detect("weight", |part| parts.contains_key(part)) else { continue };
@@ -85,7 +88,7 @@ fn strength_zero_leaves_layers_as_they_are() {
     }
 }
 
-/// kohya's blocks are as wide as the layer's outputs.
+/// kohya's blocks are as wide as the layer has outputs.
 #[test]
 fn wide_oft_blocks_are_rotations() {
     let side = 160;
@@ -95,7 +98,7 @@ fn wide_oft_blocks_are_rotations() {
     let parts = Parts::from([("oft_blocks".to_owned(), blocks)]);
     let task = MergeTask { layer: "layer", tensor: "weight", base: &base, parts: &parts, strength: 1.0 };
     let (_, format) = detect("weight", |part| part == "oft_blocks").unwrap();
-    let rotated = Context::detached().perform(format.merge, task).unwrap();
-    let product = rotated.matmul(&rotated.t().unwrap()).unwrap();
+    let rotation = Context::detached().perform(format.merge, task).unwrap();
+    let product = rotation.matmul(&rotation.t().unwrap()).unwrap();
     assert!(error(&product, &base) < 1e-5, "{}", error(&product, &base));
 }

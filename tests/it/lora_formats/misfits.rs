@@ -1,17 +1,18 @@
-//! Formats answer any parts with a tensor of the layer's shape or with `model_unsupported`.
+//! Wrong adapter tensors: a format gives a tensor of the layer's shape or `model_unsupported`.
 
 use candle_core::{Device, Tensor};
 
-use crate::context::Context;
-use crate::model::lora::formats::detect;
-use crate::model::lora::formats::formulas::Goldens;
-use crate::model::lora::formats::task::{MergeTask, Parts, part_limit};
+use sdxl_worker::context::Context;
+use sdxl_worker::model::lora::formats::detect;
+use sdxl_worker::model::lora::formats::task::{MergeTask, Parts, part_limit};
+
+use super::Goldens;
 
 fn shaped(shape: &[usize], value: f32) -> Tensor {
     Tensor::full(value, shape, &Device::Cpu).unwrap()
 }
 
-/// Merges `parts` into the layer; returns the message if they are refused.
+/// Merges `parts` into the layer, and gives the message of an error.
 fn check(goldens: &Goldens, kind: &str, parts: &Parts, what: &str) -> Option<String> {
     let mut refused = None;
     for tensor in ["weight", "bias"] {
@@ -30,7 +31,6 @@ fn check(goldens: &Goldens, kind: &str, parts: &Parts, what: &str) -> Option<Str
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test tells what it measured")]
 fn parts_of_every_wrong_shape_are_misfits() {
     let goldens = Goldens::read();
     let shapes: &[&[usize]] = &[
@@ -112,7 +112,7 @@ fn layers_that_a_format_does_not_change_are_misfits() {
 }
 
 #[test]
-fn no_part_is_larger_than_its_layer_allows() {
+fn parts_are_limited_by_their_layer() {
     assert_eq!(part_limit(&[320]), 320);
     assert_eq!(part_limit(&[4, 320, 3, 3]), 512 * 512 * 9);
     assert_eq!(part_limit(&[10240, 1280]), 10240 * 10240);
