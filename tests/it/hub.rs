@@ -5,7 +5,6 @@ mod concurrency;
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -13,7 +12,7 @@ use crate::conditioning::demo_folder;
 use crate::hub_cache::offline_resources;
 use crate::hub_server::{Faults, Hub, sha256};
 use crate::single_file::single;
-use crate::wire::{Worker, code, long};
+use crate::wire::{Worker, code};
 
 pub(super) const FIRST: &str = "1111111111111111111111111111111111111111";
 pub(super) const SECOND: &str = "2222222222222222222222222222222222222222";

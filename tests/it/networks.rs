@@ -19,7 +19,7 @@ use sdxl_worker::model::networks::embeddings::Sinusoid;
 use sdxl_worker::model::networks::interventions::Steering;
 use sdxl_worker::model::networks::unet::{Text, Unet, UnetConfig, UnetInput};
 use sdxl_worker::model::networks::vae::{Extent, VaeConfig, VaeDecoder, VaeEncoder};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 const UNETS: [&str; 6] =
     ["refiner", "conv_projection", "uneven_layers", "inpaint_odd_size", "no_mid_block", "plain_mid_block"];

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::assert_none;
 use super::imports::{file_of, imports};
 use super::sources::{Source, identifiers, is_word, matching_brace, production, tests};
-use super::{Violation, assert_none, exceptions};
 
 const FUNCTION: usize = 60;
 const FILE: usize = 500;
@@ -19,17 +19,16 @@ fn files_open_with_their_responsibility_and_are_short() {
     for source in production().iter().chain(tests()) {
         let path = &source.path;
         if !source.text.starts_with("//!") {
-            wrong
-                .push(Violation::new(path, format!("{path} does not open with `//!`: say what it is responsible for")));
+            wrong.push(format!("{path} does not open with `//!`: say what it is responsible for"));
         }
         let limit = if path.contains("/networks/") || path.contains("/kernels/") { LONG_FILE } else { FILE };
         let lines = source.text.lines().count();
         if lines > limit {
             let message = format!("{path} has {lines} lines, {limit} are allowed: give a part a file of its own");
-            wrong.push(Violation::new(path, message));
+            wrong.push(message);
         }
     }
-    assert_none(wrong, exceptions::LONG_FILES);
+    assert_none(wrong);
 }
 
 #[test]
@@ -41,11 +40,11 @@ fn functions_are_short() {
                 let path = &source.path;
                 let cure = "make its steps functions with names";
                 let message = format!("{path}:{line} `{name}` has {lines} lines, {FUNCTION} are allowed: {cure}");
-                wrong.push(Violation::new(format!("{path} {name}"), message));
+                wrong.push(message);
             }
         }
     }
-    assert_none(wrong, exceptions::LONG_FUNCTIONS);
+    assert_none(wrong);
 }
 
 struct Function<'a> {
@@ -95,11 +94,11 @@ fn no_module_is_named_for_nothing() {
         for name in source.module() {
             if ["utils", "util", "common", "helpers", "types", "misc"].contains(&name.as_str()) {
                 let message = format!("{} is named `{name}`: name it for what it is responsible for", source.path);
-                wrong.push(Violation::new(&source.path, message));
+                wrong.push(message);
             }
         }
     }
-    assert_none(wrong, &[]);
+    assert_none(wrong);
 }
 
 #[test]
@@ -122,9 +121,9 @@ fn a_type_is_implemented_in_few_files() {
         let files = Vec::from_iter(files).join(", ");
         let cure = "split the type, or make the methods functions of what they use";
         let message = format!("`{name}` of {home} has `impl` blocks in {files}; {FILES_OF_A_TYPE} are allowed: {cure}");
-        Violation::new(name, message)
+        message
     };
-    assert_none(spread.map(describe).collect(), exceptions::SPREAD_TYPES);
+    assert_none(spread.map(describe).collect());
 }
 
 /// The files of `src` that define a type of a name.

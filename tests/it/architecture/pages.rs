@@ -11,6 +11,7 @@ use sdxl_worker::error::Error;
 use sdxl_worker::inference::interface::Inference;
 use sdxl_worker::layers::Interface;
 use sdxl_worker::model::interface::Model;
+use sdxl_worker::postprocessing::UPSCALERS;
 use sdxl_worker::postprocessing::interface::Postprocessing;
 use sdxl_worker::scheduler::interface::Scheduler;
 use sdxl_worker::scheduler::workers::{SAMPLERS, SPACINGS};
@@ -108,6 +109,13 @@ fn pages_list_every_preprocessor() {
     let rows = table(PROTOCOL, &text, "| preprocessor |");
     let listed = rows.iter().flat_map(|row| quoted(row.split('|').nth(1).unwrap())).collect();
     check(PROTOCOL, "preprocessors", &listed, PREPROCESSORS.names());
+}
+
+#[test]
+fn protocol_lists_every_upscaler() {
+    let text = page(PROTOCOL);
+    let row = behind(PROTOCOL, &text, "| `hr_upscaler` |", "|");
+    check(PROTOCOL, "upscalers", &quoted(row), UPSCALERS.names());
 }
 
 #[test]

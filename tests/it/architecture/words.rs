@@ -1,7 +1,7 @@
 //! Words that are no field's term, as parts of identifiers. Words of the wire are strings, and allowed.
 
+use super::assert_none;
 use super::sources::{identifiers, production, tests};
-use super::{Violation, assert_none, exceptions};
 
 /// Words, and what to write for them.
 const WORDS: [(&[&str], &str); 12] = [
@@ -46,10 +46,10 @@ fn identifiers_are_terms_of_the_field() {
             let Some((word, cure)) = private_word(identifier) else { continue };
             let (path, line) = (&source.path, source.line(at));
             let message = format!("{path}:{line} `{identifier}` has the private word `{word}`: write {cure}");
-            wrong.push(Violation::new(path, message));
+            wrong.push(message);
         }
     }
-    assert_none(wrong, exceptions::WORDS);
+    assert_none(wrong);
 }
 
 /// The word of an identifier that is no term of the field, and what to write for it.
@@ -65,8 +65,8 @@ fn private_word(identifier: &str) -> Option<(String, &'static str)> {
             return Some((part.clone(), cure));
         }
     }
-    let goes_on = parts.windows(2).find(|pair| ["go", "goes"].contains(&pair[0].as_str()) && pair[1] == "on")?;
-    Some((goes_on.join("_"), "`continues`"))
+    let continuing = parts.windows(2).find(|pair| ["go", "goes"].contains(&pair[0].as_str()) && pair[1] == "on")?;
+    Some((continuing.join("_"), "`continues`"))
 }
 
 /// The words of an identifier in snake case or camel case, in lower case.

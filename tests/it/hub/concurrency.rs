@@ -3,9 +3,9 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Place, UNET, bytes_of, fetched, model};
+use super::{FIRST, Place, SECOND, UNET, ask, demo, fetched, image, model};
 use crate::hub_server::Faults;
 use crate::wire::{code, long};
 

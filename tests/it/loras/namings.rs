@@ -1,8 +1,9 @@
 //! The same adapter file under the key namings of other writers.
 
 use std::collections::HashMap;
+use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::Device;
 
 use super::File;
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use sdxl_worker::error::Result;
-use sdxl_worker::kernels::loader::Loader;
+use sdxl_worker::kernels::Loader;
 use sdxl_worker::model::networks::clip::{ClipConfig, ClipTextModel};
 use sdxl_worker::model::networks::unet::{Unet, UnetConfig};
 use sdxl_worker::model::networks::vae::{VaeConfig, VaeDecoder, VaeEncoder};
