@@ -36,7 +36,7 @@ def rand(*shape, scale=1.0):
 
 
 def sized(change, weight, *parts):
-    """Makes the change a third of the weights by the last of its parts."""
+    """Scales the last part so that the change is a third as large as the weights."""
     parts[-1].mul_(0.35 * weight.std() / change.std())
 
 

@@ -162,7 +162,7 @@ def lycoris_layer(cls, kind, parts, s, **options):
         size = 3 if kind == "conv3" else 1
         if kind == "linear":
             x, zero = torch.eye(I), torch.zeros(1, I)
-        else:  # one image for every place of the kernel
+        else:  # one image for each kernel position
             x, zero = torch.eye(I * size * size).reshape(-1, I, size, size), torch.zeros(1, I, size, size)
         w = (module(x) - module(zero)).reshape(x.shape[0], O).T
         return w.reshape(base(kind).shape), None
@@ -248,7 +248,7 @@ for kind in ["linear", "conv3", "conv1"]:
     whole = {"lokr_w1": rand(4, 3), "lokr_w2": rand(4, 4, *k, scale=0.3), "alpha": 2.0}
     case("lokr of whole factors", kind, whole, added(lokr),
          lambda s: lycoris_layer(L.LokrModule, kind, f32(whole), s, lora_dim=R, alpha=2.0, full_matrix=True, factor=4))
-    # Rank 1 is below half of every factor's side: LyCORIS factors both.
+    # Rank 1 is below half of every factor's side, so LyCORIS factors both.
     both = {"lokr_w1_a": rand(4, 1), "lokr_w1_b": rand(1, 3), "lokr_w2_a": rand(4, 1), "lokr_w2_b": rand(1, 4 * area), "alpha": 0.5}
     case("lokr of both products", kind, both, added(lokr),
          lambda s: lycoris_layer(L.LokrModule, kind, f32(both), s, lora_dim=1, alpha=0.5, decompose_both=True, factor=4))

@@ -31,7 +31,7 @@ def layers(pipe, component, kind):
 
 
 def random(pipe, components, seed, kind="linear", dora=False):
-    """For each layer `down`, `up` and `alpha`; the change is as large as an eighth of the weights."""
+    """`down`, `up` and `alpha` of each layer; the change is an eighth as large as the weights."""
     generator = torch.Generator().manual_seed(seed)
     changes = {}
     for component in components:
@@ -54,7 +54,7 @@ def kohya(changes):
 
 
 def peft_names(changes, alpha=False):
-    """PEFT has one alpha for all, the rank here, so that `up` carries it."""
+    """PEFT has one alpha for all layers, here the rank, so `up` carries the scale."""
     out = {}
     for (c, n), parts in changes.items():
         out[f"{c}.{n}.lora_A.weight"] = parts["down"]

@@ -1,4 +1,4 @@
-"""Writes codings.safetensors: bytes in every coding that weights may have, and the numbers that they are.
+"""Writes codings.safetensors: bytes in every block format of weights, and their decoded values.
 
 Eight-bit floats by torch 2.15, all 256 codes of each; blocks by gguf 0.19.0 (`gguf.quants.dequantize`), random bytes
 with scales of f16 that are numbers. Run: python make_codings.py
@@ -17,7 +17,7 @@ codes = torch.arange(256, dtype=torch.uint8)
 for name, dtype in [("f8_e4m3", torch.float8_e4m3fn), ("f8_e5m2", torch.float8_e5m2)]:
     out[f"{name}.bytes"] = codes.clone()
     out[f"{name}.numbers"] = codes.view(dtype).to(torch.float32)
-# Where the scales of f16 lie in a block.
+# Offsets of the f16 scales in a block.
 blocks = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
     "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],

@@ -22,7 +22,7 @@ torch.set_num_threads(2)
 
 
 def randomise(model, seed):
-    """Weights of a size that lets every layer matter, each exactly an f16 number."""
+    """Weights large enough that every layer matters, each exact in f16."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -56,7 +56,7 @@ def run_unet(model, height, width, timesteps, time_ids, pooled, controlled=False
     batch = len(time_ids)
     context = config.cross_attention_dim
     context = context[0] if isinstance(context, (list, tuple)) else context
-    # Values that f16 has too, so that inputs cost half.
+    # Values that are exact in f16, which halves the size of inputs.
     inputs = {
         "in.sample": noise((batch, config.in_channels, height, width), 1).half(),
         "in.context": noise((batch, 7, context), 2).half(),

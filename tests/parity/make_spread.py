@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far the reference itself moves when nothing but rounding changes: some of the cases are chaotic.
+"""Measures how far the reference itself moves when only rounding changes: some cases are chaotic.
 
     pip install torch diffusers transformers accelerate safetensors scipy pillow      (made with the versions in versions.json)
     make_spread.py MODEL spread.json [CASE ...]

@@ -29,7 +29,7 @@ KINDS = {"openpose": 0, "depth": 1, "hed": 2, "scribble": 2, "canny": 3, "normal
 
 
 def scale_and_offset(name, shape):
-    """So that activations keep their size, and what is added is about a tenth of what it is added to."""
+    """Weights that keep the size of activations, with residuals about a tenth of the features they are added to."""
     if name.endswith("weight") and len(shape) == 1: return 0.1, 1.0
     if len(shape) == 1: return 0.05, 0.0
     if name == "task_embedding": return 0.5, 0.0
@@ -39,7 +39,7 @@ def scale_and_offset(name, shape):
 
 
 def fill(net, seed):
-    """Fills the network, and gives its layout."""
+    """Fills the network with random weights, and gives its layout."""
     tensors, state = [], net.state_dict()
     for name, tensor in state.items():
         scale, offset = scale_and_offset(name, tensor.shape)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the goldens of guidance: what diffusers draws from the demonstration model when its guidance is steered.
+"""Makes the goldens of guidance: what diffusers draws from the demonstration model with each guidance mode.
 
     pip install torch diffusers transformers accelerate safetensors scipy
     make_guidance.py ../shared/demo-model/model [MODE...]
@@ -75,7 +75,7 @@ def cases_of(mode):
     }[mode]
 
 
-# Shares of a scale, by how much of the steps is done (t) and the curve's own number (v).
+# Factors of a scale, by the share of completed steps (t) and the curve's parameter (v).
 SCALES = {
     "constant": lambda t, v: 1.0,
     "linear_down": lambda t, v: 1.0 - t,

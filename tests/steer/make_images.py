@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes image files that are sound and unusual, and what Pillow reads in them, for tests/it/image_files.rs.
+"""Makes valid but unusual image files, and the pixels that Pillow reads from them, for tests/it/image_files.rs.
 
     pip install numpy pillow safetensors
     make_images.py        writes files/odd/* and images.safetensors (a key a file: [H, W, 3] bytes)

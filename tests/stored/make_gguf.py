@@ -1,5 +1,5 @@
-"""Writes gguf.json and gguf.safetensors: layouts of GGUF UNets of the demonstration model's shape, laid as ComfyUI-GGUF
-lays SDXL, and the latents that diffusers draws with the numbers in them.
+"""Writes gguf.json and gguf.safetensors: layouts of GGUF UNets of the demonstration model's shape, as ComfyUI-GGUF
+stores SDXL, and the latents that diffusers draws with the numbers in them.
 
 Bytes of blocks are a hash of their place, so that the test makes the same files. Made with torch 2.15, diffusers 0.42.1,
 gguf 0.19.0. Run: python make_gguf.py MODEL, the demonstration model with its tokenizers

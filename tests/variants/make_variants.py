@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Goldens of models with the noise of Karras et al., and of models that edit an image, by diffusers.
+"""Makes goldens of EDM models and of instruct-pix2pix with diffusers.
 
     make_variants.py MODEL          MODEL is the demonstration model's folder; writes beside this script
 

@@ -1,4 +1,4 @@
-//! The local cache in which Hugging Face's tools keep repositories. This file only reads it; [`super::fetch`] fills it.
+//! The local cache in which Hugging Face's tools keep repositories. This file only reads it; `fetch` fills it.
 
 use std::env;
 use std::fs;

@@ -1,7 +1,7 @@
 //! Turns one line of bytes into a head and a typed request.
 //!
-//! Three passes: [`scan`] checks that the whole line is sound JSON and finds its id, [`head`] reads every key but `data`,
-//! and [`body`] reads `data` into the type of the operation.
+//! Three passes: `scan` checks that the whole line is sound JSON and finds its id, `head` reads every key but `data`,
+//! and `body` reads `data` into the type of the operation.
 
 pub mod body;
 pub mod fault;

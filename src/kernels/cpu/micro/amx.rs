@@ -278,7 +278,7 @@ pub mod probe {
 
     /// One call of a kernel on memory of the test.
     pub struct Product<'a, T, S> {
-        /// 32 rows, [`A_STRIDE`] bytes apart.
+        /// 32 rows, `A_STRIDE` bytes apart.
         pub a: &'a [T],
         /// `[depth/2][32][2]` bf16 or `[depth/4][32][4]` bytes.
         pub b: &'a [T],
