@@ -10,6 +10,7 @@ mod demo_controlnet;
 mod device;
 mod drawing;
 mod edits;
+mod entries;
 mod hints;
 mod hub;
 mod hub_cache;

@@ -87,7 +87,7 @@ fn options(sampler: &str, schedule: &str, steps: i64) -> SamplingOptions {
 }
 
 /// x₀ by the network of the golden script: see its header.
-fn denoise(plan: &SamplingPlan, x: &Tensor, level: Level) -> Tensor {
+pub(super) fn denoise(plan: &SamplingPlan, x: &Tensor, level: Level) -> Tensor {
     let norm = level.alpha.hypot(level.sigma);
     let (alpha, sigma) = (level.alpha / norm, level.sigma / norm);
     let shift = 0.3 * (level.timestep / 150.0).sin();
