@@ -6,9 +6,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::inference::interface::GenerateRequest;
+use crate::conditioning::interface::Conditioning;
+use crate::device::interface::Device;
+use crate::inference::interface::{GenerateRequest, Inference};
 use crate::layers::{Domain, Interface, Nothing, Resident};
+use crate::model::interface::Model;
+use crate::postprocessing::interface::Postprocessing;
 use crate::runtime::config::{LogLevel, OnEof};
+use crate::scheduler::interface::Scheduler;
 
 /// Version of the protocol. Additions raise the minor number.
 pub const PROTOCOL: &str = "1.3";
@@ -21,16 +26,27 @@ pub const MAX_PRIORITY: i64 = 100;
 /// Longest `timeout_ms`: a week.
 pub const MAX_TIMEOUT_MS: i64 = 7 * 24 * 60 * 60 * 1000;
 
-/// Every operation that the protocol names, including those that this worker does not perform.
-pub const TABLE: &[(Domain, &[&str])] = &[
-    (Domain::Inference, &["generate", "text2image", "img2img", "inpaint", "controlnet", "lora", "batch"]),
-    (Domain::Model, &["list", "inspect", "load", "unload", "pin", "fetch"]),
-    (Domain::Conditioning, &["encode_prompt", "tokenize", "preprocess", "list"]),
-    (Domain::Scheduler, &["list", "describe"]),
-    (Domain::Postprocessing, &["upscale", "enhance", "check_safety", "metadata", "list"]),
-    (Domain::Device, &["list", "info", "memory"]),
-    (Domain::Communication, Communication::OPERATIONS),
+/// Operations that the protocol names and this worker does not perform.
+pub const NOT_PERFORMED: &[(Domain, &str)] = &[
+    (Domain::Postprocessing, "upscale"),
+    (Domain::Postprocessing, "enhance"),
+    (Domain::Postprocessing, "check_safety"),
 ];
+
+/// Every operation that the protocol names: those that this worker performs, and [`NOT_PERFORMED`].
+pub fn operations() -> impl Iterator<Item = (Domain, &'static str)> {
+    fn of<I: Interface>() -> impl Iterator<Item = (Domain, &'static str)> {
+        I::OPERATIONS.iter().map(|operation| (I::DOMAIN, *operation))
+    }
+    of::<Inference>()
+        .chain(of::<Model>())
+        .chain(of::<Conditioning>())
+        .chain(of::<Scheduler>())
+        .chain(of::<Postprocessing>())
+        .chain(of::<Device>())
+        .chain(of::<Communication>())
+        .chain(NOT_PERFORMED.iter().copied())
+}
 
 /// A request line without its `data`.
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use crate::communication::interface::{EventOptions, Head, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, TABLE};
+use crate::communication::interface::{EventOptions, Head, MAX_ID_CHARS, MAX_PRIORITY, MAX_TIMEOUT_MS, operations};
 use crate::communication::responses::Warning;
 use crate::communication::workers::codec::body::{Body, explain};
 use crate::communication::workers::codec::fault::Fault;
@@ -127,7 +127,7 @@ impl LineKeys<'_> {
 }
 
 fn read_domain(worker_type: Option<String>, operation: &str) -> Result<Domain, Fault> {
-    let owner = TABLE.iter().find(|(_, names)| names.contains(&operation));
+    let owner = operations().find(|(_, name)| *name == operation);
     let Some(name) = worker_type else {
         let hint = owner.map_or_else(
             || "name one of the domains".to_owned(),

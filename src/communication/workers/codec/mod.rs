@@ -13,7 +13,7 @@ mod tagged;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use crate::communication::interface::{self, Communication, Head, TABLE};
+use crate::communication::interface::{self, Communication, Head};
 use crate::communication::responses::Warning;
 use crate::conditioning::interface::Conditioning;
 use crate::device::interface::Device;
@@ -123,15 +123,16 @@ fn read<I: Interface>(body: &Body<'_>, warnings: &mut Vec<Warning>) -> Result<I:
 
 /// Checks that the protocol names the operation.
 fn check_operation(head: &Head) -> Result<(), Fault> {
-    let operations = TABLE.iter().find(|(domain, _)| *domain == head.worker_type).map_or(&[][..], |(_, names)| names);
+    let own = interface::operations().filter(|(domain, _)| *domain == head.worker_type);
+    let operations: Vec<&str> = own.map(|(_, name)| name).collect();
     if operations.contains(&head.operation.as_str()) {
         return Ok(());
     }
-    let elsewhere = TABLE.iter().find(|(_, names)| names.contains(&head.operation.as_str()));
+    let elsewhere = interface::operations().find(|(_, name)| *name == head.operation);
     let hint = match (nearest(&head.operation, operations.iter().copied()), elsewhere) {
         (Some(name), _) => format!("did you mean `{name}`?"),
         (None, Some((domain, _))) => format!("did you mean worker_type `{}`?", domain.name()),
-        (None, None) => format!("it has {}", quoted(operations)),
+        (None, None) => format!("it has {}", quoted(&operations)),
     };
     let error = Error::UnknownOperation {
         worker_type: head.worker_type.name().to_owned(),
