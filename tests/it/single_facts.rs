@@ -198,7 +198,7 @@ fn refiner_continues_from_the_same_latents() {
     assert_eq!(refused("demo", Some("demo")), "");
     for refiner in ["scaled", "moved"] {
         let error = refused("demo", Some(refiner));
-        assert!(error.starts_with("invalid_parameter") && error.contains("latents are others"), "{error}");
+        assert!(error.starts_with("invalid_parameter") && error.contains("latents differ"), "{error}");
     }
     // EDM models have no `sample` prediction.
     let error = refused("whole", None);
