@@ -8,6 +8,7 @@ mod length;
 mod pages;
 mod references;
 mod sources;
+mod walkthrough;
 mod words;
 
 /// Fails with every message of a broken rule.

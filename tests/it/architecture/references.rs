@@ -1,12 +1,17 @@
-//! Paths in backticks, in pages and comments, must exist.
+//! Files that pages and comments refer to must exist: paths in backticks, and the targets of relative links.
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 
 use super::assert_none;
 use super::sources::{files, production, root, tests};
 
-const FOLDERS: [&str; 8] = ["src/", "tests/", "benches/", "configs/", "assets/", "docs/", "examples/", ".github/"];
+const FOLDERS: [&str; 9] =
+    ["src/", "tests/", "benches/", "configs/", "assets/", "docs/", "examples/", ".ci/", ".github/"];
+
+/// Parts of a path that stand for any name, in instructions.
+const PLACEHOLDERS: [&str; 2] = ["NAME", "DOMAIN"];
 
 #[test]
 fn paths_in_backticks_exist() {
@@ -24,6 +29,40 @@ fn paths_in_backticks_exist() {
         }
     }
     assert_none(wrong);
+}
+
+#[test]
+fn targets_of_relative_links_exist() {
+    let mut wrong = Vec::new();
+    for (path, text) in pages() {
+        let folder = Path::new(&path).parent().unwrap();
+        for (line, target) in links(&text) {
+            if !root().join(folder).join(target).exists() {
+                let message = format!("{path}:{line} links to `{target}`, which does not exist: link to its new place");
+                wrong.push(message);
+            }
+        }
+    }
+    assert_none(wrong);
+}
+
+/// The relative targets of links and images outside code, without anchors, each with its line.
+fn links(text: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let mut is_code = false;
+    for (at, line) in text.lines().enumerate() {
+        if line.trim_start().starts_with("```") {
+            is_code = !is_code;
+        }
+        if is_code {
+            continue;
+        }
+        let targets = line.split("](").skip(1).filter_map(|rest| rest.split([')', ' ', '#']).next());
+        found.extend(
+            targets.filter(|target| !target.is_empty() && !target.contains(':')).map(|target| (at + 1, target)),
+        );
+    }
+    found
 }
 
 /// Markdown for people, with its path.
@@ -58,7 +97,8 @@ fn quoted(text: &str) -> Vec<(usize, &str)> {
 fn is_path(word: &str) -> bool {
     let plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c));
     let named = [".rs", ".md"].iter().any(|end| word.len() > end.len() && word.ends_with(end));
-    plain && (FOLDERS.iter().any(|folder| word.starts_with(folder)) || named)
+    let is_pattern = word.split(['/', '.']).any(|part| PLACEHOLDERS.contains(&part));
+    plain && !is_pattern && (FOLDERS.iter().any(|folder| word.starts_with(folder)) || named)
 }
 
 /// True if a file or folder of the repository has the path, or one that ends with it.
@@ -77,8 +117,15 @@ fn paths_differ_from_other_words() {
         ("owner/name", false),
         ("unet/config.json", false),
         ("src/*.rs", false),
+        ("src/DOMAIN/workers/NAME.rs", false),
         (".rs", false),
     ] {
         assert_eq!(is_path(word), expected, "{word}");
     }
+}
+
+#[test]
+fn relative_links_are_found() {
+    let text = "[a](b.md), ![c](d/e.png) [f](https://g.org) [h](#i)\n```\n[j](k.md)\n```\n[l](../m.md#n)";
+    assert_eq!(links(text), [(1, "b.md"), (1, "d/e.png"), (5, "../m.md")]);
 }
