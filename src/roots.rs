@@ -26,7 +26,7 @@ impl Roots {
     /// # Errors
     /// `path_not_allowed` outside the roots and for `..`, whether or not the path exists; `invalid_parameter` for a path
     /// that no file system accepts.
-    pub fn beneath(&self, path: &Path, field: &str) -> Result<PathBuf> {
+    pub fn resolve(&self, path: &Path, field: &str) -> Result<PathBuf> {
         let refused = || Error::PathNotAllowed { path: path.to_owned() };
         if path.as_os_str().is_empty() {
             return Err(Error::invalid(field, "must name a file, got an empty path"));
@@ -48,13 +48,13 @@ impl Roots {
     /// Creates `folder` with its parents, and returns it with every symbolic link resolved.
     ///
     /// # Errors
-    /// Those of [`Self::beneath`], and `output_write_failed`.
+    /// Those of [`Self::resolve`], and `output_write_failed`.
     pub fn make_folder(&self, folder: &Path, field: &str) -> Result<PathBuf> {
-        let real = self.beneath(folder, field)?;
+        let real = self.resolve(folder, field)?;
         std::fs::create_dir_all(&real)
             .map_err(|error| Error::OutputWriteFailed { path: folder.to_owned(), message: error.to_string() })?;
         // Between the check and the creation a part may have become a link.
-        self.beneath(folder, field)
+        self.resolve(folder, field)
     }
 }
 

@@ -37,7 +37,7 @@ impl Dtype {
     }
 }
 
-/// What the UNet multiplies in.
+/// Numbers in which the UNet multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantization {

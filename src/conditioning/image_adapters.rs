@@ -33,7 +33,7 @@ const MOST_BYTES: u64 = 256 * Bytes::MIB;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct T2iAdapterOptions {
-    /// A folder in diffusers' layout beneath the configured model roots.
+    /// A folder in diffusers' layout under the configured model roots.
     pub model: String,
     /// Edges, a depth map or whatever the adapter was trained on; resized to the size of the image.
     pub image: ImageSource,
@@ -49,11 +49,11 @@ pub struct T2iAdapterOptions {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct IpAdapterOptions {
-    /// A safetensors file beneath the configured model roots.
+    /// A safetensors file under the configured model roots.
     pub model: String,
     /// One image or up to 16.
     pub image: OneOrMany<ImageSource>,
-    /// A folder with `config.json` and weights of a `CLIPVisionModelWithProjection`, beneath the configured model roots.
+    /// A folder with `config.json` and weights of a `CLIPVisionModelWithProjection`, under the configured model roots.
     pub image_encoder: String,
     /// Multiplier for its attention, -10 to 10. Default: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -55,7 +55,7 @@ impl ImageSource {
     pub fn read(&self, roots: &Roots, field: &str) -> Result<ImageFile> {
         let bytes = match self {
             Self::Path(path) => {
-                let real = roots.beneath(path, field)?;
+                let real = roots.resolve(path, field)?;
                 let unreadable = |error: &dyn std::fmt::Display| {
                     Error::invalid(field, format!("names `{}`, which cannot be read: {error}", path.display()))
                 };

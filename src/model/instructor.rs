@@ -44,7 +44,7 @@ pub struct ModelResources {
     /// Where `fetch` downloads from.
     pub hub: HubSettings,
     cache_size: Allowance,
-    /// What all networks may take together.
+    /// The budget that all networks share.
     pub budget: Budget,
 }
 

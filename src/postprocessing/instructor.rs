@@ -164,7 +164,7 @@ impl PostprocessingInstructor {
             }
         };
         let folder_field = if options.dir.is_some() { "output.dir" } else { field };
-        self.roots.beneath(&folder, folder_field)?;
+        self.roots.resolve(&folder, folder_field)?;
         let Some(name) = name else { return Ok((Destination::Automatic { folder }, None)) };
         check_name(name, field)?;
         let (stem, implied) = split_extension(name);

@@ -42,7 +42,7 @@ pub struct SamplingOptions {
     /// Timesteps of the run instead of a schedule, falling, 0 to 999.
     #[serde(default)]
     pub timesteps: Option<Vec<f64>>,
-    /// What the network predicts. Default: the checkpoint's.
+    /// The quantity that the network predicts. Default: the checkpoint's.
     #[serde(default)]
     pub prediction_type: Option<Prediction>,
     /// Rescale the noise schedule so that the last timestep has no signal left. Default: the checkpoint's.

@@ -111,7 +111,7 @@ impl MemoryPlanner<'_> {
         let PlannedMemory { report, estimate } = planned;
         let Some((fallback, next)) = next_fallback(plan.memory, report) else {
             let free = self.device.free(&managers.device);
-            let shortage = Shortage { stage, needed: estimate.needed(plan.means), free };
+            let shortage = Shortage { stage, needed: estimate.needed(plan.memory_plan), free };
             return Err(self.out_of_memory(plan, estimate, shortage, managers));
         };
         tracing::warn!(request_id = ctx.request_id(), stage, %freed, ?fallback, "out of memory; started again with less");
@@ -351,6 +351,6 @@ fn strategies(
 }
 
 fn apply(memory: MemoryPlan, plan: &mut GenerationPlan, placement: &mut Placement) {
-    plan.means = memory;
+    plan.memory_plan = memory;
     placement.offloaded = memory.offload == Offload::Sequential;
 }

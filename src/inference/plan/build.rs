@@ -82,7 +82,7 @@ impl Planner<'_> {
             loras: choices,
             output,
             memory,
-            means: memory.first(),
+            memory_plan: memory.first(),
             guidance_options,
             lora_options: options,
             request,

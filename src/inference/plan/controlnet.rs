@@ -42,7 +42,7 @@ fn controlnet(
     catalog: &Catalog,
 ) -> Result<ControlNetPlan> {
     let missing = |field: &str, what: &str| Error::invalid(field, format!("is missing: {what}"));
-    let name = options.model.as_deref().ok_or_else(|| missing("model", "name a ControlNet beneath the model roots"))?;
+    let name = options.model.as_deref().ok_or_else(|| missing("model", "name a ControlNet under the model roots"))?;
     let image = options.image.as_ref().ok_or_else(|| missing("image", "give what the ControlNet is shown"))?;
     let start = within("start", options.start.unwrap_or(0.0), 0.0, 1.0)?;
     let end = within("end", options.end.unwrap_or(1.0), 0.0, 1.0)?;

@@ -66,7 +66,7 @@ pub struct GenerationPlan {
     /// Memory choices that the request leaves open.
     pub memory: MemoryOptions,
     /// Memory choices in effect.
-    pub means: MemoryPlan,
+    pub memory_plan: MemoryPlan,
     /// Options of the request, completed with their defaults.
     pub guidance_options: GuidanceOptions,
     /// LoRAs of the request and its prompt, completed with their defaults.

@@ -13,7 +13,7 @@ use crate::roots::Roots;
 /// # Errors
 /// `path_not_allowed` outside the roots.
 pub(crate) fn admit(roots: &Roots, path: &Path) -> Result<Option<PathBuf>> {
-    let real = roots.beneath(path, "model")?;
+    let real = roots.resolve(path, "model")?;
     Ok(real.exists().then_some(real))
 }
 

@@ -396,7 +396,7 @@ impl Catalog {
         let mut candidates: Vec<PathBuf> = roots.iter().map(|root| root.join(path)).collect();
         candidates.extend(roots.iter().filter(|root| root.file_name() == Some(path.as_os_str())).cloned());
         let here = std::path::absolute(path).ok();
-        candidates.extend(here.filter(|here| self.roots.beneath(here, "model").is_ok()));
+        candidates.extend(here.filter(|here| self.roots.resolve(here, "model").is_ok()));
         candidates
     }
 

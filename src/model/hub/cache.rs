@@ -178,7 +178,7 @@ pub fn folder_name(repository: &str) -> String {
 fn commit_of(folder: &Path, revision: &str) -> Result<Option<String>> {
     let path = folder.join("refs").join(revision);
     let roots = Roots::new([folder.to_owned()]);
-    if !roots.beneath(&path, "model")?.exists() {
+    if !roots.resolve(&path, "model")?.exists() {
         return Ok(None);
     }
     let corrupt = || Error::ModelCorrupt { path: path.clone(), message: "must hold a commit".to_owned() };

@@ -133,7 +133,7 @@ impl CacheQuery<'_> {
         let pinned = pinned(self.pins, &chosen)?;
         let mut files = Vec::with_capacity(chosen.len());
         for name in chosen {
-            let file = roots.beneath(&path.join(&name), "files")?;
+            let file = roots.resolve(&path.join(&name), "files")?;
             let bytes = Bytes(fs::metadata(&file).map_or(0, |meta| meta.len()));
             let pin = pinned.iter().find(|(file, _)| *file == name);
             let sha256 = pin.map(|_| ctx.perform(&Digest, file.as_path())).transpose()?;

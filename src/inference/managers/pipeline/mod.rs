@@ -185,7 +185,7 @@ impl<'a> Pipeline<'a> {
         let (pass, state) = (&plan.passes[index], &self.passes[index]);
         let Session { placement, managers, ctx } = session;
         let (placement, ctx) = (*placement, *ctx);
-        if plan.means.offload != Offload::None {
+        if plan.memory_plan.offload != Offload::None {
             managers.model().dismiss(&pass.checkpoint);
         }
         let stack = self.stack_of(plan, pass);
@@ -220,7 +220,7 @@ impl<'a> Pipeline<'a> {
             x,
             masking: masking.as_ref(),
             continues: plan.continues(index),
-            slice: plan.means.slice,
+            slice: plan.memory_plan.slice,
             noise: &mut noise,
             placement,
             on_step: &mut |completed, x0| report.on_step(completed, x0),

@@ -27,7 +27,7 @@ pub(super) fn encode(
     let Session { placement, managers, ctx } = session;
     let vae = managers.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
     let config = &plan.checkpoint.vae;
-    let extent = if plan.means.decode == DecodeExtent::Strips { Extent::Strips } else { Extent::Whole };
+    let extent = if plan.memory_plan.decode == DecodeExtent::Strips { Extent::Strips } else { Extent::Whole };
     let task = EncodeTask { vae: &vae, config, pixels, noise, extent, placement };
     ctx.stage(Stage::Encode, || ctx.perform(&Encode, task))
 }
@@ -46,8 +46,8 @@ pub(super) fn decode(
         let (decoder, config) = (&vae.decoder, &plan.checkpoint.vae);
         let free = device.free(&managers.device);
         // An extent that was left open is chosen by the memory that is free now.
-        let is_open = plan.memory.decode == DecodeExtent::Auto && plan.means.decode != DecodeExtent::Strips;
-        let options = if is_open { DecodeExtent::Auto } else { plan.means.decode };
+        let is_open = plan.memory.decode == DecodeExtent::Auto && plan.memory_plan.decode != DecodeExtent::Strips;
+        let options = if is_open { DecodeExtent::Auto } else { plan.memory_plan.decode };
         ctx.perform(&Decode, DecodeTask { decoder, config, latents, placement, options, free })
     })?;
     let units = latents.elem_count() / plan.checkpoint.vae.latent_channels.max(1);
