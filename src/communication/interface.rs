@@ -16,7 +16,7 @@ use crate::runtime::config::{LogLevel, OnEof};
 use crate::scheduler::interface::Scheduler;
 
 /// Version of the protocol. Additions raise the minor number.
-pub const PROTOCOL: &str = "1.3";
+pub const PROTOCOL: &str = "1.4";
 /// Longest `request_id` and `idempotency_key`, in characters.
 pub const MAX_ID_CHARS: usize = 256;
 /// Deepest nesting of arrays and objects in a line.

@@ -6,7 +6,7 @@
     python make_entries.py sampler-euler  writes one
 
 Every entry of the registries SAMPLERS, PREPROCESSORS and UPSCALERS needs a golden. To add one, write the reference below
-as a function from the paper or project that defines it, never from the Rust code. Samplers that draw noise are
+as a function of the entry's name, from the paper or project that defines it, never from the Rust code. Samplers that draw noise are
 compared with diffusers instead: add them to make_schedules.py.
 """
 import json
@@ -163,6 +163,8 @@ KINDS = {"sampler": (SAMPLERS, sampler_golden), "preprocessor": (PREPROCESSORS, 
 
 
 def main(wanted):
+    known = [f"{kind}-{name}" for kind, (entries, _) in KINDS.items() for name in entries]
+    if unknown := set(wanted) - set(known): sys.exit(f"no golden {sorted(unknown)}; known are {known}")
     for kind, (entries, golden) in KINDS.items():
         for name in entries:
             if not wanted or f"{kind}-{name}" in wanted:

@@ -365,7 +365,7 @@ fn stdout_carries_protocol_only_and_logs_go_to_stderr() {
 fn control_operations_answer_in_the_schema() {
     let mut worker = Worker::start(&[]);
     let hello = worker.ask("1", "hello", &json!({}));
-    assert_eq!(hello["protocol"], "1.3", "{hello}");
+    assert_eq!(hello["protocol"], "1.4", "{hello}");
     let capabilities = worker.ask("2", "capabilities", &json!({}));
     assert_eq!(
         capabilities["operations"]["inference"],

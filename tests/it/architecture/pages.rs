@@ -112,7 +112,12 @@ fn pages_list_every_preprocessor() {
 }
 
 #[test]
-fn protocol_lists_every_upscaler() {
+fn pages_list_every_upscaler() {
+    let text = page(README);
+    check(README, "upscalers", &quoted(behind(README, &text, "| upscalers |", "|\n")), UPSCALERS.names());
+    let request = page("src/inference/request/generate.rs");
+    let comment = behind("generate.rs", &request, "/// Upscaler between the passes:", "Default:");
+    check("generate.rs", "upscalers", &quoted(comment), UPSCALERS.names());
     let text = page(PROTOCOL);
     let row = behind(PROTOCOL, &text, "| `hr_upscaler` |", "|");
     check(PROTOCOL, "upscalers", &quoted(row), UPSCALERS.names());
