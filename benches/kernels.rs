@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use sdxl_worker::kernels::simd::{self, Level};
+use sdxl_worker::kernels::simd::{self, SimdLevel};
 use sdxl_worker::kernels::{self, Activation, Conv2d, ConvShape, GroupNorm, LayerNorm, Linear, Mask, Padding};
 
 #[path = "peak/mod.rs"]
@@ -69,7 +69,7 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let flag = arguments.iter().position(|a| a == "--cpu-features");
     if let Some(wanted) = flag.and_then(|at| arguments.get(at + 1)) {
-        let level = Level::ALL.into_iter().find(|level| level.name() == wanted).expect("the name of a level");
+        let level = SimdLevel::ALL.into_iter().find(|level| level.name() == wanted).expect("the name of a level");
         simd::choose(level);
     }
     let filter = if flag == Some(0) { arguments.get(2) } else { arguments.first() }.cloned();
@@ -80,18 +80,18 @@ fn main() {
     peaks.iter().for_each(|(name, rate)| println!("registers: {name} {rate:.0} G operations/s"));
     let of = |name: &str| peaks.iter().find(|(n, _)| *n == name).map_or(f64::NAN, |(_, rate)| *rate);
     let f32_peak = match level {
-        Level::Portable => of("portable f32"),
-        Level::Avx2 => of("avx2 f32"),
+        SimdLevel::Portable => of("portable f32"),
+        SimdLevel::Avx2 => of("avx2 f32"),
         _ => of("avx512 f32"),
     };
-    let bf16_peak = if level == Level::Avx512Bf16 { of("avx512 bf16") } else { f32_peak };
+    let bf16_peak = if level == SimdLevel::Avx512Bf16 { of("avx512 bf16") } else { f32_peak };
     println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "GF/s and share of the registers'", "f32", "", "bf16", "");
     let table = Table { filter, peaks: [f32_peak, bf16_peak] };
     linears(&table, "", |weight| Linear::new(weight, None));
     convolutions(&table, "", |weight, shape| Conv2d::new(weight, None, shape));
     attentions(&table);
     gemm(&table);
-    let int8_peak = if level >= Level::Avx512 { of("avx512 int8") } else { f32_peak };
+    let int8_peak = if level >= SimdLevel::Avx512 { of("avx512 int8") } else { f32_peak };
     println!("\n{:<44}{:>8} {:>6}   {:>8} {:>6}", "INT8, quantizing included, activations in", "f32", "", "bf16", "");
     let int8 = Table { filter: table.filter.clone(), peaks: [int8_peak; 2] };
     linears(&int8, "int8 ", |weight| Linear::int8(&weight, None));

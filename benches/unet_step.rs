@@ -15,7 +15,7 @@ use sdxl_worker::device::scope::RequestScope;
 use sdxl_worker::inference::interface::GenerateRequest;
 use sdxl_worker::inference::managers::Session;
 use sdxl_worker::inference::managers::pipeline::Pipeline;
-use sdxl_worker::kernels::simd::{self, Level};
+use sdxl_worker::kernels::simd::{self, SimdLevel};
 use sdxl_worker::layers::Instructor as _;
 use sdxl_worker::managers::Managers;
 use sdxl_worker::model::instructor::ModelInstructor;
@@ -40,7 +40,7 @@ fn main() {
         _ => Some(Dtype::F32),
     };
     if let Some(wanted) = value("--cpu-features") {
-        simd::choose(Level::ALL.into_iter().find(|level| level.name() == wanted).expect("the name of a level"));
+        simd::choose(SimdLevel::ALL.into_iter().find(|level| level.name() == wanted).expect("the name of a level"));
     }
     let size = value("--size").and_then(|size| size.parse().ok());
     let (steps, runs) = if value("--model").is_some() { (2, 1) } else { (25, 5) };

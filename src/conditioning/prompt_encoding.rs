@@ -9,7 +9,7 @@ use crate::conditioning::interface::{AppliedEmbedding, CacheCount, PromptWeighti
 use crate::conditioning::manager::{ConditioningResources, EmbeddingKey};
 use crate::conditioning::prompt_options::{EmbeddingChoice, PromptOptions};
 use crate::conditioning::prompt_plan::{PromptPlan, PromptText};
-use crate::conditioning::workers::encode::{Embeddings, Encode, EncodeTask, TokenizedText};
+use crate::conditioning::workers::encode::{Embeddings, EncodeTexts, EncodeTextsTask, TokenizedText};
 use crate::conditioning::workers::prompt_chunks::{ChunkText, ChunkTextTask, ChunkedText, EmbeddingToken, empty_chunk};
 use crate::context::{Context, Stage as ContextStage};
 use crate::device::instructor::Placement;
@@ -157,7 +157,7 @@ impl PromptEncoding<'_> {
             let missing: Vec<usize> = (0..texts.len()).filter(missing).collect();
             for indices in missing.chunks(TEXTS_PER_PASS) {
                 let texts: Vec<&TokenizedText> = indices.iter().map(|&index| &texts[index]).collect();
-                let task = EncodeTask {
+                let task = EncodeTextsTask {
                     encoders,
                     device: &self.placement.device,
                     texts: &texts,
@@ -166,7 +166,7 @@ impl PromptEncoding<'_> {
                     empty,
                     vectors,
                 };
-                for (&index, encoded) in indices.iter().zip(ctx.perform(&Encode, task)?) {
+                for (&index, encoded) in indices.iter().zip(ctx.perform(&EncodeTexts, task)?) {
                     embeddings[index] = Some(encoded);
                 }
             }

@@ -10,7 +10,7 @@ use crate::device::manager::DeviceManager;
 use crate::device::workers::opened::OpenDevice;
 use crate::device::workers::{cuda, host, metal};
 use crate::error::{Error, Result};
-use crate::kernels::simd::{self, Level};
+use crate::kernels::simd::{self, SimdLevel};
 use crate::layers::Instructor;
 use crate::units::Bytes;
 
@@ -231,7 +231,8 @@ pub fn choose_cpu_features(requested: CpuFeatures) -> Result<()> {
         tracing::info!(cpu_features = simd::choose(wanted).name(), "the CPU's kernels");
         return Ok(());
     }
-    let here = Level::ALL.into_iter().filter(|level| level.is_supported()).map(|level| format!("`{}`", level.name()));
+    let here =
+        SimdLevel::ALL.into_iter().filter(|level| level.is_supported()).map(|level| format!("`{}`", level.name()));
     let here = here.collect::<Vec<_>>().join(", ");
     Err(Error::DeviceUnavailable {
         device: DeviceId::Cpu.to_string(),

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, nearest};
-use crate::kernels::simd::Level;
+use crate::kernels::simd::SimdLevel;
 use crate::layers::{Domain, Interface, Nothing};
 use crate::units::{Allowance, Bytes};
 pub use crate::units::{Dtype, Quantization};
@@ -85,14 +85,14 @@ pub enum CpuFeatures {
 impl CpuFeatures {
     /// The kernels' level of that name; `None` for `auto`.
     #[must_use]
-    pub fn level(self) -> Option<Level> {
+    pub fn level(self) -> Option<SimdLevel> {
         match self {
             Self::Auto => None,
-            Self::Portable => Some(Level::Portable),
-            Self::Avx2 => Some(Level::Avx2),
-            Self::Avx512 => Some(Level::Avx512),
-            Self::Avx512Bf16 => Some(Level::Avx512Bf16),
-            Self::Amx => Some(Level::Amx),
+            Self::Portable => Some(SimdLevel::Portable),
+            Self::Avx2 => Some(SimdLevel::Avx2),
+            Self::Avx512 => Some(SimdLevel::Avx512),
+            Self::Avx512Bf16 => Some(SimdLevel::Avx512Bf16),
+            Self::Amx => Some(SimdLevel::Amx),
         }
     }
 }

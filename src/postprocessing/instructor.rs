@@ -16,7 +16,7 @@ use crate::postprocessing::interface::{
 };
 use crate::postprocessing::metadata::{FoundRequest, ImageText};
 use crate::postprocessing::workers::encode::FORMATS;
-use crate::postprocessing::workers::read_text::ReadText;
+use crate::postprocessing::workers::read_text::ReadImageText;
 use crate::postprocessing::workers::write::{WriteFile, WriteTask};
 use crate::roots::Roots;
 
@@ -198,7 +198,7 @@ impl PostprocessingInstructor {
 
     fn metadata(&self, request: &MetadataRequest, ctx: &Context) -> Result<ImageMetadata> {
         let file = request.image.read(&self.roots, "image")?;
-        let texts = ctx.perform(&ReadText, &file)?;
+        let texts = ctx.perform(&ReadImageText, &file)?;
         let media_type = file.format.to_mime_type();
         let name = FORMATS.iter().find(|(_, format)| format.media_type == media_type).map_or("other", |(name, _)| name);
         Ok(ImageMetadata {

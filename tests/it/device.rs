@@ -8,7 +8,7 @@ use sdxl_worker::device::interface::{
 };
 use sdxl_worker::device::manager::DeviceManager;
 use sdxl_worker::error::{Error, Result};
-use sdxl_worker::kernels::simd::Level;
+use sdxl_worker::kernels::simd::SimdLevel;
 use sdxl_worker::layers::{Instructor, Nothing};
 
 fn instructor(device: &str) -> DeviceInstructor {
@@ -106,7 +106,7 @@ fn absent_device_is_device_unavailable() {
 
 #[test]
 fn every_instruction_set_has_a_setting() {
-    for level in Level::ALL {
+    for level in SimdLevel::ALL {
         let read: CpuFeatures = serde_json::from_value(level.name().into()).unwrap();
         assert_eq!(read.level(), Some(level));
     }

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use sdxl_worker::kernels::simd::{self, Level};
+use sdxl_worker::kernels::simd::{self, SimdLevel};
 use serde_json::{Value, json};
 
 use crate::wire::Worker;
@@ -13,7 +13,7 @@ use crate::wire::Worker;
 struct LeastPsnr(f64);
 
 /// One image of the demonstration model, made with `level`.
-fn draw(level: Level, dtype: &str) -> image::RgbImage {
+fn draw(level: SimdLevel, dtype: &str) -> image::RgbImage {
     let mut worker = Worker::start(&["--cpu-features", level.name(), "--device", "cpu"]);
     assert_eq!(worker.ask("h", "hello", &json!({}))["cpu_features"], level.name());
     worker.send(&json!({
@@ -40,8 +40,8 @@ fn psnr(ours: &image::RgbImage, reference: &image::RgbImage) -> f64 {
 
 /// PSNR of the image in `dtype` against the portable f32 image.
 fn check(dtype: &str, least: &LeastPsnr) {
-    let reference = draw(Level::Portable, "f32");
-    for level in Level::ALL {
+    let reference = draw(SimdLevel::Portable, "f32");
+    for level in SimdLevel::ALL {
         if !level.is_supported() {
             println!("{:<12} {dtype}: NOT RUN, this machine does not have it", level.name());
             continue;
@@ -64,7 +64,7 @@ fn f32_gives_the_same_picture_with_every_instruction_set() {
 
 #[test]
 fn absent_instruction_set_fails_the_start_and_names_the_present_ones() {
-    let Some(absent) = Level::ALL.into_iter().find(|level| !level.is_supported()) else {
+    let Some(absent) = SimdLevel::ALL.into_iter().find(|level| !level.is_supported()) else {
         println!("NOT RUN: this machine has every instruction set");
         return;
     };
@@ -73,7 +73,7 @@ fn absent_instruction_set_fails_the_start_and_names_the_present_ones() {
     assert_eq!(worker.rest(), (vec![], Some(69)));
     let log = worker.stderr();
     assert!(log.contains(&format!("got `{}`", absent.name())), "{log}");
-    for level in Level::ALL.into_iter().filter(|level| level.is_supported()) {
+    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_supported()) {
         assert!(log.contains(&format!("`{}`", level.name())), "{} is not in {log}", level.name());
     }
 }

@@ -5,7 +5,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor};
-use sdxl_worker::kernels::simd::{self, Level};
+use sdxl_worker::kernels::simd::{self, SimdLevel};
 use sdxl_worker::kernels::{
     self, Activation, Conv2d, ConvShape, Epilogue, GroupNorm, LayerNorm, Linear, Mask, Padding, reference,
 };
@@ -427,12 +427,12 @@ pub(crate) static LEVEL: Mutex<()> = Mutex::new(());
 
 /// Runs `check` at every level that this machine supports, and logs the others. If the emulator runs AMX, `check` gets true
 /// and should be brief.
-pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(Level, bool)) {
+pub(crate) fn at_every_level(what: &str, mut check: impl FnMut(SimdLevel, bool)) {
     let _held = LEVEL.lock().unwrap_or_else(PoisonError::into_inner);
-    for level in Level::ALL {
+    for level in SimdLevel::ALL {
         let mut by = "run";
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-        if level == Level::Amx {
+        if level == SimdLevel::Amx {
             by = crate::tile_emulator::install().describe();
         }
         if level.is_supported() {

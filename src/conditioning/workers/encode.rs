@@ -41,9 +41,9 @@ impl Embeddings {
 }
 
 /// Runs the text encoders.
-pub(crate) struct Encode;
+pub(crate) struct EncodeTexts;
 
-pub(crate) struct EncodeTask<'a> {
+pub(crate) struct EncodeTextsTask<'a> {
     pub(crate) encoders: &'a TextEncoders,
     pub(crate) device: &'a Device,
     /// Texts with the same number of chunks.
@@ -76,7 +76,7 @@ struct EncoderPass<'a> {
 
 impl EncoderPass<'_> {
     /// One output for each text.
-    fn run(&self, task: &EncodeTask, ctx: &Context) -> Result<Vec<EncoderOutput>> {
+    fn run(&self, task: &EncodeTextsTask, ctx: &Context) -> Result<Vec<EncoderOutput>> {
         let rows = self.rows(task.weighting);
         let (mut hidden, mut pooled) = (Vec::new(), Vec::new());
         for rows in rows.chunks(ROWS_PER_PASS) {
@@ -144,14 +144,14 @@ impl EncoderPass<'_> {
     }
 }
 
-impl Worker<EncodeTask<'_>> for Encode {
+impl Worker<EncodeTextsTask<'_>> for EncodeTexts {
     type Output = Vec<Embeddings>;
 
     /// One [`Embeddings`] a text.
     ///
     /// # Errors
     /// `invalid_parameter` for a `clip_skip` beyond the encoder's layers; those of the device.
-    fn run(&self, task: EncodeTask, ctx: &Context) -> Result<Vec<Embeddings>> {
+    fn run(&self, task: EncodeTextsTask, ctx: &Context) -> Result<Vec<Embeddings>> {
         let [empty, empty_2] = task.empty;
         let [vectors, vectors_2] = task.vectors;
         let texts = |encoder: usize| task.texts.iter().filter_map(|text| text.by_encoder.get(encoder)).collect();

@@ -33,7 +33,7 @@ pub(crate) struct Estimator<'a> {
 }
 
 /// A network to be estimated.
-struct Network<'a> {
+struct EstimatedNetwork<'a> {
     part: NetworkPart,
     /// Its [`Resident::kind`].
     kind: &'static str,
@@ -100,13 +100,13 @@ impl Estimator<'_> {
     }
 
     /// Each network that the plan uses, once.
-    fn networks(&self) -> Result<Vec<Network<'_>>> {
+    fn networks(&self) -> Result<Vec<EstimatedNetwork<'_>>> {
         let (plan, sizes) = (self.plan, SizeEstimator { format: self.format, ctx: self.ctx });
         let mut networks = Vec::new();
         for (index, checkpoint) in self.models().into_iter().enumerate() {
             networks.extend(model_networks(checkpoint, index, sizes)?);
         }
-        let shared = |part, kind, name, weights| Network { part, kind, name, weights, model: None };
+        let shared = |part, kind, name, weights| EstimatedNetwork { part, kind, name, weights, model: None };
         if self.format.on_host {
             let weights = WeightBytes { total: TOKENIZERS, offloaded: TOKENIZERS, ..WeightBytes::default() };
             networks.push(shared(NetworkPart::Tokenizers, "tokenizer", plan.checkpoint.name.as_str(), weights));
@@ -137,7 +137,7 @@ impl Estimator<'_> {
         models
     }
 
-    fn network(&self, network: Network<'_>, residents: &[Resident]) -> NetworkEstimate {
+    fn network(&self, network: EstimatedNetwork<'_>, residents: &[Resident]) -> NetworkEstimate {
         let loaded = self.resident(&network, residents, false);
         NetworkEstimate {
             part: network.part,
@@ -152,7 +152,12 @@ impl Estimator<'_> {
     }
 
     /// The resident that the network is, bare or adapted as the request asks.
-    fn resident<'r>(&self, network: &Network<'_>, residents: &'r [Resident], offloaded: bool) -> Option<&'r Resident> {
+    fn resident<'r>(
+        &self,
+        network: &EstimatedNetwork<'_>,
+        residents: &'r [Resident],
+        offloaded: bool,
+    ) -> Option<&'r Resident> {
         let WeightFormat { compute, quantization, .. } = self.format;
         let quantization = match network.part {
             NetworkPart::Unet | NetworkPart::ControlNet => quantization,
@@ -198,12 +203,17 @@ impl Estimator<'_> {
 }
 
 /// The networks of one model; the first model's VAE serves all.
-fn model_networks<'a>(checkpoint: &'a Checkpoint, index: usize, sizes: SizeEstimator<'_>) -> Result<Vec<Network<'a>>> {
+fn model_networks<'a>(
+    checkpoint: &'a Checkpoint,
+    index: usize,
+    sizes: SizeEstimator<'_>,
+) -> Result<Vec<EstimatedNetwork<'a>>> {
     let mut encoders = sizes.part(checkpoint, Part::TextEncoder2)?;
     if checkpoint.text_encoder.is_some() {
         encoders = encoders.with(sizes.part(checkpoint, Part::TextEncoder)?);
     }
-    let network = |part, kind, weights, model| Network { part, kind, name: checkpoint.name.as_str(), weights, model };
+    let network =
+        |part, kind, weights, model| EstimatedNetwork { part, kind, name: checkpoint.name.as_str(), weights, model };
     let mut networks = vec![
         network(NetworkPart::TextEncoders, "encoder", encoders, Some(index)),
         network(NetworkPart::Unet, "unet", sizes.part(checkpoint, Part::Unet)?, Some(index)),

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::inference::workers::thresholding::{Threshold, ThresholdTask, Thresholding};
+use crate::inference::workers::thresholding::{ThresholdGuidance, ThresholdTask, Thresholding};
 use crate::layers::Worker;
 use crate::model::networks::interventions::{Change, FreeU};
 use crate::scheduler::plan::SamplingPlan;
@@ -190,7 +190,7 @@ impl Worker<GuidanceTask<'_>> for ApplyGuidance {
         let skipped = guidance.skipped_layers.as_ref().map_or(0.0, |skipped| skipped.scale);
         let mut guided = match (&negative, &skipping, &guidance.thresholding) {
             (Some(negative), _, Some(options)) => {
-                ctx.perform(&Threshold, ThresholdTask { negative, positive: &positive, progress, options })?
+                ctx.perform(&ThresholdGuidance, ThresholdTask { negative, positive: &positive, progress, options })?
             }
             (Some(negative), _, None) => extrapolate(negative, &positive, guidance.scale)?,
             // Diffusers' guider starts at the worse prediction where there is no other.

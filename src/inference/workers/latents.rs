@@ -13,9 +13,9 @@ use crate::noise::NoiseSource;
 use crate::scheduler::plan::Level;
 
 /// Runs the encoder.
-pub struct Encode;
+pub struct EncodeLatents;
 
-pub struct EncodeTask<'a> {
+pub struct EncodeLatentsTask<'a> {
     pub vae: &'a Vae,
     pub config: &'a VaeConfig,
     /// `[1, H, W, 3]`, f32, -1..=1.
@@ -26,12 +26,12 @@ pub struct EncodeTask<'a> {
     pub placement: &'a Placement,
 }
 
-impl Worker<EncodeTask<'_>> for Encode {
+impl Worker<EncodeLatentsTask<'_>> for EncodeLatents {
     /// `[1, H/8, W/8, Z]`, f32, in the UNet's scale.
     type Output = Tensor;
 
-    fn run(&self, task: EncodeTask<'_>, ctx: &Context) -> Result<Tensor> {
-        let EncodeTask { vae, config, pixels, noise, extent, placement } = task;
+    fn run(&self, task: EncodeLatentsTask<'_>, ctx: &Context) -> Result<Tensor> {
+        let EncodeLatentsTask { vae, config, pixels, noise, extent, placement } = task;
         let pixels = pixels.to_dtype(placement.vae.tensor())?;
         let moments = vae.encoder.encode(&pixels, extent, &|| ctx.checkpoint())?;
         let z = match noise {

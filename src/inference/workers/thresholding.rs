@@ -62,7 +62,7 @@ impl Curve {
     }
 }
 
-pub struct Threshold;
+pub struct ThresholdGuidance;
 
 pub struct ThresholdTask<'a> {
     /// `[B, H, W, C]`, f32: x₀ for the negative prompt, and for the prompt.
@@ -73,7 +73,7 @@ pub struct ThresholdTask<'a> {
     pub options: &'a Thresholding,
 }
 
-impl Worker<ThresholdTask<'_>> for Threshold {
+impl Worker<ThresholdTask<'_>> for ThresholdGuidance {
     /// `[B, H, W, C]`, f32: x₀ under guidance.
     type Output = Tensor;
 

@@ -117,7 +117,7 @@ struct ProductShape {
 }
 
 /// All rows of `a` times panels of `b`.
-struct Product<'a> {
+struct ScoreProduct<'a> {
     shape: ProductShape,
     a: &'a RowBlock<'a>,
     b: &'a [MaybeUninit<u8>],
@@ -227,7 +227,7 @@ impl<T: Element> Attention<'_, T> {
         let over_keys = self.product_shape(block.rows.len(), width);
         let (k, v) = packed.block(block.pair, first / KEYS);
         let scores = &mut block.scores[..over_keys.depth * block.shape.rows];
-        self.multiply(&Product { shape: block.shape, a: &block.q, b: k, add: false }, scores);
+        self.multiply(&ScoreProduct { shape: block.shape, a: &block.q, b: k, add: false }, scores);
         for row in 0..block.rows.len() {
             let visible = match self.task.mask {
                 Mask::None => width,
@@ -236,7 +236,7 @@ impl<T: Element> Attention<'_, T> {
             self.update_softmax(block, row, visible, over_keys.depth);
         }
         let over_keys = ProductShape { step: over_keys.depth, ..over_keys };
-        self.multiply(&Product { shape: over_keys, a: &block.p, b: v, add: first > 0 }, block.sums);
+        self.multiply(&ScoreProduct { shape: over_keys, a: &block.p, b: v, add: first > 0 }, block.sums);
     }
 
     /// Writes the powers of one row of scores, and scales the sums so far if the maximum has grown.
@@ -283,8 +283,8 @@ impl<T: Element> Attention<'_, T> {
 
     /// `sums` is `[panel, rows, 32]` and decides how many panels are multiplied.
     #[expect(unsafe_code, reason = "micro-kernels take pointers")]
-    fn multiply(&self, product: &Product, sums: &mut [f32]) {
-        let &Product { shape, a, b, add } = product;
+    fn multiply(&self, product: &ScoreProduct, sums: &mut [f32]) {
+        let &ScoreProduct { shape, a, b, add } = product;
         let panel_bytes = shape.depth * PANEL * self.micro.operands.size();
         for (b, sums) in b.chunks_exact(panel_bytes).zip(sums.chunks_exact_mut(shape.rows * PANEL)) {
             for (i, first) in (0..shape.depth).step_by(shape.step).enumerate() {

@@ -22,17 +22,17 @@ const MAX_INT8_DEPTH: usize = i32::MAX as usize / (127 * 127);
 /// The weights of a linear layer or convolution.
 #[derive(Debug)]
 pub(crate) struct PackedWeight {
-    weights: Weights,
+    weights: PackedStorage,
     shape: WeightShape,
 }
 
 #[derive(Debug)]
-enum Weights {
+enum PackedStorage {
     Panels(PackedPanels),
     Stored(StoredRows),
 }
 
-/// Weights in the format and order of their file.
+/// PackedStorage in the format and order of their file.
 #[derive(Debug)]
 struct StoredRows {
     /// `[O, C, ..]`, contiguous, or the bytes of their blocks.
@@ -60,13 +60,13 @@ impl PackedWeight {
         if as_stored && shape.depth().is_multiple_of(coding.grain()) {
             let (tensor, rounded) = (weight.tensor().contiguous()?, coding.rounding(compute));
             let stored = StoredRows { tensor, coding, rounded, scale: weight.scale() };
-            return Ok(Self { weights: Weights::Stored(stored), shape });
+            return Ok(Self { weights: PackedStorage::Stored(stored), shape });
         }
         let numbers = weight.numbers(coding.widened(compute))?.contiguous()?;
-        Ok(Self { weights: Weights::Panels(PackedPanels::new(&numbers, shape)?), shape })
+        Ok(Self { weights: PackedStorage::Panels(PackedPanels::new(&numbers, shape)?), shape })
     }
 
-    /// Rounds the weights of each output to 127 steps on either side of zero, so that the largest is exact. Weights that are
+    /// Rounds the weights of each output to 127 steps on either side of zero, so that the largest is exact. PackedStorage that are
     /// too deep for bytes, or have no depth, are packed as [`Self::new`] packs them.
     pub(crate) fn int8(weight: &Tensor) -> Result<Self> {
         let depth: usize = weight.dims()[1..].iter().product();
@@ -79,28 +79,28 @@ impl PackedWeight {
         };
         let taps = weight.dims()[2..].iter().product();
         let shape = WeightShape { outputs: weight.dim(0)?, channels: weight.dim(1)?, taps };
-        Ok(Self { weights: Weights::Panels(PackedPanels::int8(&weight, shape)?), shape })
+        Ok(Self { weights: PackedStorage::Panels(PackedPanels::int8(&weight, shape)?), shape })
     }
 
     /// Bytes of memory.
     pub(crate) fn bytes(&self) -> usize {
         match &self.weights {
-            Weights::Panels(panels) => panels.bytes(),
-            Weights::Stored(stored) => stored.tensor.elem_count() * stored.tensor.dtype().size_in_bytes(),
+            PackedStorage::Panels(panels) => panels.bytes(),
+            PackedStorage::Stored(stored) => stored.tensor.elem_count() * stored.tensor.dtype().size_in_bytes(),
         }
     }
 
     /// Locks weights in file order for reading.
     pub(crate) fn guard(&self) -> Option<TensorGuard<'_>> {
         match &self.weights {
-            Weights::Panels(_) => None,
-            Weights::Stored(stored) => Some(TensorGuard::new(&stored.tensor)),
+            PackedStorage::Panels(_) => None,
+            PackedStorage::Stored(stored) => Some(TensorGuard::new(&stored.tensor)),
         }
     }
 
     /// The rows that `guard` locks.
     pub(crate) fn rows<'a>(&self, guard: &'a TensorGuard<'a>) -> Result<Option<EncodedRows<'a>>> {
-        let Weights::Stored(stored) = &self.weights else { return Ok(None) };
+        let PackedStorage::Stored(stored) = &self.weights else { return Ok(None) };
         Ok(Some(EncodedRows {
             bytes: guard.bytes()?,
             coding: stored.coding,
@@ -121,14 +121,14 @@ impl PackedWeight {
 
     /// True if the weights are bytes, for activations that are bytes.
     pub(crate) fn is_int8(&self) -> bool {
-        matches!(&self.weights, Weights::Panels(panels) if panels.format() == PanelFormat::Int8)
+        matches!(&self.weights, PackedStorage::Panels(panels) if panels.format() == PanelFormat::Int8)
     }
 
     /// Scales and offsets of a panel of bytes.
     pub(crate) fn dequantization(&self, panel: usize) -> Option<(&[f32; PANEL], &[i32; PANEL])> {
         match &self.weights {
-            Weights::Panels(panels) => panels.dequantization(panel),
-            Weights::Stored(_) => None,
+            PackedStorage::Panels(panels) => panels.dequantization(panel),
+            PackedStorage::Stored(_) => None,
         }
     }
 
@@ -143,9 +143,9 @@ impl PackedWeight {
     /// True if bf16 operands can be multiplied: the weights are bf16, or are rounded to it.
     pub(crate) fn is_bf16(&self) -> bool {
         match &self.weights {
-            Weights::Panels(panels) => panels.format() == PanelFormat::Bf16,
-            Weights::Stored(stored) if stored.rounded == DType::F32 => stored.coding == Coding::Bf16,
-            Weights::Stored(stored) => stored.rounded == DType::BF16,
+            PackedStorage::Panels(panels) => panels.format() == PanelFormat::Bf16,
+            PackedStorage::Stored(stored) if stored.rounded == DType::F32 => stored.coding == Coding::Bf16,
+            PackedStorage::Stored(stored) => stored.rounded == DType::BF16,
         }
     }
 }
@@ -162,8 +162,8 @@ impl<'a> PanelSource<'a> {
     /// `guard` is the one of `weight`.
     pub(crate) fn new(weight: &'a PackedWeight, guard: Option<&'a TensorGuard<'a>>) -> Result<Self> {
         let stored = match &weight.weights {
-            Weights::Panels(panels) => return Ok(Self::Packed(panels)),
-            Weights::Stored(stored) => stored,
+            PackedStorage::Panels(panels) => return Ok(Self::Packed(panels)),
+            PackedStorage::Stored(stored) => stored,
         };
         let guard = guard.filter(|_| weight.shape.taps == 1);
         Ok(match guard.map(|guard| weight.rows(guard)).transpose()?.flatten() {

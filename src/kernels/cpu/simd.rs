@@ -9,7 +9,7 @@ use crate::kernels::cpu::micro::amx;
 /// Instruction sets in ascending order; each includes the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum Level {
+pub enum SimdLevel {
     /// The baseline of the architecture.
     Portable = 1,
     /// AVX2 and FMA.
@@ -25,7 +25,7 @@ pub enum Level {
 /// 0 until a level is chosen.
 static LEVEL: AtomicU8 = AtomicU8::new(0);
 
-impl Level {
+impl SimdLevel {
     pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// The name on the command line.
@@ -69,16 +69,16 @@ impl Level {
 
 /// The fastest level of this machine.
 #[must_use]
-pub fn best() -> Level {
+pub fn best() -> SimdLevel {
     #[cfg(target_arch = "x86_64")]
-    if Level::Avx512Bf16.is_supported() && amx::native() {
-        return Level::Amx;
+    if SimdLevel::Avx512Bf16.is_supported() && amx::native() {
+        return SimdLevel::Amx;
     }
-    let below_amx = Level::ALL.into_iter().rev().filter(|level| *level < Level::Amx);
-    let highest = below_amx.into_iter().find(|level| level.is_supported()).unwrap_or(Level::Portable);
+    let below_amx = SimdLevel::ALL.into_iter().rev().filter(|level| *level < SimdLevel::Amx);
+    let highest = below_amx.into_iter().find(|level| level.is_supported()).unwrap_or(SimdLevel::Portable);
     // Intel's cores finish one `vdpbf16ps` in the time of four f32 multiply-adds of half its work each (measured on
     // Sapphire Rapids: 86 and 176 GF/s a core); AMD's run it at full rate.
-    if highest == Level::Avx512Bf16 && !is_amd() { Level::Avx512 } else { highest }
+    if highest == SimdLevel::Avx512Bf16 && !is_amd() { SimdLevel::Avx512 } else { highest }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -95,18 +95,18 @@ fn is_amd() -> bool {
 
 /// The level in use.
 #[must_use]
-pub fn level() -> Level {
+pub fn level() -> SimdLevel {
     let stored = LEVEL.load(Ordering::Relaxed);
-    match Level::ALL.into_iter().find(|level| *level as u8 == stored) {
+    match SimdLevel::ALL.into_iter().find(|level| *level as u8 == stored) {
         Some(level) => level,
         None => choose(best()),
     }
 }
 
 /// Sets the level of the whole process to `wanted`, or to the highest supported level below it, and returns it.
-pub fn choose(wanted: Level) -> Level {
-    let supported = Level::ALL.into_iter().rev().find(|level| *level <= wanted && level.is_supported());
-    let chosen = supported.unwrap_or(Level::Portable);
+pub fn choose(wanted: SimdLevel) -> SimdLevel {
+    let supported = SimdLevel::ALL.into_iter().rev().find(|level| *level <= wanted && level.is_supported());
+    let chosen = supported.unwrap_or(SimdLevel::Portable);
     LEVEL.store(chosen as u8, Ordering::Relaxed);
     chosen
 }
@@ -116,7 +116,7 @@ pub fn choose(wanted: Level) -> Level {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn rounds_bf16() -> bool {
-    LEVEL.load(Ordering::Relaxed) >= Level::Avx512Bf16 as u8
+    LEVEL.load(Ordering::Relaxed) >= SimdLevel::Avx512Bf16 as u8
 }
 
 /// Compiles each function once for every level and calls the version of the level in use. `T` is an
@@ -148,12 +148,12 @@ macro_rules! multiversion {
                 }
                 match $crate::kernels::cpu::simd::level() {
                     // SAFETY: `level` returns `Avx512Bf16` and above only if these features were detected.
-                    $crate::kernels::cpu::simd::Level::Avx512Bf16 | $crate::kernels::cpu::simd::Level::Amx => return unsafe { avx512_bf16($($arg),*) },
+                    $crate::kernels::cpu::simd::SimdLevel::Avx512Bf16 | $crate::kernels::cpu::simd::SimdLevel::Amx => return unsafe { avx512_bf16($($arg),*) },
                     // SAFETY: `level` returns `Avx512` only if these features were detected.
-                    $crate::kernels::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::cpu::simd::SimdLevel::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: `level` returns `Avx2` only if it was detected.
-                    $crate::kernels::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::kernels::cpu::simd::Level::Portable => {}
+                    $crate::kernels::cpu::simd::SimdLevel::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::kernels::cpu::simd::SimdLevel::Portable => {}
                 }
             }
             portable($($arg),*)

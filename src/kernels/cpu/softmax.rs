@@ -66,7 +66,7 @@ impl SoftmaxRow<'_> {
     #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "functions compiled for more than the baseline"))]
     pub(crate) fn max(&self, before: f32) -> f32 {
         #[cfg(target_arch = "x86_64")]
-        if simd::level() >= simd::Level::Avx512 {
+        if simd::level() >= simd::SimdLevel::Avx512 {
             // SAFETY: the level has AVX-512 F.
             return unsafe { avx512::max(self, before) };
         }
@@ -78,7 +78,7 @@ impl SoftmaxRow<'_> {
     pub(crate) fn powers(&self, max: f32, to: &mut [f32]) -> f32 {
         let to = &mut to[..self.keys * self.operands.size() / size_of::<f32>()];
         #[cfg(target_arch = "x86_64")]
-        if simd::level() >= simd::Level::Avx512 {
+        if simd::level() >= simd::SimdLevel::Avx512 {
             // SAFETY: `to` holds `keys` operands; the level has these features, as bf16 operands are chosen only with
             // AVX-512 BF16.
             return unsafe {

@@ -35,7 +35,7 @@ impl<'a> Lines<'a> {
 /// words of each line more, whose contents are unspecified afterwards.
 pub(crate) fn transpose_words(from: Lines, words: usize, to: &mut [MaybeUninit<u32>]) {
     #[cfg(target_arch = "x86_64")]
-    if simd::level() >= simd::Level::Avx512 {
+    if simd::level() >= simd::SimdLevel::Avx512 {
         let last = (from.count.saturating_sub(1)) * from.stride + from.length;
         assert!(from.count == 0 || last <= from.bytes.len(), "lines beyond the weights");
         #[expect(unsafe_code, reason = "vector instructions")]

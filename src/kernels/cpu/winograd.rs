@@ -64,7 +64,7 @@ impl Tuning {
 pub(crate) fn supports(shape: ConvShape, bf16: bool) -> bool {
     let same = shape.kernel == 3 && shape.stride == 1 && shape.padding == Padding::same(1);
     let inputs_fit = shape.inputs >= 2 * CHANNEL_BLOCK && shape.inputs.is_multiple_of(CHANNEL_BLOCK);
-    let on_amx = MicroKernel::new(bf16).operands == Operands::Bf16 && simd::level() == simd::Level::Amx;
+    let on_amx = MicroKernel::new(bf16).operands == Operands::Bf16 && simd::level() == simd::SimdLevel::Amx;
     same && inputs_fit && shape.outputs >= 2 * PANEL && !on_amx
 }
 

@@ -17,9 +17,9 @@ const ORDER: [&str; 8] = ["image_encoder", "ip_adapter", "t2i_adapter", "lora", 
 
 /// Limits the bytes that all shelves hold together. Clones share one budget.
 #[derive(Clone)]
-pub struct Budget(Rc<State>);
+pub struct Budget(Rc<BudgetState>);
 
-struct State {
+struct BudgetState {
     shelves: RefCell<Vec<Rc<dyn BudgetShelf>>>,
     capacity: Cell<Bytes>,
     /// Bytes for weights and feature maps together; `None` if unknown.
@@ -75,7 +75,7 @@ pub enum Reach {
 impl Budget {
     #[must_use]
     pub fn new(capacity: Bytes) -> Self {
-        Self(Rc::new(State {
+        Self(Rc::new(BudgetState {
             shelves: RefCell::default(),
             capacity: Cell::new(capacity),
             usable: Cell::new(None),

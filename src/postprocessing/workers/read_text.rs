@@ -16,9 +16,9 @@ use crate::postprocessing::workers::encode::{PARAMETERS, REQUEST};
 /// Most bytes of a decompressed text.
 const TEXT_LIMIT: usize = 4 << 20;
 
-pub(crate) struct ReadText;
+pub(crate) struct ReadImageText;
 
-impl<'a> Worker<&'a ImageFile> for ReadText {
+impl<'a> Worker<&'a ImageFile> for ReadImageText {
     type Output = ExifText;
 
     fn run(&self, file: &'a ImageFile, _ctx: &Context) -> Result<ExifText> {

@@ -12,7 +12,7 @@ use crate::inference::managers::{Session, throughput_key};
 use crate::inference::plan::GenerationPlan;
 use crate::inference::request::memory::DecodeExtent;
 use crate::inference::workers::decode::{Decode, DecodeTask};
-use crate::inference::workers::latents::{Encode, EncodeTask};
+use crate::inference::workers::latents::{EncodeLatents, EncodeLatentsTask};
 use crate::managers::throughput::Work;
 use crate::model::networks::vae::Extent;
 use crate::noise::NoiseSource;
@@ -28,8 +28,8 @@ pub(super) fn encode(
     let vae = managers.model().vaes.acquire(&plan.checkpoint, placement, ctx)?;
     let config = &plan.checkpoint.vae;
     let extent = if plan.memory_plan.decode == DecodeExtent::Strips { Extent::Strips } else { Extent::Whole };
-    let task = EncodeTask { vae: &vae, config, pixels, noise, extent, placement };
-    ctx.stage(Stage::Encode, || ctx.perform(&Encode, task))
+    let task = EncodeLatentsTask { vae: &vae, config, pixels, noise, extent, placement };
+    ctx.stage(Stage::Encode, || ctx.perform(&EncodeLatents, task))
 }
 
 /// The image of `latents`.

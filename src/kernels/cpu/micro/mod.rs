@@ -13,7 +13,7 @@ pub(crate) mod portable;
 pub(crate) mod tile;
 
 use crate::kernels::cpu::micro::tile::{Operands, TileCall};
-use crate::kernels::cpu::simd::{Level, level};
+use crate::kernels::cpu::simd::{SimdLevel, level};
 
 /// A pair of functions that prepare a thread for tiles and restore it.
 type ThreadSetup = (unsafe fn(), unsafe fn());
@@ -42,17 +42,17 @@ impl MicroKernel {
     pub(crate) fn int8() -> Self {
         #[cfg(target_arch = "x86_64")]
         match level() {
-            Level::Amx => {
+            SimdLevel::Amx => {
                 let setup = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
                 return Self { operands: Operands::I8, rows: 32, depth_multiple: 64, compute: amx::int8, setup };
             }
-            Level::Avx512 | Level::Avx512Bf16 if std::arch::is_x86_feature_detected!("avx512vnni") => {
+            SimdLevel::Avx512 | SimdLevel::Avx512Bf16 if std::arch::is_x86_feature_detected!("avx512vnni") => {
                 return Self::without_setup(Operands::U8, 14, 4, avx512::int8);
             }
-            Level::Avx512 | Level::Avx512Bf16 | Level::Avx2 => {
+            SimdLevel::Avx512 | SimdLevel::Avx512Bf16 | SimdLevel::Avx2 => {
                 return Self::without_setup(Operands::I8, 4, 4, avx2::int8);
             }
-            Level::Portable => {}
+            SimdLevel::Portable => {}
         }
         Self::without_setup(Operands::I8, 4, 4, portable::int8)
     }
@@ -67,28 +67,28 @@ impl MicroKernel {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn at_level(level: Level, bf16: bool) -> Self {
+    fn at_level(level: SimdLevel, bf16: bool) -> Self {
         match (level, bf16) {
-            (Level::Amx, true) => {
+            (SimdLevel::Amx, true) => {
                 let setup = Some((amx::enter as unsafe fn(), amx::leave as unsafe fn()));
                 Self { operands: Operands::Bf16, rows: 32, depth_multiple: 32, compute: amx::bf16, setup }
             }
-            (Level::Avx512Bf16, true) => Self::without_setup(Operands::Bf16, 14, 2, avx512::bf16),
-            (Level::Avx512 | Level::Avx512Bf16 | Level::Amx, _) => {
+            (SimdLevel::Avx512Bf16, true) => Self::without_setup(Operands::Bf16, 14, 2, avx512::bf16),
+            (SimdLevel::Avx512 | SimdLevel::Avx512Bf16 | SimdLevel::Amx, _) => {
                 Self::without_setup(Operands::F32, 14, 1, avx512::f32)
             }
-            (Level::Avx2, _) => Self::without_setup(Operands::F32, 6, 1, avx2::f32),
-            (Level::Portable, _) => Self::portable(),
+            (SimdLevel::Avx2, _) => Self::without_setup(Operands::F32, 6, 1, avx2::f32),
+            (SimdLevel::Portable, _) => Self::portable(),
         }
     }
 
     #[cfg(target_arch = "aarch64")]
-    fn at_level(_: Level, _: bool) -> Self {
+    fn at_level(_: SimdLevel, _: bool) -> Self {
         Self::without_setup(Operands::F32, 6, 1, neon::f32)
     }
 
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    fn at_level(_: Level, _: bool) -> Self {
+    fn at_level(_: SimdLevel, _: bool) -> Self {
         Self::portable()
     }
 
