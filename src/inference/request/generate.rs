@@ -19,7 +19,7 @@ use crate::scheduler::config::Prediction;
 /// One generation. Every field but `prompt` is optional; the result's `parameters` have the defaults that were used.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
-#[schemars(deny_unknown_fields)]
+#[schemars(deny_unknown_fields, extend("not" = { "required": ["clip_skip", "CLIP_stop_at_last_layers"] }))]
 pub struct GenerateRequest {
     /// Description of the image, in AUTOMATIC1111's syntax. Prompts of more than 75 tokens are encoded in chunks.
     pub prompt: Option<String>,
